@@ -1,0 +1,37 @@
+"""Sphinx configuration of the documentation."""
+
+import importlib.metadata
+
+project = "grsd_jax"
+author = "The grsd_jax developers"
+project_copyright = "the grsd_jax developers"
+release = importlib.metadata.version("grsd-jax")
+version = release
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+]
+exclude_patterns = ["_build"]
+
+# Every reference to a name of grsd_jax must resolve. Those to names of JAX cannot, as
+# no inventory is at hand without a network.
+nitpicky = True
+nitpick_ignore_regex = [(r"py:.*", r"(?!grsd_jax\b).*")]
+default_role = "py:obj"
+
+myst_enable_extensions = ["amsmath", "dollarmath"]
+myst_heading_anchors = 3
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+napoleon_use_rtype = False
+
+html_theme = "sphinx_book_theme"
+html_title = "grsd_jax"
+html_show_sourcelink = False

@@ -1,0 +1,65 @@
+"""Times the operations on an untrained network, each in a fresh process.
+
+Prints a table: seconds (minimum of three), the first call with its compilation, units
+of one gradient of the same batches, the rate of floating-point operations over that of
+the forward pass, and the peak memory. The rows go to WORKDIR/benchmark.json too.
+
+Example:
+  python scripts/benchmark.py --workdir=runs/benchmark --width=16 --num_batches=1
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from absl import flags as absl_flags
+
+from grsd_jax.experiments import benchmarking, flags, records
+from grsd_jax.experiments.config import Config, UserError
+
+FIELDS = (
+    "workdir",
+    "seed",
+    "model",
+    "width",
+    "activation",
+    "batch_size",
+    "num_batches",
+    "solver",
+    "block_size",
+    "num_steps",
+    "precision",
+)
+CASE = absl_flags.DEFINE_enum(
+    "case", None, list(benchmarking.CASES), "Run only this case, in this process."
+)
+
+
+def main(config: Config) -> None:
+    if CASE.value:
+        print(json.dumps(benchmarking.run_case(CASE.value, config)))
+        return
+    with records.workdir_lock(Path(config.workdir)) as folder:
+        rows = []
+        for name in benchmarking.CASES:
+            print(f"{name} ...", file=sys.stderr)
+            command = [sys.executable, *sys.argv, f"--case={name}"]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+            if done.returncode:
+                raise UserError(
+                    f"--case={name}: expected exit status 0, got {done.returncode}."
+                )
+            rows.append(json.loads(done.stdout.splitlines()[-1]))
+        settings = {name: getattr(config, name) for name in FIELDS}
+        environment = records.environment(precision=config.precision)
+        records.write_json(
+            folder / "benchmark.json",
+            {"config": settings, "environment": environment, "rows": rows},
+        )
+    print(benchmarking.format_benchmark(rows))
+
+
+if __name__ == "__main__":
+    flags.define_flags(only=FIELDS, workdir="runs/benchmark")
+    flags.run_main(main)

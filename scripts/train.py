@@ -1,0 +1,57 @@
+r"""Trains ResNet-18 or PlainNet-18 in the CIFAR form by SGD with momentum.
+
+Writes to WORKDIR/MODEL: config.json, metrics.jsonl (one JSON object a line) and Orbax
+checkpoints. A run that was killed resumes by itself when the same command is given
+again, and loses at most the steps since its last checkpoint.
+
+Cost on 2 CPU cores: the defaults (embedded textures, width 8, 3 epochs) take under a
+minute; an epoch of CIFAR-10 takes about 70 seconds at width 8, 190 at width 16.
+
+Examples:
+  python scripts/train.py --workdir=runs/quick
+  python scripts/train.py --workdir=runs/cifar --dataset=cifar10 --data_dir=DATA \
+      --width=16 --train_batch_size=128 --epochs=10 --schedule=cosine_decay_schedule
+"""
+
+from grsd_jax.experiments import flags
+from grsd_jax.experiments.config import Config
+from grsd_jax.experiments.data import load_dataset
+from grsd_jax.experiments.pipeline import make_model
+from grsd_jax.experiments.training import train
+
+FIELDS = [
+    "dataset",
+    "data_dir",
+    "workdir",
+    "seed",
+    "model",
+    "width",
+    "activation",
+    "epochs",
+    "train_batch_size",
+    "learning_rate",
+    "momentum",
+    "schedule",
+    "schedule_args",
+    "checkpoint_every",
+    "log_every",
+    "precision",
+]
+
+
+def main(config: Config) -> None:
+    dataset = load_dataset(config)
+    model = make_model(config.model, dataset, config)
+    result = train(model, dataset, config, config.workdir, name=config.model)
+    steps = int(result.state.step)
+    if result.resumed_from == steps:
+        print(f"{config.model}: complete already, {steps} steps")
+    elif result.resumed_from:
+        print(f"{config.model}: {steps} steps, resumed from {result.resumed_from}")
+    print(f"{config.model}: test accuracy {result.test_accuracy:.4f}")
+    print(f"{config.model}: checkpoints in {result.checkpoint_dir}")
+
+
+if __name__ == "__main__":
+    flags.define_flags(only=FIELDS)
+    flags.run_main(main)

@@ -1,0 +1,39 @@
+"""Arguments turned into checked arrays, shared by the diagnostics."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from grsd_jax._checks import check_floating, check_shape
+
+
+def as_floating(
+    name: str, array: jax.typing.ArrayLike, shape: Sequence[int | None]
+) -> jax.Array:
+    """Returns ``array`` as a floating-point JAX array of the given shape.
+
+    Raises:
+        ValueError: If the dtype is not a real floating one, or the shape differs.
+    """
+    result = jnp.asarray(array)
+    check_floating(name, result)
+    check_shape(name, result, shape)
+    return result
+
+
+def as_mask(
+    name: str, mask: jax.typing.ArrayLike | None, shape: Sequence[int | None]
+) -> jax.Array:
+    """Returns ``mask`` as a boolean JAX array of the given shape, all True for None.
+
+    Raises:
+        ValueError: If the dtype is not bool, or the shape differs.
+    """
+    if mask is None:
+        return jnp.ones(tuple(size for size in shape if size is not None), bool)
+    result = jnp.asarray(mask)
+    if result.dtype != jnp.bool_:
+        raise ValueError(f"{name}: expected a bool dtype, got {result.dtype}.")
+    check_shape(name, result, shape)
+    return result

@@ -1,0 +1,106 @@
+"""Checks that run at trace time: each raises one sentence that names the argument."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grsd_jax._typing import PyTree
+
+
+def check_choice(name: str, value: object, options: Sequence[object]) -> None:
+    """Raises ValueError unless ``value`` is one of ``options``."""
+    if value not in options:
+        listed = ", ".join(repr(option) for option in options)
+        raise ValueError(f"{name}: expected one of {listed}, got {value!r}.")
+
+
+def check_at_least(name: str, value: object, minimum: int) -> None:
+    """Raises ValueError unless ``value`` is an integer of at least ``minimum``."""
+    is_integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not is_integer or value < minimum:  # pyrefly: ignore[unsupported-operation]
+        raise ValueError(f"{name}: expected an integer >= {minimum}, got {value!r}.")
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raises ValueError unless ``value`` is a finite number above zero."""
+    if not (np.isfinite(value) and value > 0):
+        raise ValueError(f"{name}: expected a finite number > 0, got {value!r}.")
+
+
+def check_floating(name: str, array: jax.typing.ArrayLike) -> None:
+    """Raises ValueError unless ``array`` holds real floating-point numbers."""
+    dtype = jnp.result_type(array)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"{name}: expected a real floating dtype, got {dtype}.")
+
+
+def check_shape(
+    name: str, array: jax.typing.ArrayLike, expected: Sequence[int | None]
+) -> None:
+    """Raises ValueError unless the shape is ``expected`` (None matches any length)."""
+    shape = np.shape(array)
+    fits = len(shape) == len(expected) and all(
+        want is None or want == got for want, got in zip(expected, shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join("any" if want is None else str(want) for want in expected)
+        raise ValueError(f"{name}: expected shape [{wanted}], got {list(shape)}.")
+
+
+def check_same_tree(name: str, tree: PyTree, reference: PyTree, of: str) -> None:
+    """Raises ValueError unless ``tree`` has the structure and shapes of ``reference``.
+
+    Args:
+        name: The argument's name.
+        tree: The tree to check.
+        reference: The tree it must match.
+        of: The name of the reference, for the message.
+    """
+    got, want = jax.tree.structure(tree), jax.tree.structure(reference)
+    if got != want:
+        raise ValueError(f"{name}: expected the tree of {of}, {want}, got {got}.")
+    flat, _ = jax.tree_util.tree_flatten_with_path(reference)
+    for (path, wanted), leaf in zip(flat, jax.tree.leaves(tree), strict=True):
+        if np.shape(leaf) != np.shape(wanted):
+            where = jax.tree_util.keystr(path)
+            raise ValueError(
+                f"{name}{where}: expected shape {list(np.shape(wanted))} as in {of}, "
+                f"got {list(np.shape(leaf))}."
+            )
+
+
+def check_batches(batches: PyTree) -> tuple[int, int]:
+    """Returns ``(K, N)``, the leading axes that every leaf of ``batches`` shares.
+
+    Args:
+        batches: A pytree whose leaves have leading axes ``[K, N, ...]``.
+
+    Raises:
+        ValueError: If there is no leaf, a leaf has fewer than two axes, leaves
+            disagree, or K or N is 0.
+    """
+    flat, _ = jax.tree_util.tree_flatten_with_path(batches)
+    if not flat:
+        raise ValueError("batches: expected arrays with leading axes [K, N], got none.")
+    first = None
+    for path, leaf in flat:
+        where, shape = f"batches{jax.tree_util.keystr(path)}", np.shape(leaf)
+        if len(shape) < 2:
+            raise ValueError(
+                f"{where}: expected leading axes [K, N], got shape {list(shape)}."
+            )
+        first = shape[:2] if first is None else first
+        if shape[:2] != first:
+            raise ValueError(
+                f"{where}: expected leading axes {list(first)} as in the first leaf, "
+                f"got {list(shape[:2])}."
+            )
+        if 0 in shape[:2]:
+            raise ValueError(
+                f"{where}: expected K >= 1 batches of N >= 1 examples, "
+                f"got leading axes {list(shape[:2])}."
+            )
+    assert first is not None
+    return first

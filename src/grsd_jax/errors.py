@@ -1,0 +1,123 @@
+"""Error vectors ``e(theta)``, and the losses whose output gradients they are.
+
+An error maps a model's outputs ``[N, C]`` and the labels to ``[N, C]``; each is the
+gradient, output by output, of the loss beside it (paper 3.1 and 7.1).
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grsd_jax._checks import check_floating, check_shape
+
+
+def softmax_error(logits: jax.Array, labels: jax.typing.ArrayLike) -> jax.Array:
+    """Softmax error ``e = softmax(z) - onehot(y)``.
+
+    It is the gradient of the cross-entropy with respect to the logits. Each example's
+    entries sum to zero whatever the parameters, so ``M`` has one exact null vector per
+    example: the constant over classes.
+
+    Args:
+        logits: Model outputs z, ``[N, C]``.
+        labels: Integer classes ``[N]`` in ``[0, C)``, or one-hot (or soft) ``[N, C]``.
+
+    Returns:
+        The error ``[N, C]``, dimensionless, each entry in ``[-1, 1]``. A class out of
+        range that could not be seen at trace time gives its example a row of NaN.
+
+    Raises:
+        ValueError: If the shapes or dtypes do not fit, or a concrete integer label lies
+            outside ``[0, C)``.
+
+    References:
+        Paper 7.1, "Error representation".
+    """
+    targets = _class_targets(logits, labels)
+    return jax.nn.softmax(logits, axis=-1) - targets
+
+
+def squared_error(outputs: jax.Array, targets: jax.typing.ArrayLike) -> jax.Array:
+    """Residual ``e = z - target``, the gradient of ``|z - target|^2 / 2``.
+
+    Args:
+        outputs: Model outputs z, ``[N, C]``.
+        targets: Targets ``[N, C]``, or integer classes ``[N]`` taken as one-hot rows.
+
+    Returns:
+        The error ``[N, C]``, in the units of the outputs. A class out of range that
+        could not be seen at trace time gives its example a row of NaN.
+
+    Raises:
+        ValueError: If the shapes or dtypes do not fit, or a concrete integer label lies
+            outside ``[0, C)``.
+
+    References:
+        Paper 3.1, the setting of the theorem.
+    """
+    return outputs - _class_targets(outputs, targets)
+
+
+def softmax_cross_entropy(logits: jax.Array, labels: jax.typing.ArrayLike) -> jax.Array:
+    """Cross-entropy ``-sum_c onehot(y)_c log softmax(z)_c`` of every example.
+
+    Args:
+        logits: Model outputs z, ``[N, C]``.
+        labels: Integer classes ``[N]``, or one-hot (or soft) ``[N, C]``.
+
+    Returns:
+        One loss per example, ``[N]``, in nats.
+
+    Raises:
+        ValueError: As for `softmax_error`.
+    """
+    targets = _class_targets(logits, labels)
+    return -jnp.sum(targets * jax.nn.log_softmax(logits, axis=-1), axis=-1)
+
+
+def half_squared_loss(outputs: jax.Array, targets: jax.typing.ArrayLike) -> jax.Array:
+    """Squared loss ``|z - target|^2 / 2`` of every example.
+
+    Args:
+        outputs: Model outputs z, ``[N, C]``.
+        targets: Targets ``[N, C]``, or integer classes ``[N]`` taken as one-hot rows.
+
+    Returns:
+        One loss per example, ``[N]``, in the squared units of the outputs.
+
+    Raises:
+        ValueError: As for `squared_error`.
+    """
+    return jnp.sum(squared_error(outputs, targets) ** 2, axis=-1) / 2
+
+
+def _class_targets(outputs: jax.Array, labels: jax.typing.ArrayLike) -> jax.Array:
+    """Returns the targets as ``[N, C]`` in the dtype of the outputs."""
+    check_floating("outputs", outputs)
+    check_shape("outputs", outputs, [None, None])
+    num_examples, num_classes = outputs.shape
+    if jnp.issubdtype(jnp.result_type(labels), jnp.floating):
+        check_shape("labels", labels, [num_examples, num_classes])
+        return jnp.asarray(labels).astype(outputs.dtype)
+    if np.ndim(labels) == 2:
+        check_shape("labels", labels, [num_examples, num_classes])
+        return jnp.asarray(labels).astype(outputs.dtype)
+    check_shape("labels", labels, [num_examples])
+    _check_classes(labels, num_classes)
+    labels = jnp.asarray(labels)
+    one_hot = jax.nn.one_hot(labels, num_classes, dtype=outputs.dtype)
+    # one_hot is silently zero out of range; a poisoned row is seen downstream.
+    valid = (labels >= 0) & (labels < num_classes)
+    return jnp.where(valid[:, None], one_hot, jnp.asarray(jnp.nan, outputs.dtype))
+
+
+def _check_classes(labels: jax.typing.ArrayLike, num_classes: int) -> None:
+    try:
+        classes = np.asarray(labels)
+    except jax.errors.TracerArrayConversionError:
+        return
+    if classes.size and not (classes.min() >= 0 and classes.max() < num_classes):
+        raise ValueError(
+            f"labels: expected classes in [0, {num_classes}), "
+            f"got values from {classes.min()} to {classes.max()}."
+        )

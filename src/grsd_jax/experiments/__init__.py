@@ -1,0 +1,1 @@
+"""Everything around the numerics: data, training, records, figures, scripts."""

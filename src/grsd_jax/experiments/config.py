@@ -1,0 +1,216 @@
+"""Settings of the experiments: one frozen dataclass, its help texts and its checks.
+
+Every flag that the scripts share is one field here, with its help text beside it. The
+defaults are those of the main job on the embedded data set.
+"""
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+from grsd_jax._checks import check_at_least, check_choice
+
+
+class UserError(ValueError):
+    """A mistake or a condition outside the program, told in one sentence.
+
+    Scripts print the sentence and exit with status 1, without a traceback.
+    """
+
+
+def _field(default: Any, help_text: str, **checks: Any) -> Any:
+    """Returns a dataclass field; ``checks`` may hold choices, minimum, low, high."""
+    return dataclasses.field(default=default, metadata={"help": help_text, **checks})
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All settings of one run; invalid ones raise `UserError` at construction."""
+
+    dataset: str = _field(
+        "synthetic",
+        "Data set: the embedded textures, or CIFAR-10 read through TFDS.",
+        choices=("synthetic", "cifar10"),
+    )
+    data_dir: str | None = _field(
+        None, "Folder of the prepared TFDS data; default: TFDS_DATA_DIR, then TFDS's."
+    )
+    workdir: str = _field("runs/default", "Folder for everything that is written.")
+    seed: int = _field(
+        0, "Seed of the initial weights, the order and the measured batches.", minimum=0
+    )
+    model: str = _field(
+        "resnet18", "Network to train.", choices=("resnet18", "plainnet18")
+    )
+    width: int = _field(8, "Channels of the first stage.", minimum=1)
+    activation: str = _field(
+        "relu",
+        "Activation of the networks.",
+        choices=("relu", "gelu", "silu", "softplus", "tanh"),
+    )
+    epochs: int = _field(3, "Training epochs.", minimum=1)
+    train_batch_size: int = _field(64, "Examples in one training step.", minimum=1)
+    learning_rate: float = _field(0.05, "Learning rate of SGD.", low=0.0)
+    momentum: float = _field(0.9, "Momentum of SGD, in [0, 1).", low=0.0, high=1.0)
+    schedule: str = _field(
+        "constant_schedule", "Name of an optax function that ends in _schedule."
+    )
+    schedule_args: str = _field(
+        "{}",
+        "Arguments of the schedule as a JSON object; what it leaves out of the peak or "
+        "initial value is --learning_rate, and of decay_steps the whole training.",
+    )
+    checkpoint_every: int = _field(200, "Steps between checkpoints.", minimum=1)
+    log_every: int = _field(20, "Steps between lines of metrics.", minimum=1)
+    batch_size: int = _field(32, "Examples N in one measured batch.", minimum=1)
+    num_batches: int = _field(2, "Measured batches K.", minimum=1)
+    solver: str = _field(
+        "auto",
+        "How the spectrum is found; auto takes the cheaper that fits in memory.",
+        choices=("auto", "dense", "lanczos"),
+    )
+    block_size: int = _field(8, "Columns b of a Lanczos block.", minimum=1)
+    num_steps: int = _field(20, "Lanczos steps m.", minimum=1)
+    derivative: str = _field(
+        "exact",
+        "Derivative of the kernel: within one activation pattern, or across patterns.",
+        choices=("exact", "finite_difference"),
+    )
+    reduction: str = _field(
+        "mean",
+        "Average the batches' kernels, or stack the batches into one.",
+        choices=("mean", "stack"),
+    )
+    num_shells: int = _field(12, "Logarithmic shells S.", minimum=2)
+    window: int = _field(5, "Shells in one sliding window.", minimum=2)
+    protocol: tuple[str, ...] = _field(
+        ("shared", "recalibrated", "own"),
+        "Where the plain net's weights come from: the ResNet's (shared), those with "
+        "BatchNorm statistics gathered anew (recalibrated), its own training (own).",
+        each=("shared", "recalibrated", "own"),
+    )
+    precision: str = _field(
+        "highest",
+        "Precision of matrix products outside the ones that are always highest.",
+        choices=("highest", "high", "default"),
+    )
+
+    def __post_init__(self) -> None:
+        """Checks every field."""
+        validate(self)
+
+
+#: The settings that decide what training computes; a run resumes only under the same.
+TRAINING_FIELDS = (
+    "dataset",
+    "seed",
+    "model",
+    "width",
+    "activation",
+    "epochs",
+    "train_batch_size",
+    "learning_rate",
+    "momentum",
+    "schedule",
+    "schedule_args",
+    "precision",
+)
+
+
+def validate(config: Config) -> None:
+    """Checks every setting, and those that depend on each other.
+
+    Args:
+        config: The settings.
+
+    Raises:
+        UserError: If a setting is out of range; the sentence names its flag, what was
+            expected and what was got.
+    """
+    for field in dataclasses.fields(config):
+        check_field(field, getattr(config, field.name))
+    if config.window > config.num_shells:
+        raise UserError(
+            f"--window: expected at most --num_shells = {config.num_shells}, "
+            f"got {config.window}."
+        )
+
+
+def check_field(field: dataclasses.Field, value: Any) -> None:
+    """Checks one setting by the metadata of its field.
+
+    Args:
+        field: The field of `Config`.
+        value: The value to check.
+
+    Raises:
+        UserError: If the value does not fit.
+    """
+    flag, checks = f"--{field.name}", field.metadata
+    try:
+        if "choices" in checks:
+            check_choice(flag, value, checks["choices"])
+        if "minimum" in checks:
+            check_at_least(flag, value, checks["minimum"])
+        if "each" in checks:
+            _check_each(flag, value, checks["each"])
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if "low" in checks:
+        _check_interval(flag, value, checks["low"], checks.get("high", math.inf))
+    if field.name == "schedule" and not str(value).endswith("_schedule"):
+        raise UserError(
+            f"{flag}: expected the name of an optax function that ends in _schedule, "
+            f"got {value!r}."
+        )
+    if field.name == "schedule_args":
+        parse_schedule_args(value)
+    if field.name == "workdir" and not value:
+        raise UserError(f"{flag}: expected the name of a folder, got {value!r}.")
+
+
+def parse_schedule_args(text: str) -> dict[str, Any]:
+    """Parses ``--schedule_args``.
+
+    Args:
+        text: A JSON object; keys of inner objects that are digits become integers, as
+            the boundaries of a piecewise schedule need.
+
+    Returns:
+        The keyword arguments.
+
+    Raises:
+        UserError: If the text is not a JSON object.
+    """
+    try:
+        arguments = json.loads(text)
+    except (json.JSONDecodeError, TypeError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise UserError(f"--schedule_args: expected a JSON object, got {text!r}.")
+    return {name: _integer_keys(value) for name, value in arguments.items()}
+
+
+def _integer_keys(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {int(k) if k.isdigit() else k: item for k, item in value.items()}
+
+
+def _check_interval(flag: str, value: Any, low: float, high: float) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    # `low <= value < high` is false for NaN, and for infinity as high is excluded.
+    if not (is_number and low <= value < high):
+        bound = f"in [{low:g}, {high:g})" if math.isfinite(high) else f">= {low:g}"
+        raise UserError(f"{flag}: expected a finite number {bound}, got {value!r}.")
+
+
+def _check_each(flag: str, value: Any, options: tuple[str, ...]) -> None:
+    if not isinstance(value, tuple) or not value or len(set(value)) < len(value):
+        raise UserError(
+            f"{flag}: expected a list of different entries out of "
+            f"{', '.join(options)}, got {value!r}."
+        )
+    for entry in value:
+        check_choice(flag, entry, options)

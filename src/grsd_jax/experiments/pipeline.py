@@ -1,0 +1,382 @@
+"""From a checkpoint to a result: the measurement of a model under a protocol.
+
+A result is a dictionary for ``results.json`` and named arrays for ``arrays.npz``;
+figures and tables are made from these two files alone.
+"""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import linen as nn
+from tqdm import tqdm
+
+from grsd_jax import models
+from grsd_jax._typing import PyTree
+from grsd_jax.derivative import gradient_flow_direction
+from grsd_jax.diagnostics import CouplingMeasurement, ToeplitzDiagnostics
+from grsd_jax.experiments import records
+from grsd_jax.experiments.checkpoints import restore_latest
+from grsd_jax.experiments.config import Config, UserError
+from grsd_jax.experiments.data import Dataset, evaluation_batches
+from grsd_jax.experiments.steps import make_optimizer, state_template
+from grsd_jax.experiments.training import evaluate, recalibrate_batch_stats, train
+from grsd_jax.measurement import measure_coupling
+from grsd_jax.power_law import PowerLawFit
+
+MAKE_MODEL = {"resnet18": models.ResNet18, "plainnet18": models.PlainNet18}
+
+#: Training batches at most whose statistics a recalibration averages.
+RECALIBRATION_BATCHES = 100
+
+#: Settings that do not change what one measurement computes.
+_IRRELEVANT = {"data_dir", "workdir", "protocol", "checkpoint_every", "log_every"}
+
+Arrays = dict[str, np.ndarray]
+
+
+class Weights(NamedTuple):
+    """What a checkpoint holds of a network.
+
+    Attributes:
+        params: Parameters.
+        batch_stats: BatchNorm's running statistics.
+    """
+
+    params: PyTree
+    batch_stats: PyTree
+
+
+def make_model(name: str, dataset: Dataset, config: Config) -> nn.Module:
+    """Returns the network ``resnet18`` or ``plainnet18`` of the given settings.
+
+    Args:
+        name: A key of `MAKE_MODEL`.
+        dataset: The data, for its number of classes.
+        config: The settings.
+
+    Returns:
+        The linen module.
+    """
+    return MAKE_MODEL[name](dataset.num_classes, config.width, config.activation)
+
+
+def load_weights(name: str, dataset: Dataset, config: Config) -> Weights:
+    """Reads the newest checkpoint that training left in ``workdir/name``.
+
+    Args:
+        name: The run's folder, the name of the model that was trained.
+        dataset: The data, for shapes.
+        config: The settings.
+
+    Returns:
+        The weights; either network can use them, since both have the same tree.
+
+    Raises:
+        UserError: If there is no checkpoint, or it is damaged or of another network.
+    """
+    model = make_model(name, dataset, config)
+    optimizer = make_optimizer(config, total_steps=1)
+    state = state_template(model, optimizer, dataset.train_images[0])
+    template = {"params": state.params, "batch_stats": state.batch_stats}
+    loaded = restore_latest(Path(config.workdir) / name / "checkpoints", template)
+    return Weights(loaded["params"], loaded["batch_stats"])
+
+
+def protocol_weights(
+    name: str, protocol: str, dataset: Dataset, config: Config
+) -> Weights:
+    """Returns the weights at which a network is measured under a protocol.
+
+    Args:
+        name: ``"resnet18"`` (whose protocol is always ``"own"``) or ``"plainnet18"``.
+        protocol: ``"shared"`` takes the ResNet's checkpoint as it is;
+            ``"recalibrated"`` takes it with BatchNorm statistics gathered anew through
+            the plain network; ``"own"`` takes the network's own checkpoint.
+        dataset: The data.
+        config: The settings.
+
+    Returns:
+        The weights.
+
+    Raises:
+        UserError: If the checkpoint cannot be read.
+    """
+    trained = name if protocol == "own" else "resnet18"
+    weights = load_weights(trained, dataset, config)
+    if protocol != "recalibrated":
+        return weights
+    available = len(dataset.train_images) // config.train_batch_size
+    batch_stats = recalibrate_batch_stats(
+        make_model(name, dataset, config),
+        weights.params,
+        weights.batch_stats,
+        dataset.train_images,
+        batch_size=config.train_batch_size,
+        num_batches=min(RECALIBRATION_BATCHES, available),
+    )
+    return Weights(weights.params, batch_stats)
+
+
+def measurement_options(config: Config) -> dict[str, Any]:
+    """Returns the settings that `measure_coupling` takes as they are.
+
+    Args:
+        config: The settings.
+
+    Returns:
+        Keyword arguments: reduction, solver, derivative and the Krylov dimensions.
+    """
+    names = ("reduction", "solver", "derivative", "block_size", "num_steps")
+    return {name: getattr(config, name) for name in names}
+
+
+def measure(
+    name: str, protocol: str, dataset: Dataset, config: Config
+) -> tuple[dict[str, Any], Arrays]:
+    """Measures one network under one protocol on fixed batches of the test set.
+
+    The direction is the gradient flow of the mean cross-entropy on the same batches.
+
+    Args:
+        name: ``"resnet18"`` or ``"plainnet18"``.
+        protocol: ``"own"``, ``"shared"`` or ``"recalibrated"``.
+        dataset: The data.
+        config: The settings.
+
+    Returns:
+        The entry of ``results.json``, and its arrays without their prefix.
+
+    Raises:
+        UserError: If the checkpoint cannot be read or the network is not finite there.
+    """
+    started = time.monotonic()
+    model = make_model(name, dataset, config)
+    weights = protocol_weights(name, protocol, dataset, config)
+    state = {"batch_stats": weights.batch_stats}
+    batches = evaluation_batches(
+        dataset.test_images,
+        dataset.test_labels,
+        num_batches=config.num_batches,
+        batch_size=config.batch_size,
+        seed=config.seed,
+    )
+    loss_fn = models.linen_loss_fn(model, state)
+    with tqdm(desc=f"{name} {protocol}", unit="step", disable=None, leave=False) as bar:
+
+        def progress(done: int) -> None:
+            bar.update(done - bar.n)
+
+        measured = measure_coupling(
+            models.linen_error_fn(model, state),
+            weights.params,
+            batches,
+            gradient_flow_direction(loss_fn, weights.params, batches),
+            key=jax.random.key(config.seed),
+            **measurement_options(config),
+            num_shells=config.num_shells,
+            window=config.window,
+            progress=progress if jax.default_backend() == "cpu" else None,
+        )
+        measured = jax.device_get(measured)
+    if not measured.finite:
+        raise UserError(
+            f"checkpoint of {name} ({protocol}): expected finite parameters, errors "
+            "and products, got values that are not finite."
+        )
+    accuracy = evaluate(
+        model,
+        weights.params,
+        weights.batch_stats,
+        dataset.test_images,
+        dataset.test_labels,
+    )
+    entry = _entry(measured, config, window=config.window)
+    entry |= {
+        "protocol": protocol,
+        "test_accuracy": accuracy,
+        "seconds": round(time.monotonic() - started, 1),
+        "error_fn": "softmax_error",
+        "direction": "minus the gradient of the mean cross-entropy, same batches",
+        "data_fingerprint": dataset.fingerprint,
+    }
+    return entry, _arrays(measured)
+
+
+def reproduce(dataset: Dataset, config: Config) -> tuple[dict[str, Any], Arrays]:
+    """Trains what the protocols need, and measures both networks.
+
+    Training and measurements that are already in the workdir, made under the same
+    settings, are taken from there, so that a killed run goes on where it was.
+
+    Args:
+        dataset: The data.
+        config: The settings.
+
+    Returns:
+        The contents of ``results.json`` and of ``arrays.npz``.
+
+    Raises:
+        UserError: If the workdir holds another run or cannot be written, or training
+            or a measurement fails.
+    """
+    trained = ["resnet18"] + (["plainnet18"] if "own" in config.protocol else [])
+    for name in trained:
+        settings = dataclasses.replace(config, model=name)
+        train(
+            make_model(name, dataset, config),
+            dataset,
+            settings,
+            config.workdir,
+            name=name,
+        )
+    entries, arrays = {}, {}
+    runs = {"resnet18": ("resnet18", "own")}
+    runs |= {f"plainnet18.{p}": ("plainnet18", p) for p in config.protocol}
+    for prefix, (name, protocol) in runs.items():
+        entry, found = _measured_once(prefix, name, protocol, dataset, config)
+        entries[prefix] = entry | {"arrays": prefix}
+        arrays |= {f"{prefix}/{key}": array for key, array in found.items()}
+    protocols = {p: entries[f"plainnet18.{p}"] for p in config.protocol}
+    results = header(config) | {
+        "models": {
+            "resnet18": entries["resnet18"],
+            "plainnet18": protocols[config.protocol[0]],
+        },
+        "protocols": protocols,
+    }
+    return results, arrays
+
+
+def header(config: Config) -> dict[str, Any]:
+    """Returns what every ``results.json`` begins with: settings and environment.
+
+    Args:
+        config: The settings.
+
+    Returns:
+        ``{"config": ..., "environment": ...}``.
+    """
+    return {
+        "config": dataclasses.asdict(config),
+        "environment": records.environment(precision=config.precision),
+    }
+
+
+def write_results(folder: Path, results: dict[str, Any], arrays: Arrays) -> None:
+    """Writes ``arrays.npz``, then ``results.json``, each whole or not at all.
+
+    Args:
+        folder: The folder.
+        results: The contents of ``results.json``.
+        arrays: The contents of ``arrays.npz``.
+
+    Raises:
+        UserError: If the folder cannot be written.
+    """
+    records.write_npz(folder / "arrays.npz", arrays)
+    records.write_json(folder / "results.json", results)
+
+
+def _measured_once(
+    prefix: str, name: str, protocol: str, dataset: Dataset, config: Config
+) -> tuple[dict[str, Any], Arrays]:
+    """Measures, or reads the same measurement from an earlier run of the workdir."""
+    folder = Path(config.workdir) / "measurements"
+    folder.mkdir(parents=True, exist_ok=True)
+    made_by = {
+        key: value
+        for key, value in dataclasses.asdict(config).items()
+        if key not in _IRRELEVANT
+    } | {"data_fingerprint": dataset.fingerprint}
+    note, file = folder / f"{prefix}.json", folder / f"{prefix}.npz"
+    if note.exists() and file.exists():
+        earlier = records.read_json(note)
+        if earlier["made_by"] == made_by:
+            return earlier["entry"], records.read_npz(file)
+    entry, arrays = measure(name, protocol, dataset, config)
+    note.unlink(missing_ok=True)  # never beside the arrays of another measurement
+    records.write_npz(file, arrays)
+    records.write_json(note, {"made_by": made_by, "entry": entry})
+    return entry, arrays
+
+
+def _entry(
+    measured: CouplingMeasurement, config: Config, *, window: int
+) -> dict[str, Any]:
+    """Returns the scalars of a measurement, as ``results.json`` holds them."""
+    shells = measured.shells
+    return {
+        "n": measured.vectors.shape[0],
+        "num_pairs": len(measured.values),
+        "num_resolved": int(np.sum(measured.resolved)),
+        "solver": measured.solver,
+        "derivative": measured.derivative,
+        "reduction": measured.reduction,
+        "seed": config.seed,
+        "diagonal_fit": _fit(measured.diagonal_fit),
+        "shell_fit": _fit(measured.shell_fit),
+        "toeplitz": {
+            "literal": _toeplitz(measured.literal, shells.edges, window),
+            "renormalized": _toeplitz(measured.renormalized, shells.edges, window),
+        },
+        "secant_disagreement": float(measured.secant_disagreement),
+        "operator_disagreement": float(measured.operator_disagreement),
+        "lambda_max": float(measured.values[0]),
+    }
+
+
+def _fit(fit: PowerLawFit) -> dict[str, Any]:
+    interval = fit.interval if fit.interval is not None else np.full(2, np.nan)
+    return {
+        "exponent": float(fit.exponent),
+        "prefactor": float(fit.prefactor),
+        "r_squared": float(fit.r_squared),
+        "exponent_stderr": float(fit.exponent_stderr),
+        "interval": [float(end) for end in interval],
+        "num_points": int(fit.num_points),
+    }
+
+
+def _toeplitz(
+    diagnostics: ToeplitzDiagnostics, edges: jax.typing.ArrayLike, window: int
+) -> dict[str, Any]:
+    """Returns the residuals; one that is zero by construction becomes null."""
+    last, edges = len(diagnostics.windows) - 1, np.asarray(edges)
+    windows = [
+        {
+            "start": start,
+            "stop": start + window,
+            "lambda_center": float(np.sqrt(edges[start] * edges[start + window])),
+            "position": start / last if last else 0.5,
+            "residual": float(residual) if freedom > 0 else None,
+            "degrees_of_freedom": int(freedom),
+        }
+        for start, (residual, freedom) in enumerate(
+            zip(diagnostics.windows, diagnostics.degrees_of_freedom, strict=True)
+        )
+    ]
+    return {"residual": float(diagnostics.residual), "windows": windows}
+
+
+def _arrays(measured: CouplingMeasurement) -> Arrays:
+    """Returns the arrays of a measurement, as ``arrays.npz`` holds them."""
+    literal, renormalized = measured.literal, measured.renormalized
+    arrays = {
+        "values": measured.values,
+        "residuals": measured.residuals,
+        "resolved": measured.resolved,
+        "coupling": measured.coupling,
+        "coupling_diagonal": np.abs(np.diag(measured.coupling)),
+        "shell_edges": measured.shells.edges,
+        "shell_centers": measured.shells.centers,
+        "shell_counts": measured.shells.counts,
+        "literal": literal.coupling.matrix,
+        "literal_mask": literal.coupling.mask,
+        "renormalized": renormalized.coupling.matrix,
+        "renormalized_mask": renormalized.coupling.mask,
+    }
+    return {name: np.asarray(array) for name, array in arrays.items()}

@@ -1,0 +1,342 @@
+"""Block Lanczos with full re-orthogonalisation that survives float32 and rank loss.
+
+``lanczos_init``, ``lanczos_step`` and ``lanczos_finish`` are the algorithm; two drivers
+run the same step: `lax.scan` (composable, for GPU and TPU) and a host loop (for CPU,
+where convolutions in an XLA loop body are slow, and for progress). The step takes the
+product ``M Q``, never the operator, so the operator is compiled once, by its owner.
+"""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grsd_jax._checks import (
+    check_at_least,
+    check_choice,
+    check_floating,
+    check_shape,
+)
+from grsd_jax._typing import Matmat
+
+DRIVERS = ("scan", "host")
+
+#: A direction is dead below this many eps of the largest product's norm. Larger factors
+#: lose part of the tail, and the second orthogonalisation keeps this one safe.
+_DEAD_EPS = 4.0
+
+
+class LanczosState(NamedTuple):
+    """The run after j steps.
+
+    Attributes:
+        basis: ``[n, (m + 1) b]``, orthonormal; columns not yet reached are zero.
+        tridiagonal: ``[(m + 1) b, (m + 1) b]``, the projected operator so far.
+        live_counts: ``[m + 1]`` int32, live directions of each block.
+        step: [] int32, the number j of steps taken.
+        scale: [], the largest norm of a product's column, an estimate of ``|M|``.
+        asymmetry: [], the largest ``|Q^T M Q - (Q^T M Q)^T|`` over ``|M|``.
+        finite: [] bool, whether every product was finite.
+        key: Key of the random replacements of dead directions.
+    """
+
+    basis: jax.Array
+    tridiagonal: jax.Array
+    live_counts: jax.Array
+    step: jax.Array
+    scale: jax.Array
+    asymmetry: jax.Array
+    finite: jax.Array
+    key: jax.Array
+
+
+class LanczosResult(NamedTuple):
+    """A block Krylov decomposition ``M Q = Q T + Q_{m+1} B_m E_m^T``.
+
+    Attributes:
+        basis: Q, ``[n, m b]``. Columns are orthonormal; once all n dimensions are used
+            up the remaining columns are zero.
+        tridiagonal: T, ``[m b, m b]``, symmetric, block tridiagonal.
+        residual_block: ``B_m``, ``[b, b]``, the coupling to the block that would
+            follow.
+        live_counts: ``[m]`` int32, the directions of each block that the operator
+            reached; the others are random ones with zero coupling.
+        scale: [], the largest norm of a product's column, an estimate of ``|M|``.
+        orthogonality: [], the largest entry of ``|Q^T Q - I|`` over non-zero columns.
+        asymmetry: [], how far the projected blocks were from symmetric, over ``|M|``;
+            far above epsilon it tells of low-precision products or a wrong operator.
+        finite: [] bool, whether every product was finite. If not, the run stopped
+            building at the first one that was not, and nothing in it is a NaN.
+    """
+
+    basis: jax.Array
+    tridiagonal: jax.Array
+    residual_block: jax.Array
+    live_counts: jax.Array
+    scale: jax.Array
+    orthogonality: jax.Array
+    asymmetry: jax.Array
+    finite: jax.Array
+
+    @property
+    def block_size(self) -> int:
+        """The block width b."""
+        return self.residual_block.shape[-1]
+
+
+def block_lanczos(
+    matmat: Matmat,
+    start_block: jax.Array,
+    num_steps: int,
+    *,
+    key: jax.Array,
+    driver: Literal["scan", "host"] = "scan",
+    progress: Callable[[int], None] | None = None,
+) -> LanczosResult:
+    """Runs m steps of block Lanczos on a symmetric positive semidefinite operator.
+
+    ``W = M Q_j``, ``A_j = Q_j^T W``, W orthogonalised against all blocks twice, its
+    rank decided by singular values, dead directions replaced by random ones with zero
+    coupling, the block orthogonalised against all blocks and within itself twice more,
+    ``B_j = Q_{j+1}^T W``.
+
+    Args:
+        matmat: ``M V`` for a block ``[n, b]``; linear, symmetric, of the block's dtype.
+        start_block: ``[n, b]``, orthonormalised here; Gaussian for unbiased quadrature.
+        num_steps: m, the number of products.
+        key: Consumed for the random replacements of dead directions.
+        driver: ``"scan"`` runs `lax.scan` and composes with `jit`; ``"host"`` loops in
+            Python and calls ``matmat`` eagerly, which is much faster for convolutions
+            on CPU. Both run the same step.
+        progress: Called with the number of steps done; host driver only.
+
+    Returns:
+        A `LanczosResult`, with Krylov dimension ``r = m b``, which may exceed n.
+
+    Raises:
+        ValueError: If the block is wider than n, a shape or dtype does not fit, or an
+            option is out of range.
+
+    References:
+        Paper 7.2 and B.3; Golub and Underwood (1977), "The block Lanczos method for
+        computing eigenvalues"; Daniel et al. (1976) on orthogonalising twice.
+    """
+    check_choice("driver", driver, DRIVERS)
+    if progress is not None and driver != "host":
+        raise ValueError("progress: expected driver='host' with it, got 'scan'.")
+    state = lanczos_init(start_block, num_steps, key=key)
+    if driver == "scan":
+
+        def body(carry: LanczosState, _: None) -> tuple[LanczosState, None]:
+            return lanczos_step(carry, matmat(lanczos_block(carry, width))), None
+
+        width = start_block.shape[1]
+        state, _ = jax.lax.scan(body, state, length=num_steps)
+    else:
+        width = start_block.shape[1]
+        for done in range(num_steps):
+            product = matmat(_jitted_block(state, width))
+            state = _jitted_step(state, product)
+            if progress is not None:
+                jax.block_until_ready(state.step)
+                progress(done + 1)
+    return lanczos_finish(state, width)
+
+
+def lanczos_init(
+    start_block: jax.Array, num_steps: int, *, key: jax.Array
+) -> LanczosState:
+    """Orthonormalises the start block and allocates room for m steps.
+
+    Args:
+        start_block: ``[n, b]``.
+        num_steps: m.
+        key: Consumed for the random replacements of dead directions.
+
+    Returns:
+        The state before the first step.
+
+    Raises:
+        ValueError: If the block is wider than n, or a shape or dtype does not fit.
+    """
+    check_shape("start_block", start_block, [None, None])
+    check_floating("start_block", start_block)
+    check_at_least("num_steps", num_steps, 1)
+    size, width = start_block.shape
+    if not 1 <= width <= size:
+        raise ValueError(
+            f"start_block: expected 1 <= b <= n columns, got b = {width}, n = {size}."
+        )
+    start_block = jnp.asarray(start_block)
+    columns, dtype = (num_steps + 1) * width, start_block.dtype
+    basis = jnp.zeros((size, columns), dtype)
+    scale = jnp.max(_norms(start_block))
+    first, _, live = _next_block(
+        basis, start_block, scale, jnp.int32(0), jax.random.fold_in(key, num_steps)
+    )
+    counts = jnp.zeros(num_steps + 1, jnp.int32).at[0].set(live)
+    return LanczosState(
+        basis=basis.at[:, :width].set(first),
+        tridiagonal=jnp.zeros((columns, columns), dtype),
+        live_counts=counts,
+        step=jnp.int32(0),
+        scale=jnp.zeros((), dtype),
+        asymmetry=jnp.zeros((), dtype),
+        finite=jnp.all(jnp.isfinite(start_block)),
+        key=key,
+    )
+
+
+def lanczos_block(state: LanczosState, width: int) -> jax.Array:
+    """Returns the newest block ``Q_{j+1}``, ``[n, b]``, the one to multiply next.
+
+    Args:
+        state: The state after j steps.
+        width: The block width b.
+
+    Returns:
+        ``[n, b]``.
+    """
+    return jax.lax.dynamic_slice_in_dim(state.basis, state.step * width, width, axis=1)
+
+
+def lanczos_step(state: LanczosState, product: jax.Array) -> LanczosState:
+    """Takes one step, given ``W = M Q`` of the newest block.
+
+    Args:
+        state: The state after j steps.
+        product: W, ``[n, b]``, the product with `lanczos_block` of the state.
+
+    Returns:
+        The state after ``j + 1`` steps.
+
+    Raises:
+        ValueError: If the product's shape or dtype is not that of the block.
+    """
+    size, width = state.basis.shape[0], product.shape[-1]
+    check_shape("matmat(block)", product, [size, width])
+    if product.dtype != state.basis.dtype:
+        raise ValueError(
+            f"matmat(block): expected dtype {state.basis.dtype}, that of the block, "
+            f"got {product.dtype}."
+        )
+    finite = state.finite & jnp.all(jnp.isfinite(product))
+    product = jnp.where(finite, product, 0)  # a flag travels on, a NaN does not
+    offset = state.step * width
+    scale = jnp.maximum(state.scale, jnp.max(_norms(product)))
+
+    block = lanczos_block(state, width)
+    diagonal = _dot(block.T, product)
+    skew = jnp.max(jnp.abs(diagonal - diagonal.T)) / jnp.where(scale > 0, scale, 1)
+    rest = _project_out(state.basis, _project_out(state.basis, product))
+    following, coupling, live = _next_block(
+        state.basis,
+        rest,
+        scale,
+        offset + width,
+        jax.random.fold_in(state.key, state.step),
+    )
+
+    tridiagonal = state.tridiagonal
+    for part, row, column in (
+        ((diagonal + diagonal.T) / 2, offset, offset),
+        (coupling, offset + width, offset),
+        (coupling.T, offset, offset + width),
+    ):
+        tridiagonal = jax.lax.dynamic_update_slice(tridiagonal, part, (row, column))
+    return LanczosState(
+        basis=jax.lax.dynamic_update_slice_in_dim(
+            state.basis, following, offset + width, axis=1
+        ),
+        tridiagonal=tridiagonal,
+        live_counts=state.live_counts.at[state.step + 1].set(live),
+        step=state.step + 1,
+        scale=scale,
+        asymmetry=jnp.maximum(state.asymmetry, skew),
+        finite=finite,
+        key=state.key,
+    )
+
+
+def lanczos_finish(state: LanczosState, width: int) -> LanczosResult:
+    """Returns the result of a run that has taken all its m steps.
+
+    Args:
+        state: The state after m steps.
+        width: The block width b.
+
+    Returns:
+        A `LanczosResult`.
+    """
+    kept = state.basis.shape[1] - width
+    basis = state.basis[:, :kept]
+    gram = _dot(basis.T, basis)
+    expected = jnp.diag((jnp.diag(gram) > 0).astype(gram.dtype))
+    return LanczosResult(
+        basis=basis,
+        tridiagonal=state.tridiagonal[:kept, :kept],
+        residual_block=state.tridiagonal[kept:, kept - width : kept],
+        live_counts=state.live_counts[:-1],
+        scale=state.scale,
+        orthogonality=jnp.max(jnp.abs(gram - expected)),
+        asymmetry=state.asymmetry,
+        finite=state.finite,
+    )
+
+
+_jitted_step = jax.jit(lanczos_step)
+_jitted_block = jax.jit(lanczos_block, static_argnames="width")
+
+
+def _next_block(
+    basis: jax.Array,
+    block: jax.Array,
+    scale: jax.Array,
+    offset: jax.Array,
+    key: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Orthonormalises ``block`` (already projected) into the next columns of the basis.
+
+    Args:
+        basis: ``[n, columns]``, zero from ``offset`` on.
+        block: W, ``[n, b]``.
+        scale: The size against which a direction counts as dead.
+        offset: The column of the basis at which the block will stand.
+        key: Key of the random replacements.
+
+    Returns:
+        ``(Q, B, live)``: Q ``[n, b]``, ``B = Q^T W`` with zero rows for dead
+        directions, and the number of live ones.
+    """
+    size, width = block.shape
+    # The singular values of R, not of the Gram matrix, which is blind below sqrt(eps).
+    orthonormal, triangular = jnp.linalg.qr(block)
+    left, sigma, _ = jnp.linalg.svd(triangular)
+    position = jnp.arange(width, dtype=jnp.int32)
+    room = offset + position < size  # past n dimensions nothing is left but zero
+    alive = (sigma > _DEAD_EPS * jnp.finfo(block.dtype).eps * scale) & room
+    candidates = _dot(orthonormal, left)
+    random = jax.random.normal(key, block.shape, block.dtype) / np.sqrt(size).astype(
+        block.dtype
+    )
+    # Live directions come first, so QR keeps their span.
+    following = jnp.where(alive, candidates, _project_out(basis, random))
+    for _ in range(2):
+        orthonormal, _ = jnp.linalg.qr(_project_out(basis, following))
+        following = jnp.where(room, orthonormal, 0)
+    coupling = jnp.where(alive[:, None], _dot(following.T, block), 0)
+    return following, coupling, jnp.sum(alive, dtype=jnp.int32)
+
+
+def _project_out(basis: jax.Array, block: jax.Array) -> jax.Array:
+    return block - _dot(basis, _dot(basis.T, block))
+
+
+def _dot(left: jax.Array, right: jax.Array) -> jax.Array:
+    return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
+
+
+def _norms(block: jax.Array) -> jax.Array:
+    return jnp.linalg.norm(block, axis=0)

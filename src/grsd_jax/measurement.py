@@ -1,0 +1,304 @@
+"""The whole measurement in one call: spectrum, coupling, shells and diagnostics.
+
+The pieces are all public; this module puts them in order, chooses the solver, and adds
+the two cross-checks that every result carries: how far the pairs are from eigenpairs of
+the matrix-free kernel, and how far the exact derivative is from a finite difference.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from grsd_jax._checks import (
+    check_at_least,
+    check_choice,
+    check_same_tree,
+)
+from grsd_jax._jacobian import evaluate, is_traced, split_batches
+from grsd_jax._typing import Derivative, ErrorFn, PyTree, Reduction
+from grsd_jax.dense import kernel_dense, kernel_with_derivative_dense
+from grsd_jax.derivative import DERIVATIVES, central_difference, kernel_derivative
+from grsd_jax.diagnostics import CouplingMeasurement, diagnose
+from grsd_jax.kernel import (
+    REDUCTIONS,
+    error_dimension,
+    kernel_matmat,
+    linearize_kernel,
+)
+from grsd_jax.lanczos import LanczosResult, block_lanczos
+from grsd_jax.solvers import SOLVERS, choose_solver, class_sums_vanish
+from grsd_jax.spectrum import RitzPairs, resolved_pairs, ritz_pairs
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+class _Problem(NamedTuple):
+    """What every solver is given."""
+
+    error_fn: ErrorFn
+    params: PyTree
+    batches: PyTree
+    direction: PyTree
+    reduction: Reduction
+    derivative: Derivative
+    step: float | None
+
+
+def measure_coupling(
+    error_fn: ErrorFn,
+    params: PyTree,
+    batches: PyTree,
+    direction: PyTree,
+    *,
+    key: jax.Array,
+    reduction: Reduction = "mean",
+    solver: Literal["auto", "dense", "lanczos"] = "auto",
+    derivative: Derivative = "exact",
+    step: float | None = None,
+    block_size: int = 8,
+    num_steps: int = 20,
+    driver: Literal["auto", "scan", "host"] = "auto",
+    tolerance: float = 0.05,
+    floor: float | None = None,
+    num_shells: int = 12,
+    window: int = 5,
+    min_count: int = 1,
+    num_bootstrap: int = 1000,
+    progress: Callable[[int], None] | None = None,
+) -> CouplingMeasurement:
+    """Measures the shell coupling of the kernel's derivative, with its diagnostics.
+
+    ``M = J J^T`` and ``Mdot`` along ``direction`` at ``params``; eigenpairs of M (all
+    of them, or Ritz pairs); ``V^T Mdot V``; log shells; literal and renormalised
+    coupling; Toeplitz residuals, whole and in sliding windows; power-law fits.
+
+    Call it eagerly (its programs are compiled once and reused while shapes stay the
+    same), or inside `jit`, where nothing is checked but shapes.
+
+    Args:
+        error_fn: ``error_fn(params, batch) -> [N, C]``.
+        params: Parameters, a pytree of floating arrays.
+        batches: A pytree with leading axes ``[K, N]``.
+        direction: The tangent d, a tree like ``params``; see `gradient_flow_direction`.
+        key: Consumed for the start block and the bootstrap.
+        reduction: ``"mean"`` or ``"stack"``.
+        solver: ``"dense"`` for all n pairs (examples must be independent),
+            ``"lanczos"`` for the leading ``m b``; ``"auto"`` takes the cheaper by
+            `choose_solver`.
+        derivative: ``"exact"`` or ``"finite_difference"``.
+        step: Relative step of the difference; see `kernel_derivative`.
+        block_size: b. At most n; also the columns differentiated at a time.
+        num_steps: m.
+        driver: Of the Lanczos run; ``"auto"`` loops on the host on CPU, unless traced.
+        tolerance: Largest residual of a resolved pair, relative to its value.
+        floor: Smallest resolved value, relative to the largest; ten eps if None.
+        num_shells: S.
+        window: Shells w in one sliding window.
+        min_count: Pairs that a shell needs, lest it be masked.
+        num_bootstrap: Resamples behind the intervals of the fits; 0 for none.
+        progress: Called with the number of Lanczos steps done; host driver only.
+
+    Returns:
+        A `CouplingMeasurement`.
+
+    Raises:
+        ValueError: If a shape, tree, dtype, leading axis or choice does not fit.
+
+    References:
+        Paper 7.2 to 7.5 and B.
+    """
+    check_choice("solver", solver, SOLVERS)
+    check_choice("derivative", derivative, DERIVATIVES)
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("driver", driver, ("auto", "scan", "host"))
+    check_at_least("block_size", block_size, 1)
+    check_at_least("num_steps", num_steps, 1)
+    check_at_least("window", window, 1)
+    if window > num_shells:
+        raise ValueError(
+            f"window: expected at most num_shells = {num_shells}, got {window}."
+        )
+    problem = _Problem(
+        error_fn, params, batches, direction, reduction, derivative, step
+    )
+    size = _checked_size(problem, block_size)
+    if solver == "auto":
+        columns = min(block_size * num_steps, size)
+        solver = choose_solver(
+            error_fn, params, batches, reduction=reduction, num_columns=columns
+        )
+    start_key, bootstrap_key = jax.random.split(key)
+    if solver == "dense":
+        pairs, coupling = _dense_pairs(problem, tolerance, floor)
+    else:
+        run = _lanczos_run(problem, start_key, block_size, num_steps, driver, progress)
+        pairs = _ritz_pairs(run, tolerance=tolerance, floor=floor)
+        coupling = _derivative(problem, pairs.vectors, derivative, block_size)
+    secant, operator = _cross_checks(problem, pairs, coupling, block_size)
+    finite = _all_finite((coupling, pairs.values, direction)) & _errors_finite(problem)
+    return diagnose(
+        pairs,
+        coupling,
+        (secant, operator, finite),
+        bootstrap_key,
+        labels=(solver, derivative, reduction),
+        num_shells=num_shells,
+        window=window,
+        min_count=min_count,
+        num_bootstrap=num_bootstrap,
+    )
+
+
+def _checked_size(problem: _Problem, block_size: int) -> int:
+    """Returns n, after checking the direction and that a block is not wider than n."""
+    check_same_tree("direction", problem.direction, problem.params, "params")
+    size = error_dimension(
+        problem.error_fn, problem.params, problem.batches, reduction=problem.reduction
+    )
+    if block_size > size:
+        raise ValueError(
+            f"block_size: expected at most the error dimension n = {size}, "
+            f"got {block_size}."
+        )
+    return size
+
+
+def _dense_pairs(
+    problem: _Problem, tolerance: float, floor: float | None
+) -> tuple[RitzPairs, jax.Array]:
+    """Returns all n eigenpairs and ``V^T Mdot V``, from the dense matrices."""
+    fn, params, batches, direction, reduction, derivative, step = problem
+    if derivative == "exact":
+        kernel, moved = kernel_with_derivative_dense(
+            fn, params, batches, direction, reduction=reduction
+        )
+    else:
+        kernel = kernel_dense(fn, params, batches, reduction=reduction)
+        moved = central_difference(
+            lambda p: kernel_dense(fn, p, batches, reduction=reduction),
+            params,
+            direction,
+            step=step,
+        )
+    return _diagonalize(kernel, moved, tolerance=tolerance, floor=floor)
+
+
+@partial(jax.jit, static_argnames=("tolerance", "floor"))
+def _diagonalize(
+    kernel: jax.Array, moved: jax.Array, *, tolerance: float, floor: float | None
+) -> tuple[RitzPairs, jax.Array]:
+    finite = _all_finite((kernel, moved))
+    kernel, moved = (jnp.where(finite, matrix, 0) for matrix in (kernel, moved))
+    values, vectors = jnp.linalg.eigh(kernel)
+    values, vectors = values[::-1], vectors[:, ::-1]
+    left_over = jnp.matmul(kernel, vectors, precision=_HIGHEST) - vectors * values[None]
+    residuals = jnp.linalg.norm(left_over, axis=0)
+    resolved = resolved_pairs(values, residuals, tolerance=tolerance, floor=floor)
+    coupling = jnp.matmul(
+        vectors.T, jnp.matmul(moved, vectors, precision=_HIGHEST), precision=_HIGHEST
+    )
+    return RitzPairs(values, vectors, residuals, resolved & finite), coupling
+
+
+def _lanczos_run(
+    problem: _Problem,
+    key: jax.Array,
+    block_size: int,
+    num_steps: int,
+    driver: Literal["auto", "scan", "host"],
+    progress: Callable[[int], None] | None,
+) -> LanczosResult:
+    """Runs block Lanczos from a Gaussian block free of the softmax null space."""
+    fn, params, batches, _, reduction, _, _ = problem
+    traced = is_traced((params, batches))
+    kernel = linearize_kernel(fn, params, batches, reduction=reduction)
+    start_key, probe_key, lanczos_key = jax.random.split(key, 3)
+    shape = (kernel.dimension, block_size)
+    start = jax.random.normal(start_key, shape, kernel.dtype)
+    centered = class_sums_vanish(fn, params, batches, probe_key)
+    by_class = start.reshape(-1, kernel.error.shape[1], block_size)
+    free = by_class - jnp.mean(by_class, axis=1, keepdims=True)
+    start = jnp.where(centered, free.reshape(shape), start)
+    if driver == "auto":
+        on_cpu = jax.default_backend() == "cpu"
+        driver = "host" if on_cpu and not traced else "scan"
+    return block_lanczos(
+        kernel.matmat,
+        start,
+        num_steps,
+        key=lanczos_key,
+        driver=driver,
+        progress=progress,
+    )
+
+
+_ritz_pairs = partial(jax.jit, static_argnames=("tolerance", "floor"))(ritz_pairs)
+
+
+def _derivative(
+    problem: _Problem, vectors: jax.Array, method: Derivative, block_size: int
+) -> jax.Array:
+    """Projects the derivative, ``block_size`` columns at a time."""
+    fn, params, batches, direction, reduction, _, step = problem
+    return kernel_derivative(
+        fn,
+        params,
+        batches,
+        direction,
+        vectors,
+        method=method,
+        step=step,
+        reduction=reduction,
+        column_chunk=block_size,
+    )
+
+
+def _cross_checks(
+    problem: _Problem, pairs: RitzPairs, coupling: jax.Array, block_size: int
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the secant's and the matrix-free operator's disagreement."""
+    leading = pairs.vectors[:, :block_size]
+    first = coupling[:block_size, :block_size]
+    exact = problem.derivative == "exact"
+    other_method: Derivative = "finite_difference" if exact else "exact"
+    other = _derivative(problem, leading, other_method, block_size)
+    difference = other if exact else first
+    product = kernel_matmat(
+        problem.error_fn,
+        problem.params,
+        problem.batches,
+        leading,
+        reduction=problem.reduction,
+    )
+    expected = leading * pairs.values[None, :block_size]
+    return (
+        _ratio(jnp.linalg.norm(first - other), jnp.linalg.norm(difference)),
+        _ratio(
+            jnp.max(jnp.linalg.norm(product - expected, axis=0)),
+            jnp.max(jnp.abs(pairs.values)),
+        ),
+    )
+
+
+def _errors_finite(problem: _Problem) -> jax.Array:
+    errors = [
+        evaluate(problem.error_fn, problem.params, batch)
+        for batch in split_batches(problem.batches)
+    ]
+    return _all_finite((errors, problem.params))
+
+
+def _all_finite(tree: PyTree) -> jax.Array:
+    checks = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
+    return jnp.all(jnp.stack(checks))
+
+
+def _ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
+    """Divides, with 0 for 0 / 0."""
+    positive = denominator > 0
+    return jnp.where(
+        positive, numerator / jnp.where(positive, denominator, 1), numerator
+    )

@@ -1,0 +1,204 @@
+"""How far a matrix is from depending on ``i - j`` alone (paper 7.4, 7.5).
+
+Every function takes one square matrix and a mask of its valid entries, and works under
+``jit``, ``vmap`` and ``grad``. What a masked entry holds, NaN included, has no effect.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from grsd_jax._arrays import as_floating, as_mask
+from grsd_jax._checks import check_at_least
+
+
+def toeplitz_approximation(
+    matrix: jax.typing.ArrayLike, mask: jax.typing.ArrayLike | None = None
+) -> jax.Array:
+    r"""The nearest Toeplitz matrix: each entry is the mean along its diagonal.
+
+    .. math:: \operatorname{Toep}(A)_{ij} = \operatorname{mean}_{k - l = i - j} A_{kl}
+
+    Args:
+        matrix: [S, S].
+        mask: [S, S] bool, the valid entries that enter the means. Default: all.
+
+    Returns:
+        [S, S]; the diagonals without a valid entry hold 0.
+
+    Raises:
+        ValueError: If ``matrix`` is not a floating square matrix, or ``mask`` not a
+            bool matrix of the same shape.
+
+    References:
+        Paper 7.4.
+    """
+    matrix, mask = _matrix_and_mask(matrix, mask)
+    size = matrix.shape[0]
+    entries = _along_diagonals(jnp.where(mask, matrix, 0))
+    counts = _diagonal_counts(mask).astype(matrix.dtype)
+    means = jnp.sum(entries, axis=0) / jnp.maximum(counts, 1)
+    rows = jnp.arange(size, dtype=jnp.int32)
+    return means[rows[None, :] - rows[:, None] + (size - 1)]
+
+
+def toeplitz_residual(
+    matrix: jax.typing.ArrayLike, mask: jax.typing.ArrayLike | None = None
+) -> jax.Array:
+    r"""The relative distance to the nearest Toeplitz matrix.
+
+    .. math:: \| A - \operatorname{Toep}(A) \|_F \,/\, \| A \|_F
+
+    over the valid entries: 0 for a Toeplitz matrix, at most 1, the same for every
+    multiple of ``A`` and at every magnitude the dtype can hold. The gradient at 0 is 0.
+
+    Args:
+        matrix: [S, S].
+        mask: [S, S] bool, the valid entries. Default: all.
+
+    Returns:
+        [], 0 for the zero matrix and NaN if no entry is valid. When as many diagonals
+        as entries are valid it is 0 by construction: see
+        :func:`toeplitz_degrees_of_freedom`.
+
+    Raises:
+        ValueError: If ``matrix`` is not a floating square matrix, or ``mask`` not a
+            bool matrix of the same shape.
+
+    References:
+        Paper 7.4.
+    """
+    matrix, mask = _matrix_and_mask(matrix, mask)
+    matrix = jnp.where(mask, matrix, 0)
+    # Scaled to a largest entry of 1, so that no square over- or underflows. The result
+    # does not depend on the scale, so neither does its gradient.
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(matrix), initial=0.0))
+    scaled = matrix / jnp.where(largest > 0, largest, 1)
+    rest = jnp.where(mask, scaled - toeplitz_approximation(scaled, mask), 0)
+    norm = _norm(scaled)
+    residual = _norm(rest) / jnp.where(norm > 0, norm, 1)
+    return jnp.where(jnp.any(mask), residual, jnp.nan)
+
+
+def windowed_toeplitz_residual(
+    matrix: jax.typing.ArrayLike,
+    window: int,
+    mask: jax.typing.ArrayLike | None = None,
+) -> jax.Array:
+    """The Toeplitz residual of every run of ``window`` consecutive shells.
+
+    Entry ``p`` is the :func:`toeplitz_residual` of the diagonal block of the shells
+    ``p, ..., p + window - 1`` (Figure 2 of the paper draws it against ``p``).
+
+    Args:
+        matrix: [S, S].
+        window: The number of shells in a window, from 1 to S. It is static.
+        mask: [S, S] bool, the valid entries. Default: all.
+
+    Returns:
+        [S - window + 1], NaN where a window has no valid entry.
+
+    Raises:
+        ValueError: If ``window`` is not an integer from 1 to S, ``matrix`` is not a
+            floating square matrix, or ``mask`` not a bool matrix of the same shape.
+
+    References:
+        Paper 7.5.
+    """
+    matrix, mask = _matrix_and_mask(matrix, mask)
+    _check_window(window, matrix.shape[0])
+    return jax.vmap(toeplitz_residual)(_windows(matrix, window), _windows(mask, window))
+
+
+def toeplitz_degrees_of_freedom(mask: jax.typing.ArrayLike) -> jax.Array:
+    """The valid entries less the diagonals that hold any: what a residual rests on.
+
+    With 0 degrees of freedom every diagonal holds at most one valid entry, its own
+    mean; the :func:`toeplitz_residual` is then 0 whatever the entries, and says
+    nothing.
+
+    Args:
+        mask: [S, S] bool, the valid entries.
+
+    Returns:
+        [] int32.
+
+    Raises:
+        ValueError: If ``mask`` is not a square bool matrix.
+    """
+    mask = as_mask("mask", mask, [None, None])
+    mask = as_mask("mask", mask, [mask.shape[0]] * 2)
+    counts = _diagonal_counts(mask)
+    # Each diagonal that holds any entry spends one of them on its mean.
+    return jnp.sum(jnp.maximum(counts - 1, 0), dtype=jnp.int32)
+
+
+def windowed_toeplitz_degrees_of_freedom(
+    mask: jax.typing.ArrayLike, window: int
+) -> jax.Array:
+    """The degrees of freedom behind each entry of :func:`windowed_toeplitz_residual`.
+
+    Args:
+        mask: [S, S] bool, the valid entries.
+        window: The number of shells in a window, from 1 to S. It is static.
+
+    Returns:
+        [S - window + 1] int32.
+
+    Raises:
+        ValueError: If ``window`` is not an integer from 1 to S, or ``mask`` not a
+            square bool matrix.
+    """
+    mask = as_mask("mask", mask, [None, None])
+    mask = as_mask("mask", mask, [mask.shape[0]] * 2)
+    _check_window(window, mask.shape[0])
+    return jax.vmap(toeplitz_degrees_of_freedom)(_windows(mask, window))
+
+
+def _matrix_and_mask(
+    matrix: jax.typing.ArrayLike, mask: jax.typing.ArrayLike | None
+) -> tuple[jax.Array, jax.Array]:
+    """Returns both as arrays of one square shape [S, S]."""
+    matrix = as_floating("matrix", matrix, [None, None])
+    matrix = as_floating("matrix", matrix, [matrix.shape[0]] * 2)
+    return matrix, as_mask("mask", mask, matrix.shape)
+
+
+def _check_window(window: int, size: int) -> None:
+    """Raises ValueError unless ``1 <= window <= size``."""
+    check_at_least("window", window, 1)
+    if window > size:
+        raise ValueError(
+            f"window: expected at most the number of shells, {size}, got {window}."
+        )
+
+
+def _along_diagonals(matrix: jax.Array) -> jax.Array:
+    """Returns [S, 2S-1]: column k lists diagonal ``j - i = k - (S - 1)``, else 0."""
+    size = matrix.shape[0]
+    rows = jnp.arange(size, dtype=jnp.int32)[:, None]
+    offsets = jnp.arange(-(size - 1), size, dtype=jnp.int32)[None, :]
+    columns = rows + offsets
+    inside = (columns >= 0) & (columns < size)
+    entries = matrix[rows, jnp.clip(columns, 0, size - 1)]
+    return jnp.where(inside, entries, jnp.zeros((), matrix.dtype))
+
+
+def _diagonal_counts(mask: jax.Array) -> jax.Array:
+    """Returns [2S-1] int32, the valid entries on each diagonal."""
+    return jnp.sum(_along_diagonals(mask), axis=0, dtype=jnp.int32)
+
+
+def _windows(matrix: jax.Array, window: int) -> jax.Array:
+    """Returns [S - window + 1, window, window], the diagonal blocks in order."""
+    starts = jnp.arange(matrix.shape[0] - window + 1, dtype=jnp.int32)
+
+    def block(start: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice(matrix, (start, start), (window, window))
+
+    return jax.vmap(block)(starts)
+
+
+def _norm(matrix: jax.Array) -> jax.Array:
+    """The Frobenius norm, with gradient 0 at 0, where the root's is infinite."""
+    total = jnp.sum(jnp.square(matrix))
+    return jnp.where(total > 0, jnp.sqrt(jnp.where(total > 0, total, 1)), 0)

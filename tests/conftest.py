@@ -1,0 +1,22 @@
+"""Strict JAX for every test: nothing may lean on silent promotion or on 64 bits."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# The suite is bound by compilation, so XLA's costly optimisations only slow it down.
+os.environ["XLA_FLAGS"] = " ".join(
+    [os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0"]
+)
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def x64():
+    """Runs one test with 64-bit types, and puts the setting back whatever happens."""
+    with jax.enable_x64(True):
+        yield

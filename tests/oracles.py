@@ -1,0 +1,97 @@
+"""Dense oracles and small problems that several test files share."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import grsd_jax
+from grsd_jax import models
+
+
+class MLP(nn.Module):
+    """A small dense network without a ``train`` argument."""
+
+    activation: str = "gelu"
+    num_classes: int = 3
+
+    @nn.compact
+    def __call__(self, x):
+        x = x.reshape(x.shape[0], -1)
+        x = getattr(jax.nn, self.activation)(nn.Dense(7)(x))
+        return nn.Dense(self.num_classes)(x)
+
+
+def random_batches(num_batches, num_examples, shape, num_classes, dtype=jnp.float32):
+    image_key, label_key = jax.random.split(jax.random.key(3))
+    leading = (num_batches, num_examples)
+    return {
+        "image": jax.random.normal(image_key, (*leading, *shape), dtype),
+        "label": jax.random.randint(label_key, leading, 0, num_classes),
+    }
+
+
+def cast(tree, dtype):
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
+
+
+def problem(name, dtype, *, activation="gelu", error=grsd_jax.softmax_error):
+    """Returns ``(error_fn, params, batches, loss_fn)`` of a small network."""
+    if name == "mlp":
+        model, shape, num_classes = MLP(activation), (4,), 3
+        batches = random_batches(2, 5, shape, num_classes, dtype)
+    else:
+        make = {"resnet18": models.ResNet18, "plainnet18": models.PlainNet18}[name]
+        num_classes = 3
+        model = make(num_classes, width=2, activation=activation)
+        batches = random_batches(2, 3, (8, 8, 3), num_classes, dtype)
+    variables = model.init(jax.random.key(0), batches["image"][0].astype(jnp.float32))
+    variables = cast(dict(variables), dtype)
+    params = variables.pop("params")
+    loss = {
+        grsd_jax.softmax_error: grsd_jax.softmax_cross_entropy,
+        grsd_jax.squared_error: grsd_jax.half_squared_loss,
+    }[error]
+    return (
+        models.linen_error_fn(model, variables, error=error),
+        params,
+        batches,
+        models.linen_loss_fn(model, variables, loss=loss),
+    )
+
+
+def dense_jacobians(error_fn, params, batches):
+    """Returns J of every batch, ``[K, n, P]``, by plain reverse mode."""
+
+    def one(batch):
+        jacobian = jax.jacrev(lambda p: error_fn(p, batch).reshape(-1))(params)
+        rows = [leaf.reshape(leaf.shape[0], -1) for leaf in jax.tree.leaves(jacobian)]
+        return jnp.concatenate(rows, axis=1)
+
+    num_batches = jax.tree.leaves(batches)[0].shape[0]
+    return [
+        one(jax.tree.map(lambda leaf, k=k: leaf[k], batches))
+        for k in range(num_batches)
+    ]
+
+
+def dense_kernel(error_fn, params, batches, reduction):
+    """Returns M from `dense_jacobians`."""
+    jacobians = dense_jacobians(error_fn, params, batches)
+    if reduction == "stack":
+        jacobians = [jnp.concatenate(jacobians)]
+    grams = [jnp.matmul(j, j.T, precision="highest") for j in jacobians]
+    return sum(grams[1:], grams[0]) / len(grams)
+
+
+def relative_error(got, expected):
+    """Returns ``max |got - expected| / max |expected|`` in float64."""
+    got, expected = (np.asarray(array, np.float64) for array in (got, expected))
+    return np.max(np.abs(got - expected)) / np.max(np.abs(expected))
+
+
+def symmetric_with_spectrum(values, seed=0):
+    """Returns ``(A, eigenvectors)`` in float64, with the given eigenvalues."""
+    rng = np.random.default_rng(seed)
+    basis, _ = np.linalg.qr(rng.normal(size=(len(values), len(values))))
+    return (basis * values) @ basis.T, basis

@@ -1,0 +1,19 @@
+import jax
+import pytest
+
+from grsd_jax.experiments import benchmarking
+from grsd_jax.experiments.config import Config
+
+
+@pytest.mark.slow
+def test_every_case_runs_and_says_what_it_measured():
+    config = Config(width=2, batch_size=2, num_batches=1, block_size=2, num_steps=10)
+    with jax.numpy_dtype_promotion("standard"):
+        rows = [benchmarking.run_case(name, config) for name in benchmarking.CASES]
+    for row in rows:
+        assert row["first_seconds"] > 0
+        assert row["seconds"] > 0
+        assert row["peak_mib"] > 1
+    table = benchmarking.format_benchmark(rows)
+    assert table.count("\n") == len(rows) + 1
+    assert rows[-1]["solver"] == "dense"

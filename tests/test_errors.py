@@ -1,0 +1,61 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grsd_jax import (
+    half_squared_loss,
+    softmax_cross_entropy,
+    softmax_error,
+    squared_error,
+)
+
+LOGITS = jnp.array([[1.0, 2.0, -1.0], [0.5, 0.0, 3.0]])
+LABELS = np.array([2, 0])
+
+
+@pytest.mark.parametrize(
+    ("error", "loss"),
+    [(softmax_error, softmax_cross_entropy), (squared_error, half_squared_loss)],
+)
+def test_error_is_the_gradient_of_its_loss(error, loss):
+    gradient = jax.grad(lambda z: jnp.sum(loss(z, LABELS)))(LOGITS)
+    np.testing.assert_allclose(error(LOGITS, LABELS), gradient, atol=1e-6)
+
+
+@pytest.mark.parametrize("error", [softmax_error, squared_error])
+def test_one_hot_and_integer_labels_agree(error):
+    one_hot = np.eye(3)[LABELS]
+    expected = error(LOGITS, LABELS)
+    np.testing.assert_array_equal(error(LOGITS, one_hot.astype(np.float32)), expected)
+    np.testing.assert_array_equal(error(LOGITS, one_hot.astype(int)), expected)
+
+
+def test_values():
+    softmax = np.exp(LOGITS) / np.exp(LOGITS).sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(
+        softmax_error(LOGITS, LABELS), softmax - np.eye(3)[LABELS], atol=1e-6
+    )
+    np.testing.assert_allclose(
+        softmax_cross_entropy(LOGITS, LABELS),
+        -np.log(softmax[[0, 1], LABELS]),
+        rtol=1e-6,
+    )
+
+
+def test_labels_out_of_range_are_named_or_poisoned():
+    with pytest.raises(ValueError, match=r"labels: expected classes in \[0, 3\)"):
+        softmax_error(LOGITS, np.array([0, 3]))
+    with pytest.raises(ValueError, match="got values from -1 to 0"):
+        squared_error(LOGITS, np.array([0, -1]))
+    traced = jax.jit(softmax_error)(LOGITS, jnp.array([0, 3]))
+    np.testing.assert_array_equal(np.isnan(traced), [[False] * 3, [True] * 3])
+
+
+def test_bad_shapes_and_dtypes_are_named():
+    with pytest.raises(ValueError, match=r"labels: expected shape \[2\], got \[3\]"):
+        softmax_error(LOGITS, np.zeros(3, int))
+    with pytest.raises(ValueError, match=r"labels: expected shape \[2, 3\]"):
+        softmax_error(LOGITS, np.zeros((2, 4), np.float32))
+    with pytest.raises(ValueError, match="outputs: expected a real floating dtype"):
+        softmax_error(jnp.zeros((2, 3), jnp.int32), LABELS)

@@ -1,0 +1,136 @@
+import dataclasses
+
+import jax
+import pytest
+from absl import flags as absl_flags
+
+from grsd_jax.experiments import flags
+from grsd_jax.experiments.config import Config, UserError
+
+
+def parse(*arguments, **options):
+    values = absl_flags.FlagValues()
+    flags.define_flags(flag_values=values, **options)
+    values(["script", *arguments])
+    return flags.config_from_flags(values)
+
+
+def test_flags_without_arguments_are_the_defaults():
+    assert parse() == Config()
+
+
+def test_every_field_can_be_set_by_its_flag():
+    other = Config(
+        dataset="cifar10",
+        data_dir="data",
+        workdir="elsewhere",
+        seed=3,
+        model="plainnet18",
+        width=5,
+        activation="gelu",
+        epochs=7,
+        train_batch_size=9,
+        learning_rate=0.5,
+        momentum=0.0,
+        schedule="linear_schedule",
+        schedule_args='{"end_value": 0.0}',
+        checkpoint_every=11,
+        log_every=13,
+        batch_size=15,
+        num_batches=17,
+        solver="dense",
+        block_size=19,
+        num_steps=21,
+        derivative="finite_difference",
+        reduction="stack",
+        num_shells=23,
+        window=6,
+        protocol=("own", "shared"),
+        precision="default",
+    )
+    arguments = []
+    for field in dataclasses.fields(Config):
+        value = getattr(other, field.name)
+        assert value != field.default, f"{field.name} is not tested"
+        text = ",".join(value) if isinstance(value, tuple) else value
+        arguments.append(f"--{field.name}={text}")
+    assert parse(*arguments) == other
+
+
+def test_a_script_can_choose_fields_and_defaults():
+    assert parse(only=["width"], width=3) == Config(width=3)
+    with pytest.raises(absl_flags.UnrecognizedFlagError):
+        parse("--epochs=3", only=["width"])
+    with pytest.raises(ValueError, match="expected fields of Config, got 'depth'"):
+        parse(depth=3)
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "--dataset=mnist",
+        "--solver=magic",
+        "--width=0",
+        "--width=wide",
+        "--momentum=1",
+        "--protocol=shared,theirs",
+        "--protocol=",
+        "--schedule=constant",
+        "--schedule_args={",
+    ],
+)
+def test_a_bad_value_is_a_usage_error_that_names_the_flag(argument):
+    with pytest.raises(absl_flags.IllegalFlagValueError) as caught:
+        parse(argument)
+    text = str(caught.value)
+    assert argument.split("=")[0] in text
+    assert text.count("--") == 1
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Runs a body as `run_main` does, without absl's own frame around it."""
+    before = jax.config.jax_default_matmul_precision
+    monkeypatch.setattr(flags.app, "run", lambda main: main(["script"]))
+    monkeypatch.setattr(flags, "config_from_flags", Config)
+    absl_flags.FLAGS(["script"], known_only=True)
+    yield flags.run_main
+    jax.config.update("jax_default_matmul_precision", before)
+
+
+def test_run_main_sets_the_precision(run):
+    seen = []
+    run(lambda config: seen.append(jax.config.jax_default_matmul_precision))
+    assert seen == ["highest"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        UserError("no room"),
+        ValueError("block: expected at most n columns, got more."),
+    ],
+)
+def test_run_main_tells_an_expected_error_in_one_sentence(run, error, capsys):
+    def body(config):
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        run(body)
+    assert caught.value.code == 1
+    assert capsys.readouterr().err == f"error: {error}\n"
+
+
+def test_run_main_keeps_the_traceback_of_a_bug(run):
+    def body(config):
+        raise ValueError("cannot reshape")
+
+    with pytest.raises(ValueError, match="cannot reshape"):
+        run(body)
+
+
+def test_run_main_refuses_what_is_not_a_flag(run, monkeypatch, capsys):
+    monkeypatch.setattr(flags.app, "run", lambda main: main(["script", "width"]))
+    with pytest.raises(SystemExit):
+        run(lambda config: None)
+    assert "expected only --flags, got 'width'" in capsys.readouterr().err

@@ -1,0 +1,110 @@
+"""The table on the terminal."""
+
+import copy
+import json
+
+import pytest
+
+import example_results
+from grsd_jax.experiments.config import UserError
+from grsd_jax.experiments.tables import edge_and_centre, format_table
+
+
+def cells(table):
+    """The rows of both tables, as lists of stripped cells."""
+    blocks = table.split("\n\n")
+    return [
+        [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+        for lines in (block.split("\n") for block in blocks)
+    ]
+
+
+def test_rows_columns_and_alignment():
+    results, _ = example_results.several_models()
+    table = format_table(json.loads(json.dumps(results)))
+    assert table.isascii()
+    for block, rows in zip(table.split("\n\n"), cells(table), strict=True):
+        lines = block.split("\n")
+        assert len({len(line) for line in lines}) == 1
+        assert len(lines[0]) <= 140
+        assert len({len(row) for row in rows}) == 1
+        assert [row[:2] for row in rows[2:]] == [
+            ["ResNet-18", "own"],
+            ["PlainNet-18", "shared"],
+            ["PlainNet-18", "recalibrated"],
+            ["PlainNet-18", "own"],
+        ]
+        # A Markdown rule, left for names and right for numbers.
+        assert all(set(cell) == {"-", ":"} for cell in rows[1])
+        assert [cell[0] == ":" for cell in rows[1][:3]] == [True, True, False]
+
+
+def test_values_are_those_of_the_result():
+    results, _ = example_results.one_model()
+    entry = copy.deepcopy(results["model"])
+    entry["test_accuracy"] = 0.8125
+    entry["diagonal_fit"] |= {
+        "exponent": 1.23456,
+        "exponent_stderr": 0.0123,
+        "r_squared": 0.9876,
+        "interval": [1.1, 1.3],
+    }
+    entry["shell_fit"] |= {"exponent": 0.5, "exponent_stderr": 0.25}
+    for kind, residual, ends in [("literal", 0.9, 0.8), ("renormalized", 0.2, 0.1)]:
+        entry["toeplitz"][kind] = {
+            "residual": residual,
+            "windows": [
+                {"position": p, "residual": r}
+                for p, r in [(0, ends), (0.5, 0.05), (1, ends + 0.1)]
+            ],
+        }
+    scaling, toeplitz = cells(format_table({"model": entry}))
+    assert scaling[2][2:] == [
+        "0.812",
+        "320",
+        "128/160",
+        "dense",
+        "1.235 +- 0.012 [1.100, 1.300]",
+        "0.988",
+        "0.500 +- 0.250",
+    ]
+    assert toeplitz[2][2:] == [
+        "0.900",
+        "0.850 -> 0.050",
+        "0.200",
+        "0.150 -> 0.050",
+        "0.15",
+    ]
+
+
+def test_everything_undefined():
+    fit = {"exponent": None, "interval": None}
+    entry = {"diagonal_fit": fit, "shell_fit": None, "toeplitz": {"literal": None}}
+    for fields in (entry, {}):
+        scaling, toeplitz = cells(format_table({"models": {"mlp": fields}}))
+        assert scaling[2] == ["mlp", *["n/a"] * 3, "n/a/n/a", *["n/a"] * 4]
+        undefined = ["n/a", "n/a -> n/a"]
+        assert toeplitz[2] == ["mlp", "n/a", *undefined, *undefined, "n/a"]
+
+
+def test_slope_without_error_or_interval():
+    fit = {"exponent": 2.0, "exponent_stderr": None, "interval": [None, None]}
+    scaling, _ = cells(format_table({"model": {"diagonal_fit": fit}}))
+    assert scaling[2][6] == "2.000 +- n/a [n/a, n/a]"
+
+
+def test_edge_and_centre():
+    nan = float("nan")
+    odd = [(0.0, 0.8), (0.25, 0.5), (0.5, 0.2), (0.75, 0.4), (1.0, 0.6)]
+    assert edge_and_centre(odd) == pytest.approx((0.7, 0.2))
+    even = [(0.0, 0.8), (1 / 3, 0.5), (2 / 3, 0.3), (1.0, 0.6)]
+    assert edge_and_centre(even) == pytest.approx((0.7, 0.4))
+    broken = [(0.0, nan), (0.25, 0.5), (0.5, nan), (0.75, 0.3), (1.0, 0.6)]
+    assert edge_and_centre(broken) == pytest.approx((0.55, 0.4))
+    assert edge_and_centre([(0.0, 0.1), (0.5, nan), (1.0, 0.2)]) == (None, None)
+    assert edge_and_centre([]) == (None, None)
+
+
+def test_not_a_result():
+    with pytest.raises(UserError, match=r"results\.json: expected measurements"):
+        format_table({"config": {}})
