@@ -6,8 +6,10 @@ here once and takes the error function as a pytree, so that eager loops over bat
 and column chunks compile it once, and an enclosing `jit` inlines it.
 """
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,86 @@ import numpy as np
 from grsd_jax._checks import check_batches, check_floating
 from grsd_jax._typing import ErrorFn, PyTree
 
-Pullback = Callable[[jax.Array], tuple[PyTree]]
+
+class JacobianMap(Protocol):
+    """What a tangent of the parameters is pushed through: J of one batch, or Jdot."""
+
+    def push(self, tangents: PyTree) -> jax.Array:
+        """Computes ``J G`` of what a Jacobian pulled: columns ``[N, C, b]``."""
+        ...
+
+
+class Jacobian(JacobianMap, Protocol):
+    """J of one batch as a linear map; a pytree.
+
+    What lies between `pull` and `push`, the tangents, is the map's own affair: a pytree
+    of arrays that add up over batches.
+    """
+
+    def pull(self, columns: jax.Array) -> PyTree:
+        """Computes ``J^T V`` of columns ``[N, C, b]``."""
+        ...
+
+    def multiply(self, columns: jax.Array) -> jax.Array:
+        """Computes ``J J^T V`` of columns ``[N, C, b]``."""
+        ...
+
+
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["pullback"], meta_fields=["error"]
+)
+@dataclasses.dataclass(frozen=True)
+class PlainJacobian:
+    """J of one batch at fixed parameters, by automatic differentiation.
+
+    Attributes:
+        pullback: ``u -> (J^T u,)``, a pytree of residuals.
+        error: Shape ``[N, C]`` and dtype of the error.
+    """
+
+    pullback: Callable[[jax.Array], tuple[PyTree]]
+    error: jax.ShapeDtypeStruct
+
+    def pull(self, columns: jax.Array) -> PyTree:
+        """Computes ``J^T V`` of columns ``[N, C, b]``: a params tree, leading b."""
+        return _pull(self.pullback, columns)
+
+    def push(self, tangents: PyTree) -> jax.Array:
+        """Computes ``J G`` of a params tree with leading axis b."""
+        example = jnp.zeros(self.error.shape, self.error.dtype)
+        return _push(self.pullback, tangents, example)
+
+    def multiply(self, columns: jax.Array) -> jax.Array:
+        """Computes ``J J^T V`` of columns ``[N, C, b]``."""
+        return self.push(self.pull(columns))
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["error_fn", "params", "batch", "direction"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class PlainDerivative:
+    """``Jdot`` of one batch, the derivative of J along a direction.
+
+    Attributes:
+        error_fn: The error function, a pytree.
+        params: Parameters.
+        batch: One batch.
+        direction: A params tree.
+    """
+
+    error_fn: ErrorFn
+    params: PyTree
+    batch: PyTree
+    direction: PyTree
+
+    def push(self, tangents: PyTree) -> jax.Array:
+        """Computes ``Jdot G`` of a params tree with leading axis b."""
+        return push_derivative(
+            self.error_fn, self.params, self.batch, self.direction, tangents
+        )
 
 
 def as_pytree(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -87,13 +168,14 @@ def evaluate(error_fn: ErrorFn, params: PyTree, batch: PyTree) -> jax.Array:
     return _evaluate(as_pytree(error_fn), params, batch)
 
 
-def linearize(error_fn: ErrorFn, params: PyTree, batch: PyTree) -> Pullback:
-    """Returns the pullback ``u -> (J^T u,)`` of one batch, a pytree of residuals.
+def linearize(error_fn: ErrorFn, params: PyTree, batch: PyTree) -> PlainJacobian:
+    """Returns J of one batch, linearised at ``params``.
 
-    Because it leaves a jitted function, pullbacks at other parameters of the same
+    Because its pullback leaves a jitted function, those at other parameters of the same
     shapes have the same tree structure: passing them to `jit` traces nothing again.
     """
-    return _linearize(as_pytree(error_fn), params, batch)
+    error, pullback = _linearize(as_pytree(error_fn), params, batch)
+    return PlainJacobian(pullback, jax.ShapeDtypeStruct(error.shape, error.dtype))
 
 
 @jax.jit
@@ -102,28 +184,17 @@ def _evaluate(error_fn: ErrorFn, params: PyTree, batch: PyTree) -> jax.Array:
 
 
 @jax.jit
-def _linearize(error_fn: ErrorFn, params: PyTree, batch: PyTree) -> Pullback:
-    return jax.vjp(lambda p: error_fn(p, batch), params)[1]
+def _linearize(error_fn: ErrorFn, params: PyTree, batch: PyTree) -> Any:
+    return jax.vjp(lambda p: error_fn(p, batch), params)
 
 
 @jax.jit
-def pull(pullback: Pullback, block: jax.Array) -> PyTree:
-    """Computes ``J^T V`` of columns ``[N, C, b]``: a params tree, leading axis b."""
+def _pull(pullback: Any, block: jax.Array) -> PyTree:
     return jax.vmap(lambda u: pullback(u)[0], in_axes=-1)(block)
 
 
 @jax.jit
-def push(pullback: Pullback, tangents: PyTree, example: jax.Array) -> jax.Array:
-    """Computes ``J G`` of a params tree with leading axis b.
-
-    Args:
-        pullback: The pullback of one batch.
-        tangents: G, a params tree with leading axis b.
-        example: Any array of the error's shape and dtype ``[N, C]``.
-
-    Returns:
-        Columns ``[N, C, b]``.
-    """
+def _push(pullback: Any, tangents: PyTree, example: jax.Array) -> jax.Array:
     return jax.vmap(lambda g: _transpose(pullback, g, example), out_axes=-1)(tangents)
 
 
@@ -158,6 +229,6 @@ def push_derivative(
     return jax.vmap(derivative, out_axes=-1)(tangents)
 
 
-def _transpose(pullback: Pullback, tangent: PyTree, example: jax.Array) -> jax.Array:
+def _transpose(pullback: Any, tangent: PyTree, example: jax.Array) -> jax.Array:
     """Computes ``J g``, the linear transpose of ``u -> J^T u``."""
     return jax.linear_transpose(lambda u: pullback(u)[0], example)(tangent)[0]

@@ -6,7 +6,7 @@ exact derivative costs less. For piecewise-linear activations the two differ in 
 the exact one sees a single activation pattern, a finite step also sees patterns flip.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import reduce
 
 import jax
@@ -20,15 +20,17 @@ from grsd_jax._checks import (
     check_same_tree,
 )
 from grsd_jax._jacobian import (
+    Jacobian,
+    JacobianMap,
+    PlainDerivative,
     as_pytree,
     check_problem,
     is_traced,
     linearize,
-    pull,
-    push_derivative,
     split_batches,
 )
 from grsd_jax._typing import Derivative, ErrorFn, LossFn, PyTree, Reduction
+from grsd_jax.factored import JacobianForm, factorize_with_derivative, uses_factors
 from grsd_jax.kernel import (
     REDUCTIONS,
     join_block,
@@ -79,6 +81,7 @@ def kernel_derivative(
     step: float | None = None,
     reduction: Reduction = "mean",
     column_chunk: int | None = None,
+    jacobian: JacobianForm = "auto",
 ) -> jax.Array:
     """Projects the kernel's derivative onto columns: ``V^T Mdot V``.
 
@@ -97,6 +100,8 @@ def kernel_derivative(
             the dtype's epsilon (1e-4 in float32). Ignored by the exact derivative.
         reduction: ``"mean"`` or ``"stack"``.
         column_chunk: Columns taken at a time, which bounds memory; all if None.
+        jacobian: ``"factored"``, ``"plain"`` or ``"auto"``, for the exact derivative;
+            see `linearize_kernel`.
 
     Returns:
         The symmetric matrix ``[r, r]``, in units of M per unit of s.
@@ -118,12 +123,13 @@ def kernel_derivative(
     direction = _like(direction, params)
 
     if method == "exact":
+        pairs = _prepared(
+            error_fn, params, batches, direction, uses_factors(error_fn, jacobian)
+        )
 
         def product(block: jax.Array) -> jax.Array:
             parts = split_block("vectors", block, copies, error)
-            return _half_derivative(
-                error_fn, params, batches, direction, parts, reduction
-            )
+            return _half_derivative(pairs, parts, reduction)
 
         scale = 1.0
     else:
@@ -196,30 +202,45 @@ def central_difference(
     return (forward - backward) / (2 * h).astype(forward.dtype)
 
 
-def _half_derivative(
+def _prepared(
     error_fn: ErrorFn,
     params: PyTree,
     batches: PyTree,
     direction: PyTree,
+    factored: bool,
+) -> Callable[[], Iterable[tuple[Jacobian, JacobianMap]]]:
+    """Returns what yields ``(J_k, Jdot_k)`` of each batch.
+
+    Factors are made once and held; plain linearisations are cheap, and made anew each
+    time so that one batch's residuals are held at a time.
+    """
+    parts = split_batches(batches)
+    if factored:
+        held = [
+            factorize_with_derivative(error_fn, params, batch, direction)
+            for batch in parts
+        ]
+        return lambda: held
+    fn = as_pytree(error_fn)
+    return lambda: (
+        (
+            linearize(error_fn, params, batch),
+            PlainDerivative(fn, params, batch, direction),
+        )
+        for batch in parts
+    )
+
+
+def _half_derivative(
+    pairs: Callable[[], Iterable[tuple[Jacobian, JacobianMap]]],
     parts: list[jax.Array],
     reduction: Reduction,
 ) -> jax.Array:
     """Computes ``(1/K) sum_k Jdot_k J_k^T V`` (mean) or ``Jdot J^T V`` (stack)."""
-    batch_list = split_batches(batches)
-    fn = as_pytree(error_fn)
-    pullbacks = (linearize(error_fn, params, batch) for batch in batch_list)
     if reduction == "stack":
-        tangents = stacked_pull(pullbacks, parts)
-        return join_block(
-            [
-                push_derivative(fn, params, batch, direction, tangents)
-                for batch in batch_list
-            ]
-        )
-    products = [
-        push_derivative(fn, params, batch, direction, pull(pullback, parts[0]))
-        for batch, pullback in zip(batch_list, pullbacks, strict=True)
-    ]
+        tangents = stacked_pull((jacobian for jacobian, _ in pairs()), parts)
+        return join_block([moved.push(tangents) for _, moved in pairs()])
+    products = [moved.push(jacobian.pull(parts[0])) for jacobian, moved in pairs()]
     return join_block([reduce(jnp.add, products) / len(products)])
 
 

@@ -4,6 +4,8 @@ An error maps a model's outputs ``[N, C]`` and the labels to ``[N, C]``; each is
 gradient, output by output, of the loss beside it (paper 3.1 and 7.1).
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,6 +58,31 @@ def squared_error(outputs: jax.Array, targets: jax.typing.ArrayLike) -> jax.Arra
         Paper 3.1, the setting of the theorem.
     """
     return outputs - _class_targets(outputs, targets)
+
+
+def output_basis(error: Callable[..., jax.Array], num_outputs: int) -> np.ndarray:
+    """Returns orthonormal directions of one example's error that hold its motion.
+
+    The entries of a softmax error always sum to zero, so its rows of J lie in the
+    ``C - 1`` dimensions orthogonal to the constant; here as Helmert contrasts. For any
+    other error, the C unit vectors.
+
+    Args:
+        error: The error, `softmax_error` or another.
+        num_outputs: C.
+
+    Returns:
+        ``[C, q]`` float64 on the host, columns orthonormal; q is ``C - 1`` or C.
+
+    References:
+        Ours.
+    """
+    if error is not softmax_error or num_outputs == 1:
+        return np.eye(num_outputs)
+    column = np.arange(1, num_outputs)
+    contrasts = np.triu(np.ones((num_outputs, num_outputs - 1)))
+    contrasts[column, column - 1] = -column
+    return contrasts / np.sqrt(column * (column + 1))
 
 
 def softmax_cross_entropy(logits: jax.Array, labels: jax.typing.ArrayLike) -> jax.Array:

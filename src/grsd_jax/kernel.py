@@ -14,15 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from grsd_jax._checks import check_batches, check_choice, check_shape
-from grsd_jax._jacobian import (
-    Pullback,
-    check_problem,
-    linearize,
-    pull,
-    push,
-    split_batches,
-)
+from grsd_jax._jacobian import Jacobian, check_problem, linearize, split_batches
 from grsd_jax._typing import ErrorFn, PyTree, Reduction
+from grsd_jax.factored import JacobianForm, factorize, uses_factors
 
 REDUCTIONS = ("mean", "stack")
 
@@ -63,15 +57,15 @@ def kernel_matmat(
     error = check_problem(error_fn, params, batches)
     parts = split_batches(batches)
 
-    def pullbacks() -> Iterable[Pullback]:
+    def jacobians() -> Iterable[Jacobian]:
         return (linearize(error_fn, params, batch) for batch in parts)
 
-    return _matmat(pullbacks, len(parts), error, block, reduction)
+    return _matmat(jacobians, len(parts), error, block, reduction)
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["pullbacks"],
+    data_fields=["jacobians"],
     meta_fields=["error", "reduction"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -82,19 +76,19 @@ class LinearizedKernel:
     other parameters of the same shapes do not retrace the function that takes them.
 
     Attributes:
-        pullbacks: ``u -> (J_k^T u,)`` of each batch, with its residuals.
+        jacobians: J_k of each batch, with its residuals or its factors.
         error: Shape ``[N, C]`` and dtype of one batch's error.
         reduction: ``"mean"`` or ``"stack"``.
     """
 
-    pullbacks: tuple[Pullback, ...]
+    jacobians: tuple[Jacobian, ...]
     error: jax.ShapeDtypeStruct
     reduction: Reduction
 
     @property
     def dimension(self) -> int:
         """The dimension n of the error space."""
-        copies = len(self.pullbacks) if self.reduction == "stack" else 1
+        copies = len(self.jacobians) if self.reduction == "stack" else 1
         return copies * int(np.prod(self.error.shape))
 
     @property
@@ -115,8 +109,8 @@ class LinearizedKernel:
             ValueError: If the shape or dtype of ``block`` does not fit.
         """
         return _matmat(
-            lambda: self.pullbacks,
-            len(self.pullbacks),
+            lambda: self.jacobians,
+            len(self.jacobians),
             self.error,
             block,
             self.reduction,
@@ -129,17 +123,22 @@ def linearize_kernel(
     batches: PyTree,
     *,
     reduction: Reduction = "mean",
+    jacobian: JacobianForm = "auto",
 ) -> LinearizedKernel:
     """Linearises the kernel at ``params`` once, for many products.
 
-    The primal pass is shared by every product, at the cost of holding the residuals
-    (about the activations) of all K batches.
+    The plain form shares the primal pass between the products and holds its residuals
+    (about the activations) of all K batches. The factored form, for error functions
+    that know their layers, spends one backward pass for each output first and holds C
+    times the activations; then nothing passes through the network any more.
 
     Args:
         error_fn: ``error_fn(params, batch) -> [N, C]``.
         params: Parameters, a pytree of floating arrays.
         batches: A pytree with leading axes ``[K, N]``.
         reduction: ``"mean"`` or ``"stack"``.
+        jacobian: ``"factored"`` (examples must be independent), ``"plain"``, or
+            ``"auto"``: factored where the error function has factors.
 
     Returns:
         A `LinearizedKernel`, whose ``matmat`` equals `kernel_matmat`.
@@ -152,10 +151,11 @@ def linearize_kernel(
     """
     check_choice("reduction", reduction, REDUCTIONS)
     error = check_problem(error_fn, params, batches)
-    pullbacks = tuple(
-        linearize(error_fn, params, batch) for batch in split_batches(batches)
+    prepare = factorize if uses_factors(error_fn, jacobian) else linearize
+    jacobians = tuple(
+        prepare(error_fn, params, batch) for batch in split_batches(batches)
     )
-    return LinearizedKernel(pullbacks, error, reduction)
+    return LinearizedKernel(jacobians, error, reduction)
 
 
 def error_dimension(
@@ -182,27 +182,27 @@ def error_dimension(
 
 
 def _matmat(
-    pullbacks: Callable[[], Iterable[Pullback]],
+    jacobians: Callable[[], Iterable[Jacobian]],
     num_batches: int,
     error: jax.ShapeDtypeStruct,
     block: jax.Array,
     reduction: Reduction,
 ) -> jax.Array:
-    """Applies the kernel whose batches have the given pullbacks, streamed."""
+    """Applies the kernel whose batches have the given Jacobians, streamed."""
     copies = num_batches if reduction == "stack" else 1
     parts = split_block("block", block, copies, error)
-    example = jnp.zeros(error.shape, error.dtype)
     if reduction == "stack":
-        tangents = stacked_pull(pullbacks(), parts)
-        return join_block([push(p, tangents, example) for p in pullbacks()])
-    products = (push(p, pull(p, parts[0]), example) for p in pullbacks())
+        tangents = stacked_pull(jacobians(), parts)
+        return join_block([jacobian.push(tangents) for jacobian in jacobians()])
+    products = (jacobian.multiply(parts[0]) for jacobian in jacobians())
     return join_block([_sum(products) / num_batches])
 
 
-def stacked_pull(pullbacks: Iterable[Pullback], parts: list[jax.Array]) -> PyTree:
+def stacked_pull(jacobians: Iterable[Jacobian], parts: list[jax.Array]) -> PyTree:
     """Computes ``G = sum_k J_k^T V_k`` of the stacked batches."""
-    pulled = (pull(p, part) for p, part in zip(pullbacks, parts, strict=True))
-    return _sum(pulled)
+    return _sum(
+        jacobian.pull(part) for jacobian, part in zip(jacobians, parts, strict=True)
+    )
 
 
 def split_block(

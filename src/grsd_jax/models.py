@@ -7,19 +7,23 @@ ResNet, in the same parameter tree; it only leaves out the addition of the skip 
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from grsd_jax._checks import check_at_least, check_choice
 from grsd_jax._typing import ErrorFn, LossFn, PyTree
-from grsd_jax.errors import softmax_cross_entropy, softmax_error
+from grsd_jax.errors import output_basis, softmax_cross_entropy, softmax_error
+from grsd_jax.factors import Factor
 
 try:
     from flax import linen as nn
+
+    from grsd_jax.linen_factors import linen_factors
 except ImportError as error:
     raise ImportError(
         "grsd_jax.models needs flax; install it with: pip install 'grsd-jax[models]'"
@@ -196,9 +200,52 @@ class LinenErrorFn:
         Returns:
             The error ``[N, C]``.
         """
-        return self.error(
-            _outputs(self.model, self.state, params, batch), batch["label"]
+        outputs = _apply(self.model, self.state, params, batch)
+        return self.error(outputs, batch["label"])
+
+    def output_basis(self, num_outputs: int) -> np.ndarray:
+        """Returns orthonormal directions ``[C, q]`` that hold every row of J.
+
+        Args:
+            num_outputs: C.
+
+        Returns:
+            See `grsd_jax.errors.output_basis`.
+        """
+        return output_basis(self.error, num_outputs)
+
+    def jacobian_factors(
+        self, params: PyTree, batch: PyTree, basis: jax.Array
+    ) -> list[Factor | None]:
+        """Returns the blocks of J of one batch, from the module's layers.
+
+        Args:
+            params: The ``params`` collection.
+            batch: ``{"image": [N, ...], "label": [N] or [N, C]}``.
+            basis: Orthonormal directions of one example's outputs, ``[C, q]``.
+
+        Returns:
+            A block for each parameter leaf, None where it is not factored.
+        """
+        return linen_factors(self, params, batch, basis)
+
+    def recording(
+        self, params: PyTree, batch: PyTree, collection: str
+    ) -> tuple[jax.Array, Mapping[str, Any]]:
+        """Evaluates the error, and returns what the module wrote to a collection.
+
+        Args:
+            params: The ``params`` collection.
+            batch: ``{"image": [N, ...], "label": [N] or [N, C]}``.
+            collection: Name of the collection.
+
+        Returns:
+            The error ``[N, C]`` and the collection.
+        """
+        outputs, written = _apply(
+            self.model, self.state, params, batch, mutable=[collection]
         )
+        return self.error(outputs, batch["label"]), written.get(collection, {})
 
 
 @partial(
@@ -230,7 +277,7 @@ class LinenLossFn:
         Returns:
             The mean over the N examples.
         """
-        outputs = _outputs(self.model, self.state, params, batch)
+        outputs = _apply(self.model, self.state, params, batch)
         return jnp.mean(self.loss(outputs, batch["label"]))
 
 
@@ -292,11 +339,10 @@ def _check_state(state: PyTree) -> None:
         )
 
 
-def _outputs(
-    model: nn.Module, state: PyTree, params: PyTree, batch: PyTree
-) -> jax.Array:
-    takes_train = "train" in inspect.signature(type(model).__call__).parameters
-    options: dict[str, Any] = {"train": False} if takes_train else {}
-    outputs = model.apply({**state, "params": params}, batch["image"], **options)
-    assert isinstance(outputs, jax.Array)
-    return outputs
+def _apply(
+    model: nn.Module, state: PyTree, params: PyTree, batch: PyTree, **options: Any
+) -> Any:
+    """Applies the module in evaluation mode."""
+    if "train" in inspect.signature(type(model).__call__).parameters:
+        options["train"] = False
+    return model.apply({**state, "params": params}, batch["image"], **options)
