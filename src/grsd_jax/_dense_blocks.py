@@ -23,8 +23,9 @@ from grsd_jax.factored import (
     output_blocks,
     uses_factors,
 )
-from grsd_jax.factors import Factor, Rows, for_gram, inner, num_bytes
+from grsd_jax.factors import Factor, Rows, for_gram, inner
 from grsd_jax.kernel import REDUCTIONS
+from grsd_jax.memory import tree_bytes
 
 #: ``(M,)`` or ``(M, Mdot)`` under each label.
 Matrices = dict[str, tuple[jax.Array, ...]]
@@ -138,8 +139,8 @@ def _leaf_bytes(blocks_of: Any, num_leaves: int, chunks: list[PyTree]) -> list[i
     """Returns the bytes that each leaf's blocks take over all chunks."""
     group = tuple(range(num_leaves))
     shapes = jax.eval_shape(partial(blocks_of, group=group), chunks[0])
-    kernel = [num_bytes(block) for block in shapes.kernel]
-    moved = [num_bytes(block) for block in shapes.moved] or [0] * num_leaves
+    kernel = [tree_bytes(block) for block in shapes.kernel]
+    moved = [tree_bytes(block) for block in shapes.moved] or [0] * num_leaves
     return [len(chunks) * (a + b) for a, b in zip(kernel, moved, strict=True)]
 
 

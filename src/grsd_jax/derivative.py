@@ -7,7 +7,7 @@ the exact one sees a single activation pattern, a finite step also sees patterns
 """
 
 from collections.abc import Callable, Iterable
-from functools import reduce
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
@@ -36,11 +36,16 @@ from grsd_jax.kernel import (
     join_block,
     kernel_matmat,
     split_block,
-    stacked_pull,
+    sum_trees,
 )
 
 DERIVATIVES = ("exact", "finite_difference")
 _HIGHEST = jax.lax.Precision.HIGHEST
+
+Pairs = Callable[[], Iterable[tuple[Jacobian, JacobianMap]]]
+
+#: Columns, in units of C, up to which plain differentiation is the cheaper.
+_FEW_COLUMNS = 1.5
 
 #: Along its gradient a trained network bends over a small part of |theta|; steps of the
 #: cube root of eps alone leave the linear range.
@@ -122,33 +127,40 @@ def kernel_derivative(
     split_block("vectors", vectors, copies, error)
     direction = _like(direction, params)
 
-    if method == "exact":
-        pairs = _prepared(
-            error_fn, params, batches, direction, uses_factors(error_fn, jacobian)
-        )
-
-        def product(block: jax.Array) -> jax.Array:
-            parts = split_block("vectors", block, copies, error)
-            return _half_derivative(pairs, parts, reduction)
-
-        scale = 1.0
-    else:
-
-        def product(block: jax.Array) -> jax.Array:
-            def moved(p: PyTree) -> jax.Array:
-                return kernel_matmat(error_fn, p, batches, block, reduction=reduction)
-
-            return central_difference(moved, params, direction, step=step)
-
-        scale = 0.5
-    moved_columns = _by_chunks(
-        product,
-        vectors,
-        column_chunk or vectors.shape[1],
+    by_chunks = partial(
+        _by_chunks,
+        vectors=vectors,
+        width=column_chunk or vectors.shape[1],
         mapped=is_traced((params, batches, direction, vectors)),
     )
-    projected = jnp.matmul(vectors.T, moved_columns, precision=_HIGHEST)
-    return scale * (projected + projected.T)
+    if method == "finite_difference":
+
+        def difference(block: jax.Array) -> jax.Array:
+            def product(p: PyTree) -> jax.Array:
+                return kernel_matmat(error_fn, p, batches, block, reduction=reduction)
+
+            return central_difference(product, params, direction, step=step)
+
+        projected = _project(vectors, by_chunks(difference))
+        return (projected + projected.T) / 2
+
+    factored = uses_factors(error_fn, jacobian)
+    if jacobian == "auto" and vectors.shape[1] <= _FEW_COLUMNS * error.shape[1]:
+        factored = False  # too few columns to make up for the factors
+    batch_list = split_batches(batches)
+    # The mean takes one batch after the other, and holds the factors of one at a time.
+    spaces = [[b] for b in batch_list] if reduction == "mean" else [batch_list]
+    moved = []
+    for space in spaces:
+        pairs = _pairs(error_fn, params, space, direction, factored)
+
+        def half(block: jax.Array, pairs: Pairs = pairs) -> jax.Array:
+            parts = split_block("vectors", block, copies, error)
+            return _half_product(pairs(), parts)
+
+        moved.append(by_chunks(half))
+    projected = _project(vectors, reduce(jnp.add, moved) / len(spaces))
+    return projected + projected.T
 
 
 def central_difference(
@@ -202,19 +214,22 @@ def central_difference(
     return (forward - backward) / (2 * h).astype(forward.dtype)
 
 
-def _prepared(
+def _project(vectors: jax.Array, columns: jax.Array) -> jax.Array:
+    return jnp.matmul(vectors.T, columns, precision=_HIGHEST)
+
+
+def _pairs(
     error_fn: ErrorFn,
     params: PyTree,
-    batches: PyTree,
+    parts: list[PyTree],
     direction: PyTree,
     factored: bool,
-) -> Callable[[], Iterable[tuple[Jacobian, JacobianMap]]]:
-    """Returns what yields ``(J_k, Jdot_k)`` of each batch.
+) -> Pairs:
+    """Returns what yields ``(J_k, Jdot_k)`` of the given batches.
 
     Factors are made once and held; plain linearisations are cheap, and made anew each
     time so that one batch's residuals are held at a time.
     """
-    parts = split_batches(batches)
     if factored:
         held = [
             factorize_with_derivative(error_fn, params, batch, direction)
@@ -231,24 +246,23 @@ def _prepared(
     )
 
 
-def _half_derivative(
-    pairs: Callable[[], Iterable[tuple[Jacobian, JacobianMap]]],
-    parts: list[jax.Array],
-    reduction: Reduction,
+def _half_product(
+    pairs: Iterable[tuple[Jacobian, JacobianMap]], parts: list[jax.Array]
 ) -> jax.Array:
-    """Computes ``(1/K) sum_k Jdot_k J_k^T V`` (mean) or ``Jdot J^T V`` (stack)."""
-    if reduction == "stack":
-        tangents = stacked_pull((jacobian for jacobian, _ in pairs()), parts)
-        return join_block([moved.push(tangents) for _, moved in pairs()])
-    products = [moved.push(jacobian.pull(parts[0])) for jacobian, moved in pairs()]
-    return join_block([reduce(jnp.add, products) / len(products)])
+    """Computes ``Jdot J^T V`` of stacked batches, columns ``[N, C, b]`` of each."""
+    tangents, derivatives = None, []
+    for (jacobian, derivative), part in zip(pairs, parts, strict=True):
+        pulled = jacobian.pull(part)
+        tangents = pulled if tangents is None else sum_trees([tangents, pulled])
+        derivatives.append(derivative)
+    return join_block([derivative.push(tangents) for derivative in derivatives])
 
 
 def _by_chunks(
     product: Callable[[jax.Array], jax.Array],
+    *,
     vectors: jax.Array,
     width: int,
-    *,
     mapped: bool,
 ) -> jax.Array:
     """Applies ``product`` to ``width`` columns at a time, one compiled program.

@@ -57,11 +57,11 @@ class ToeplitzDiagnostics(NamedTuple):
         "operator_disagreement",
         "finite",
     ],
-    meta_fields=["solver", "derivative", "reduction"],
+    meta_fields=["solver", "jacobian", "derivative", "reduction"],
 )
 @dataclasses.dataclass(frozen=True)
 class CouplingMeasurement:
-    """The result of `measure_coupling`; a pytree whose last three fields are static.
+    """The result of `measure_coupling`; a pytree whose last four fields are static.
 
     Attributes:
         values: lambda, ``[r]``, descending; ``r = n`` for the dense solver.
@@ -83,6 +83,7 @@ class CouplingMeasurement:
         finite: [] bool, whether errors, direction and products were finite. If not,
             nothing is resolved.
         solver: ``"dense"`` or ``"lanczos"``, the one that ran.
+        jacobian: ``"factored"`` or ``"plain"``, the path that was taken.
         derivative: ``"exact"`` or ``"finite_difference"``, behind ``coupling``.
         reduction: ``"mean"`` or ``"stack"``.
     """
@@ -101,6 +102,7 @@ class CouplingMeasurement:
     operator_disagreement: jax.Array
     finite: jax.Array
     solver: str
+    jacobian: str
     derivative: str
     reduction: str
 
@@ -115,7 +117,7 @@ def diagnose(
     checks: tuple[jax.Array, jax.Array, jax.Array],
     key: jax.Array,
     *,
-    labels: tuple[str, Derivative, Reduction],
+    labels: tuple[str, str, Derivative, Reduction],
     num_shells: int,
     window: int,
     min_count: int,
@@ -142,7 +144,7 @@ def diagnose(
     )
     mode_key, shell_key = jax.random.split(key)
     fit = partial(fit_power_law, num_bootstrap=num_bootstrap)
-    solver, derivative, reduction = labels
+    solver, jacobian, derivative, reduction = labels
     return CouplingMeasurement(
         values=pairs.values,
         vectors=pairs.vectors,
@@ -165,6 +167,7 @@ def diagnose(
         operator_disagreement=operator,
         finite=finite,
         solver=solver,
+        jacobian=jacobian,
         derivative=derivative,
         reduction=reduction,
     )

@@ -28,6 +28,9 @@ _einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 #: measured on two CPU cores: 85 GFLOP/s against 28 to 44.
 _BATCHED_COST = 3.0
 
+#: The memory that rows may take, in units of the factors'.
+_ROW_BYTES = 8
+
 
 @partial(jax.tree_util.register_dataclass, data_fields=["rows"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
@@ -189,49 +192,70 @@ def inner(left: Factor, right: Factor) -> jax.Array:
 
 
 def for_products(factor: Factor) -> Factor:
-    """Returns the form whose products with columns are cheaper.
+    """Returns the form whose products with columns are cheaper, see `product_cost`.
 
-    A column costs ``4 q k o`` operations an example in rows, and
-    ``4 X (k + q) o`` as factors; rows are not taken if they need more than eight
-    times the memory of the factors.
+    Rows are not taken if they need more than eight times the memory of the factors.
     """
     if not isinstance(factor, Outer):
         return factor
     positions, inputs, outputs, q = _sizes(factor)
-    row_cost = q * inputs * outputs
-    factor_cost = positions * (inputs + q) * outputs
     row_size = q * inputs * outputs
     factor_size = positions * (inputs + q * outputs)
-    if row_cost < factor_cost and row_size <= 8 * factor_size:
-        return factor.as_rows()
-    return factor
+    small = row_size <= _ROW_BYTES * factor_size
+    row_cost, factor_cost = _product_costs(factor)
+    return factor.as_rows() if small and row_cost < factor_cost else factor
 
 
 def for_gram(factor: Factor, num_examples: int) -> Factor:
-    """Returns the form whose Gram product over ``num_examples`` examples is cheaper.
+    """Returns the form whose Gram product is cheaper, see `gram_cost`."""
+    if not isinstance(factor, Outer):
+        return factor
+    row_cost, factor_cost = _gram_costs(factor, num_examples)
+    return factor.as_rows() if row_cost <= factor_cost else factor
+
+
+def product_cost(factor: Factor) -> float:
+    """Returns the operations of one column's pull and push, for one example.
+
+    ``4 q k o`` in rows, ``4 X (k + q) o`` as factors.
+    """
+    return min(_product_costs(factor)) if isinstance(factor, Outer) else _thin(factor)
+
+
+def gram_cost(factor: Factor, num_examples: int) -> float:
+    """Returns the operations of the Gram product, for one of ``num_examples``.
 
     An example's rows cost ``2 X q k o`` and its Gram product ``2 n q k o``, with
     ``n = num_examples q``. As factors it costs ``2 X Y k`` for the inputs,
-    ``2 X Y q o`` for the sum over x and ``2 n q Y o`` for the rest, where Y counts the
-    positions of all examples.
+    ``2 X Y q o`` for the sum over x and ``2 n q X o`` for the rest, where Y counts the
+    positions of all examples; these count three times, since they run in small batched
+    products.
     """
-    if not isinstance(factor, Outer):
-        return factor
+    if isinstance(factor, Outer):
+        return min(_gram_costs(factor, num_examples))
+    q = jax.tree.leaves(factor)[-1].shape[1]
+    return _thin(factor) / 2 * num_examples * q
+
+
+def _product_costs(factor: Outer) -> tuple[float, float]:
+    """Returns the cost of rows and of factors."""
     positions, inputs, outputs, q = _sizes(factor)
-    rows = num_examples * q
-    all_positions = num_examples * positions
-    row_cost = (positions + rows) * q * inputs * outputs
-    factor_cost = (
-        positions * all_positions * (inputs + q * outputs)
-        + rows * q * positions * outputs
-    )
-    return factor.as_rows() if row_cost <= _BATCHED_COST * factor_cost else factor
+    return 4.0 * q * inputs * outputs, 4.0 * positions * (inputs + q) * outputs
 
 
-def num_bytes(factor: Factor) -> int:
-    """Returns the memory that the arrays of a block take."""
-    leaves = jax.tree.leaves(factor)
-    return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+def _gram_costs(factor: Outer, num_examples: int) -> tuple[float, float]:
+    """Returns the cost of rows and of factors."""
+    positions, inputs, outputs, q = _sizes(factor)
+    n, all_positions = num_examples * q, num_examples * positions
+    rows = (positions + n) * q * inputs * outputs
+    spread = positions * all_positions * (inputs + q * outputs)
+    return 2.0 * rows, 2.0 * _BATCHED_COST * (spread + n * q * positions * outputs)
+
+
+def _thin(factor: Rows | Lookup) -> float:
+    """Returns the product cost of what has one form only."""
+    array = factor.rows if isinstance(factor, Rows) else factor.deltas
+    return 4.0 * float(np.prod(array.shape[1:]))
 
 
 def _sizes(factor: Outer) -> tuple[int, int, int, int]:

@@ -195,12 +195,12 @@ def _matmat(
         tangents = stacked_pull(jacobians(), parts)
         return join_block([jacobian.push(tangents) for jacobian in jacobians()])
     products = (jacobian.multiply(parts[0]) for jacobian in jacobians())
-    return join_block([_sum(products) / num_batches])
+    return join_block([sum_trees(products) / num_batches])
 
 
 def stacked_pull(jacobians: Iterable[Jacobian], parts: list[jax.Array]) -> PyTree:
     """Computes ``G = sum_k J_k^T V_k`` of the stacked batches."""
-    return _sum(
+    return sum_trees(
         jacobian.pull(part) for jacobian, part in zip(jacobians, parts, strict=True)
     )
 
@@ -224,7 +224,8 @@ def join_block(parts: list[jax.Array]) -> jax.Array:
     return jnp.concatenate([part.reshape(-1, part.shape[-1]) for part in parts])
 
 
-def _sum(trees: Iterable[PyTree]) -> PyTree:
+def sum_trees(trees: Iterable[PyTree]) -> PyTree:
+    """Adds trees up, one at a time."""
     iterator = iter(trees)
     total = next(iterator)
     for tree in iterator:

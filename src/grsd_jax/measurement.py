@@ -17,11 +17,12 @@ from grsd_jax._checks import (
     check_choice,
     check_same_tree,
 )
-from grsd_jax._jacobian import evaluate, is_traced, split_batches
-from grsd_jax._typing import Derivative, ErrorFn, PyTree, Reduction
+from grsd_jax._jacobian import check_problem, evaluate, is_traced, split_batches
+from grsd_jax._typing import Derivative, ErrorFn, Matmat, PyTree, Reduction
 from grsd_jax.dense import kernel_dense, kernel_with_derivative_dense
 from grsd_jax.derivative import DERIVATIVES, central_difference, kernel_derivative
 from grsd_jax.diagnostics import CouplingMeasurement, diagnose
+from grsd_jax.factored import JacobianForm, uses_factors
 from grsd_jax.kernel import (
     REDUCTIONS,
     error_dimension,
@@ -29,14 +30,15 @@ from grsd_jax.kernel import (
     linearize_kernel,
 )
 from grsd_jax.lanczos import LanczosResult, block_lanczos
-from grsd_jax.solvers import SOLVERS, choose_solver, class_sums_vanish
+from grsd_jax.memory import default_bytes, naming_what_to_lower
+from grsd_jax.solvers import SOLVERS, choose_solver, class_sums_vanish, held_bytes
 from grsd_jax.spectrum import RitzPairs, resolved_pairs, ritz_pairs
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class _Problem(NamedTuple):
-    """What every solver is given."""
+    """What every solver is given; ``jacobian`` is resolved, never ``"auto"``."""
 
     error_fn: ErrorFn
     params: PyTree
@@ -45,6 +47,17 @@ class _Problem(NamedTuple):
     reduction: Reduction
     derivative: Derivative
     step: float | None
+    jacobian: JacobianForm
+    max_bytes: int
+
+
+class _Krylov(NamedTuple):
+    """How Lanczos runs."""
+
+    block_size: int
+    num_steps: int
+    driver: Literal["auto", "scan", "host"]
+    progress: Callable[[int], None] | None
 
 
 def measure_coupling(
@@ -56,6 +69,7 @@ def measure_coupling(
     key: jax.Array,
     reduction: Reduction = "mean",
     solver: Literal["auto", "dense", "lanczos"] = "auto",
+    jacobian: JacobianForm = "auto",
     derivative: Derivative = "exact",
     step: float | None = None,
     block_size: int = 8,
@@ -67,6 +81,7 @@ def measure_coupling(
     window: int = 5,
     min_count: int = 1,
     num_bootstrap: int = 1000,
+    max_bytes: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> CouplingMeasurement:
     """Measures the shell coupling of the kernel's derivative, with its diagnostics.
@@ -88,6 +103,9 @@ def measure_coupling(
         solver: ``"dense"`` for all n pairs (examples must be independent),
             ``"lanczos"`` for the leading ``m b``; ``"auto"`` takes the cheaper by
             `choose_solver`.
+        jacobian: ``"factored"`` takes J apart by layers (`linen_error_fn`; examples
+            must be independent), ``"plain"`` differentiates; ``"auto"`` is factored
+            where the error function has factors.
         derivative: ``"exact"`` or ``"finite_difference"``.
         step: Relative step of the difference; see `kernel_derivative`.
         block_size: b. At most n; also the columns differentiated at a time.
@@ -99,6 +117,9 @@ def measure_coupling(
         window: Shells w in one sliding window.
         min_count: Pairs that a shell needs, lest it be masked.
         num_bootstrap: Resamples behind the intervals of the fits; 0 for none.
+        max_bytes: Memory to fill with J, its factors or residuals, and dense matrices;
+            half of what is free if None. Lanczos keeps its Jacobian if it fits, and
+            linearises anew for every product if not.
         progress: Called with the number of Lanczos steps done; host driver only.
 
     Returns:
@@ -106,6 +127,7 @@ def measure_coupling(
 
     Raises:
         ValueError: If a shape, tree, dtype, leading axis or choice does not fit.
+        MemoryError: If the device runs out of memory; it names what to lower.
 
     References:
         Paper 7.2 to 7.5 and B.
@@ -122,29 +144,44 @@ def measure_coupling(
             f"window: expected at most num_shells = {num_shells}, got {window}."
         )
     problem = _Problem(
-        error_fn, params, batches, direction, reduction, derivative, step
+        error_fn,
+        params,
+        batches,
+        direction,
+        reduction,
+        derivative,
+        step,
+        "factored" if uses_factors(error_fn, jacobian) else "plain",
+        default_bytes() if max_bytes is None else max_bytes,
     )
     size = _checked_size(problem, block_size)
     if solver == "auto":
-        columns = min(block_size * num_steps, size)
         solver = choose_solver(
-            error_fn, params, batches, reduction=reduction, num_columns=columns
+            error_fn,
+            params,
+            batches,
+            reduction=reduction,
+            num_columns=min(block_size * num_steps, size),
+            jacobian=problem.jacobian,
+            max_bytes=problem.max_bytes,
         )
     start_key, bootstrap_key = jax.random.split(key)
-    if solver == "dense":
-        pairs, coupling = _dense_pairs(problem, tolerance, floor)
-    else:
-        run = _lanczos_run(problem, start_key, block_size, num_steps, driver, progress)
-        pairs = _ritz_pairs(run, tolerance=tolerance, floor=floor)
-        coupling = _derivative(problem, pairs.vectors, derivative, block_size)
-    secant, operator = _cross_checks(problem, pairs, coupling, block_size)
+    with naming_what_to_lower("max_bytes", "block_size", "num_steps", "batches"):
+        if solver == "dense":
+            pairs, coupling = _dense_pairs(problem, tolerance, floor)
+        else:
+            krylov = _Krylov(block_size, num_steps, driver, progress)
+            pairs, coupling = _lanczos_pairs(
+                problem, krylov, start_key, tolerance, floor
+            )
+        checks = _cross_checks(problem, pairs, coupling, block_size)
     finite = _all_finite((coupling, pairs.values, direction)) & _errors_finite(problem)
     return diagnose(
         pairs,
         coupling,
-        (secant, operator, finite),
+        (*checks, finite),
         bootstrap_key,
-        labels=(solver, derivative, reduction),
+        labels=(solver, problem.jacobian, derivative, reduction),
         num_shells=num_shells,
         window=window,
         min_count=min_count,
@@ -170,18 +207,23 @@ def _dense_pairs(
     problem: _Problem, tolerance: float, floor: float | None
 ) -> tuple[RitzPairs, jax.Array]:
     """Returns all n eigenpairs and ``V^T Mdot V``, from the dense matrices."""
-    fn, params, batches, direction, reduction, derivative, step = problem
-    if derivative == "exact":
+    fn, params, batches, direction = problem[:4]
+    options = {
+        "reduction": problem.reduction,
+        "jacobian": problem.jacobian,
+        "max_jacobian_bytes": max(problem.max_bytes // 4, 1),
+    }
+    if problem.derivative == "exact":
         kernel, moved = kernel_with_derivative_dense(
-            fn, params, batches, direction, reduction=reduction
+            fn, params, batches, direction, **options
         )
     else:
-        kernel = kernel_dense(fn, params, batches, reduction=reduction)
+        kernel = kernel_dense(fn, params, batches, **options)
         moved = central_difference(
-            lambda p: kernel_dense(fn, p, batches, reduction=reduction),
+            lambda p: kernel_dense(fn, p, batches, **options),
             params,
             direction,
-            step=step,
+            step=problem.step,
         )
     return _diagonalize(kernel, moved, tolerance=tolerance, floor=floor)
 
@@ -203,36 +245,58 @@ def _diagonalize(
     return RitzPairs(values, vectors, residuals, resolved & finite), coupling
 
 
-def _lanczos_run(
+def _lanczos_pairs(
     problem: _Problem,
+    krylov: _Krylov,
     key: jax.Array,
-    block_size: int,
-    num_steps: int,
-    driver: Literal["auto", "scan", "host"],
-    progress: Callable[[int], None] | None,
-) -> LanczosResult:
+    tolerance: float,
+    floor: float | None,
+) -> tuple[RitzPairs, jax.Array]:
+    """Returns the Ritz pairs and ``V^T Mdot V``, projected b columns at a time."""
+    run = _lanczos_run(problem, krylov, key)
+    pairs = _ritz_pairs(run, tolerance=tolerance, floor=floor)
+    coupling = _derivative(
+        problem, pairs.vectors, problem.derivative, krylov.block_size
+    )
+    return pairs, coupling
+
+
+def _lanczos_run(problem: _Problem, krylov: _Krylov, key: jax.Array) -> LanczosResult:
     """Runs block Lanczos from a Gaussian block free of the softmax null space."""
-    fn, params, batches, _, reduction, _, _ = problem
+    fn, params, batches = problem[:3]
     traced = is_traced((params, batches))
-    kernel = linearize_kernel(fn, params, batches, reduction=reduction)
     start_key, probe_key, lanczos_key = jax.random.split(key, 3)
-    shape = (kernel.dimension, block_size)
-    start = jax.random.normal(start_key, shape, kernel.dtype)
+    error = check_problem(fn, params, batches)
+    size = error_dimension(fn, params, batches, reduction=problem.reduction)
+    shape = (size, krylov.block_size)
+    start = jax.random.normal(start_key, shape, error.dtype)
     centered = class_sums_vanish(fn, params, batches, probe_key)
-    by_class = start.reshape(-1, kernel.error.shape[1], block_size)
+    by_class = start.reshape(-1, error.shape[1], krylov.block_size)
     free = by_class - jnp.mean(by_class, axis=1, keepdims=True)
     start = jnp.where(centered, free.reshape(shape), start)
+    driver = krylov.driver
     if driver == "auto":
         on_cpu = jax.default_backend() == "cpu"
         driver = "host" if on_cpu and not traced else "scan"
     return block_lanczos(
-        kernel.matmat,
+        _products(problem),
         start,
-        num_steps,
+        krylov.num_steps,
         key=lanczos_key,
         driver=driver,
-        progress=progress,
+        progress=krylov.progress,
     )
+
+
+def _products(problem: _Problem) -> Matmat:
+    """Returns the products with M: from a held Jacobian if it fits, else anew."""
+    fn, params, batches = problem[:3]
+    for jacobian in dict.fromkeys((problem.jacobian, "plain")):
+        if held_bytes(fn, params, batches, jacobian=jacobian) <= problem.max_bytes:
+            return linearize_kernel(
+                fn, params, batches, reduction=problem.reduction, jacobian=jacobian
+            ).matmat
+    return partial(kernel_matmat, fn, params, batches, reduction=problem.reduction)
 
 
 _ritz_pairs = partial(jax.jit, static_argnames=("tolerance", "floor"))(ritz_pairs)
@@ -242,7 +306,11 @@ def _derivative(
     problem: _Problem, vectors: jax.Array, method: Derivative, block_size: int
 ) -> jax.Array:
     """Projects the derivative, ``block_size`` columns at a time."""
-    fn, params, batches, direction, reduction, _, step = problem
+    fn, params, batches, direction = problem[:4]
+    # J and Jdot, of all batches for the stack and of one for the mean.
+    held = 3 * held_bytes(fn, params, batches, jacobian=problem.jacobian)
+    share = jax.tree.leaves(batches)[0].shape[0] if problem.reduction == "mean" else 1
+    fits = held <= share * problem.max_bytes
     return kernel_derivative(
         fn,
         params,
@@ -250,9 +318,10 @@ def _derivative(
         direction,
         vectors,
         method=method,
-        step=step,
-        reduction=reduction,
+        step=problem.step,
+        reduction=problem.reduction,
         column_chunk=block_size,
+        jacobian="auto" if fits and problem.jacobian == "factored" else "plain",
     )
 
 

@@ -1,15 +1,21 @@
-"""Which solver is cheaper, by floating-point operations and memory; and null spaces.
+"""Which solver is cheaper, by operations and memory; and null spaces.
 
-With f the operations of one example's forward pass, ``Q`` evaluation batches of the
-reduction (K for ``mean``, where each is one error space) and r Krylov columns:
+With f the operations of one batch's forward pass, q the outputs differentiated (C, or
+``C - 1`` for a softmax error), and r Krylov columns, one batch takes, with derivative:
 
-- dense: each example's J costs C backward passes (2 f each), Jdot twice as much again;
-  the Gram products of J and Jdot cost ``6 n^2 P``, the eigenvectors about ``20 n^3``.
-- Lanczos: a product costs 4 f a column and example, its derivative 1.5 times that.
+| | plain | factored |
+| :--- | :--- | :--- |
+| dense | ``6 C f`` | ``3 (1 + q) f`` |
+| and | ``6 n^2 P`` | three times the blocks' `gram_cost` |
+| Lanczos | ``4 f r`` | ``4 (1 + q) f`` and ``r`` times the blocks' `product_cost` |
+| and | ``6 f r`` | 1.5 times the same |
+
+Dense eigenvectors add ``70 n^3`` (they run at a small part of the products' rate), the
+basis of Lanczos ``6 n r^2``. The counts of rows and of factors are in `factors`.
 """
 
 import functools
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,31 +24,68 @@ import numpy as np
 from grsd_jax._checks import check_at_least, check_batches, check_choice
 from grsd_jax._jacobian import as_pytree, check_problem, split_batches
 from grsd_jax._typing import ErrorFn, PyTree, Reduction
+from grsd_jax.factored import (
+    FactoredErrorFn,
+    JacobianForm,
+    output_blocks,
+    uses_factors,
+)
+from grsd_jax.factors import for_products, gram_cost, product_cost
 from grsd_jax.kernel import REDUCTIONS
+from grsd_jax.memory import default_bytes, tree_bytes
 
 SOLVERS = ("auto", "dense", "lanczos")
-
-#: Bytes that the dense solver may use for its n x n matrices.
-MAX_DENSE_BYTES = 4 * 2**30
 
 #: n x n arrays alive at once in the dense solver: M, Mdot, V, and work space.
 _DENSE_MATRICES = 8
 
+#: Operations of the eigenvectors over n^3, at the rate of convolutions.
+_EIGENVECTORS = 70.0
 
-def choose_solver(
+
+class Estimate(NamedTuple):
+    """What one solver's measurement will take.
+
+    Attributes:
+        operations: Floating-point operations, weighed by how fast they run.
+        bytes: Memory held at once, beyond parameters and batches.
+    """
+
+    operations: float
+    bytes: int
+
+
+class _Costs(NamedTuple):
+    """Operations and bytes of one batch.
+
+    Attributes:
+        forward: The forward pass.
+        rows: What makes J ready: backward passes, written-out rows.
+        gram: The Gram product over one error space.
+        column: One column's pull and push.
+        held: Bytes that J ready for products takes.
+    """
+
+    forward: float
+    rows: float
+    gram: float
+    column: float
+    held: int
+
+
+def estimate_measurement(
     error_fn: ErrorFn,
     params: PyTree,
     batches: PyTree,
     *,
     reduction: Reduction = "mean",
     num_columns: int,
-    max_dense_bytes: int = MAX_DENSE_BYTES,
-) -> Literal["dense", "lanczos"]:
-    """Chooses between the dense solver and Lanczos, from shapes alone.
+    jacobian: JacobianForm = "auto",
+) -> dict[str, Estimate]:
+    """Estimates what a measurement with exact derivative takes, from shapes alone.
 
     The counts of operations are those of the module's docstring; the forward pass's
-    come from the compiler's own cost analysis. The dense solver is also passed over if
-    its n x n matrices would need more than ``max_dense_bytes``.
+    come from the compiler's own cost analysis.
 
     Args:
         error_fn: ``error_fn(params, batch) -> [N, C]``.
@@ -50,10 +93,10 @@ def choose_solver(
         batches: A pytree with leading axes ``[K, N]``.
         reduction: ``"mean"`` or ``"stack"``.
         num_columns: The Krylov dimension r that Lanczos would have.
-        max_dense_bytes: Bytes that the dense solver may use for n x n matrices.
+        jacobian: ``"factored"``, ``"plain"`` or ``"auto"``.
 
     Returns:
-        ``"dense"`` or ``"lanczos"``.
+        An `Estimate` for ``"dense"`` and one for ``"lanczos"``.
 
     Raises:
         ValueError: If a shape, leading axis or choice does not fit.
@@ -65,18 +108,144 @@ def choose_solver(
     check_at_least("num_columns", num_columns, 1)
     num_batches, num_examples = check_batches(batches)
     error = check_problem(error_fn, params, batches)
-    num_outputs = error.shape[1]
-    spaces, copies = (num_batches, 1) if reduction == "mean" else (1, num_batches)
-    size = copies * num_examples * num_outputs
-    if _DENSE_MATRICES * size**2 * error.dtype.itemsize > max_dense_bytes:
+    copies = 1 if reduction == "mean" else num_batches
+    size = copies * num_examples * error.shape[1]
+    costs = _batch_costs(
+        error_fn, params, batches, copies * num_examples, error.shape[1], jacobian
+    )
+    item = error.dtype.itemsize
+    width = tree_bytes(params)
+    dense = num_batches * 3 * (costs.rows + costs.gram)
+    lanczos = num_batches * (4 * costs.rows + 2.5 * num_columns * costs.column)
+    return {
+        "dense": Estimate(
+            dense + _EIGENVECTORS * size**3,
+            _DENSE_MATRICES * size**2 * item + 2 * costs.held,
+        ),
+        "lanczos": Estimate(
+            lanczos + 6.0 * size * num_columns**2,
+            3 * size * num_columns * item + num_batches * costs.held + 16 * width,
+        ),
+    }
+
+
+def choose_solver(
+    error_fn: ErrorFn,
+    params: PyTree,
+    batches: PyTree,
+    *,
+    reduction: Reduction = "mean",
+    num_columns: int,
+    jacobian: JacobianForm = "auto",
+    max_bytes: int | None = None,
+) -> Literal["dense", "lanczos"]:
+    """Chooses between the dense solver and Lanczos, from shapes alone.
+
+    The one with fewer operations by `estimate_measurement`; Lanczos if the dense one's
+    matrices do not fit; dense if Lanczos would span the whole space.
+
+    Args:
+        error_fn: ``error_fn(params, batch) -> [N, C]``.
+        params: Parameters.
+        batches: A pytree with leading axes ``[K, N]``.
+        reduction: ``"mean"`` or ``"stack"``.
+        num_columns: The Krylov dimension r that Lanczos would have.
+        jacobian: ``"factored"``, ``"plain"`` or ``"auto"``.
+        max_bytes: Memory that the dense solver may take; half of what is free if None.
+
+    Returns:
+        ``"dense"`` or ``"lanczos"``.
+
+    Raises:
+        ValueError: If a shape, leading axis or choice does not fit.
+
+    References:
+        Ours.
+    """
+    estimates = estimate_measurement(
+        error_fn,
+        params,
+        batches,
+        reduction=reduction,
+        num_columns=num_columns,
+        jacobian=jacobian,
+    )
+    dense, lanczos = estimates["dense"], estimates["lanczos"]
+    if dense.bytes > (default_bytes() if max_bytes is None else max_bytes):
         return "lanczos"
-    if num_columns >= size:  # Lanczos would span the whole space and save nothing
+    num_batches, num_examples = check_batches(batches)
+    size = num_examples * check_problem(error_fn, params, batches).shape[1]
+    if num_columns >= (size if reduction == "mean" else num_batches * size):
         return "dense"
-    num_params = sum(np.size(leaf) for leaf in jax.tree.leaves(params))
-    forward = num_batches * _forward_flops(error_fn, params, batches)
-    dense = 6 * num_outputs * forward + spaces * 6 * size**2 * num_params + 20 * size**3
-    lanczos = 4 * forward * num_columns * 2.5
-    return "dense" if dense <= lanczos else "lanczos"
+    return "dense" if dense.operations <= lanczos.operations else "lanczos"
+
+
+def held_bytes(
+    error_fn: ErrorFn,
+    params: PyTree,
+    batches: PyTree,
+    *,
+    jacobian: JacobianForm = "auto",
+) -> int:
+    """Returns the bytes that `linearize_kernel` holds: factors, or residuals.
+
+    Args:
+        error_fn: ``error_fn(params, batch) -> [N, C]``.
+        params: Parameters.
+        batches: A pytree with leading axes ``[K, N]``.
+        jacobian: ``"factored"``, ``"plain"`` or ``"auto"``.
+
+    Returns:
+        Bytes, for all K batches.
+
+    Raises:
+        ValueError: If a shape, leading axis or choice does not fit.
+
+    References:
+        Ours.
+    """
+    num_batches, num_examples = check_batches(batches)
+    num_outputs = check_problem(error_fn, params, batches).shape[1]
+    costs = _batch_costs(error_fn, params, batches, num_examples, num_outputs, jacobian)
+    return num_batches * costs.held
+
+
+def _batch_costs(
+    error_fn: ErrorFn,
+    params: PyTree,
+    batches: PyTree,
+    space_examples: int,
+    num_outputs: int,
+    jacobian: JacobianForm,
+) -> _Costs:
+    """Counts one batch, in an error space of ``space_examples`` examples."""
+    _, num_examples = check_batches(batches)
+    forward = _forward_flops(error_fn, params, batches)
+    one_batch = jax.tree.map(lambda leaf: _struct(leaf, drop=1), batches)
+    shapes = jax.tree.map(_struct, params)
+    if not uses_factors(error_fn, jacobian):
+        num_params = sum(np.size(leaf) for leaf in jax.tree.leaves(params))
+        n = space_examples * num_outputs
+        return _Costs(
+            forward=forward,
+            rows=2 * num_outputs * forward,
+            gram=2.0 * n * num_examples * num_outputs * num_params,
+            column=4 * forward,
+            held=tree_bytes(
+                _residuals.eval_shape(as_pytree(error_fn), shapes, one_batch)
+            ),
+        )
+    found, basis = _blocks.eval_shape(error_fn, shapes, one_batch)
+    blocks = [block for block in found if block is not None]
+    ready = jax.eval_shape(lambda parts: [for_products(part) for part in parts], blocks)
+    q = basis.shape[1]
+    return _Costs(
+        forward=forward,
+        rows=(1 + q) * forward,
+        gram=num_examples * sum(gram_cost(block, space_examples) for block in blocks),
+        column=num_examples * sum(product_cost(block) for block in ready),
+        held=tree_bytes(ready),
+    )
 
 
 def class_sums_vanish(
@@ -123,6 +292,17 @@ def _class_sums_vanish(
     moved = jax.linear_transpose(lambda u: pullback(u)[0], error)(tangent)[0]
     tolerance = 100 * jnp.finfo(moved.dtype).eps * jnp.max(jnp.abs(moved))
     return jnp.max(jnp.abs(jnp.sum(moved, axis=1))) <= tolerance
+
+
+# Jitted, so that the shapes of a problem are traced once.
+@jax.jit
+def _residuals(error_fn: ErrorFn, params: PyTree, batch: PyTree) -> Any:
+    return jax.vjp(lambda p: error_fn(p, batch), params)[1]
+
+
+@jax.jit
+def _blocks(error_fn: FactoredErrorFn, params: PyTree, batch: PyTree) -> Any:
+    return output_blocks(error_fn, params, batch)
 
 
 def _forward_flops(error_fn: ErrorFn, params: PyTree, batches: PyTree) -> float:

@@ -314,6 +314,7 @@ def _entry(
         "num_pairs": len(measured.values),
         "num_resolved": int(np.sum(measured.resolved)),
         "solver": measured.solver,
+        "jacobian": measured.jacobian,
         "derivative": measured.derivative,
         "reduction": measured.reduction,
         "seed": config.seed,

@@ -1,0 +1,73 @@
+"""How much memory there is, and what a run will take of it."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import jax
+import numpy as np
+
+from grsd_jax._typing import PyTree
+
+#: Share of the free memory that the library fills by default.
+_SHARE = 0.5
+
+
+def free_bytes() -> int:
+    """Returns the memory free on the default device: its own, or the machine's.
+
+    Returns:
+        Bytes; 4 GiB if neither the device nor the operating system tells.
+    """
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return int(stats["bytes_limit"] - stats.get("bytes_in_use", 0))
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return 4 * 2**30
+
+
+def default_bytes() -> int:
+    """Returns the bytes that a call may fill if it is not told: half of what is free.
+
+    Rounded down to a power of two, so that programs chosen by it seldom change.
+
+    Returns:
+        Bytes.
+    """
+    return 2 ** int(np.log2(max(_SHARE * free_bytes(), 2**20)))
+
+
+def tree_bytes(tree: PyTree) -> int:
+    """Returns the bytes of the arrays of a tree, or of their shapes.
+
+    Args:
+        tree: A pytree of arrays or of `jax.ShapeDtypeStruct`.
+
+    Returns:
+        Bytes.
+    """
+    leaves = jax.tree.leaves(tree)
+    return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+@contextmanager
+def naming_what_to_lower(*arguments: str) -> Iterator[None]:
+    """Turns running out of memory into an error that names what to lower.
+
+    Args:
+        *arguments: The arguments that bound memory, most effective first.
+
+    Raises:
+        MemoryError: If the device ran out of memory inside.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) and "Out of memory" not in str(error):
+            raise
+        listed = ", ".join(arguments)
+        raise MemoryError(
+            f"out of memory; lower one of: {listed}. {str(error).splitlines()[0]}"
+        ) from error
