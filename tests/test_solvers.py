@@ -20,9 +20,7 @@ def test_choice_follows_size_columns_and_memory():
     large, small = sized(2000, 5, 10), sized(20, 5, 10)
     assert choose_solver(linear, *large, num_columns=100) == "lanczos"
     assert choose_solver(linear, *small, num_columns=200) == "dense"
-    assert choose_solver(linear, *small, num_columns=200, max_bytes=10) == (
-        "lanczos"
-    )
+    assert choose_solver(linear, *small, num_columns=200, max_bytes=10) == ("lanczos")
 
 
 def test_networks_with_few_examples_are_dense():

@@ -12,6 +12,7 @@ from grsd_jax.dense import (
     kernel_dense,
     kernel_derivative_dense,
     kernel_with_derivative_dense,
+    layer_kernels,
 )
 from grsd_jax.derivative import (
     central_difference,
@@ -19,6 +20,7 @@ from grsd_jax.derivative import (
     kernel_derivative,
 )
 from grsd_jax.diagnostics import CouplingMeasurement, ToeplitzDiagnostics
+from grsd_jax.eigenpairs import LeadingEigenpairs, leading_eigenpairs
 from grsd_jax.errors import (
     half_squared_loss,
     softmax_cross_entropy,
@@ -65,6 +67,7 @@ __all__ = [
     "CouplingMeasurement",
     "LanczosResult",
     "LanczosState",
+    "LeadingEigenpairs",
     "LinearizedKernel",
     "PowerLawFit",
     "RitzPairs",
@@ -89,6 +92,8 @@ __all__ = [
     "lanczos_finish",
     "lanczos_init",
     "lanczos_step",
+    "layer_kernels",
+    "leading_eigenpairs",
     "linearize_kernel",
     "log_shells",
     "measure_coupling",

@@ -23,7 +23,7 @@ from grsd_jax.factored import (
     output_blocks,
     uses_factors,
 )
-from grsd_jax.factors import Factor, Rows, for_gram, inner
+from grsd_jax.factors import Factor, Rows, for_gram, inner, like
 from grsd_jax.kernel import REDUCTIONS
 from grsd_jax.memory import tree_bytes
 
@@ -100,6 +100,7 @@ def accumulate(
     basis = np.eye(error.shape[1])
     if factored:
         basis = error_fn.output_basis(error.shape[1])
+    basis = jnp.asarray(basis, error.dtype)
     blocks_of = partial(
         _blocks, fn, params, direction, basis, num_examples, factored=factored
     )
@@ -107,13 +108,12 @@ def accumulate(
     for chunks in _chunked(batches, options.example_chunk):
         sizes = _leaf_bytes(blocks_of, len(labels), chunks)
         for group in _leaf_groups(sizes, options.max_jacobian_bytes):
-            held = [blocks_of(chunk, group=group) for chunk in chunks]
+            held: list[_Blocks] = [blocks_of(chunk, group=group) for chunk in chunks]
             names = tuple(labels[index] for index in group)
             for label, matrices in _gram(held, names).items():
                 earlier = total.get(label)
                 total[label] = matrices if earlier is None else _add(earlier, matrices)
     scale = num_batches if options.reduction == "mean" else 1
-    basis = jnp.asarray(basis, error.dtype)
     return {
         label: tuple(_finish(matrix, basis, scale) for matrix in matrices)
         for label, matrices in total.items()
@@ -187,36 +187,34 @@ def _blocks(
     examples is cheaper.
     """
     if not factored:
-        kernel, moved = _row_blocks(error_fn, params, direction, group, chunk)
-        return _Blocks(tuple(kernel), tuple(moved))
+        rows, moved_rows = _row_blocks(error_fn, params, direction, group, chunk)
+        return _Blocks(tuple(rows), tuple(moved_rows))
     if direction is None:
-        found, moved = output_blocks(error_fn, params, chunk)[0], []
+        found, motions = output_blocks(error_fn, params, chunk)[0], []
     else:
-        found, moved, _ = moving_blocks(error_fn, params, chunk, direction)
-        moved = [moved[index] for index in group]
-    kernel = [
-        None if found[index] is None else for_gram(found[index], num_examples)
-        for index in group
-    ]
-    for position, block in enumerate(kernel[: len(moved)]):
-        if isinstance(block, Rows) and not isinstance(moved[position], Rows):
-            moved[position] = moved[position].as_rows()
-    missing = [i for i, block in enumerate(kernel) if block is None]
+        found, motions, _ = moving_blocks(error_fn, params, chunk, direction)
+    missing = tuple(index for index in group if found[index] is None)
+    rows, moved_rows = [], []
     if missing:
-        leaves = tuple(group[i] for i in missing)
-        rows, moved_rows = _row_blocks(error_fn, params, direction, leaves, chunk)
-        _fill(kernel, missing, rows, basis)
-        _fill(moved, missing, moved_rows, basis)
+        rows, moved_rows = _row_blocks(error_fn, params, direction, missing, chunk)
+    plain = dict(zip(missing, _in_basis(rows, basis), strict=True))
+    plain_moved = dict(zip(missing, _in_basis(moved_rows, basis), strict=False))
+    kernel: list[Factor] = []
+    moved: list[Factor] = []
+    for index in group:
+        block = found[index]
+        kernel.append(plain[index] if block is None else for_gram(block, num_examples))
+        if motions:
+            motion = motions[index]
+            moved.append(
+                plain_moved[index] if motion is None else like(motion, kernel[-1])
+            )
     return _Blocks(tuple(kernel), tuple(moved))
 
 
-def _fill(
-    blocks: list[Factor | None], where: list[int], rows: list[Rows], basis: jax.Array
-) -> None:
-    """Puts rows of all outputs, in the basis, where blocks are missing."""
-    for position, block in zip(where, rows, strict=False):
-        basis = jnp.asarray(basis, block.rows.dtype)
-        blocks[position] = Rows(_einsum("ncp,cq->nqp", block.rows, basis))
+def _in_basis(blocks: list[Rows], basis: jax.Array) -> list[Rows]:
+    """Turns rows of all C outputs into rows of the q directions of the basis."""
+    return [Rows(_einsum("ncp,cq->nqp", block.rows, basis)) for block in blocks]
 
 
 def _row_blocks(

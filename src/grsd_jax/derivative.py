@@ -144,15 +144,14 @@ def kernel_derivative(
         projected = _project(vectors, by_chunks(difference))
         return (projected + projected.T) / 2
 
-    factored = uses_factors(error_fn, jacobian)
     if jacobian == "auto" and vectors.shape[1] <= _FEW_COLUMNS * error.shape[1]:
-        factored = False  # too few columns to make up for the factors
+        jacobian = "plain"  # too few columns to make up for the factors
     batch_list = split_batches(batches)
     # The mean takes one batch after the other, and holds the factors of one at a time.
     spaces = [[b] for b in batch_list] if reduction == "mean" else [batch_list]
     moved = []
     for space in spaces:
-        pairs = _pairs(error_fn, params, space, direction, factored)
+        pairs = _pairs(error_fn, params, space, direction, jacobian)
 
         def half(block: jax.Array, pairs: Pairs = pairs) -> jax.Array:
             parts = split_block("vectors", block, copies, error)
@@ -223,14 +222,14 @@ def _pairs(
     params: PyTree,
     parts: list[PyTree],
     direction: PyTree,
-    factored: bool,
+    jacobian: JacobianForm,
 ) -> Pairs:
     """Returns what yields ``(J_k, Jdot_k)`` of the given batches.
 
     Factors are made once and held; plain linearisations are cheap, and made anew each
     time so that one batch's residuals are held at a time.
     """
-    if factored:
+    if uses_factors(error_fn, jacobian):
         held = [
             factorize_with_derivative(error_fn, params, batch, direction)
             for batch in parts

@@ -10,7 +10,7 @@ tangent kernel"; BackPACK; the captures of K-FAC.
 """
 
 import dataclasses
-from functools import partial
+from functools import partial, reduce
 from typing import Any, Literal, Protocol, TypeGuard, runtime_checkable
 
 import jax
@@ -24,7 +24,7 @@ from grsd_jax._jacobian import (
     linearize,
 )
 from grsd_jax._typing import ErrorFn, PyTree
-from grsd_jax.factors import Factor, for_products
+from grsd_jax.factors import Factor, for_products, like
 
 _einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
@@ -196,7 +196,7 @@ def _moving_blocks(
     cheapest = [block and for_products(block) for block in blocks]
     # Jdot acts on the tangents that J pulls, so both take the same form.
     moved = [
-        motion.as_rows() if type(block) is not type(motion) else motion
+        motion if block is None or motion is None else like(motion, block)
         for block, motion in zip(cheapest, moved, strict=True)
     ]
     return cheapest, moved, basis
@@ -272,11 +272,9 @@ def _pull(jacobian: FactoredJacobian, columns: jax.Array) -> PyTree:
 def _multiply(jacobian: FactoredJacobian, columns: jax.Array) -> jax.Array:
     # Block by block, so that a block is still in the cache when it is read again.
     coordinates = _einsum("cq,ncb->nqb", jacobian.basis, columns)
-    terms = [block.push(block.pull(coordinates)) for block in jacobian.blocks]
-    product = _einsum("cq,nqb->ncb", jacobian.basis, sum(terms[1:], terms[0]))
-    if jacobian.rest is not None:
-        product = product + jacobian.rest.multiply(columns)
-    return product
+    pushed = [block.push(block.pull(coordinates)) for block in jacobian.blocks]
+    rest = None if jacobian.rest is None else jacobian.rest.multiply(columns)
+    return _total(jacobian, pushed, rest)
 
 
 @jax.jit
@@ -285,7 +283,16 @@ def _push(jacobian: FactoredJacobian, tangents: PyTree) -> jax.Array:
     pushed = [
         block.push(part) for block, part in zip(jacobian.blocks, parts, strict=True)
     ]
-    columns = _einsum("cq,nqb->ncb", jacobian.basis, sum(pushed[1:], pushed[0]))
-    if jacobian.rest is not None:
-        columns = columns + jacobian.rest.push(rest)
-    return columns
+    columns = None if jacobian.rest is None else jacobian.rest.push(rest)
+    return _total(jacobian, pushed, columns)
+
+
+def _total(
+    jacobian: FactoredJacobian, pushed: list[jax.Array], rest: jax.Array | None
+) -> jax.Array:
+    """Adds up what the blocks pushed, ``[N, q, b]``, and the rest's columns."""
+    if not pushed:
+        assert rest is not None  # every parameter is in one of the two
+        return rest
+    columns = _einsum("cq,nqb->ncb", jacobian.basis, reduce(jnp.add, pushed))
+    return columns if rest is None else columns + rest

@@ -55,10 +55,6 @@ class Rows:
         """Returns the block's derivative, given the derivative of its arrays."""
         return tangent
 
-    def joined(self, other: "Rows") -> "Rows":
-        """Returns the block of a parameter that is used twice, the sum of its uses."""
-        return Rows(self.rows + other.rows)
-
 
 @partial(
     jax.tree_util.register_dataclass, data_fields=["inputs", "deltas"], meta_fields=[]
@@ -90,13 +86,6 @@ class Outer:
         return Outer(
             jnp.concatenate([tangent.inputs, self.inputs], axis=1),
             jnp.concatenate([self.deltas, tangent.deltas], axis=2),
-        )
-
-    def joined(self, other: "Outer") -> "Outer":
-        """Returns the block of a parameter that is used twice, the sum of its uses."""
-        return Outer(
-            jnp.concatenate([self.inputs, other.inputs], axis=1),
-            jnp.concatenate([self.deltas, other.deltas], axis=2),
         )
 
     def as_rows(self) -> Rows:
@@ -139,19 +128,40 @@ class Lookup:
         """Returns the block's derivative: indices do not move."""
         return Lookup(self.indices, tangent.deltas, self.size)
 
-    def joined(self, other: "Lookup") -> "Lookup":
-        """Returns the block of a parameter that is used twice, the sum of its uses."""
-        return Lookup(
-            jnp.concatenate([self.indices, other.indices], axis=1),
-            jnp.concatenate([self.deltas, other.deltas], axis=2),
-            self.size,
-        )
-
     def _rows_read(self) -> jax.Array:
         return self.indices.astype(jnp.int32)
 
 
 Factor = Rows | Outer | Lookup
+
+
+def joined(left: Factor, right: Factor) -> Factor:
+    """Returns the block of a parameter that is used twice, the sum of its uses.
+
+    Args:
+        left: One use, in any of the three forms.
+        right: The other, in the same form.
+
+    Returns:
+        The block, in that form.
+    """
+    if isinstance(left, Rows) and isinstance(right, Rows):
+        return Rows(left.rows + right.rows)
+    deltas = [block.deltas for block in (left, right) if not isinstance(block, Rows)]
+    both = jnp.concatenate(deltas, axis=2)
+    if isinstance(left, Outer) and isinstance(right, Outer):
+        return Outer(jnp.concatenate([left.inputs, right.inputs], axis=1), both)
+    assert isinstance(left, Lookup)
+    assert isinstance(right, Lookup)
+    indices = jnp.concatenate([left.indices, right.indices], axis=1)
+    return Lookup(indices, both, left.size)
+
+
+def like(block: Factor, reference: Factor) -> Factor:
+    """Returns ``block`` in rows where ``reference`` is, so that the two can meet."""
+    if isinstance(reference, Rows) and isinstance(block, Outer):
+        return block.as_rows()
+    return block
 
 
 def inner(left: Factor, right: Factor) -> jax.Array:

@@ -151,11 +151,13 @@ def linearize_kernel(
     """
     check_choice("reduction", reduction, REDUCTIONS)
     error = check_problem(error_fn, params, batches)
-    prepare = factorize if uses_factors(error_fn, jacobian) else linearize
-    jacobians = tuple(
-        prepare(error_fn, params, batch) for batch in split_batches(batches)
-    )
-    return LinearizedKernel(jacobians, error, reduction)
+    parts = split_batches(batches)
+    jacobians: list[Jacobian]
+    if uses_factors(error_fn, jacobian):
+        jacobians = [factorize(error_fn, params, batch) for batch in parts]
+    else:
+        jacobians = [linearize(error_fn, params, batch) for batch in parts]
+    return LinearizedKernel(tuple(jacobians), error, reduction)
 
 
 def error_dimension(

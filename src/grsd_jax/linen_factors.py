@@ -18,7 +18,7 @@ import numpy as np
 from flax import linen as nn
 
 from grsd_jax._typing import PyTree
-from grsd_jax.factors import Factor, Lookup, Outer, Rows
+from grsd_jax.factors import Factor, Lookup, Outer, Rows, joined
 from grsd_jax.linen_layers import READERS, Inputs, called_with
 
 _RECORD = "grsd_layer_inputs"
@@ -101,7 +101,7 @@ def linen_factors(
         for leaf, inputs in recorded[key].inputs.items():
             path = (*key[0], leaf)
             block = _block(leaf, inputs, jnp.moveaxis(delta, 0, 1), shapes[path])
-            blocks[path] = blocks[path].joined(block) if path in blocks else block
+            blocks[path] = joined(blocks[path], block) if path in blocks else block
     return [blocks.get(path) for path in shapes]
 
 
@@ -141,9 +141,9 @@ def _layer_calls(tree: Any, avals: tuple[Any, ...]) -> tuple[LayerCall, ...]:
     found = jax.eval_shape(_trace, error_fn, params, batch)
     grown = jax.eval_shape(_trace, error_fn, params, more)
     calls = [
-        LayerCall(*key, record.output.shape, record.output.dtype)
-        for key, record in found.items()
-        if key in grown and _batched(record, grown[key])
+        LayerCall(path, name, record.output.shape, record.output.dtype)
+        for (path, name), record in found.items()
+        if (path, name) in grown and _batched(record, grown[path, name])
     ]
     paths = {call.path for call in calls}
     if _readable_without(error_fn, params, batch, paths):

@@ -37,12 +37,9 @@ def _read_matmul(
     if isinstance(module, nn.Conv):
         rows = _conv_patches(module, x)
     elif isinstance(module, nn.DenseGeneral):
-        axes = module.axis if isinstance(module.axis, tuple) else (module.axis,)
-        trailing = tuple(range(-len(axes), 0))
-        if (
-            module.batch_dims
-            or tuple(a - x.ndim if a >= 0 else a for a in axes) != trailing
-        ):
+        axes = np.ravel(module.axis)
+        axes = np.where(axes >= 0, axes - x.ndim, axes)
+        if module.batch_dims or not np.array_equal(axes, np.arange(-len(axes), 0)):
             return None
         rows = x.reshape(x.shape[0], -1, int(np.prod(x.shape[-len(axes) :])))
     else:

@@ -291,7 +291,8 @@ def _lanczos_run(problem: _Problem, krylov: _Krylov, key: jax.Array) -> LanczosR
 def _products(problem: _Problem) -> Matmat:
     """Returns the products with M: from a held Jacobian if it fits, else anew."""
     fn, params, batches = problem[:3]
-    for jacobian in dict.fromkeys((problem.jacobian, "plain")):
+    forms: tuple[JacobianForm, ...] = (problem.jacobian, "plain")
+    for jacobian in dict.fromkeys(forms):
         if held_bytes(fn, params, batches, jacobian=jacobian) <= problem.max_bytes:
             return linearize_kernel(
                 fn, params, batches, reduction=problem.reduction, jacobian=jacobian

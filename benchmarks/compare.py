@@ -1,0 +1,283 @@
+"""Compares this package with its peers: one fresh process for each measurement.
+
+Weights, images and blocks are exported once for each problem; each result is checked
+against a reference in float64 before its time counts. What is measured already with
+the same inputs, code and settings is not measured again. All goes to OUT/results.json.
+
+Example:
+  python benchmarks/environments.py
+  python benchmarks/compare.py --out runs/peers
+  python benchmarks/compare.py --out /tmp/peers --problems resnet18_w4_n12
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from comparison.agreement import disagreement, tolerance
+from comparison.grid import (
+    PEERS,
+    PLAN,
+    TASKS,
+    Problem,
+    entrants,
+    parse_problem,
+    variants,
+    why_not,
+)
+from environments import FOLDER, interpreter, requirements
+
+HERE = Path(__file__).resolve().parent
+Record = dict[str, Any]
+
+#: Seconds after which a single measurement is given up.
+TIME_LIMIT = 300
+
+
+def main() -> None:
+    """Runs what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--problems", nargs="+", default=list(PLAN))
+    parser.add_argument("--tasks", nargs="+", choices=TASKS)
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=15.0)
+    parser.add_argument("--time-limit", type=float, default=TIME_LIMIT)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--environments", type=Path, default=FOLDER)
+    options = parser.parse_args()
+    try:
+        problems = [parse_problem(name) for name in options.problems]
+    except ValueError as error:
+        parser.error(str(error))
+    (options.out / "measurements").mkdir(parents=True, exist_ok=True)
+    for problem in problems:
+        tasks = options.tasks or PLAN.get(problem.name, TASKS)
+        about = export(problem, tasks, options)
+        for task in tasks:
+            for peer in filter(options.peers.__contains__, entrants(task)):
+                for row in measure_task(peer, problem, task, about, options):
+                    write_row(options.out, row)
+                    print(summary(row), flush=True)
+    path = options.out / "results.json"
+    machines = json.loads(path.read_text())["environment"] if path.exists() else {}
+    machines[options.device] = environment(options)
+    results = {"environment": machines, **collect(options.out)}
+    path.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+
+
+def export(
+    problem: Problem, tasks: tuple[str, ...], options: argparse.Namespace
+) -> Record:
+    """Writes inputs and reference of a problem, unless they are there.
+
+    Returns:
+        What `export.py` tells about the problem.
+    """
+    folder = problem_folder(problem, options)
+    derivative = any(task.startswith(("derivative", "measurement")) for task in tasks)
+    told = folder / "problem.json"
+    if told.exists():
+        about = json.loads(told.read_text())
+        if about["derivative"] or not derivative:
+            return about
+    print(f"{problem.name}: inputs and reference ...", flush=True)
+    command = [interpreter("grsd_jax", options.environments), HERE / "export.py"]
+    arguments = [problem.name, folder, *(["--derivative"] if derivative else [])]
+    environ = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    subprocess.run([str(part) for part in command + arguments], check=True, env=environ)
+    return json.loads(told.read_text())
+
+
+def measure_task(
+    peer: str,
+    problem: Problem,
+    task: str,
+    about: Record,
+    options: argparse.Namespace,
+) -> list[Record]:
+    """Returns the rows of a peer on a task, one for each variant."""
+    row = {"peer": peer, "problem": problem.name, "task": task}
+    row["device"] = options.device
+    reason = why_not(peer, problem, task)
+    if reason is not None:
+        return [{**row, "variant": None, "status": reason[0], "reason": reason[1]}]
+    rows = []
+    for variant in variants(peer, problem, task):
+        named = {**row, "variant": variant}
+        named["identity"] = identity(named, about, options)
+        old = read_row(options.out, named)
+        if old is not None and old.get("identity") == named["identity"]:
+            rows.append(old)
+        else:
+            rows.append(run_measurement(named, problem, options))
+    return rows
+
+
+def identity(row: Record, about: Record, options: argparse.Namespace) -> str:
+    """Returns a fingerprint of all that a measurement depends on.
+
+    That is the inputs, the settings, the pinned environment, the code of this folder
+    that runs in the peer's process and, where the peer uses it, this package's own.
+    """
+    peer = PEERS[row["peer"]]
+    files = [requirements(peer.environment), HERE / "run_peer.py"]
+    files += sorted((HERE / "peers").glob("*.py"))
+    files += [HERE / "comparison" / f"{name}.py" for name in ("harness", "agreement")]
+    if peer.environment == "grsd_jax":
+        files += sorted((HERE.parent / "src" / "grsd_jax").glob("*.py"))
+    told = [about["inputs"], options.repeats, options.seconds, options.threads]
+    total = hashlib.sha256(repr([row, *told]).encode())
+    for file in files:
+        total.update(file.read_bytes())
+    return total.hexdigest()[:16]
+
+
+def run_measurement(
+    row: Record, problem: Problem, options: argparse.Namespace
+) -> Record:
+    """Runs one measurement in a process of its own, and checks its result."""
+    folder = problem_folder(problem, options)
+    out = options.out / "measurements" / "current"
+    python = interpreter(PEERS[row["peer"]].environment, options.environments)
+    command = [str(python), str(HERE / "run_peer.py")]
+    for name in ("peer", "problem", "task", "variant", "device"):
+        command += [f"--{name}", row[name]]
+    for name in ("threads", "repeats", "seconds"):
+        command += [f"--{name}", str(getattr(options, name))]
+    command += ["--folder", str(folder), "--out", str(out)]
+    platforms = {"cpu": "cpu", "gpu": "cuda"}[options.device]
+    environ = {
+        **os.environ,
+        "JAX_PLATFORMS": platforms,
+        "JAX_TRACEBACK_FILTERING": "off",  # the last line names the error
+    }
+    started = time.perf_counter()
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=options.time_limit,
+            env=environ,
+        )
+    except subprocess.TimeoutExpired:
+        return {**row, "status": "timeout", "reason": f"over {options.time_limit:g} s"}
+    if done.returncode:
+        print(done.stderr, file=sys.stderr)
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        reason = f"exit status {done.returncode}: {last[:200]}"
+        return {**row, "status": "failed", "reason": reason}
+    record = json.loads(out.with_suffix(".json").read_text())
+    with np.load(out.with_suffix(".npz")) as file:
+        result = dict(file)
+    with (
+        np.load(folder / "inputs.npz") as inputs,
+        np.load(folder / "reference.npz") as reference,
+    ):
+        error = disagreement(row["task"], result, inputs, reference)
+    agrees = error <= tolerance(row["task"])
+    return {
+        **row,
+        "status": "ok" if agrees else "disagrees",
+        "error": error if np.isfinite(error) else None,
+        "tolerance": tolerance(row["task"]),
+        "process_seconds": time.perf_counter() - started,
+        **record,
+    }
+
+
+def environment(options: argparse.Namespace) -> Record:
+    """Describes the machine and the settings."""
+    cpu = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            cpu = line.partition(":")[2].strip()
+            break
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "memory_gib": round(pages / 2**30, 1),
+        "system": f"{platform.system()} {platform.machine()}",
+        "threads": options.threads,
+        "repeats": options.repeats,
+        "seconds": options.seconds,
+    }
+
+
+def problem_folder(problem: Problem, options: argparse.Namespace) -> Path:
+    """Returns the folder of a problem's inputs and reference."""
+    return options.out / "problems" / problem.name
+
+
+def row_path(out: Path, row: Record) -> Path:
+    """Returns the file of a row."""
+    names = (row["problem"], row["task"], row["peer"], row["variant"], row["device"])
+    label = "-".join(str(name).replace(" ", "_") for name in names)
+    return out / "measurements" / f"{label}.json"
+
+
+def read_row(out: Path, row: Record) -> Record | None:
+    """Returns the row as it was written, or None."""
+    path = row_path(out, row)
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def write_row(out: Path, row: Record) -> None:
+    """Writes a row, whole or not at all."""
+    path = row_path(out, row)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(row, indent=1, sort_keys=True))
+    part.replace(path)
+
+
+def collect(out: Path) -> Record:
+    """Returns the problems and the rows in a folder, in the order of the grid."""
+    order = {
+        "problem": list(PLAN),
+        "task": list(TASKS),
+        "peer": list(PEERS),
+    }
+
+    def place(row: Record) -> tuple[Any, ...]:
+        parts = []
+        for name, known in order.items():
+            value = row[name]
+            parts.append((known.index(value) if value in known else len(known), value))
+        return (*parts, str(row["variant"]))
+
+    files = sorted((out / "measurements").glob("*-*.json"))
+    rows = [json.loads(path.read_text()) for path in files]
+    told = {
+        path.parent.name: json.loads(path.read_text())
+        for path in sorted((out / "problems").glob("*/problem.json"))
+    }
+    return {"problems": told, "rows": sorted(rows, key=place)}
+
+
+def summary(row: Record) -> str:
+    """Returns the progress line of a row."""
+    name = f"{row['problem']} {row['task']} {row['peer']}"
+    if row["variant"]:
+        name += f" ({row['variant']})"
+    if "seconds" not in row:
+        return f"{name}: {row['status']}, {row['reason']}"
+    seconds = row["seconds"]["minimum"]
+    error = "not finite" if row["error"] is None else f"{row['error']:.1e}"
+    return f"{name}: {row['status']}, {seconds:.3f} s, error {error}"
+
+
+if __name__ == "__main__":
+    main()

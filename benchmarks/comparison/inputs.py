@@ -1,0 +1,208 @@
+"""Makes the inputs of a problem, and its reference in float64.
+
+Weights, statistics, images, labels, direction and blocks are made once and written to
+one npz, which every peer reads. The reference comes from the plain path of this package
+in float64, which shares no code with the path that is timed as ours by default.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import grsd_jax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from grsd_jax import models
+
+from comparison.grid import MAX_COLUMNS, NUM_CLASSES, Problem
+from comparison.harness import subtree
+
+Arrays = dict[str, np.ndarray]
+_SEED = 0
+_IMAGE = (32, 32, 3)
+
+
+class MLP(nn.Module):
+    """Three hidden layers of the same width, on flattened images."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps images ``[N, ...]`` to logits ``[N, C]``."""
+        x = x.reshape(x.shape[0], -1)
+        for index in range(3):
+            x = nn.relu(nn.Dense(self.width, name=f"hidden{index + 1}")(x))
+        return nn.Dense(NUM_CLASSES, name="head")(x)
+
+
+def make_model(problem: Problem) -> nn.Module:
+    """Returns the linen module of a problem."""
+    if problem.model == "mlp":
+        return MLP(problem.width)
+    return models.ResNet18(NUM_CLASSES, problem.width)
+
+
+def make_inputs(problem: Problem) -> Arrays:
+    """Makes everything that the peers are given.
+
+    Untrained weights, with biases, scales and statistics away from zero and one, so
+    that a peer that leaves one of them out is found. Images are smooth random
+    fields, those of one class around a common one.
+
+    Args:
+        problem: The problem.
+
+    Returns:
+        ``images`` ``[N, 32, 32, 3]``, ``labels`` ``[N]``, ``block`` ``[n, 160]`` (fewer
+        columns if n is smaller) with orthonormal columns, and ``params/...``,
+        ``batch_stats/...`` and ``direction/...`` by the paths of the linen module.
+    """
+    rng = np.random.default_rng(_SEED)
+    model = make_model(problem)
+    labels = rng.integers(0, NUM_CLASSES, problem.num_examples).astype(np.int32)
+    centers = _smooth_fields(rng, NUM_CLASSES)
+    images = centers[labels] + _smooth_fields(rng, problem.num_examples)
+    shapes = jax.eval_shape(model.init, jax.random.key(_SEED), images[:1])
+    params = _weights(shapes["params"], rng)
+    state = {}
+    if "batch_stats" in shapes:
+        statistics = _gathered_statistics(model, params, shapes["batch_stats"], images)
+        state = {"batch_stats": statistics}
+    batches = {"image": jnp.asarray(images)[None], "label": jnp.asarray(labels)[None]}
+    direction = grsd_jax.gradient_flow_direction(
+        models.linen_loss_fn(model, state), params, batches
+    )
+    columns = min(MAX_COLUMNS, problem.size)
+    block = np.linalg.qr(rng.normal(size=(problem.size, columns)))[0]
+    trees = {"params": params, "direction": direction, **state}
+    flat = flatten_dict(trees, sep="/")
+    return {
+        "images": images,
+        "labels": labels,
+        "block": block.astype(np.float32),
+        **{name: np.asarray(array) for name, array in flat.items()},
+    }
+
+
+def load_problem(problem: Problem, inputs: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Turns the arrays back into what the functions of this package take.
+
+    Args:
+        problem: The problem.
+        inputs: The arrays of `make_inputs`.
+
+    Returns:
+        ``error_fn``, ``params``, ``batches``, ``direction`` and ``block``.
+    """
+    params, direction, statistics = (
+        unflatten_dict(_arrays(subtree(inputs, name)), sep="/")
+        for name in ("params", "direction", "batch_stats")
+    )
+    state = {"batch_stats": statistics} if statistics else {}
+    return {
+        "error_fn": models.linen_error_fn(make_model(problem), state),
+        "params": params,
+        "batches": {
+            "image": jnp.asarray(inputs["images"])[None],
+            "label": jnp.asarray(inputs["labels"])[None],
+        },
+        "direction": direction,
+        "block": jnp.asarray(inputs["block"]),
+    }
+
+
+def plain_error(error_fn: Any, params: Any, batch: Any) -> jax.Array:
+    """Calls ``error_fn``; a function of its own has no layers to be seen."""
+    return error_fn(params, batch)
+
+
+def make_reference(
+    problem: Problem, inputs: Mapping[str, np.ndarray], *, derivative: bool
+) -> Arrays:
+    """Computes M, and its derivative if asked, in float64 by the plain path.
+
+    Args:
+        problem: The problem.
+        inputs: The arrays of `make_inputs`.
+        derivative: Whether a task needs the derivative.
+
+    Returns:
+        ``kernel`` ``[n, n]`` and, if asked, ``derivative`` ``[n, n]``.
+    """
+    with jax.enable_x64(True):
+        double = {
+            name: array.astype(np.float64) if array.dtype == np.float32 else array
+            for name, array in inputs.items()
+        }
+        loaded = load_problem(problem, double)
+        error_fn = jax.tree_util.Partial(plain_error, loaded["error_fn"])
+        arguments = (error_fn, loaded["params"], loaded["batches"])
+        if not derivative:
+            return {"kernel": np.asarray(grsd_jax.kernel_dense(*arguments))}
+        kernel, moved = grsd_jax.kernel_with_derivative_dense(
+            *arguments, loaded["direction"]
+        )
+        return {"kernel": np.asarray(kernel), "derivative": np.asarray(moved)}
+
+
+def digest(arrays: Mapping[str, np.ndarray]) -> str:
+    """Returns a fingerprint of names, shapes, dtypes and values."""
+    total = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        total.update(f"{name}{array.shape}{array.dtype}".encode())
+        total.update(array.tobytes())
+    return total.hexdigest()[:16]
+
+
+def _arrays(flat: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    return {name: jnp.asarray(array) for name, array in flat.items()}
+
+
+def _smooth_fields(rng: np.random.Generator, count: int) -> np.ndarray:
+    """Returns images of Gaussian noise without its high frequencies, variance one."""
+    noise = np.fft.fft2(rng.normal(size=(count, *_IMAGE)), axes=(1, 2))
+    frequency = np.fft.fftfreq(_IMAGE[0])
+    decay = np.exp(-50 * (frequency[:, None] ** 2 + frequency[None] ** 2))
+    fields = np.fft.ifft2(noise * decay[None, :, :, None], axes=(1, 2)).real
+    return (fields / fields.std()).astype(np.float32)
+
+
+def _weights(shapes: Any, rng: np.random.Generator) -> Any:
+    """Draws weights: kernels by He et al. (2015), scales near one, biases near zero."""
+
+    def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        fan_in = np.prod(leaf.shape[:-1])
+        noise = rng.normal(size=leaf.shape)
+        if path[-1].key == "kernel":
+            noise *= np.sqrt(2 / fan_in)
+        else:
+            noise = 0.1 * noise + (path[-1].key == "scale")
+        return jnp.asarray(noise, leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def _gathered_statistics(
+    model: nn.Module, params: Any, shapes: Any, images: np.ndarray
+) -> Any:
+    """Returns BatchNorm statistics near those of the images, by running updates."""
+
+    @jax.jit
+    def update(params: Any, statistics: Any, images: jax.Array) -> Any:
+        _, updated = model.apply(
+            {"params": params, "batch_stats": statistics},
+            images,
+            train=True,
+            mutable=["batch_stats"],
+        )
+        return updated["batch_stats"]
+
+    statistics = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), shapes)
+    for _ in range(50):  # at a momentum of 0.9 little is left of the ones
+        statistics = update(params, statistics, images)
+    return statistics

@@ -1,0 +1,114 @@
+"""What this package is to reach against its peers, and what came out."""
+
+from typing import Any, NamedTuple
+
+Record = dict[str, Any]
+
+#: Times faster than a peer: problem, task, peer, ratio.
+_FASTER = (
+    ("resnet18_w16_n32", "dense", "torch_func", 2.0),
+    ("resnet18_w64_n16", "dense", "torch_func", 4.0),
+    ("resnet18_w16_n32", "dense", "neural_tangents", 20.0),
+    ("resnet18_w16_n32", "block_8", "torch_func", 1.25),
+    ("resnet18_w16_n32", "block_32", "torch_func", 1.4),
+    ("resnet18_w64_n32", "block_8", "torch_func", 1.8),
+)
+_DERIVATIVES = ("derivative_8", "derivative_32", "derivative_160")
+_DERIVATIVE_PROBLEM = "resnet18_w16_n32"
+_MOST_BLOCK_PRODUCTS = 1.0
+_PAIR_PROBLEMS = ("mlp_w256_n32", "resnet18_w16_n32", "resnet18_w64_n32")
+
+
+class Outcome(NamedTuple):
+    """A target and what was measured.
+
+    Attributes:
+        problem: The problem.
+        task: The task.
+        goal: The target in words.
+        measured: What came out, None if it was not measured.
+        met: Whether it was reached, None if it was not measured.
+    """
+
+    problem: str
+    task: str
+    goal: str
+    measured: str | None
+    met: bool | None
+
+
+def best(
+    rows: list[Record], problem: str, task: str, peer: str, device: str = "cpu"
+) -> Record | None:
+    """Returns the fastest variant of a peer whose result agrees, or None."""
+    named = {"problem": problem, "task": task, "peer": peer, "device": device}
+    agreeing = [
+        row
+        for row in rows
+        if row["status"] == "ok" and all(row[key] == named[key] for key in named)
+    ]
+    return min(agreeing, key=cost, default=None)
+
+
+def cost(row: Record) -> float:
+    """Returns the seconds that count: of a dense matrix with the preparation."""
+    extra = row["prepare_seconds"] or 0.0 if row["task"] == "dense" else 0.0
+    return row["seconds"]["minimum"] + extra
+
+
+def outcomes(rows: list[Record]) -> list[Outcome]:
+    """Compares the rows with every target.
+
+    Args:
+        rows: Those of ``results.json``.
+
+    Returns:
+        One outcome for each target, measured or not.
+    """
+    return [
+        *(_faster(rows, *target) for target in _FASTER),
+        *(_derivative(rows, task) for task in _DERIVATIVES),
+        *(
+            _pairs(rows, problem, quantity)
+            for problem in _PAIR_PROBLEMS
+            for quantity in ("columns", "seconds")
+        ),
+    ]
+
+
+def _faster(
+    rows: list[Record], problem: str, task: str, peer: str, ratio: float
+) -> Outcome:
+    goal = f"at least {ratio:g} times as fast as {peer}"
+    ours = best(rows, problem, task, "grsd_jax")
+    theirs = best(rows, problem, task, peer)
+    if ours is None or theirs is None:
+        return Outcome(problem, task, goal, None, None)
+    reached = cost(theirs) / cost(ours)
+    return Outcome(problem, task, goal, f"{reached:.2f} times", reached >= ratio)
+
+
+def _derivative(rows: list[Record], task: str) -> Outcome:
+    goal = f"at most {_MOST_BLOCK_PRODUCTS:.1f} block products, both on the plain path"
+    row = best(rows, _DERIVATIVE_PROBLEM, task, "grsd_jax_plain")
+    if row is None:
+        return Outcome(_DERIVATIVE_PROBLEM, task, goal, None, None)
+    share = row["seconds"]["minimum"] / row["beside_seconds"]["minimum"]
+    met = share <= _MOST_BLOCK_PRODUCTS
+    return Outcome(_DERIVATIVE_PROBLEM, task, goal, f"{share:.2f}", met)
+
+
+def _pairs(rows: list[Record], problem: str, quantity: str) -> Outcome:
+    word = "operator columns" if quantity == "columns" else "time"
+    goal = f"{'fewer' if quantity == 'columns' else 'less'} {word} than SciPy eigsh"
+    ours = best(rows, problem, "eigenpairs", "grsd_jax")
+    theirs = best(rows, problem, "eigenpairs", "scipy_eigsh")
+    if ours is None or theirs is None:
+        return Outcome(problem, "eigenpairs", goal, None, None)
+    if quantity == "columns":
+        left, right = (row["details"]["columns"] for row in (ours, theirs))
+        measured = f"{left} against {right}"
+    else:
+        left, right = cost(ours), cost(theirs)
+        measured = f"{left:.2f} s against {right:.2f} s"
+    return Outcome(problem, "eigenpairs", goal, measured, left < right)

@@ -1,0 +1,69 @@
+"""Runs one measurement of one peer in this process; `compare.py` calls it.
+
+It is run by the Python of the peer's own environment, and needs NumPy beside the peer.
+
+Example:
+  .venv-benchmarks/torch/bin/python benchmarks/run_peer.py --peer torch_func \
+    --problem resnet18_w4_n4 --task dense --variant "whole batch" \
+    --folder runs/peers/problems/resnet18_w4_n4 --out /tmp/measurement
+"""
+
+import argparse
+import importlib
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+
+import numpy as np
+
+from comparison.grid import PEERS, parse_problem
+from comparison.harness import measure
+
+_PACKAGES = (
+    "curvlinops-for-pytorch",
+    "flax",
+    "grsd-jax",
+    "jax",
+    "jaxlib",
+    "matfree",
+    "neural-tangents",
+    "numpy",
+    "scipy",
+    "torch",
+)
+
+
+def main() -> None:
+    """Measures, and writes ``OUT.json`` and ``OUT.npz``."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--peer", required=True, choices=PEERS)
+    parser.add_argument("--problem", required=True)
+    parser.add_argument("--task", required=True)
+    parser.add_argument("--variant", required=True)
+    parser.add_argument("--folder", required=True, type=Path)
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "gpu"))
+    parser.add_argument("--threads", default=1, type=int)
+    parser.add_argument("--repeats", default=5, type=int)
+    parser.add_argument("--seconds", default=15.0, type=float)
+    options = parser.parse_args()
+
+    peer = importlib.import_module(f"peers.{PEERS[options.peer].module}")
+    with np.load(options.folder / "inputs.npz") as file:
+        inputs = dict(file)
+    case = peer.make_case(
+        parse_problem(options.problem), options.task, options.variant, inputs, options
+    )
+    record, arrays = measure(case, repeats=options.repeats, seconds=options.seconds)
+    installed = {d.name.lower() for d in importlib.metadata.distributions()}
+    record["versions"] = {
+        "python": platform.python_version(),
+        **{n: importlib.metadata.version(n) for n in _PACKAGES if n in installed},
+    }
+    np.savez(options.out.with_suffix(".npz"), **arrays)
+    options.out.with_suffix(".json").write_text(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()

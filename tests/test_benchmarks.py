@@ -1,0 +1,515 @@
+"""The comparison with peers: all that needs no environment of theirs."""
+
+import importlib
+import json
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import oracles
+
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+
+pytest.importorskip("flax")
+sys.path.append(str(BENCHMARKS))
+agreement = importlib.import_module("comparison.agreement")
+compare = importlib.import_module("compare")
+grid = importlib.import_module("comparison.grid")
+harness = importlib.import_module("comparison.harness")
+inputs_of = importlib.import_module("comparison.inputs")
+report = importlib.import_module("report")
+table = importlib.import_module("comparison.table")
+targets = importlib.import_module("comparison.targets")
+
+SMALL = "mlp_w4_n12"
+
+
+@pytest.fixture(scope="module")
+def problem():
+    return grid.parse_problem(SMALL)
+
+
+@pytest.fixture(scope="module")
+def inputs(problem):
+    return inputs_of.make_inputs(problem)
+
+
+@pytest.fixture(scope="module")
+def reference(problem, inputs):
+    return inputs_of.make_reference(problem, inputs, derivative=True)
+
+
+# What is compared
+
+
+def test_parse_problem_reads_names_and_names_what_it_expected():
+    assert grid.parse_problem("resnet18_w16_n32") == (
+        "resnet18_w16_n32",
+        "resnet18",
+        16,
+        32,
+    )
+    for wrong in ("resnet18_w0_n2", "vgg_w1_n1", "mlp_w4"):
+        with pytest.raises(ValueError, match=r"problem: expected .*_nEXAMPLES"):
+            grid.parse_problem(wrong)
+
+
+def test_every_peer_is_measured_or_has_a_reason():
+    for name, tasks in grid.PLAN.items():
+        for task in tasks:
+            for peer in grid.entrants(task):
+                reason = grid.why_not(peer, grid.parse_problem(name), task)
+                if reason is None:
+                    assert grid.variants(peer, grid.parse_problem(name), task)
+                else:
+                    assert reason[0] in ("cannot", "skipped")
+
+
+def test_eigensolvers_enter_for_eigenpairs_alone():
+    assert "scipy_eigsh" in grid.entrants("eigenpairs")
+    assert "scipy_eigsh" not in grid.entrants("dense")
+
+
+def test_every_target_is_in_the_default_plan():
+    for outcome in targets.outcomes([]):
+        assert outcome.task in grid.PLAN[outcome.problem]
+
+
+@pytest.mark.parametrize(
+    "environment", sorted({peer.environment for peer in grid.PEERS.values()})
+)
+def test_requirements_pin_every_package(environment):
+    file = BENCHMARKS / "requirements" / f"{environment}.txt"
+    lines = [line for line in file.read_text().splitlines() if line[:1] != "#"]
+    assert lines
+    assert all(line.count("==") == 1 for line in lines)
+
+
+def test_every_peer_has_a_module():
+    for peer in grid.PEERS.values():
+        assert (BENCHMARKS / "peers" / f"{peer.module}.py").exists()
+
+
+# Inputs and reference
+
+
+def test_inputs_are_the_same_each_time_and_their_digest_sees_a_change(problem, inputs):
+    again = inputs_of.make_inputs(problem)
+    assert inputs_of.digest(again) == inputs_of.digest(inputs)
+    again["params/head/bias"] = again["params/head/bias"] + np.float32(1e-6)
+    assert inputs_of.digest(again) != inputs_of.digest(inputs)
+
+
+def test_blocks_are_orthonormal_and_vectors_are_neither_zero_nor_one(inputs):
+    block = inputs["block"]
+    assert block.shape == (120, 120)
+    np.testing.assert_allclose(block.T @ block, np.eye(120), atol=1e-5)
+    assert np.all(inputs["params/head/bias"] != 0)
+
+
+def test_loaded_problem_evaluates_the_softmax_error(problem, inputs):
+    loaded = inputs_of.load_problem(problem, inputs)
+    batch = jax.tree.map(lambda leaf: leaf[0], loaded["batches"])
+    error = loaded["error_fn"](loaded["params"], batch)
+    jax_network = importlib.import_module("peers.jax_network")
+    params = {k: jnp.asarray(v) for k, v in harness.subtree(inputs, "params").items()}
+    with jax.numpy_rank_promotion("allow"):  # a peer's code keeps its own habits
+        logits = jax_network.make_logits(problem, {})(params, batch["image"])
+    expected = jax.nn.softmax(logits) - np.eye(10, dtype=np.float32)[inputs["labels"]]
+    np.testing.assert_allclose(error, expected, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_resnet_of_the_peers_is_that_of_the_package():
+    problem = grid.parse_problem("resnet18_w2_n2")
+    inputs = inputs_of.make_inputs(problem)
+    loaded = inputs_of.load_problem(problem, inputs)
+    error_fn = loaded["error_fn"]
+    variables = {**error_fn.state, "params": loaded["params"]}
+    expected = error_fn.model.apply(variables, inputs["images"])
+    jax_network = importlib.import_module("peers.jax_network")
+    statistics = harness.subtree(inputs, "batch_stats")
+    assert all(np.all(statistics[name] != 0) for name in statistics)
+    with jax.numpy_rank_promotion("allow"):
+        logits = jax_network.make_logits(problem, statistics)(
+            harness.subtree(inputs, "params"), inputs["images"]
+        )
+    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_reference_is_that_of_the_whole_jacobian(problem, inputs, reference, x64):
+    double = {
+        name: array.astype(np.float64) if array.dtype == np.float32 else array
+        for name, array in inputs.items()
+    }
+    loaded = inputs_of.load_problem(problem, double)
+    names = ("error_fn", "params", "batches")
+    arguments = [loaded[name] for name in names]
+    expected = oracles.dense_kernel(*arguments, "mean")
+    np.testing.assert_allclose(reference["kernel"], expected, rtol=1e-9, atol=1e-11)
+
+    def moved(step):
+        params = jax.tree.map(
+            lambda p, d: p + step * d, loaded["params"], loaded["direction"]
+        )
+        error_fn, batches = loaded["error_fn"], loaded["batches"]
+        return oracles.dense_kernel(error_fn, params, batches, "mean")
+
+    h = 1e-6
+    difference = (moved(h) - moved(-h)) / (2 * h)
+    scale = np.max(np.abs(difference))
+    np.testing.assert_allclose(reference["derivative"], difference, atol=1e-5 * scale)
+
+
+# Agreement
+
+
+def test_agreement_of_matrices(inputs, reference):
+    kernel, block = reference["kernel"], inputs["block"][:, :8].astype(np.float64)
+    exact = {
+        "dense": kernel,
+        "block_8": kernel @ block,
+        "derivative_8": block.T @ reference["derivative"] @ block,
+    }
+    for task, matrix in exact.items():
+        rounded = {"matrix": matrix.astype(np.float32)}
+        wrong = {"matrix": matrix * (1 + 2 * agreement.tolerance(task))}
+        limit = agreement.tolerance(task)
+        assert agreement.disagreement(task, rounded, inputs, reference) < limit / 10
+        assert agreement.disagreement(task, wrong, inputs, reference) > limit
+
+
+@pytest.mark.parametrize("matrix", [np.full((120, 120), np.nan), np.zeros((3, 3))])
+def test_agreement_is_infinitely_far_from_what_is_no_result(matrix, inputs, reference):
+    result = {"matrix": matrix}
+    assert agreement.disagreement("dense", result, inputs, reference) == np.inf
+
+
+def leading(reference, members=range(grid.NUM_PAIRS)):
+    values, vectors = np.linalg.eigh(reference["kernel"])
+    members = list(members)
+    return {
+        "values": values[::-1][members],
+        "vectors": vectors[:, ::-1][:, members],
+    }
+
+
+def test_agreement_of_eigenpairs_sees_a_missed_one_and_a_repeated_one(reference):
+    def error(members):
+        result = leading(reference, members)
+        return agreement.disagreement("eigenpairs", result, {}, reference)
+
+    assert error(range(20)) < 1e-10
+    assert error([*range(3), *range(4, 21)]) > agreement.tolerance("eigenpairs")
+    assert error([0, 0, *range(2, 20)]) > agreement.tolerance("eigenpairs")
+
+
+def test_agreement_of_eigenpairs_sees_a_residual(reference):
+    result = leading(reference)
+    result["vectors"][:, 0] += 1e-2 * result["vectors"][:, 19]
+    error = agreement.disagreement("eigenpairs", result, {}, reference)
+    assert error > agreement.tolerance("eigenpairs")
+
+
+def test_agreement_of_a_measurement_does_not_mind_signs(reference):
+    pairs = leading(reference, range(120))
+    coupling = pairs["vectors"].T @ reference["derivative"] @ pairs["vectors"]
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], 120)
+    result = {
+        "values": pairs["values"],
+        "coupling": signs * coupling * signs[:, None],
+    }
+
+    def error():
+        return agreement.disagreement("measurement", result, {}, reference)
+
+    assert error() < 1e-10
+    result["coupling"][0, 0] *= 1.1
+    assert error() > agreement.tolerance("measurement")
+
+
+# Timing
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still unless a case moves it."""
+    now = [0.0]
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: now[0])
+    return now
+
+
+def taking(clock, *seconds):
+    """Returns a function whose calls take the given times, the last one for ever."""
+    left = list(seconds)
+
+    def call(*_):
+        clock[0] += left.pop(0) if len(left) > 1 else left[0]
+        return "result"
+
+    return call
+
+
+def arrays(result):
+    return {"result": np.array(result)}
+
+
+def test_measure_separates_preparation_first_call_and_repeats(clock):
+    case = harness.Case(
+        prepare=taking(clock, 5.0, 2.0), run=taking(clock, 4.0, 1.5, 1.0), arrays=arrays
+    )
+    record, result = harness.measure(case, repeats=3, seconds=60.0)
+    assert result["result"] == "result"
+    assert record["seconds"]["repeats"] == [1.5, 1.0, 1.0]
+    assert record["seconds"]["minimum"] == record["seconds"]["median"] == 1.0
+    assert record["prepare_seconds"] == 2.0
+    assert record["first_seconds"] == 9.0
+    assert record["compile_seconds"] == 9.0 - 3.0
+    assert record["peak_mib"] > 0
+
+
+@pytest.mark.parametrize(
+    ("first", "warm", "repeats"), [(4.0, False, 2), (30.0, False, 1), (30.0, True, 1)]
+)
+def test_measure_repeats_as_the_time_allows(clock, first, warm, repeats):
+    case = harness.Case(run=taking(clock, first, 2.0), arrays=arrays, warm=warm)
+    record, _ = harness.measure(case, repeats=5, seconds=10.0)
+    assert len(record["seconds"]["repeats"]) == repeats
+    assert record["seconds"]["minimum"] == (first if warm else 2.0)
+
+
+def test_measure_times_the_other_function_in_turn(clock):
+    case = harness.Case(
+        run=taking(clock, 1.0), beside=taking(clock, 9.0, 2.0), arrays=arrays
+    )
+    record, _ = harness.measure(case, repeats=2, seconds=60.0)
+    assert record["beside_seconds"]["repeats"] == [2.0, 2.0]
+
+
+def test_measure_counts_what_other_weights_compile(clock):
+    programs = [7]
+
+    def other_weights():
+        programs[0] += 1
+
+    case = harness.Case(
+        run=taking(clock, 1.0),
+        arrays=arrays,
+        compilations=lambda: programs[0],
+        other_weights=other_weights,
+    )
+    record, _ = harness.measure(case, repeats=1, seconds=60.0)
+    assert (record["programs"], record["recompilations"]) == (7, 1)
+
+
+# The driver
+
+
+@pytest.fixture
+def options(tmp_path):
+    (tmp_path / "measurements").mkdir()
+    return Namespace(
+        out=tmp_path,
+        environments=tmp_path,
+        device="cpu",
+        repeats=2,
+        seconds=1.0,
+        threads=2,
+        time_limit=60.0,
+    )
+
+
+def test_a_measurement_is_not_repeated_unless_its_inputs_change(
+    problem, options, monkeypatch
+):
+    ran = []
+
+    def run(row, *_):
+        ran.append(row["variant"])
+        return {**row, "status": "ok"}
+
+    monkeypatch.setattr(compare, "run_measurement", run)
+
+    def measure(about):
+        rows = compare.measure_task("torch_func", problem, "dense", about, options)
+        for row in rows:
+            compare.write_row(options.out, row)
+
+    measure({"inputs": "a"})
+    assert ran == list(grid.PEERS["torch_func"].variants["dense"])
+    measure({"inputs": "a"})
+    assert len(ran) == 2
+    measure({"inputs": "b"})
+    assert len(ran) == 4
+
+
+def test_what_cannot_be_done_is_a_row_with_a_reason(problem, options):
+    (row,) = compare.measure_task("torch_func", problem, "eigenpairs", {}, options)
+    assert row["status"] == "cannot"
+    assert row["reason"] in compare.summary(row)
+
+
+def test_a_failing_peer_is_told_and_not_raised(problem, options, monkeypatch):
+    folder = compare.problem_folder(problem, options)
+    folder.mkdir(parents=True)
+    np.savez(folder / "inputs.npz", images=np.zeros(3))
+    monkeypatch.setattr(compare, "interpreter", lambda *_: Path(sys.executable))
+    row = {"peer": "torch_func", "problem": SMALL, "task": "dense", "variant": "none"}
+    done = compare.run_measurement({**row, "device": "cpu"}, problem, options)
+    assert done["status"] == "failed"
+    assert "seconds" not in done
+    options.time_limit = 1e-3
+    done = compare.run_measurement({**row, "device": "cpu"}, problem, options)
+    assert done["status"] == "timeout"
+
+
+def test_results_come_in_the_order_of_the_grid(options):
+    for task, peer in (("dense", "torch_func"), ("dense", "grsd_jax")):
+        row = {"problem": SMALL, "task": task, "peer": peer, "variant": "a"}
+        compare.write_row(options.out, {**row, "device": "cpu"})
+    rows = compare.collect(options.out)["rows"]
+    assert [row["peer"] for row in rows] == ["grsd_jax", "torch_func"]
+
+
+# Targets, table and plot
+
+
+def make_row(peer, task, seconds, problem="resnet18_w16_n32", **changes):
+    return {
+        "problem": problem,
+        "task": task,
+        "peer": peer,
+        "variant": "variant",
+        "device": "cpu",
+        "status": "ok",
+        "seconds": {"minimum": seconds, "median": seconds, "repeats": [seconds]},
+        "prepare_seconds": None,
+        "compile_seconds": 3.0,
+        "peak_mib": 512.0,
+        "error": 1e-7,
+        "versions": {"numpy": "1.2.3"},
+        **changes,
+    }
+
+
+def outcome_of(rows, task, word=""):
+    (outcome,) = (
+        outcome
+        for outcome in targets.outcomes(rows)
+        if (outcome.problem, outcome.task) == ("resnet18_w16_n32", task)
+        and word in outcome.goal
+    )
+    return outcome
+
+
+def test_targets_without_rows_are_not_measured():
+    assert all(outcome.met is None for outcome in targets.outcomes([]))
+
+
+@pytest.mark.parametrize(("seconds", "met"), [(2.0, True), (1.9, False)])
+def test_the_fastest_variant_that_agrees_counts(seconds, met):
+    rows = [
+        make_row("grsd_jax", "dense", 1.0),
+        make_row("torch_func", "dense", 3.0),
+        make_row("torch_func", "dense", seconds),
+        make_row("torch_func", "dense", 0.1, status="disagrees"),
+        make_row("torch_func", "dense", 0.1, device="gpu"),
+    ]
+    outcome = outcome_of(rows, "dense", "torch_func")
+    assert outcome.met is met
+    assert outcome.measured == f"{seconds:.2f} times"
+
+
+def test_preparation_counts_for_the_dense_matrix_alone():
+    rows = [
+        make_row("grsd_jax", task, 0.5, prepare_seconds=0.5)
+        for task in ("dense", "block_8")
+    ]
+    assert [targets.cost(row) for row in rows] == [1.0, 0.5]
+
+
+@pytest.mark.parametrize(("beside", "met"), [(1.0, True), (0.9, False)])
+def test_derivative_is_measured_in_block_products_beside_it(beside, met):
+    beside = {"minimum": beside, "median": beside, "repeats": [beside]}
+    row = make_row("grsd_jax_plain", "derivative_8", 1.0, beside_seconds=beside)
+    assert outcome_of([row], "derivative_8").met is met
+
+
+def test_eigenpairs_are_compared_in_columns_and_in_time():
+    rows = [
+        make_row("grsd_jax", "eigenpairs", 2.0, details={"columns": 64}),
+        make_row("scipy_eigsh", "eigenpairs", 1.0, details={"columns": 80}),
+    ]
+    assert outcome_of(rows, "eigenpairs", "columns").met is True
+    assert outcome_of(rows, "eigenpairs", "time").met is False
+
+
+@pytest.fixture
+def results():
+    rows = [
+        make_row("grsd_jax", "dense", 1.0),
+        make_row("torch_func", "dense", 2.5, error=None, status="disagrees"),
+        make_row("torch_func", "block_8", 0.0125),
+    ]
+    reason = {"status": "cannot", "reason": "it has none", "variant": None}
+    missing = {
+        **{key: rows[0][key] for key in ("problem", "device")},
+        "task": "eigenpairs",
+        "peer": "torch_func",
+        **reason,
+    }
+    machine = {"cpu": "a CPU", "cores": 2, "memory_gib": 24.0, "threads": 2}
+    return {
+        "environment": {"cpu": machine},
+        "problems": {"resnet18_w16_n32": {"dimension": 320, "parameters": 701466}},
+        "rows": [*rows, missing],
+    }
+
+
+def test_table_tells_times_reasons_and_what_is_not_measured(results):
+    text = table.render(results)
+    assert "a CPU, 2 cores" in text
+    assert "n = 320, P = 701,466" in text
+    assert "1.00 (1.00) | 1.00 | 3.00 | 512 | 1e-07 |  | not measured |" in text
+    assert "not counted: disagrees" in text
+    assert "cannot: it has none" in text
+    header = next(line for line in text.splitlines() if "GPU call s" in line)
+    widths = {line.count("|") for line in text.splitlines() if "torch.func" in line}
+    assert widths == {header.count("|")}
+
+
+def test_table_shows_a_gpu_time_beside_that_of_the_cpu(results):
+    results["rows"].append(make_row("grsd_jax", "dense", 0.25, device="gpu"))
+    assert "| 1e-07 |  | 0.250 |" in table.render(results)
+
+
+def test_page_takes_the_table_between_its_markers():
+    page = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
+    new = report.replaced(page, "table")
+    assert new == f"before\n{report.BEGIN}\n\ntable\n{report.END}\nafter\n"
+    assert report.replaced(new, "table") == new
+    with pytest.raises(ValueError, match="page: expected one"):
+        report.replaced("no markers", "table")
+
+
+def test_plot_draws_the_best_of_each_peer(results, tmp_path):
+    plot = importlib.import_module("comparison.plot")
+    results["rows"].append(make_row("torch_func", "dense", 4.0))
+    results["rows"].append(make_row("torch_func", "dense", 3.0))
+    assert plot.relative_times(results["rows"]) == {
+        ("resnet18_w16_n32", "dense"): {"torch_func": 3.0}
+    }
+    plot.draw(results["rows"], tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_committed_page_shows_the_committed_results():
+    results = json.loads((ROOT / "docs/results/benchmarks/results.json").read_text())
+    page = (ROOT / "docs/benchmarks.md").read_text()
+    assert report.replaced(page, table.render(results)) == page
