@@ -8,6 +8,12 @@ the bundled Flax models are in `grsd_jax.models`.
 
 from importlib.metadata import version
 
+from grsd_jax.closure import (
+    ClosureError,
+    EdgeCrossings,
+    closure_error,
+    edge_crossings,
+)
 from grsd_jax.dense import (
     kernel_dense,
     kernel_derivative_dense,
@@ -20,12 +26,26 @@ from grsd_jax.derivative import (
     kernel_derivative,
 )
 from grsd_jax.diagnostics import CouplingMeasurement, ToeplitzDiagnostics
+from grsd_jax.dynamics import (
+    BasisRotation,
+    ShellDynamics,
+    basis_rotation,
+    eigenvalue_drift,
+    shell_dynamics,
+)
 from grsd_jax.eigenpairs import LeadingEigenpairs, leading_eigenpairs
 from grsd_jax.errors import (
     half_squared_loss,
     softmax_cross_entropy,
     softmax_error,
     squared_error,
+)
+from grsd_jax.flow import (
+    CovarianceCheck,
+    covariance_check,
+    effective_time,
+    flow_step,
+    integrate_flow,
 )
 from grsd_jax.kernel import (
     LinearizedKernel,
@@ -44,7 +64,13 @@ from grsd_jax.lanczos import (
 )
 from grsd_jax.measurement import measure_coupling
 from grsd_jax.power_law import PowerLawFit, fit_power_law
-from grsd_jax.shells import ShellCoupling, Shells, log_shells, shell_coupling
+from grsd_jax.shells import (
+    ShellCoupling,
+    Shells,
+    assign_shells,
+    log_shells,
+    shell_coupling,
+)
 from grsd_jax.solvers import choose_solver, class_sums_vanish
 from grsd_jax.spectrum import (
     RitzPairs,
@@ -60,11 +86,16 @@ from grsd_jax.toeplitz import (
     windowed_toeplitz_degrees_of_freedom,
     windowed_toeplitz_residual,
 )
+from grsd_jax.velocity import VelocityFit, velocity_fit
 
 __version__ = version("grsd-jax")
 
 __all__ = [
+    "BasisRotation",
+    "ClosureError",
     "CouplingMeasurement",
+    "CovarianceCheck",
+    "EdgeCrossings",
     "LanczosResult",
     "LanczosState",
     "LeadingEigenpairs",
@@ -72,17 +103,28 @@ __all__ = [
     "PowerLawFit",
     "RitzPairs",
     "ShellCoupling",
+    "ShellDynamics",
     "Shells",
     "SpectralDensity",
     "ToeplitzDiagnostics",
+    "VelocityFit",
+    "assign_shells",
+    "basis_rotation",
     "block_lanczos",
     "central_difference",
     "choose_solver",
     "class_sums_vanish",
+    "closure_error",
+    "covariance_check",
+    "edge_crossings",
+    "effective_time",
+    "eigenvalue_drift",
     "error_dimension",
     "fit_power_law",
+    "flow_step",
     "gradient_flow_direction",
     "half_squared_loss",
+    "integrate_flow",
     "kernel_dense",
     "kernel_derivative",
     "kernel_derivative_dense",
@@ -100,6 +142,7 @@ __all__ = [
     "resolved_pairs",
     "ritz_pairs",
     "shell_coupling",
+    "shell_dynamics",
     "softmax_cross_entropy",
     "softmax_error",
     "spectral_density",
@@ -107,6 +150,7 @@ __all__ = [
     "toeplitz_approximation",
     "toeplitz_degrees_of_freedom",
     "toeplitz_residual",
+    "velocity_fit",
     "windowed_toeplitz_degrees_of_freedom",
     "windowed_toeplitz_residual",
 ]
