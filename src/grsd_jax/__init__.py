@@ -64,6 +64,7 @@ from grsd_jax.lanczos import (
 )
 from grsd_jax.measurement import measure_coupling
 from grsd_jax.power_law import PowerLawFit, fit_power_law
+from grsd_jax.probe import Probe, make_probe
 from grsd_jax.shells import (
     ShellCoupling,
     Shells,
@@ -86,6 +87,7 @@ from grsd_jax.toeplitz import (
     windowed_toeplitz_degrees_of_freedom,
     windowed_toeplitz_residual,
 )
+from grsd_jax.transport import ProbeRecord, ProbeState
 from grsd_jax.velocity import VelocityFit, velocity_fit
 
 __version__ = version("grsd-jax")
@@ -101,6 +103,9 @@ __all__ = [
     "LeadingEigenpairs",
     "LinearizedKernel",
     "PowerLawFit",
+    "Probe",
+    "ProbeRecord",
+    "ProbeState",
     "RitzPairs",
     "ShellCoupling",
     "ShellDynamics",
@@ -138,6 +143,7 @@ __all__ = [
     "leading_eigenpairs",
     "linearize_kernel",
     "log_shells",
+    "make_probe",
     "measure_coupling",
     "resolved_pairs",
     "ritz_pairs",

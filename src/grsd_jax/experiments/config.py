@@ -63,6 +63,7 @@ class Config:
     )
     checkpoint_every: int = _field(200, "Steps between checkpoints.", minimum=1)
     log_every: int = _field(20, "Steps between lines of metrics.", minimum=1)
+    record_every: int = _field(10, "Steps between records of the probe.", minimum=1)
     batch_size: int = _field(32, "Examples N in one measured batch.", minimum=1)
     num_batches: int = _field(2, "Measured batches K.", minimum=1)
     solver: str = _field(

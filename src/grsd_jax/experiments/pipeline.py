@@ -33,7 +33,14 @@ MAKE_MODEL = {"resnet18": models.ResNet18, "plainnet18": models.PlainNet18}
 RECALIBRATION_BATCHES = 100
 
 #: Settings that do not change what one measurement computes.
-_IRRELEVANT = {"data_dir", "workdir", "protocol", "checkpoint_every", "log_every"}
+_IRRELEVANT = {
+    "data_dir",
+    "workdir",
+    "protocol",
+    "checkpoint_every",
+    "log_every",
+    "record_every",
+}
 
 Arrays = dict[str, np.ndarray]
 
