@@ -36,6 +36,7 @@ def test_every_field_can_be_set_by_its_flag():
         schedule_args='{"end_value": 0.0}',
         checkpoint_every=11,
         log_every=13,
+        record_every=5,
         batch_size=15,
         num_batches=17,
         solver="dense",

@@ -34,6 +34,7 @@ CONFIG = Config(
     solver="dense",
 )  # 100 // 16 = 6 steps an epoch
 STEPS = [0, 3, 6, 9, 12]
+TINY_RANGE = (1e-5, 1.0)
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +51,7 @@ cached_optimizer = functools.cache(training.make_optimizer)
 def one_optimizer(monkeypatch):
     """Gives equal settings one optimiser, so that a test compiles nothing again."""
     monkeypatch.setattr(training, "make_optimizer", cached_optimizer)
+    monkeypatch.setattr(tracking, "LAMBDA_RANGE", TINY_RANGE)  # where TinyNet's lie
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +87,7 @@ def whole(dataset, tmp_path_factory):
     """The records of a run without interruption."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "make_optimizer", cached_optimizer)
+        patch.setattr(tracking, "LAMBDA_RANGE", TINY_RANGE)
         with jax.numpy_dtype_promotion("standard"):
             return track(dataset, tmp_path_factory.mktemp("whole"))
 
@@ -100,6 +103,7 @@ def test_a_line_a_record_with_what_it_promises(whole):
         assert set(line) >= expected
         assert len(line["energies"]) == 4
         assert len(line["flux"]) == 3
+        assert sum(count > 0 for count in line["counts"]) >= 3
         assert line["finite"]
         # In float32 the vectors of the lowest shell, near the floor, are noisy.
         assert max(line["closure_errors"][1:]) < 0.05
@@ -149,10 +153,12 @@ def test_summary_counts_and_takes_medians(whole):
 def test_figures_are_drawn_from_the_lines_alone(whole, tmp_path):
     lines = records.read_jsonl(whole)
     broken = {name: None for name in lines[-1]} | {"finite": False, "step": 15}
-    tracks = {"resnet18": [*lines, broken], "plainnet18": lines[:2]}
+    still = lines[0] | {"velocity": [0.0] * 3, "flux": [0.0] * 3, "closure_error": 0.0}
+    tracks = {"plainnet18": [still], "resnet18": [*lines, broken]}
     paths = tracking_figures.write_tracking_figures(tracks, tmp_path)
     names = {"energies", "profiles", "exponent", "non_adjacent", "eigenvalues"}
     assert {path.stem for path in paths} == {f"track_{n}" for n in names | {"closure"}}
     assert len(list(tmp_path.glob("*.pdf"))) == len(list(tmp_path.glob("*.png"))) == 6
+    tracking_figures.write_tracking_figures({"resnet18": [still]}, tmp_path)
     with pytest.raises(UserError, match="resnet18: expected records"):
         tracking_figures.write_tracking_figures({"resnet18": [broken]}, tmp_path)

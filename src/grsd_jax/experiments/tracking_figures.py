@@ -42,7 +42,8 @@ def write_tracking_figures(tracks: Tracks, folder: records.PathLike) -> list[Any
     Raises:
         UserError: If a network has no finite record, or the folder cannot be written.
     """
-    tracks = {name: [x for x in lines if x["finite"]] for name, lines in tracks.items()}
+    order = [name for name in TITLES if name in tracks]
+    tracks = {name: [x for x in tracks[name] if x["finite"]] for name in order}
     for name, lines in tracks.items():
         if not lines:
             raise UserError(f"{name}: expected records that are finite, got none.")
@@ -98,44 +99,58 @@ def _energies(tracks: Tracks) -> Figure:
 
 
 def _profiles(tracks: Tracks) -> Figure:
-    """Flux and velocity over the inner edges, at several times."""
+    """Flux and speed over the inner edges, at several times; hollow: downwards."""
     figure, axes = _panels(tracks, 2, 2.4)
     for column, lines in enumerate(tracks.values()):
         count = min(_MOST_PROFILES, len(lines))
         chosen = np.unique(np.linspace(0, len(lines) - 1, count).round().astype(int))
         colors = mpl.colormaps["plasma"](np.linspace(0, 0.85, len(chosen)))
         for color, index in zip(colors, chosen, strict=True):
-            line = lines[index]
-            edges = np.array(line["edges"])[1:-1]
-            known = np.array(line["velocity_mask"], bool)
-            style = dict(color=color, marker=".", markersize=4)
-            flux = np.array(line["flux"], np.float64)
-            axes[0, column].plot(
-                edges, flux / line["total_energy"], label=_time_text(line), **style
-            )
-            velocity = np.array(line["velocity"], np.float64)
-            axes[1, column].plot(edges[known], velocity[known], **style)
+            _profile(axes[:, column], lines[index], color)
         for axis in axes[:, column]:
             axis.set(xscale="log", xlabel=r"edge $\lambda$")
-            axis.axhline(0, color="0.8", linewidth=0.6, zorder=0)
+        axes[0, column].axhline(0, color="0.8", linewidth=0.6, zorder=0)
         axes[0, column].set_ylabel(r"flux $F / |e|^2$")
-        axes[1, column].set_ylabel(r"velocity $v = F / \varepsilon$")
+        axes[1, column].set_ylabel(r"speed $|v| = |F| / \varepsilon$")
+        _log_scale(axes[1, column], np.abs(_column(lines, "velocity")))
         flux = _column(lines, "flux") / _column(lines, "total_energy")[:, None]
         _symmetric_log(axes[0, column], flux)
-        _symmetric_log(axes[1, column], _column(lines, "velocity"))
         axes[0, column].legend(title=r"$\tau$", ncols=2, loc="best")
     return figure
+
+
+def _profile(axes: np.ndarray, line: Mapping[str, Any], color: Any) -> None:
+    """Draws the flux and the speed of one record."""
+    edges, flux, velocity = (
+        np.array(values, np.float64)
+        for values in (line["edges"][1:-1], line["flux"], line["velocity"])
+    )
+    style = dict(color=color, markersize=3.5)
+    axes[0].plot(
+        edges, flux / line["total_energy"], ".-", label=_time_text(line), **style
+    )
+    speed = np.where(velocity != 0, np.abs(velocity), np.nan)
+    axes[1].plot(edges, speed, "-", color=color, linewidth=0.8)
+    for sign, face in ((1, color), (-1, "white")):
+        shown = np.where(np.sign(velocity) == sign, speed, np.nan)
+        axes[1].plot(edges, shown, "o", markerfacecolor=face, **style)
 
 
 def _time_text(line: Mapping[str, Any]) -> str:
     return f"{line['effective_time']:.3g}"
 
 
+def _log_scale(axis: Axes, values: np.ndarray) -> None:
+    """Makes the axis logarithmic, unless there is nothing that it could show."""
+    if np.nanmax(values, initial=0.0) > 0:
+        axis.set_yscale("log")
+
+
 def _symmetric_log(axis: Axes, values: np.ndarray) -> None:
-    """Shows both signs over decades, linear below a thousandth of the largest."""
+    """Shows both signs over decades, linear below a hundredth of the largest."""
     largest = float(np.nanmax(np.abs(values), initial=0.0))
     if largest > 0:
-        axis.set_yscale("symlog", linthresh=largest / 1e3)
+        axis.set_yscale("symlog", linthresh=largest / 1e2)
 
 
 def _exponent(tracks: Tracks) -> Figure:
@@ -145,9 +160,12 @@ def _exponent(tracks: Tracks) -> Figure:
         color, marker, line = LOOKS[name, "own"]
         time, interval = _column(lines, "effective_time"), _column_pairs(lines)
         axis.fill_between(time, *interval.T, color=color, alpha=0.18, linewidth=0)
+        # Without an interval there were too few points for the exponent to mean much.
+        defined = np.isfinite(interval).all(axis=1)
+        exponent = np.where(defined, _column(lines, "exponent"), np.nan)
         axis.plot(
-            time, _column(lines, "exponent"), line, marker=marker, color=color,
-            markersize=3, label=TITLES.get(name, name),
+            time, exponent, line, marker=marker, color=color, markersize=3,
+            label=TITLES.get(name, name),
         )  # fmt: skip
     axis.set(xlabel=_TIME, ylabel=r"exponent $p$ of $|v| = c \lambda^p$")
     axis.legend()
@@ -170,11 +188,15 @@ def _closure(tracks: Tracks) -> Figure:
     figure, axis = _single()
     _draw_column(axis, tracks, "closure_error")
     for name, lines in tracks.items():
-        median = np.median(_column(lines, "closure_errors"), axis=1)
+        held = _column(lines, "counts") > 0
+        errors = np.ma.masked_array(_column(lines, "closure_errors"), ~held)
+        median = np.ma.median(errors, axis=1)
         time, label = _column(lines, "effective_time"), "median over shells"
         axis.plot(time, median, ":", color=LOOKS[name, "own"][0], label=label)
     axis.legend()
-    axis.set(xlabel=_TIME, yscale="log")
+    axis.set_xlabel(_TIME)
+    for lines in tracks.values():
+        _log_scale(axis, _column(lines, "closure_error"))
     axis.set_ylabel(r"closure error $|\dot E - \dot E_{meas}| / |\dot E_{meas}|$")
     return figure
 
