@@ -55,7 +55,7 @@ def config_from_flags(flag_values: flags.FlagValues = flags.FLAGS) -> Config:
     return Config(**values)
 
 
-def run_main(main: Callable[[Config], None]) -> None:
+def run_main(main: Callable[[Config], None], *, positional: str | None = None) -> None:
     """Parses the flags, sets the matmul precision and calls ``main(config)``.
 
     An expected error (`UserError`, or a check of the library, whose sentences all read
@@ -64,10 +64,13 @@ def run_main(main: Callable[[Config], None]) -> None:
 
     Args:
         main: The body of the script.
+        positional: A field that may also be given as the one argument without a flag.
     """
 
     def wrapped(argv: list[str]) -> None:
         try:
+            if positional is not None and len(argv) == 2:
+                setattr(flags.FLAGS, positional, argv.pop())
             if len(argv) > 1:
                 raise UserError(f"arguments: expected only --flags, got {argv[1]!r}.")
             if not flags.FLAGS["verbosity"].present:
