@@ -8,6 +8,12 @@ the bundled Flax models are in `grsd_jax.models`.
 
 from importlib.metadata import version
 
+from grsd_jax.blocks import (
+    ParameterBlocks,
+    partition,
+    partition_by_prefix,
+    restrict_to_block,
+)
 from grsd_jax.dense import (
     kernel_dense,
     kernel_derivative_dense,
@@ -69,6 +75,7 @@ __all__ = [
     "LanczosState",
     "LeadingEigenpairs",
     "LinearizedKernel",
+    "ParameterBlocks",
     "PowerLawFit",
     "RitzPairs",
     "ShellCoupling",
@@ -97,7 +104,10 @@ __all__ = [
     "linearize_kernel",
     "log_shells",
     "measure_coupling",
+    "partition",
+    "partition_by_prefix",
     "resolved_pairs",
+    "restrict_to_block",
     "ritz_pairs",
     "shell_coupling",
     "softmax_cross_entropy",

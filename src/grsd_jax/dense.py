@@ -6,13 +6,13 @@ no weight gradients in them either (see `factored`).
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 
 from grsd_jax._checks import check_same_tree
 from grsd_jax._dense_blocks import DenseOptions, accumulate
 from grsd_jax._typing import ErrorFn, PyTree, Reduction
+from grsd_jax.blocks import parameter_paths
 from grsd_jax.factored import JacobianForm
 
 #: Bytes of blocks of J held at a time by default.
@@ -188,15 +188,9 @@ def layer_kernels(
         Paper 3.2 and A.3, the additive structure.
     """
     options = DenseOptions(reduction, example_chunk, max_jacobian_bytes, jacobian)
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    names = [tuple(_key_name(key) for key in path) for path in paths]
-    labels = [(layer_of or _parent)(name) for name in names]
+    labels = [(layer_of or _parent)(path) for path in parameter_paths(params)]
     matrices = accumulate(error_fn, params, batches, None, labels, options)
     return {label: kernel for label, (kernel,) in matrices.items()}
-
-
-def _key_name(key: Any) -> str:
-    return jax.tree_util.keystr((key,), simple=True)
 
 
 def _parent(path: tuple[str, ...]) -> str:
