@@ -8,11 +8,29 @@ the bundled Flax models are in `grsd_jax.models`.
 
 from importlib.metadata import version
 
+from grsd_jax.additive import LayerMeasurements, measure_layers
+from grsd_jax.blocks import (
+    ParameterBlocks,
+    partition,
+    partition_by_prefix,
+    restrict_to_block,
+)
+from grsd_jax.coherence import BlockCoherence, block_coherence
+from grsd_jax.conditions import (
+    ConditionReport,
+    Incoherence,
+    Locality,
+    PathPoint,
+    ShiftInvariance,
+    Stability,
+    condition_report,
+)
 from grsd_jax.dense import (
     kernel_dense,
     kernel_derivative_dense,
     kernel_with_derivative_dense,
     layer_kernels,
+    layer_kernels_with_derivative,
 )
 from grsd_jax.derivative import (
     central_difference,
@@ -27,10 +45,19 @@ from grsd_jax.errors import (
     softmax_error,
     squared_error,
 )
+from grsd_jax.influence import (
+    InfluenceProfile,
+    distance_maxima,
+    distance_totals,
+    influence_profile,
+    smallest_band,
+)
 from grsd_jax.kernel import (
     LinearizedKernel,
     error_dimension,
     kernel_matmat,
+    linearize_block_kernels,
+    linearize_derivative,
     linearize_kernel,
 )
 from grsd_jax.lanczos import (
@@ -53,6 +80,16 @@ from grsd_jax.spectrum import (
     ritz_pairs,
     spectral_density,
 )
+from grsd_jax.stability import (
+    OperatorNorms,
+    ProjectorDrift,
+    ShellDrift,
+    coupling_exponent,
+    log_lipschitz,
+    operator_norms,
+    projector_drift,
+    shell_drift,
+)
 from grsd_jax.toeplitz import (
     toeplitz_approximation,
     toeplitz_degrees_of_freedom,
@@ -60,29 +97,52 @@ from grsd_jax.toeplitz import (
     windowed_toeplitz_degrees_of_freedom,
     windowed_toeplitz_residual,
 )
+from grsd_jax.verdicts import Check, Thresholds, Verdict
 
 __version__ = version("grsd-jax")
 
 __all__ = [
+    "BlockCoherence",
+    "Check",
+    "ConditionReport",
     "CouplingMeasurement",
+    "Incoherence",
+    "InfluenceProfile",
     "LanczosResult",
     "LanczosState",
+    "LayerMeasurements",
     "LeadingEigenpairs",
     "LinearizedKernel",
+    "Locality",
+    "OperatorNorms",
+    "ParameterBlocks",
+    "PathPoint",
     "PowerLawFit",
+    "ProjectorDrift",
     "RitzPairs",
     "ShellCoupling",
+    "ShellDrift",
     "Shells",
+    "ShiftInvariance",
     "SpectralDensity",
+    "Stability",
+    "Thresholds",
     "ToeplitzDiagnostics",
+    "Verdict",
+    "block_coherence",
     "block_lanczos",
     "central_difference",
     "choose_solver",
     "class_sums_vanish",
+    "condition_report",
+    "coupling_exponent",
+    "distance_maxima",
+    "distance_totals",
     "error_dimension",
     "fit_power_law",
     "gradient_flow_direction",
     "half_squared_loss",
+    "influence_profile",
     "kernel_dense",
     "kernel_derivative",
     "kernel_derivative_dense",
@@ -93,13 +153,25 @@ __all__ = [
     "lanczos_init",
     "lanczos_step",
     "layer_kernels",
+    "layer_kernels_with_derivative",
     "leading_eigenpairs",
+    "linearize_block_kernels",
+    "linearize_derivative",
     "linearize_kernel",
+    "log_lipschitz",
     "log_shells",
     "measure_coupling",
+    "measure_layers",
+    "operator_norms",
+    "partition",
+    "partition_by_prefix",
+    "projector_drift",
     "resolved_pairs",
+    "restrict_to_block",
     "ritz_pairs",
     "shell_coupling",
+    "shell_drift",
+    "smallest_band",
     "softmax_cross_entropy",
     "softmax_error",
     "spectral_density",
