@@ -15,6 +15,7 @@ from grsd_jax.blocks import (
     partition_by_prefix,
     restrict_to_block,
 )
+from grsd_jax.closure import ClosureError, EdgeCrossings, closure_error, edge_crossings
 from grsd_jax.coherence import BlockCoherence, block_coherence
 from grsd_jax.conditions import (
     ConditionReport,
@@ -38,12 +39,26 @@ from grsd_jax.derivative import (
     kernel_derivative,
 )
 from grsd_jax.diagnostics import CouplingMeasurement, ToeplitzDiagnostics
+from grsd_jax.dynamics import (
+    BasisRotation,
+    ShellDynamics,
+    basis_rotation,
+    eigenvalue_drift,
+    shell_dynamics,
+)
 from grsd_jax.eigenpairs import LeadingEigenpairs, leading_eigenpairs
 from grsd_jax.errors import (
     half_squared_loss,
     softmax_cross_entropy,
     softmax_error,
     squared_error,
+)
+from grsd_jax.flow import (
+    CovarianceCheck,
+    covariance_check,
+    effective_time,
+    flow_step,
+    integrate_flow,
 )
 from grsd_jax.influence import (
     InfluenceProfile,
@@ -71,7 +86,13 @@ from grsd_jax.lanczos import (
 )
 from grsd_jax.measurement import measure_coupling
 from grsd_jax.power_law import PowerLawFit, fit_power_law
-from grsd_jax.shells import ShellCoupling, Shells, log_shells, shell_coupling
+from grsd_jax.shells import (
+    ShellCoupling,
+    Shells,
+    assign_shells,
+    log_shells,
+    shell_coupling,
+)
 from grsd_jax.solvers import choose_solver, class_sums_vanish
 from grsd_jax.spectrum import (
     RitzPairs,
@@ -97,15 +118,20 @@ from grsd_jax.toeplitz import (
     windowed_toeplitz_degrees_of_freedom,
     windowed_toeplitz_residual,
 )
+from grsd_jax.velocity import VelocityFit, velocity_fit
 from grsd_jax.verdicts import Check, Thresholds, Verdict
 
 __version__ = version("grsd-jax")
 
 __all__ = [
+    "BasisRotation",
     "BlockCoherence",
     "Check",
+    "ClosureError",
     "ConditionReport",
     "CouplingMeasurement",
+    "CovarianceCheck",
+    "EdgeCrossings",
     "Incoherence",
     "InfluenceProfile",
     "LanczosResult",
@@ -122,27 +148,38 @@ __all__ = [
     "RitzPairs",
     "ShellCoupling",
     "ShellDrift",
+    "ShellDynamics",
     "Shells",
     "ShiftInvariance",
     "SpectralDensity",
     "Stability",
     "Thresholds",
     "ToeplitzDiagnostics",
+    "VelocityFit",
     "Verdict",
+    "assign_shells",
+    "basis_rotation",
     "block_coherence",
     "block_lanczos",
     "central_difference",
     "choose_solver",
     "class_sums_vanish",
+    "closure_error",
     "condition_report",
     "coupling_exponent",
+    "covariance_check",
     "distance_maxima",
     "distance_totals",
+    "edge_crossings",
+    "effective_time",
+    "eigenvalue_drift",
     "error_dimension",
     "fit_power_law",
+    "flow_step",
     "gradient_flow_direction",
     "half_squared_loss",
     "influence_profile",
+    "integrate_flow",
     "kernel_dense",
     "kernel_derivative",
     "kernel_derivative_dense",
@@ -171,6 +208,7 @@ __all__ = [
     "ritz_pairs",
     "shell_coupling",
     "shell_drift",
+    "shell_dynamics",
     "smallest_band",
     "softmax_cross_entropy",
     "softmax_error",
@@ -179,6 +217,7 @@ __all__ = [
     "toeplitz_approximation",
     "toeplitz_degrees_of_freedom",
     "toeplitz_residual",
+    "velocity_fit",
     "windowed_toeplitz_degrees_of_freedom",
     "windowed_toeplitz_residual",
 ]
