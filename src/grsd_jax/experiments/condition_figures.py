@@ -150,7 +150,7 @@ def _invariance(axis: Axes, found: Any) -> None:
     _threshold(axis, found, "condition4", 0)
     axis.set(xlabel="step", title="4: Toeplitz residual and diagonal slope")
     axis.set_ylim(bottom=0)
-    axis.legend()
+    axis.legend(loc="lower right", ncols=3)
 
 
 def _layers(axis: Axes, found: Any) -> None:
