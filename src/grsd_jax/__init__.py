@@ -86,6 +86,7 @@ from grsd_jax.lanczos import (
 )
 from grsd_jax.measurement import measure_coupling
 from grsd_jax.power_law import PowerLawFit, fit_power_law
+from grsd_jax.probe import Probe, make_probe
 from grsd_jax.shells import (
     ShellCoupling,
     Shells,
@@ -118,6 +119,7 @@ from grsd_jax.toeplitz import (
     windowed_toeplitz_degrees_of_freedom,
     windowed_toeplitz_residual,
 )
+from grsd_jax.transport import ProbeRecord, ProbeState
 from grsd_jax.velocity import VelocityFit, velocity_fit
 from grsd_jax.verdicts import Check, Thresholds, Verdict
 
@@ -144,6 +146,9 @@ __all__ = [
     "ParameterBlocks",
     "PathPoint",
     "PowerLawFit",
+    "Probe",
+    "ProbeRecord",
+    "ProbeState",
     "ProjectorDrift",
     "RitzPairs",
     "ShellCoupling",
@@ -197,6 +202,7 @@ __all__ = [
     "linearize_kernel",
     "log_lipschitz",
     "log_shells",
+    "make_probe",
     "measure_coupling",
     "measure_layers",
     "operator_norms",

@@ -66,6 +66,7 @@ class Config:
         2, "Newest checkpoints that stay; the conditions need several.", minimum=1
     )
     log_every: int = _field(20, "Steps between lines of metrics.", minimum=1)
+    record_every: int = _field(10, "Steps between records of the probe.", minimum=1)
     batch_size: int = _field(32, "Examples N in one measured batch.", minimum=1)
     num_batches: int = _field(2, "Measured batches K.", minimum=1)
     solver: str = _field(

@@ -40,6 +40,7 @@ _IRRELEVANT = {
     "checkpoint_every",
     "keep_checkpoints",
     "log_every",
+    "record_every",
 }
 
 Arrays = dict[str, np.ndarray]
