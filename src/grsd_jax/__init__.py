@@ -44,6 +44,12 @@ from grsd_jax.lanczos import (
 )
 from grsd_jax.measurement import measure_coupling
 from grsd_jax.power_law import PowerLawFit, fit_power_law
+from grsd_jax.sharding import (
+    ShardedKernel,
+    shard_batches,
+    sharded_kernel,
+    sharded_kernel_derivative,
+)
 from grsd_jax.shells import ShellCoupling, Shells, log_shells, shell_coupling
 from grsd_jax.solvers import choose_solver, class_sums_vanish
 from grsd_jax.spectrum import (
@@ -71,6 +77,7 @@ __all__ = [
     "LinearizedKernel",
     "PowerLawFit",
     "RitzPairs",
+    "ShardedKernel",
     "ShellCoupling",
     "Shells",
     "SpectralDensity",
@@ -99,6 +106,9 @@ __all__ = [
     "measure_coupling",
     "resolved_pairs",
     "ritz_pairs",
+    "shard_batches",
+    "sharded_kernel",
+    "sharded_kernel_derivative",
     "shell_coupling",
     "softmax_cross_entropy",
     "softmax_error",

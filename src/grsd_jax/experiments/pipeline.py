@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax import linen as nn
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from grsd_jax import models
 from grsd_jax._typing import PyTree
 from grsd_jax.derivative import gradient_flow_direction
 from grsd_jax.diagnostics import CouplingMeasurement, ToeplitzDiagnostics
-from grsd_jax.experiments import records
+from grsd_jax.experiments import devices, estimates, records
 from grsd_jax.experiments.checkpoints import restore_latest
 from grsd_jax.experiments.config import Config, UserError
 from grsd_jax.experiments.data import Dataset, evaluation_batches
@@ -26,6 +27,7 @@ from grsd_jax.experiments.steps import make_optimizer, state_template
 from grsd_jax.experiments.training import evaluate, recalibrate_batch_stats, train
 from grsd_jax.measurement import measure_coupling
 from grsd_jax.power_law import PowerLawFit
+from grsd_jax.sharding import shard_batches
 
 MAKE_MODEL = {"resnet18": models.ResNet18, "plainnet18": models.PlainNet18}
 
@@ -135,7 +137,12 @@ def measurement_options(config: Config) -> dict[str, Any]:
 
 
 def measure(
-    name: str, protocol: str, dataset: Dataset, config: Config
+    name: str,
+    protocol: str,
+    dataset: Dataset,
+    config: Config,
+    *,
+    mesh: Mesh | None = None,
 ) -> tuple[dict[str, Any], Arrays]:
     """Measures one network under one protocol on fixed batches of the test set.
 
@@ -146,6 +153,7 @@ def measure(
         protocol: ``"own"``, ``"shared"`` or ``"recalibrated"``.
         dataset: The data.
         config: The settings.
+        mesh: Devices that share the examples; one device if None.
 
     Returns:
         The entry of ``results.json``, and its arrays without their prefix.
@@ -164,14 +172,22 @@ def measure(
         batch_size=config.batch_size,
         seed=config.seed,
     )
+    if mesh is not None:
+        batches = shard_batches(batches, mesh)
     loss_fn = models.linen_loss_fn(model, state)
-    with tqdm(desc=f"{name} {protocol}", unit="step", disable=None, leave=False) as bar:
+    error_fn = models.linen_error_fn(model, state)
+    if devices.writes():
+        print(estimates.sentence(error_fn, weights.params, batches, config, mesh))
+    hidden = None if devices.writes() else True
+    with tqdm(
+        desc=f"{name} {protocol}", unit="step", disable=hidden, leave=False
+    ) as bar:
 
         def progress(done: int) -> None:
             bar.update(done - bar.n)
 
         measured = measure_coupling(
-            models.linen_error_fn(model, state),
+            error_fn,
             weights.params,
             batches,
             gradient_flow_direction(loss_fn, weights.params, batches),
@@ -180,7 +196,11 @@ def measure(
             num_shells=config.num_shells,
             window=config.window,
             progress=progress if jax.default_backend() == "cpu" else None,
+            mesh=mesh,
         )
+        size = measured.vectors.shape[0]
+        # The vectors may lie on other processes' devices, and no file holds them.
+        measured = dataclasses.replace(measured, vectors=measured.values)
         measured = jax.device_get(measured)
     if not measured.finite:
         raise UserError(
@@ -194,7 +214,7 @@ def measure(
         dataset.test_images,
         dataset.test_labels,
     )
-    entry = _entry(measured, config, window=config.window)
+    entry = _entry(measured, config, size)
     entry |= {
         "protocol": protocol,
         "test_accuracy": accuracy,
@@ -304,13 +324,11 @@ def _measured_once(
     return entry, arrays
 
 
-def _entry(
-    measured: CouplingMeasurement, config: Config, *, window: int
-) -> dict[str, Any]:
+def _entry(measured: CouplingMeasurement, config: Config, size: int) -> dict[str, Any]:
     """Returns the scalars of a measurement, as ``results.json`` holds them."""
-    shells = measured.shells
+    shells, window = measured.shells, config.window
     return {
-        "n": measured.vectors.shape[0],
+        "n": size,
         "num_pairs": len(measured.values),
         "num_resolved": int(np.sum(measured.resolved)),
         "solver": measured.solver,
