@@ -66,7 +66,11 @@ def join(flag_values: flags.FlagValues = flags.FLAGS) -> Mesh | None:
         # CPU devices of several processes need it; other backends do not look at it.
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         try:
-            jax.distributed.initialize(*given.values())
+            jax.distributed.initialize(
+                given["coordinator_address"],
+                given["num_processes"],
+                given["process_id"],
+            )
         except (ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split()).rstrip(".")
             raise UserError(
