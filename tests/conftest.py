@@ -11,6 +11,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 import jax
 import pytest
 
+jax.config.update("jax_num_cpu_devices", 8)  # for meshes; arrays stay on the first
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

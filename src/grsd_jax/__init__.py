@@ -87,6 +87,12 @@ from grsd_jax.lanczos import (
 from grsd_jax.measurement import measure_coupling
 from grsd_jax.power_law import PowerLawFit, fit_power_law
 from grsd_jax.probe import Probe, make_probe
+from grsd_jax.sharding import (
+    ShardedKernel,
+    shard_batches,
+    sharded_kernel,
+    sharded_kernel_derivative,
+)
 from grsd_jax.shells import (
     ShellCoupling,
     Shells,
@@ -151,6 +157,7 @@ __all__ = [
     "ProbeState",
     "ProjectorDrift",
     "RitzPairs",
+    "ShardedKernel",
     "ShellCoupling",
     "ShellDrift",
     "ShellDynamics",
@@ -212,6 +219,9 @@ __all__ = [
     "resolved_pairs",
     "restrict_to_block",
     "ritz_pairs",
+    "shard_batches",
+    "sharded_kernel",
+    "sharded_kernel_derivative",
     "shell_coupling",
     "shell_drift",
     "shell_dynamics",

@@ -125,23 +125,21 @@ def kernel_derivative(
     error = check_problem(error_fn, params, batches)
     copies = check_batches(batches)[0] if reduction == "stack" else 1
     split_block("vectors", vectors, copies, error)
-    direction = _like(direction, params)
+    direction = like_params(direction, params)
 
-    by_chunks = partial(
-        _by_chunks,
+    chunked = partial(
+        by_chunks,
         vectors=vectors,
         width=column_chunk or vectors.shape[1],
         mapped=is_traced((params, batches, direction, vectors)),
     )
     if method == "finite_difference":
 
-        def difference(block: jax.Array) -> jax.Array:
-            def product(p: PyTree) -> jax.Array:
-                return kernel_matmat(error_fn, p, batches, block, reduction=reduction)
+        def product(p: PyTree, block: jax.Array) -> jax.Array:
+            return kernel_matmat(error_fn, p, batches, block, reduction=reduction)
 
-            return central_difference(product, params, direction, step=step)
-
-        projected = _project(vectors, by_chunks(difference))
+        moved = chunked(difference_of(product, params, direction, step))
+        projected = project(vectors, moved)
         return (projected + projected.T) / 2
 
     if jacobian == "auto" and vectors.shape[1] <= _FEW_COLUMNS * error.shape[1]:
@@ -157,8 +155,8 @@ def kernel_derivative(
             parts = split_block("vectors", block, copies, error)
             return _half_product(pairs(), parts)
 
-        moved.append(by_chunks(half))
-    projected = _project(vectors, reduce(jnp.add, moved) / len(spaces))
+        moved.append(chunked(half))
+    projected = project(vectors, reduce(jnp.add, moved) / len(spaces))
     return projected + projected.T
 
 
@@ -213,7 +211,20 @@ def central_difference(
     return (forward - backward) / (2 * h).astype(forward.dtype)
 
 
-def _project(vectors: jax.Array, columns: jax.Array) -> jax.Array:
+def difference_of(
+    product: Callable[[PyTree, jax.Array], jax.Array],
+    params: PyTree,
+    direction: PyTree,
+    step: float | None,
+) -> Callable[[jax.Array], jax.Array]:
+    """Returns ``V -> (M(theta + h d) V - M(theta - h d) V) / 2h`` of a product."""
+    return lambda block: central_difference(
+        lambda p: product(p, block), params, direction, step=step
+    )
+
+
+def project(vectors: jax.Array, columns: jax.Array) -> jax.Array:
+    """Computes ``V^T W``."""
     return jnp.matmul(vectors.T, columns, precision=_HIGHEST)
 
 
@@ -257,7 +268,7 @@ def _half_product(
     return join_block([derivative.push(tangents) for derivative in derivatives])
 
 
-def _by_chunks(
+def by_chunks(
     product: Callable[[jax.Array], jax.Array],
     *,
     vectors: jax.Array,
@@ -292,7 +303,7 @@ def _loss_gradient(loss_fn: LossFn, params: PyTree, batch: PyTree) -> PyTree:
     return jax.grad(loss_fn)(params, batch)
 
 
-def _like(direction: PyTree, params: PyTree) -> PyTree:
+def like_params(direction: PyTree, params: PyTree) -> PyTree:
     """Gives the leaves of ``direction`` the dtypes of ``params``."""
     return jax.tree.map(
         lambda d, p: jnp.asarray(d).astype(jnp.result_type(p)), direction, params

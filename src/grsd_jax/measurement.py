@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from grsd_jax._checks import (
     check_at_least,
@@ -18,37 +19,19 @@ from grsd_jax._checks import (
     check_same_tree,
 )
 from grsd_jax._jacobian import check_problem, evaluate, is_traced, split_batches
-from grsd_jax._typing import Derivative, ErrorFn, Matmat, PyTree, Reduction
+from grsd_jax._problem import Problem
+from grsd_jax._typing import Derivative, ErrorFn, PyTree, Reduction
 from grsd_jax.dense import kernel_dense, kernel_with_derivative_dense
-from grsd_jax.derivative import DERIVATIVES, central_difference, kernel_derivative
+from grsd_jax.derivative import DERIVATIVES, central_difference
 from grsd_jax.diagnostics import CouplingMeasurement, diagnose
 from grsd_jax.factored import JacobianForm, uses_factors
-from grsd_jax.kernel import (
-    REDUCTIONS,
-    error_dimension,
-    kernel_matmat,
-    linearize_kernel,
-)
+from grsd_jax.kernel import REDUCTIONS, error_dimension
 from grsd_jax.lanczos import LanczosResult, block_lanczos
 from grsd_jax.memory import default_bytes, naming_what_to_lower
-from grsd_jax.solvers import SOLVERS, choose_solver, class_sums_vanish, held_bytes
+from grsd_jax.solvers import SOLVERS, choose_solver, class_sums_vanish
 from grsd_jax.spectrum import RitzPairs, resolved_pairs, ritz_pairs
 
 _HIGHEST = jax.lax.Precision.HIGHEST
-
-
-class _Problem(NamedTuple):
-    """What every solver is given; ``jacobian`` is resolved, never ``"auto"``."""
-
-    error_fn: ErrorFn
-    params: PyTree
-    batches: PyTree
-    direction: PyTree
-    reduction: Reduction
-    derivative: Derivative
-    step: float | None
-    jacobian: JacobianForm
-    max_bytes: int
 
 
 class _Krylov(NamedTuple):
@@ -83,6 +66,7 @@ def measure_coupling(
     num_bootstrap: int = 1000,
     max_bytes: int | None = None,
     progress: Callable[[int], None] | None = None,
+    mesh: Mesh | None = None,
 ) -> CouplingMeasurement:
     """Measures the shell coupling of the kernel's derivative, with its diagnostics.
 
@@ -121,9 +105,13 @@ def measure_coupling(
             half of what is free if None. Lanczos keeps its Jacobian if it fits, and
             linearises anew for every product if not.
         progress: Called with the number of Lanczos steps done; host driver only.
+        mesh: A mesh over whose first axis the examples, and the rows of all vectors,
+            are spread; its D devices must divide N, and the solver is Lanczos. One
+            device if None.
 
     Returns:
-        A `CouplingMeasurement`.
+        A `CouplingMeasurement`; with a mesh, ``vectors`` lie on it by rows and
+        everything else is on every device.
 
     Raises:
         ValueError: If a shape, tree, dtype, leading axis or choice does not fit.
@@ -143,7 +131,7 @@ def measure_coupling(
         raise ValueError(
             f"window: expected at most num_shells = {num_shells}, got {window}."
         )
-    problem = _Problem(
+    problem = Problem(
         error_fn,
         params,
         batches,
@@ -153,9 +141,13 @@ def measure_coupling(
         step,
         "factored" if uses_factors(error_fn, jacobian) else "plain",
         default_bytes() if max_bytes is None else max_bytes,
+        mesh,
     )
     size = _checked_size(problem, block_size)
-    if solver == "auto":
+    if mesh is not None:
+        check_choice("solver, with a mesh,", solver, ("auto", "lanczos"))
+        problem, solver = problem.placed(), "lanczos"
+    elif solver == "auto":
         solver = choose_solver(
             error_fn,
             params,
@@ -175,7 +167,7 @@ def measure_coupling(
                 problem, krylov, start_key, tolerance, floor
             )
         checks = _cross_checks(problem, pairs, coupling, block_size)
-    finite = _all_finite((coupling, pairs.values, direction)) & _errors_finite(problem)
+    finite = _all_finite((coupling, pairs.values)) & _problem_finite(problem)
     return diagnose(
         pairs,
         coupling,
@@ -189,7 +181,7 @@ def measure_coupling(
     )
 
 
-def _checked_size(problem: _Problem, block_size: int) -> int:
+def _checked_size(problem: Problem, block_size: int) -> int:
     """Returns n, after checking the direction and that a block is not wider than n."""
     check_same_tree("direction", problem.direction, problem.params, "params")
     size = error_dimension(
@@ -204,7 +196,7 @@ def _checked_size(problem: _Problem, block_size: int) -> int:
 
 
 def _dense_pairs(
-    problem: _Problem, tolerance: float, floor: float | None
+    problem: Problem, tolerance: float, floor: float | None
 ) -> tuple[RitzPairs, jax.Array]:
     """Returns all n eigenpairs and ``V^T Mdot V``, by the dense solver."""
     fn, params, batches, direction = problem[:4]
@@ -257,7 +249,7 @@ def diagonalize(
 
 
 def _lanczos_pairs(
-    problem: _Problem,
+    problem: Problem,
     krylov: _Krylov,
     key: jax.Array,
     tolerance: float,
@@ -266,13 +258,13 @@ def _lanczos_pairs(
     """Returns the Ritz pairs and ``V^T Mdot V``, projected b columns at a time."""
     run = _lanczos_run(problem, krylov, key)
     pairs = _ritz_pairs(run, tolerance=tolerance, floor=floor)
-    coupling = _derivative(
-        problem, pairs.vectors, problem.derivative, krylov.block_size
+    coupling = problem.projected_derivative(
+        pairs.vectors, problem.derivative, krylov.block_size
     )
     return pairs, coupling
 
 
-def _lanczos_run(problem: _Problem, krylov: _Krylov, key: jax.Array) -> LanczosResult:
+def _lanczos_run(problem: Problem, krylov: _Krylov, key: jax.Array) -> LanczosResult:
     """Runs block Lanczos from a Gaussian block free of the softmax null space."""
     fn, params, batches = problem[:3]
     traced = is_traced((params, batches))
@@ -290,8 +282,8 @@ def _lanczos_run(problem: _Problem, krylov: _Krylov, key: jax.Array) -> LanczosR
         on_cpu = jax.default_backend() == "cpu"
         driver = "host" if on_cpu and not traced else "scan"
     return block_lanczos(
-        _products(problem),
-        start,
+        problem.products(),
+        problem.by_rows(start),
         krylov.num_steps,
         key=lanczos_key,
         driver=driver,
@@ -299,61 +291,20 @@ def _lanczos_run(problem: _Problem, krylov: _Krylov, key: jax.Array) -> LanczosR
     )
 
 
-def _products(problem: _Problem) -> Matmat:
-    """Returns the products with M: from a held Jacobian if it fits, else anew."""
-    fn, params, batches = problem[:3]
-    forms: tuple[JacobianForm, ...] = (problem.jacobian, "plain")
-    for jacobian in dict.fromkeys(forms):
-        if held_bytes(fn, params, batches, jacobian=jacobian) <= problem.max_bytes:
-            return linearize_kernel(
-                fn, params, batches, reduction=problem.reduction, jacobian=jacobian
-            ).matmat
-    return partial(kernel_matmat, fn, params, batches, reduction=problem.reduction)
-
-
 _ritz_pairs = partial(jax.jit, static_argnames=("tolerance", "floor"))(ritz_pairs)
 
 
-def _derivative(
-    problem: _Problem, vectors: jax.Array, method: Derivative, block_size: int
-) -> jax.Array:
-    """Projects the derivative, ``block_size`` columns at a time."""
-    fn, params, batches, direction = problem[:4]
-    # J and Jdot, of all batches for the stack and of one for the mean.
-    held = 3 * held_bytes(fn, params, batches, jacobian=problem.jacobian)
-    share = jax.tree.leaves(batches)[0].shape[0] if problem.reduction == "mean" else 1
-    fits = held <= share * problem.max_bytes
-    return kernel_derivative(
-        fn,
-        params,
-        batches,
-        direction,
-        vectors,
-        method=method,
-        step=problem.step,
-        reduction=problem.reduction,
-        column_chunk=block_size,
-        jacobian="auto" if fits and problem.jacobian == "factored" else "plain",
-    )
-
-
 def _cross_checks(
-    problem: _Problem, pairs: RitzPairs, coupling: jax.Array, block_size: int
+    problem: Problem, pairs: RitzPairs, coupling: jax.Array, block_size: int
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the secant's and the matrix-free operator's disagreement."""
     leading = pairs.vectors[:, :block_size]
     first = coupling[:block_size, :block_size]
     exact = problem.derivative == "exact"
     other_method: Derivative = "finite_difference" if exact else "exact"
-    other = _derivative(problem, leading, other_method, block_size)
+    other = problem.projected_derivative(leading, other_method, block_size)
     difference = other if exact else first
-    product = kernel_matmat(
-        problem.error_fn,
-        problem.params,
-        problem.batches,
-        leading,
-        reduction=problem.reduction,
-    )
+    product = problem.matmat(leading)
     expected = leading * pairs.values[None, :block_size]
     return (
         _ratio(jnp.linalg.norm(first - other), jnp.linalg.norm(difference)),
@@ -364,12 +315,12 @@ def _cross_checks(
     )
 
 
-def _errors_finite(problem: _Problem) -> jax.Array:
+def _problem_finite(problem: Problem) -> jax.Array:
     errors = [
         evaluate(problem.error_fn, problem.params, batch)
         for batch in split_batches(problem.batches)
     ]
-    return _all_finite((errors, problem.params))
+    return _all_finite((errors, problem.params, problem.direction))
 
 
 def _all_finite(tree: PyTree) -> jax.Array:

@@ -10,22 +10,27 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from flax import linen as nn
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from grsd_jax import models
 from grsd_jax._typing import PyTree
 from grsd_jax.derivative import gradient_flow_direction
-from grsd_jax.diagnostics import CouplingMeasurement, ToeplitzDiagnostics
-from grsd_jax.experiments import records
+from grsd_jax.experiments import devices, estimates, records
 from grsd_jax.experiments.checkpoints import restore_latest
 from grsd_jax.experiments.config import Config, UserError
 from grsd_jax.experiments.data import Dataset, evaluation_batches
+from grsd_jax.experiments.entries import (
+    Arrays,
+    fetched,
+    measurement_arrays,
+    measurement_entry,
+)
 from grsd_jax.experiments.steps import make_optimizer, state_template
 from grsd_jax.experiments.training import evaluate, recalibrate_batch_stats, train
 from grsd_jax.measurement import measure_coupling
-from grsd_jax.power_law import PowerLawFit
+from grsd_jax.sharding import shard_batches
 
 MAKE_MODEL = {"resnet18": models.ResNet18, "plainnet18": models.PlainNet18}
 
@@ -42,8 +47,6 @@ _IRRELEVANT = {
     "log_every",
     "record_every",
 }
-
-Arrays = dict[str, np.ndarray]
 
 
 class Weights(NamedTuple):
@@ -143,7 +146,12 @@ def measurement_options(config: Config) -> dict[str, Any]:
 
 
 def measure(
-    name: str, protocol: str, dataset: Dataset, config: Config
+    name: str,
+    protocol: str,
+    dataset: Dataset,
+    config: Config,
+    *,
+    mesh: Mesh | None = None,
 ) -> tuple[dict[str, Any], Arrays]:
     """Measures one network under one protocol on fixed batches of the test set.
 
@@ -154,6 +162,7 @@ def measure(
         protocol: ``"own"``, ``"shared"`` or ``"recalibrated"``.
         dataset: The data.
         config: The settings.
+        mesh: Devices that share the examples; one device if None.
 
     Returns:
         The entry of ``results.json``, and its arrays without their prefix.
@@ -172,14 +181,22 @@ def measure(
         batch_size=config.batch_size,
         seed=config.seed,
     )
+    if mesh is not None:
+        batches = shard_batches(batches, mesh)
     loss_fn = models.linen_loss_fn(model, state)
-    with tqdm(desc=f"{name} {protocol}", unit="step", disable=None, leave=False) as bar:
+    error_fn = models.linen_error_fn(model, state)
+    if devices.writes():
+        print(estimates.sentence(error_fn, weights.params, batches, config, mesh))
+    hidden = None if devices.writes() else True
+    with tqdm(
+        desc=f"{name} {protocol}", unit="step", disable=hidden, leave=False
+    ) as bar:
 
         def progress(done: int) -> None:
             bar.update(done - bar.n)
 
         measured = measure_coupling(
-            models.linen_error_fn(model, state),
+            error_fn,
             weights.params,
             batches,
             gradient_flow_direction(loss_fn, weights.params, batches),
@@ -188,8 +205,9 @@ def measure(
             num_shells=config.num_shells,
             window=config.window,
             progress=progress if jax.default_backend() == "cpu" else None,
+            mesh=mesh,
         )
-        measured = jax.device_get(measured)
+        measured = fetched(measured)
     if not measured.finite:
         raise UserError(
             f"checkpoint of {name} ({protocol}): expected finite parameters, errors "
@@ -211,7 +229,7 @@ def measure(
         "direction": "minus the gradient of the mean cross-entropy, same batches",
         "data_fingerprint": dataset.fingerprint,
     }
-    return entry, _arrays(measured)
+    return entry, measurement_arrays(measured)
 
 
 def reproduce(dataset: Dataset, config: Config) -> tuple[dict[str, Any], Arrays]:
@@ -310,88 +328,3 @@ def _measured_once(
     records.write_npz(file, arrays)
     records.write_json(note, {"made_by": made_by, "entry": entry})
     return entry, arrays
-
-
-def measurement_entry(measured: CouplingMeasurement, config: Config) -> dict[str, Any]:
-    """Returns the scalars of a measurement, as ``results.json`` holds them.
-
-    Args:
-        measured: The measurement.
-        config: The settings, for the seed and the window.
-
-    Returns:
-        Its entry.
-    """
-    shells, window = measured.shells, config.window
-    return {
-        "n": measured.vectors.shape[0],
-        "num_pairs": len(measured.values),
-        "num_resolved": int(np.sum(measured.resolved)),
-        "solver": measured.solver,
-        "jacobian": measured.jacobian,
-        "derivative": measured.derivative,
-        "reduction": measured.reduction,
-        "seed": config.seed,
-        "diagonal_fit": _fit(measured.diagonal_fit),
-        "shell_fit": _fit(measured.shell_fit),
-        "toeplitz": {
-            "literal": _toeplitz(measured.literal, shells.edges, window),
-            "renormalized": _toeplitz(measured.renormalized, shells.edges, window),
-        },
-        "secant_disagreement": float(measured.secant_disagreement),
-        "operator_disagreement": float(measured.operator_disagreement),
-        "lambda_max": float(measured.values[0]),
-    }
-
-
-def _fit(fit: PowerLawFit) -> dict[str, Any]:
-    interval = fit.interval if fit.interval is not None else np.full(2, np.nan)
-    return {
-        "exponent": float(fit.exponent),
-        "prefactor": float(fit.prefactor),
-        "r_squared": float(fit.r_squared),
-        "exponent_stderr": float(fit.exponent_stderr),
-        "interval": [float(end) for end in interval],
-        "num_points": int(fit.num_points),
-    }
-
-
-def _toeplitz(
-    diagnostics: ToeplitzDiagnostics, edges: jax.typing.ArrayLike, window: int
-) -> dict[str, Any]:
-    """Returns the residuals; one that is zero by construction becomes null."""
-    last, edges = len(diagnostics.windows) - 1, np.asarray(edges)
-    windows = [
-        {
-            "start": start,
-            "stop": start + window,
-            "lambda_center": float(np.sqrt(edges[start] * edges[start + window])),
-            "position": start / last if last else 0.5,
-            "residual": float(residual) if freedom > 0 else None,
-            "degrees_of_freedom": int(freedom),
-        }
-        for start, (residual, freedom) in enumerate(
-            zip(diagnostics.windows, diagnostics.degrees_of_freedom, strict=True)
-        )
-    ]
-    return {"residual": float(diagnostics.residual), "windows": windows}
-
-
-def _arrays(measured: CouplingMeasurement) -> Arrays:
-    """Returns the arrays of a measurement, as ``arrays.npz`` holds them."""
-    literal, renormalized = measured.literal, measured.renormalized
-    arrays = {
-        "values": measured.values,
-        "residuals": measured.residuals,
-        "resolved": measured.resolved,
-        "coupling": measured.coupling,
-        "coupling_diagonal": np.abs(np.diag(measured.coupling)),
-        "shell_edges": measured.shells.edges,
-        "shell_centers": measured.shells.centers,
-        "shell_counts": measured.shells.counts,
-        "literal": literal.coupling.matrix,
-        "literal_mask": literal.coupling.mask,
-        "renormalized": renormalized.coupling.matrix,
-        "renormalized_mask": renormalized.coupling.mask,
-    }
-    return {name: np.asarray(array) for name, array in arrays.items()}
