@@ -20,6 +20,14 @@ from grsd_jax.dense import (
     kernel_with_derivative_dense,
     layer_kernels,
 )
+from grsd_jax.depth import (
+    IncrementStatistics,
+    StateIncrements,
+    correlation_time,
+    direction_memory,
+    increment_statistics,
+    state_increments,
+)
 from grsd_jax.derivative import (
     central_difference,
     gradient_flow_direction,
@@ -50,6 +58,11 @@ from grsd_jax.lanczos import (
 )
 from grsd_jax.measurement import measure_coupling
 from grsd_jax.power_law import PowerLawFit, fit_power_law
+from grsd_jax.propagation import (
+    PropagationReport,
+    interaction_range,
+    propagation_report,
+)
 from grsd_jax.shells import ShellCoupling, Shells, log_shells, shell_coupling
 from grsd_jax.solvers import choose_solver, class_sums_vanish
 from grsd_jax.spectrum import (
@@ -71,25 +84,32 @@ __version__ = version("grsd-jax")
 
 __all__ = [
     "CouplingMeasurement",
+    "IncrementStatistics",
     "LanczosResult",
     "LanczosState",
     "LeadingEigenpairs",
     "LinearizedKernel",
     "ParameterBlocks",
     "PowerLawFit",
+    "PropagationReport",
     "RitzPairs",
     "ShellCoupling",
     "Shells",
     "SpectralDensity",
+    "StateIncrements",
     "ToeplitzDiagnostics",
     "block_lanczos",
     "central_difference",
     "choose_solver",
     "class_sums_vanish",
+    "correlation_time",
+    "direction_memory",
     "error_dimension",
     "fit_power_law",
     "gradient_flow_direction",
     "half_squared_loss",
+    "increment_statistics",
+    "interaction_range",
     "kernel_dense",
     "kernel_derivative",
     "kernel_derivative_dense",
@@ -106,6 +126,7 @@ __all__ = [
     "measure_coupling",
     "partition",
     "partition_by_prefix",
+    "propagation_report",
     "resolved_pairs",
     "restrict_to_block",
     "ritz_pairs",
@@ -114,6 +135,7 @@ __all__ = [
     "softmax_error",
     "spectral_density",
     "squared_error",
+    "state_increments",
     "toeplitz_approximation",
     "toeplitz_degrees_of_freedom",
     "toeplitz_residual",
