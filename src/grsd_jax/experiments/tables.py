@@ -28,7 +28,7 @@ def format_table(results: Any) -> str:
     """
     entries = list_entries(results)
     return "\n\n".join(
-        _aligned([["model", "protocol", *headings], *rows])
+        aligned([["model", "protocol", *headings], *rows])
         for headings, rows in (
             (_SCALING, [[e.title, e.protocol, *_scaling(e)] for e in entries]),
             (_TOEPLITZ, [[e.title, e.protocol, *_toeplitz(e)] for e in entries]),
@@ -128,8 +128,15 @@ def _significant(value: float | None) -> str:
     return _MISSING if value is None else f"{value:.2g}"
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Pads the cells: the first two columns to the left, the others to the right."""
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Writes a table, valid as Markdown, whose columns line up.
+
+    Args:
+        rows: The headings, then the rows.
+
+    Returns:
+        The table; the first two columns are flush left, the others right.
+    """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
