@@ -18,6 +18,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,23 +107,22 @@ def measure_task(
     task: str,
     about: Record,
     options: argparse.Namespace,
-) -> list[Record]:
-    """Returns the rows of a peer on a task, one for each variant."""
+) -> Iterator[Record]:
+    """Yields the rows of a peer on a task, one for each variant, as they come."""
     row = {"peer": peer, "problem": problem.name, "task": task}
     row["device"] = options.device
     reason = why_not(peer, problem, task)
     if reason is not None:
-        return [{**row, "variant": None, "status": reason[0], "reason": reason[1]}]
-    rows = []
+        yield {**row, "variant": None, "status": reason[0], "reason": reason[1]}
+        return
     for variant in variants(peer, problem, task):
         named = {**row, "variant": variant}
         named["identity"] = identity(named, about, options)
         old = read_row(options.out, named)
         if old is not None and old.get("identity") == named["identity"]:
-            rows.append(old)
+            yield old
         else:
-            rows.append(run_measurement(named, problem, options))
-    return rows
+            yield run_measurement(named, problem, options)
 
 
 def identity(row: Record, about: Record, options: argparse.Namespace) -> str:

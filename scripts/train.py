@@ -34,6 +34,7 @@ FIELDS = [
     "schedule",
     "schedule_args",
     "checkpoint_every",
+    "keep_checkpoints",
     "log_every",
     "precision",
 ]

@@ -15,6 +15,13 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs():
+    """Frees the compiled programs of a test file; many thousands exhaust a process."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def x64():
     """Runs one test with 64-bit types, and puts the setting back whatever happens."""

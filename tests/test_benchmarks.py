@@ -438,7 +438,23 @@ def test_preparation_counts_for_the_dense_matrix_alone():
 def test_derivative_is_measured_in_block_products_beside_it(beside, met):
     beside = {"minimum": beside, "median": beside, "repeats": [beside]}
     row = make_row("grsd_jax_plain", "derivative_8", 1.0, beside_seconds=beside)
-    assert outcome_of([row], "derivative_8").met is met
+    assert outcome_of([row], "derivative_8", "by the plain path").met is met
+    row = make_row("grsd_jax", "derivative_32", 1.0, beside_seconds=beside)
+    (outcome, plain) = (o for o in targets.outcomes([row]) if o.task == "derivative_32")
+    assert (outcome.met, plain.met) == (met, None)
+
+
+@pytest.mark.parametrize(("seconds", "met"), [(1.0, True), (1.01, False)])
+def test_plain_path_is_measured_in_the_rate_of_the_forward_pass(seconds, met):
+    beside = {"minimum": 0.1, "median": 0.1, "repeats": [0.1]}
+    row = make_row(
+        "grsd_jax_plain",
+        "block_8",
+        seconds,
+        beside_seconds=beside,
+        details={"flops": 80.0, "beside_flops": 10.0},
+    )
+    assert outcome_of([row], "block_8", "FLOP rate").met is met
 
 
 def test_eigenpairs_are_compared_in_columns_and_in_time():

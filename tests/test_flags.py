@@ -35,6 +35,7 @@ def test_every_field_can_be_set_by_its_flag():
         schedule="linear_schedule",
         schedule_args='{"end_value": 0.0}',
         checkpoint_every=11,
+        keep_checkpoints=12,
         log_every=13,
         batch_size=15,
         num_batches=17,

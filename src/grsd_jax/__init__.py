@@ -8,17 +8,30 @@ the bundled Flax models are in `grsd_jax.models`.
 
 from importlib.metadata import version
 
+from grsd_jax.additive import LayerMeasurements, measure_layers
 from grsd_jax.blocks import (
     ParameterBlocks,
     partition,
     partition_by_prefix,
     restrict_to_block,
 )
+from grsd_jax.closure import ClosureError, EdgeCrossings, closure_error, edge_crossings
+from grsd_jax.coherence import BlockCoherence, block_coherence
+from grsd_jax.conditions import (
+    ConditionReport,
+    Incoherence,
+    Locality,
+    PathPoint,
+    ShiftInvariance,
+    Stability,
+    condition_report,
+)
 from grsd_jax.dense import (
     kernel_dense,
     kernel_derivative_dense,
     kernel_with_derivative_dense,
     layer_kernels,
+    layer_kernels_with_derivative,
 )
 from grsd_jax.depth import (
     IncrementStatistics,
@@ -34,6 +47,13 @@ from grsd_jax.derivative import (
     kernel_derivative,
 )
 from grsd_jax.diagnostics import CouplingMeasurement, ToeplitzDiagnostics
+from grsd_jax.dynamics import (
+    BasisRotation,
+    ShellDynamics,
+    basis_rotation,
+    eigenvalue_drift,
+    shell_dynamics,
+)
 from grsd_jax.eigenpairs import LeadingEigenpairs, leading_eigenpairs
 from grsd_jax.errors import (
     half_squared_loss,
@@ -41,10 +61,26 @@ from grsd_jax.errors import (
     softmax_error,
     squared_error,
 )
+from grsd_jax.flow import (
+    CovarianceCheck,
+    covariance_check,
+    effective_time,
+    flow_step,
+    integrate_flow,
+)
+from grsd_jax.influence import (
+    InfluenceProfile,
+    distance_maxima,
+    distance_totals,
+    influence_profile,
+    smallest_band,
+)
 from grsd_jax.kernel import (
     LinearizedKernel,
     error_dimension,
     kernel_matmat,
+    linearize_block_kernels,
+    linearize_derivative,
     linearize_kernel,
 )
 from grsd_jax.lanczos import (
@@ -63,7 +99,13 @@ from grsd_jax.propagation import (
     interaction_range,
     propagation_report,
 )
-from grsd_jax.shells import ShellCoupling, Shells, log_shells, shell_coupling
+from grsd_jax.shells import (
+    ShellCoupling,
+    Shells,
+    assign_shells,
+    log_shells,
+    shell_coupling,
+)
 from grsd_jax.solvers import choose_solver, class_sums_vanish
 from grsd_jax.spectrum import (
     RitzPairs,
@@ -72,6 +114,16 @@ from grsd_jax.spectrum import (
     ritz_pairs,
     spectral_density,
 )
+from grsd_jax.stability import (
+    OperatorNorms,
+    ProjectorDrift,
+    ShellDrift,
+    coupling_exponent,
+    log_lipschitz,
+    operator_norms,
+    projector_drift,
+    shell_drift,
+)
 from grsd_jax.toeplitz import (
     toeplitz_approximation,
     toeplitz_degrees_of_freedom,
@@ -79,36 +131,74 @@ from grsd_jax.toeplitz import (
     windowed_toeplitz_degrees_of_freedom,
     windowed_toeplitz_residual,
 )
+from grsd_jax.velocity import VelocityFit, velocity_fit
+from grsd_jax.verdicts import Check, Thresholds, Verdict
 
 __version__ = version("grsd-jax")
 
 __all__ = [
+    "BasisRotation",
+    "BlockCoherence",
+    "Check",
+    "ClosureError",
+    "ConditionReport",
     "CouplingMeasurement",
+    "CovarianceCheck",
+    "EdgeCrossings",
+    "Incoherence",
     "IncrementStatistics",
+    "InfluenceProfile",
     "LanczosResult",
     "LanczosState",
+    "LayerMeasurements",
     "LeadingEigenpairs",
     "LinearizedKernel",
+    "Locality",
+    "OperatorNorms",
     "ParameterBlocks",
+    "PathPoint",
     "PowerLawFit",
+    "ProjectorDrift",
     "PropagationReport",
     "RitzPairs",
     "ShellCoupling",
+    "ShellDrift",
+    "ShellDynamics",
     "Shells",
+    "ShiftInvariance",
     "SpectralDensity",
+    "Stability",
     "StateIncrements",
+    "Thresholds",
     "ToeplitzDiagnostics",
+    "VelocityFit",
+    "Verdict",
+    "assign_shells",
+    "basis_rotation",
+    "block_coherence",
     "block_lanczos",
     "central_difference",
     "choose_solver",
     "class_sums_vanish",
+    "closure_error",
+    "condition_report",
     "correlation_time",
+    "coupling_exponent",
+    "covariance_check",
     "direction_memory",
+    "distance_maxima",
+    "distance_totals",
+    "edge_crossings",
+    "effective_time",
+    "eigenvalue_drift",
     "error_dimension",
     "fit_power_law",
+    "flow_step",
     "gradient_flow_direction",
     "half_squared_loss",
     "increment_statistics",
+    "influence_profile",
+    "integrate_flow",
     "interaction_range",
     "kernel_dense",
     "kernel_derivative",
@@ -120,17 +210,27 @@ __all__ = [
     "lanczos_init",
     "lanczos_step",
     "layer_kernels",
+    "layer_kernels_with_derivative",
     "leading_eigenpairs",
+    "linearize_block_kernels",
+    "linearize_derivative",
     "linearize_kernel",
+    "log_lipschitz",
     "log_shells",
     "measure_coupling",
+    "measure_layers",
+    "operator_norms",
     "partition",
     "partition_by_prefix",
+    "projector_drift",
     "propagation_report",
     "resolved_pairs",
     "restrict_to_block",
     "ritz_pairs",
     "shell_coupling",
+    "shell_drift",
+    "shell_dynamics",
+    "smallest_band",
     "softmax_cross_entropy",
     "softmax_error",
     "spectral_density",
@@ -139,6 +239,7 @@ __all__ = [
     "toeplitz_approximation",
     "toeplitz_degrees_of_freedom",
     "toeplitz_residual",
+    "velocity_fit",
     "windowed_toeplitz_degrees_of_freedom",
     "windowed_toeplitz_residual",
 ]

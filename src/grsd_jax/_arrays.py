@@ -37,3 +37,21 @@ def as_mask(
         raise ValueError(f"{name}: expected a bool dtype, got {result.dtype}.")
     check_shape(name, result, shape)
     return result
+
+
+def as_scalar(
+    name: str, value: jax.typing.ArrayLike, dtype: jax.typing.DTypeLike
+) -> jax.Array:
+    """Returns one real number as a JAX array of the given floating dtype.
+
+    Raises:
+        ValueError: If it is not a single number.
+    """
+    check_shape(name, value, [])
+    return jnp.asarray(value).astype(dtype)
+
+
+def ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
+    """Divides, with 0 where the denominator is not positive."""
+    positive = denominator > 0
+    return jnp.where(positive, numerator / jnp.where(positive, denominator, 1), 0)

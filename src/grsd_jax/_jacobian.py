@@ -93,11 +93,53 @@ class PlainDerivative:
     batch: PyTree
     direction: PyTree
 
+    def pull(self, columns: jax.Array) -> PyTree:
+        """Computes ``Jdot^T V`` of columns ``[N, C, b]``: a params tree, leading b."""
+        return pull_derivative(
+            self.error_fn, self.params, self.batch, self.direction, columns
+        )
+
     def push(self, tangents: PyTree) -> jax.Array:
         """Computes ``Jdot G`` of a params tree with leading axis b."""
         return push_derivative(
             self.error_fn, self.params, self.batch, self.direction, tangents
         )
+
+    def multiply(self, columns: jax.Array) -> jax.Array:
+        """Computes ``Jdot Jdot^T V`` of columns ``[N, C, b]``."""
+        return self.push(self.pull(columns))
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["error_fn", "params"],
+    meta_fields=["indices"],
+)
+@dataclasses.dataclass(frozen=True)
+class RestrictedErrorFn:
+    """The error as a function of some of the parameter leaves; a pytree.
+
+    Attributes:
+        error_fn: The error function, a pytree.
+        params: All parameters, for the leaves that stay as they are.
+        indices: The leaves that are arguments, by their positions in the tree.
+    """
+
+    error_fn: ErrorFn
+    params: PyTree
+    indices: tuple[int, ...]
+
+    def selected(self) -> list[jax.Array]:
+        """Returns the leaves that are arguments, where they stand."""
+        leaves = jax.tree.leaves(self.params)
+        return [leaves[index] for index in self.indices]
+
+    def __call__(self, selected: list[jax.Array], batch: PyTree) -> jax.Array:
+        """Evaluates the error with the selected leaves put in their places."""
+        leaves, tree = jax.tree.flatten(self.params)
+        for index, leaf in zip(self.indices, selected, strict=True):
+            leaves[index] = leaf
+        return self.error_fn(jax.tree.unflatten(tree, leaves), batch)
 
 
 def as_pytree(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -196,6 +238,36 @@ def _pull(pullback: Any, block: jax.Array) -> PyTree:
 @jax.jit
 def _push(pullback: Any, tangents: PyTree, example: jax.Array) -> jax.Array:
     return jax.vmap(lambda g: _transpose(pullback, g, example), out_axes=-1)(tangents)
+
+
+@jax.jit
+def pull_derivative(
+    error_fn: ErrorFn,
+    params: PyTree,
+    batch: PyTree,
+    direction: PyTree,
+    columns: jax.Array,
+) -> PyTree:
+    """Computes ``Jdot^T V``, with ``Jdot`` the derivative of J along ``direction``.
+
+    Args:
+        error_fn: The error function, a pytree.
+        params: Parameters.
+        batch: One batch.
+        direction: A params tree.
+        columns: V, ``[N, C, b]``.
+
+    Returns:
+        A params tree with leading axis b.
+    """
+
+    def derivative(column: jax.Array) -> PyTree:
+        def pulled(p: PyTree) -> PyTree:
+            return jax.vjp(lambda q: error_fn(q, batch), p)[1](column)[0]
+
+        return jax.jvp(pulled, (params,), (direction,))[1]
+
+    return jax.vmap(derivative, in_axes=-1)(columns)
 
 
 @jax.jit

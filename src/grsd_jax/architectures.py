@@ -60,7 +60,7 @@ class MLP(DepthChain):
         num_classes: Outputs C.
         depth: Blocks L.
         width: Features of the state.
-        activation: Name of the activation, one of `grsd_jax.models.ACTIVATIONS`.
+        activation: Name of the activation, one of ``models.ACTIVATIONS``.
         residual: Whether ``h_{l+1} = h_l + s G_l(h_l)``, or ``G_l(h_l)``.
         branch_scale: s.
 
@@ -106,7 +106,7 @@ class ConvNet(DepthChain):
         num_classes: Outputs C.
         depth: Blocks L.
         width: Channels.
-        activation: Name of the activation, one of `grsd_jax.models.ACTIVATIONS`.
+        activation: Name of the activation, one of ``models.ACTIVATIONS``.
         residual: Whether ``h_{l+1} = h_l + s G_l(h_l)``, or ``G_l(h_l)``.
         branch_scale: s.
         stem_strides: Strides of the stem, which set the resolution of the blocks.
@@ -227,7 +227,7 @@ class Transformer(DepthChain):
         num_classes: Outputs C.
         depth: Blocks L.
         width: Features of a token, a multiple of ``num_heads``.
-        activation: Activation of the MLP, one of `grsd_jax.models.ACTIVATIONS`.
+        activation: Activation of the MLP, one of ``models.ACTIVATIONS``.
         branch_scale: s.
         num_heads: Attention heads.
         mlp_ratio: Hidden features of the MLP over ``width``.

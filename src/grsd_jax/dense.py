@@ -193,5 +193,51 @@ def layer_kernels(
     return {label: kernel for label, (kernel,) in matrices.items()}
 
 
+def layer_kernels_with_derivative(
+    error_fn: ErrorFn,
+    params: PyTree,
+    batches: PyTree,
+    direction: PyTree,
+    *,
+    layer_of: Callable[[tuple[str, ...]], str] | None = None,
+    reduction: Reduction = "mean",
+    example_chunk: int = EXAMPLE_CHUNK,
+    max_jacobian_bytes: int = MAX_JACOBIAN_BYTES,
+    jacobian: JacobianForm = "auto",
+) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """Forms every layer's kernel and its derivative, from one pass.
+
+    ``M_l = (1/K) sum_k J_kl J_kl^T`` and ``Mdot_l = (1/K) sum_k (Jdot_kl J_kl^T + J_kl
+    Jdot_kl^T)``, where all parameters move along ``direction``. They add up:
+    ``M = sum_l M_l``, ``Mdot = sum_l Mdot_l``. One pass makes them all, at no more
+    operations than M and Mdot alone.
+
+    Args:
+        error_fn: ``error_fn(params, batch) -> [N, C]``, examples independent.
+        params: Parameters, a pytree of floating arrays.
+        batches: A pytree with leading axes ``[K, N]``.
+        direction: The tangent d, a tree like ``params``.
+        layer_of: As for `layer_kernels`.
+        reduction: ``"mean"`` or ``"stack"``.
+        example_chunk: Examples differentiated together.
+        max_jacobian_bytes: Bytes of blocks of J and Jdot held at a time.
+        jacobian: ``"factored"``, ``"plain"`` or ``"auto"``.
+
+    Returns:
+        ``{name: (M_l, Mdot_l)}``, each ``[n, n]``, in the order of the tree.
+
+    Raises:
+        ValueError: If a shape, tree, dtype, leading axis or choice does not fit.
+
+    References:
+        Paper 3.2 and A.3, the additive structure.
+    """
+    check_same_tree("direction", direction, params, "params")
+    options = DenseOptions(reduction, example_chunk, max_jacobian_bytes, jacobian)
+    labels = [(layer_of or _parent)(path) for path in parameter_paths(params)]
+    matrices = accumulate(error_fn, params, batches, direction, labels, options)
+    return {label: (kernel, moved) for label, (kernel, moved) in matrices.items()}
+
+
 def _parent(path: tuple[str, ...]) -> str:
     return "/".join(path[:-1]) or "/".join(path)

@@ -13,10 +13,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grsd_jax._checks import check_batches, check_choice, check_shape
-from grsd_jax._jacobian import Jacobian, check_problem, linearize, split_batches
+from grsd_jax._checks import (
+    check_batches,
+    check_choice,
+    check_same_tree,
+    check_shape,
+)
+from grsd_jax._jacobian import (
+    Jacobian,
+    PlainDerivative,
+    RestrictedErrorFn,
+    as_pytree,
+    check_problem,
+    linearize,
+    split_batches,
+)
 from grsd_jax._typing import ErrorFn, PyTree, Reduction
-from grsd_jax.factored import JacobianForm, factorize, uses_factors
+from grsd_jax.blocks import ParameterBlocks, check_blocks
+from grsd_jax.factored import (
+    JacobianForm,
+    factorize,
+    factorize_by_groups,
+    uses_factors,
+)
 
 REDUCTIONS = ("mean", "stack")
 
@@ -158,6 +177,97 @@ def linearize_kernel(
     else:
         jacobians = [linearize(error_fn, params, batch) for batch in parts]
     return LinearizedKernel(tuple(jacobians), error, reduction)
+
+
+def linearize_block_kernels(
+    error_fn: ErrorFn,
+    params: PyTree,
+    batches: PyTree,
+    blocks: ParameterBlocks,
+    *,
+    reduction: Reduction = "mean",
+    jacobian: JacobianForm = "auto",
+) -> tuple[LinearizedKernel, ...]:
+    """Linearises the kernel of every block of parameters, ``M_l = J_l J_l^T``.
+
+    They add up to M. In the factored form all come from one set of factors; in the
+    plain form each is linearised in its own parameters, the others held fixed.
+
+    Args:
+        error_fn: ``error_fn(params, batch) -> [N, C]``.
+        params: Parameters, a pytree of floating arrays.
+        batches: A pytree with leading axes ``[K, N]``.
+        blocks: The partition, L blocks.
+        reduction: ``"mean"`` or ``"stack"``.
+        jacobian: ``"factored"``, ``"plain"`` or ``"auto"``; see `linearize_kernel`.
+
+    Returns:
+        L kernels, in the order of the blocks.
+
+    Raises:
+        ValueError: If a shape, dtype, leading axis or choice does not fit, or
+            ``blocks`` is not a partition of ``params``.
+
+    References:
+        Paper 4.1, the additive operator.
+    """
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_blocks(blocks, params)
+    error = check_problem(error_fn, params, batches)
+    groups = [blocks.leaves_of(block) for block in range(len(blocks.names))]
+    by_batch: list[list[Jacobian]] = []
+    for batch in split_batches(batches):
+        if uses_factors(error_fn, jacobian):
+            by_batch.append([*factorize_by_groups(error_fn, params, batch, groups)])
+        else:
+            fn = as_pytree(error_fn)
+            parts = [RestrictedErrorFn(fn, params, group) for group in groups]
+            by_batch.append([linearize(fn, fn.selected(), batch) for fn in parts])
+    return tuple(
+        LinearizedKernel(jacobians, error, reduction)
+        for jacobians in zip(*by_batch, strict=True)
+    )
+
+
+def linearize_derivative(
+    error_fn: ErrorFn,
+    params: PyTree,
+    batches: PyTree,
+    direction: PyTree,
+    *,
+    reduction: Reduction = "mean",
+) -> LinearizedKernel:
+    """Returns the Gram operator of the Jacobian's derivative, ``Jdot Jdot^T``.
+
+    ``Jdot = d/ds J(theta + s d)`` at ``s = 0``. Its largest eigenvalue is
+    ``|Jdot|_op^2``, its trace ``|Jdot|_F^2``. Nothing is held: each product passes
+    through the network twice, by a JVP of a VJP and back.
+
+    Args:
+        error_fn: ``error_fn(params, batch) -> [N, C]``.
+        params: Parameters, a pytree of floating arrays.
+        batches: A pytree with leading axes ``[K, N]``.
+        direction: The tangent d, a tree like ``params``.
+        reduction: ``"mean"`` or ``"stack"``.
+
+    Returns:
+        A `LinearizedKernel` whose ``matmat`` applies ``Jdot Jdot^T``.
+
+    Raises:
+        ValueError: If a shape, tree, dtype, leading axis or choice does not fit.
+
+    References:
+        Paper 3.2, Condition 3.
+    """
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_same_tree("direction", direction, params, "params")
+    error = check_problem(error_fn, params, batches)
+    fn = as_pytree(error_fn)
+    derivatives = tuple(
+        PlainDerivative(fn, params, batch, direction)
+        for batch in split_batches(batches)
+    )
+    return LinearizedKernel(derivatives, error, reduction)
 
 
 def error_dimension(

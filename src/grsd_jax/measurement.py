@@ -206,7 +206,7 @@ def _checked_size(problem: _Problem, block_size: int) -> int:
 def _dense_pairs(
     problem: _Problem, tolerance: float, floor: float | None
 ) -> tuple[RitzPairs, jax.Array]:
-    """Returns all n eigenpairs and ``V^T Mdot V``, from the dense matrices."""
+    """Returns all n eigenpairs and ``V^T Mdot V``, by the dense solver."""
     fn, params, batches, direction = problem[:4]
     options = {
         "reduction": problem.reduction,
@@ -225,13 +225,14 @@ def _dense_pairs(
             direction,
             step=problem.step,
         )
-    return _diagonalize(kernel, moved, tolerance=tolerance, floor=floor)
+    return diagonalize(kernel, moved, tolerance=tolerance, floor=floor)
 
 
 @partial(jax.jit, static_argnames=("tolerance", "floor"))
-def _diagonalize(
+def diagonalize(
     kernel: jax.Array, moved: jax.Array, *, tolerance: float, floor: float | None
 ) -> tuple[RitzPairs, jax.Array]:
+    """Returns all n eigenpairs of M and ``V^T Mdot V``, from the dense matrices."""
     finite = _all_finite((kernel, moved))
     kernel, moved = (jnp.where(finite, matrix, 0) for matrix in (kernel, moved))
     values, vectors = jnp.linalg.eigh(kernel)

@@ -83,17 +83,49 @@ def log_shells(
     usable &= jnp.isfinite(values) & (values >= info.tiny)
 
     edges = _log_edges(*_extremes(values, usable), num_shells)
-    # Compared with the stored edges themselves, so that index and edges never disagree.
-    above = values[:, None] >= edges[None, 1:-1]
-    index = jnp.sum(above, axis=1, dtype=jnp.int32)
-    index = jnp.where(usable, index, jnp.int32(-1))
-    member = index[:, None] == jnp.arange(num_shells, dtype=jnp.int32)[None, :]
-    return Shells(
-        edges=edges,
-        centers=jnp.sqrt(edges[:-1]) * jnp.sqrt(edges[1:]),
-        index=index,
-        counts=jnp.sum(member, axis=0, dtype=jnp.int32),
-    )
+    return _assign(values, edges, usable)
+
+
+def assign_shells(
+    values: jax.typing.ArrayLike,
+    edges: jax.typing.ArrayLike,
+    *,
+    mask: jax.typing.ArrayLike | None = None,
+    open_ends: bool = False,
+) -> Shells:
+    """Puts the values into given shells, such as those of an earlier moment.
+
+    Shell a holds ``edges[a] <= lambda < edges[a+1]``, the last one its upper edge too.
+    What lies beyond the outer edges is in no shell, unless the ends are open.
+
+    Args:
+        values: [r], in any order.
+        edges: [S+1], positive and increasing.
+        mask: [r] bool, True for the values to use. Default: all. Values that are not
+            finite count as masked.
+        open_ends: Whether the first shell also holds everything below it, and the last
+            one everything above. Their widths stay those of the edges.
+
+    Returns:
+        The shells, with the given edges.
+
+    Raises:
+        ValueError: If ``values`` is not a floating [r] array, ``edges`` not a floating
+            array of at least two, ``mask`` not a bool [r] array, or ``open_ends`` not a
+            bool.
+
+    References:
+        Paper 2.1; shells fixed in time are ours.
+    """
+    if not isinstance(open_ends, bool):
+        raise ValueError(f"open_ends: expected True or False, got {open_ends!r}.")
+    values = as_floating("values", values, [None])
+    edges = as_floating("edges", edges, [None]).astype(values.dtype)
+    check_at_least("len(edges)", edges.shape[0], 2)
+    usable = as_mask("mask", mask, values.shape) & jnp.isfinite(values)
+    if not open_ends:
+        usable &= (values >= edges[0]) & (values <= edges[-1])
+    return _assign(values, edges, usable)
 
 
 def shell_coupling(
@@ -153,6 +185,22 @@ def shell_coupling(
     enough = shells.counts >= min_count
     mask = enough[:, None] & enough[None, :]
     return ShellCoupling(jnp.where(mask, matrix, 0), mask)
+
+
+def _assign(values: jax.Array, edges: jax.Array, usable: jax.Array) -> Shells:
+    """Puts the usable values into the shells between the edges, both ends open."""
+    num_shells = len(edges) - 1
+    # Compared with the stored edges themselves, so that index and edges never disagree.
+    above = values[:, None] >= edges[None, 1:-1]
+    index = jnp.sum(above, axis=1, dtype=jnp.int32)
+    index = jnp.where(usable, index, jnp.int32(-1))
+    member = index[:, None] == jnp.arange(num_shells, dtype=jnp.int32)[None, :]
+    return Shells(
+        edges=edges,
+        centers=jnp.sqrt(edges[:-1]) * jnp.sqrt(edges[1:]),
+        index=index,
+        counts=jnp.sum(member, axis=0, dtype=jnp.int32),
+    )
 
 
 def _extremes(values: jax.Array, usable: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -71,6 +71,10 @@ class Checkpoints:
         """Returns the step of the newest checkpoint, or None if there is none."""
         return self._manager.latest_step()
 
+    def all_steps(self) -> list[int]:
+        """Returns the steps of all checkpoints, ascending."""
+        return sorted(self._manager.all_steps())
+
     def save(self, step: int, state: PyTree) -> None:
         """Writes a checkpoint.
 

@@ -62,6 +62,9 @@ class Config:
         "initial value is --learning_rate, and of decay_steps the whole training.",
     )
     checkpoint_every: int = _field(200, "Steps between checkpoints.", minimum=1)
+    keep_checkpoints: int = _field(
+        2, "Newest checkpoints that stay; the conditions need several.", minimum=1
+    )
     log_every: int = _field(20, "Steps between lines of metrics.", minimum=1)
     batch_size: int = _field(32, "Examples N in one measured batch.", minimum=1)
     num_batches: int = _field(2, "Measured batches K.", minimum=1)

@@ -9,6 +9,7 @@ import jax
 from absl import app, flags, logging
 
 from grsd_jax.experiments.config import Config, UserError, check_field
+from grsd_jax.verdicts import Thresholds
 
 
 def define_flags(
@@ -61,7 +62,56 @@ def config_from_flags(
     return settings(**values)
 
 
-def run_main(main: Callable[[Any], None], *, settings: type = Config) -> None:
+#: What each field of `Thresholds` is, for ``--help``.
+_THRESHOLD_HELP = {
+    "influence_share": "Condition 1: share of the influence that the band must hold.",
+    "max_band": "Condition 1: widest band, in blocks; by default (L - 1) // 2.",
+    "max_tail_sum": "Condition 2: largest tail sum of the coherence profile.",
+    "max_distant_coherence": "Condition 2: largest coherence of two distant blocks.",
+    "distant": "Condition 2: distance from which blocks count as distant.",
+    "max_growth": "Condition 3: largest growth of |J| and |Jdot| along the path.",
+    "max_drift": "Condition 3: largest drift of the leading projector in one stretch.",
+    "max_lipschitz": "Condition 3: largest local exponent of a shell statistic.",
+    "max_residual": "Condition 4: largest Toeplitz residual in the central windows.",
+    "max_slope_error": "Condition 4: largest distance of the diagonal's slope to 1.",
+    "min_r_squared": "Condition 4: smallest R^2 of the diagonal's fit.",
+}
+
+
+def define_threshold_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
+    """Defines one absl flag for every field of `Thresholds`.
+
+    Args:
+        flag_values: Where to define them.
+    """
+    for name, default in Thresholds()._asdict().items():
+        define = flags.DEFINE_float
+        if Thresholds.__annotations__[name] is not float:
+            define = flags.DEFINE_integer
+        help_text = _THRESHOLD_HELP[name]
+        options = {"flag_values": flag_values, "module_name": sys.argv[0]}
+        define(name, default, help_text, lower_bound=0, **options)
+
+
+def thresholds_from_flags(flag_values: flags.FlagValues = flags.FLAGS) -> Thresholds:
+    """Returns the thresholds that the flags say.
+
+    Args:
+        flag_values: Parsed flags.
+
+    Returns:
+        The thresholds.
+    """
+    values: dict[str, Any] = {n: flag_values[n].value for n in Thresholds._fields}
+    return Thresholds(**values)
+
+
+def run_main(
+    main: Callable[[Any], None],
+    *,
+    settings: type = Config,
+    positional: str | None = None,
+) -> None:
     """Parses the flags, sets the matmul precision and calls ``main(config)``.
 
     An expected error (`UserError`, or a check of the library, whose sentences all read
@@ -71,10 +121,13 @@ def run_main(main: Callable[[Any], None], *, settings: type = Config) -> None:
     Args:
         main: The body of the script.
         settings: The dataclass of the settings.
+        positional: A field that may also be given as the one argument without a flag.
     """
 
     def wrapped(argv: list[str]) -> None:
         try:
+            if positional is not None and len(argv) == 2:
+                setattr(flags.FLAGS, positional, argv.pop())
             if len(argv) > 1:
                 raise UserError(f"arguments: expected only --flags, got {argv[1]!r}.")
             if not flags.FLAGS["verbosity"].present:

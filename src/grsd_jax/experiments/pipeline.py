@@ -33,7 +33,14 @@ MAKE_MODEL = {"resnet18": models.ResNet18, "plainnet18": models.PlainNet18}
 RECALIBRATION_BATCHES = 100
 
 #: Settings that do not change what one measurement computes.
-_IRRELEVANT = {"data_dir", "workdir", "protocol", "checkpoint_every", "log_every"}
+_IRRELEVANT = {
+    "data_dir",
+    "workdir",
+    "protocol",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "log_every",
+}
 
 Arrays = dict[str, np.ndarray]
 
@@ -194,7 +201,7 @@ def measure(
         dataset.test_images,
         dataset.test_labels,
     )
-    entry = _entry(measured, config, window=config.window)
+    entry = measurement_entry(measured, config)
     entry |= {
         "protocol": protocol,
         "test_accuracy": accuracy,
@@ -304,11 +311,17 @@ def _measured_once(
     return entry, arrays
 
 
-def _entry(
-    measured: CouplingMeasurement, config: Config, *, window: int
-) -> dict[str, Any]:
-    """Returns the scalars of a measurement, as ``results.json`` holds them."""
-    shells = measured.shells
+def measurement_entry(measured: CouplingMeasurement, config: Config) -> dict[str, Any]:
+    """Returns the scalars of a measurement, as ``results.json`` holds them.
+
+    Args:
+        measured: The measurement.
+        config: The settings, for the seed and the window.
+
+    Returns:
+        Its entry.
+    """
+    shells, window = measured.shells, config.window
     return {
         "n": measured.vectors.shape[0],
         "num_pairs": len(measured.values),

@@ -224,7 +224,8 @@ class _Run:
         self._check_settings()
         image = self.dataset.train_images[0]
         directory = self.folder / "checkpoints"
-        with Checkpoints(directory) as checkpoints:
+        keep = self.config.keep_checkpoints
+        with Checkpoints(directory, max_to_keep=keep) as checkpoints:
             first = checkpoints.latest_step() or 0
             if first:
                 template = state_template(self.model, self.optimizer, image)
