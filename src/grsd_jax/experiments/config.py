@@ -159,6 +159,8 @@ def check_field(field: dataclasses.Field, value: Any) -> None:
             check_at_least(flag, value, checks["minimum"])
         if "each" in checks:
             _check_each(flag, value, checks["each"])
+        if "each_above" in checks:
+            _check_each_number(flag, value, checks["each_above"])
     except ValueError as error:
         raise UserError(str(error)) from None
     if "low" in checks:
@@ -218,3 +220,11 @@ def _check_each(flag: str, value: Any, options: tuple[str, ...]) -> None:
         )
     for entry in value:
         check_choice(flag, entry, options)
+
+
+def _check_each_number(flag: str, value: Any, low: float) -> None:
+    good = isinstance(value, tuple) and bool(value) and len(set(value)) == len(value)
+    if not good or not all(low < entry < math.inf for entry in value):
+        raise UserError(
+            f"{flag}: expected a list of different numbers > {low:g}, got {value!r}."
+        )
