@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from grsd_jax.experiments import records
 from grsd_jax.experiments.config import UserError
-from grsd_jax.experiments.figures import PAGE_WIDTH, save_drawings
+from grsd_jax.experiments.figures import PAGE_WIDTH, save_figures
 from grsd_jax.experiments.results import finite
 from grsd_jax.experiments.tables import aligned
 
@@ -77,7 +77,7 @@ def write_sweep_figures(results: Any, folder: records.PathLike) -> list[Path]:
         "sweep_increments": lambda: _increments(by_depth),
         "sweep_mixing": lambda: _mixing(by_depth, by_model),
     }
-    return save_drawings(drawings, folder)
+    return save_figures(drawings, folder)
 
 
 def format_sweep(results: Any) -> str:
