@@ -91,7 +91,7 @@ def measure_conditions(
     started = time.monotonic()
     folder = Path(config.workdir) / config.model
     model = make_model(config.model, dataset, config)
-    if _is_ours(folder, config):
+    if starts_here(folder, config):
         train(model, dataset, config, config.workdir, name=config.model)
     _check_same_run(folder, dataset, config)
     batches = evaluation_batches(
@@ -159,10 +159,15 @@ def measure_conditions(
     }
 
 
-def _is_ours(folder: Path, config: Config) -> bool:
+def starts_here(folder: Path, config: Config) -> bool:
     """Whether the run is to be started, or gone on with, under these settings.
 
-    A run under other settings, such as more epochs, is measured as it stands.
+    Args:
+        folder: The run's folder.
+        config: The settings.
+
+    Returns:
+        False for a run under other settings, which is measured as it stands.
     """
     path = folder / "config.json"
     if not path.exists():
