@@ -27,7 +27,12 @@ def main(config: Config) -> None:
             "--protocol: expected one protocol, got "
             f"{','.join(config.protocol)}; reproduce.py takes a list."
         )
-    protocol = "own" if config.model == "resnet18" else config.protocol[0]
+    (protocol,) = config.protocol
+    if config.model == "resnet18" and protocol != "own":
+        raise UserError(
+            f"--protocol: expected own for --model=resnet18, got {protocol}; the "
+            "others are of --model=plainnet18."
+        )
     mesh = devices.join()
     with devices.workdir_lock(Path(config.workdir) / config.model) as folder:
         dataset = load_dataset(config)

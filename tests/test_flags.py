@@ -1,4 +1,5 @@
 import dataclasses
+import sys
 
 import jax
 import pytest
@@ -37,6 +38,7 @@ def test_every_field_can_be_set_by_its_flag():
         checkpoint_every=11,
         keep_checkpoints=12,
         log_every=13,
+        record_every=14,
         batch_size=15,
         num_batches=17,
         solver="dense",
@@ -60,10 +62,18 @@ def test_every_field_can_be_set_by_its_flag():
 
 def test_a_script_can_choose_fields_and_defaults():
     assert parse(only=["width"], width=3) == Config(width=3)
-    with pytest.raises(absl_flags.UnrecognizedFlagError):
-        parse("--epochs=3", only=["width"])
     with pytest.raises(ValueError, match="expected fields of Config, got 'depth'"):
         parse(depth=3)
+
+
+def test_a_script_takes_the_others_flags_but_does_not_list_them():
+    assert parse("--epochs=7", only=["width"]) == Config(epochs=7)
+    values = absl_flags.FlagValues()
+    flags.define_flags(only=["width"], flag_values=values)
+    shown = values.module_help(sys.argv[0])
+    assert "--width" in shown
+    assert "epochs" not in shown
+    assert "epochs" in values.get_help()
 
 
 @pytest.mark.parametrize(
@@ -71,6 +81,7 @@ def test_a_script_can_choose_fields_and_defaults():
     [
         "--dataset=mnist",
         "--solver=magic",
+        "--seed=4294967296",
         "--width=0",
         "--width=wide",
         "--momentum=1",
@@ -109,6 +120,7 @@ def test_run_main_sets_the_precision(run):
     "error",
     [
         UserError("no room"),
+        MemoryError("out of memory; lower one of: max_bytes."),
         ValueError("block: expected at most n columns, got more."),
     ],
 )

@@ -23,9 +23,10 @@ def check_at_least(name: str, value: object, minimum: int) -> None:
         raise ValueError(f"{name}: expected an integer >= {minimum}, got {value!r}.")
 
 
-def check_positive(name: str, value: float) -> None:
+def check_positive(name: str, value: object) -> None:
     """Raises ValueError unless ``value`` is a finite number above zero."""
-    if not (np.isfinite(value) and value > 0):
+    is_number = isinstance(value, int | float | np.number)
+    if not (is_number and np.isfinite(value) and value > 0):
         raise ValueError(f"{name}: expected a finite number > 0, got {value!r}.")
 
 

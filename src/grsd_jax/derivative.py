@@ -191,8 +191,7 @@ def central_difference(
     """
     check_same_tree("direction", direction, params, "params")
     if step is None:
-        dtype = jnp.result_type(*jax.tree.leaves(params))
-        step = _BEND * float(jnp.finfo(dtype).eps) ** (1 / 3)
+        step = default_step(jnp.result_type(*jax.tree.leaves(params)))
     check_positive("step", step)
     size, speed = _norm(params), _norm(direction)
     usable = (size > 0) & (speed > 0)
@@ -209,6 +208,11 @@ def central_difference(
 
     forward, backward = at(1), at(-1)
     return (forward - backward) / (2 * h).astype(forward.dtype)
+
+
+def default_step(dtype: jax.typing.DTypeLike) -> float:
+    """Returns the relative step of a central difference where none is given."""
+    return _BEND * float(jnp.finfo(dtype).eps) ** (1 / 3)
 
 
 def difference_of(

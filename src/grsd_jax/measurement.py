@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from grsd_jax._checks import (
     check_at_least,
     check_choice,
+    check_positive,
     check_same_tree,
 )
 from grsd_jax._jacobian import check_problem, evaluate, is_traced, split_batches
@@ -29,7 +30,7 @@ from grsd_jax.kernel import REDUCTIONS, error_dimension
 from grsd_jax.lanczos import LanczosResult, block_lanczos
 from grsd_jax.memory import default_bytes, naming_what_to_lower
 from grsd_jax.solvers import SOLVERS, choose_solver, class_sums_vanish
-from grsd_jax.spectrum import RitzPairs, resolved_pairs, ritz_pairs
+from grsd_jax.spectrum import RitzPairs, resolved_pairs, ritz_pairs, rounding_bound
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -126,7 +127,14 @@ def measure_coupling(
     check_choice("driver", driver, ("auto", "scan", "host"))
     check_at_least("block_size", block_size, 1)
     check_at_least("num_steps", num_steps, 1)
+    check_at_least("num_shells", num_shells, 1)
     check_at_least("window", window, 1)
+    check_at_least("min_count", min_count, 1)
+    check_at_least("num_bootstrap", num_bootstrap, 0)
+    check_positive("tolerance", tolerance)
+    for name, value in (("floor", floor), ("step", step)):
+        if value is not None:
+            check_positive(name, value)
     if window > num_shells:
         raise ValueError(
             f"window: expected at most num_shells = {num_shells}, got {window}."
@@ -234,6 +242,7 @@ def diagonalize(
 
     Returns:
         The pairs, and ``V^T Mdot V``; nothing is resolved if a number is not finite.
+        The bounds of the residuals include the rounding of M itself.
     """
     finite = _all_finite((kernel, moved))
     kernel, moved = (jnp.where(finite, matrix, 0) for matrix in (kernel, moved))
@@ -245,7 +254,8 @@ def diagonalize(
     coupling = jnp.matmul(
         vectors.T, jnp.matmul(moved, vectors, precision=_HIGHEST), precision=_HIGHEST
     )
-    return RitzPairs(values, vectors, residuals, resolved & finite), coupling
+    bounds = residuals + rounding_bound(len(values), values.dtype) * jnp.max(values)
+    return RitzPairs(values, vectors, bounds, resolved & finite), coupling
 
 
 def _lanczos_pairs(

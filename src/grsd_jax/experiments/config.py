@@ -20,7 +20,7 @@ class UserError(ValueError):
 
 
 def _field(default: Any, help_text: str, **checks: Any) -> Any:
-    """Returns a dataclass field; ``checks`` may hold choices, minimum, low, high."""
+    """Returns a dataclass field; checks hold choices, minimum, maximum, low, high."""
     return dataclasses.field(default=default, metadata={"help": help_text, **checks})
 
 
@@ -38,7 +38,10 @@ class Config:
     )
     workdir: str = _field("runs/default", "Folder for everything that is written.")
     seed: int = _field(
-        0, "Seed of the initial weights, the order and the measured batches.", minimum=0
+        0,
+        "Seed of the initial weights, the order and the measured batches.",
+        minimum=0,
+        maximum=2**32 - 1,
     )
     model: str = _field(
         "resnet18", "Network to train.", choices=("resnet18", "plainnet18")
@@ -157,6 +160,10 @@ def check_field(field: dataclasses.Field, value: Any) -> None:
             check_choice(flag, value, checks["choices"])
         if "minimum" in checks:
             check_at_least(flag, value, checks["minimum"])
+        if "maximum" in checks and value > checks["maximum"]:
+            raise UserError(
+                f"{flag}: expected an integer <= {checks['maximum']}, got {value}."
+            )
         if "each" in checks:
             _check_each(flag, value, checks["each"])
         if "each_above" in checks:

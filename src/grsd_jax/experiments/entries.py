@@ -6,9 +6,19 @@ from typing import Any
 import jax
 import numpy as np
 
+from grsd_jax.derivative import default_step
 from grsd_jax.diagnostics import CouplingMeasurement, ToeplitzDiagnostics
 from grsd_jax.experiments.config import Config
 from grsd_jax.power_law import PowerLawFit
+from grsd_jax.spectrum import default_floor
+from grsd_jax.toeplitz import toeplitz_degrees_of_freedom
+
+#: What decides which pairs count, and the step of a difference; part of every result.
+THRESHOLDS = {
+    "tolerance": 0.05,
+    "floor": default_floor(np.float32),
+    "step": default_step(np.float32),
+}
 
 Arrays = dict[str, np.ndarray]
 
@@ -48,6 +58,7 @@ def measurement_entry(measured: CouplingMeasurement, config: Config) -> dict[str
         "derivative": measured.derivative,
         "reduction": measured.reduction,
         "seed": config.seed,
+        **THRESHOLDS,
         "diagonal_fit": _fit(measured.diagonal_fit),
         "shell_fit": _fit(measured.shell_fit),
         "toeplitz": {
@@ -117,4 +128,6 @@ def _toeplitz(
             zip(diagnostics.windows, diagnostics.degrees_of_freedom, strict=True)
         )
     ]
-    return {"residual": float(diagnostics.residual), "windows": windows}
+    freedom = int(toeplitz_degrees_of_freedom(diagnostics.coupling.mask))
+    residual = float(diagnostics.residual) if freedom > 0 else None
+    return {"residual": residual, "degrees_of_freedom": freedom, "windows": windows}

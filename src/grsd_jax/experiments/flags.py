@@ -22,7 +22,9 @@ def define_flags(
     """Defines one absl flag for every field of the settings.
 
     Args:
-        only: The fields to define; all of them by default.
+        only: The fields that concern the script, all of them by default. It takes the
+            others too, so that one set of flags serves all scripts, but ``--help``
+            leaves them to ``--helpfull``.
         settings: The dataclass of the settings, `Config` or one like it.
         flag_values: Where to define them.
         **defaults: Defaults of this script that differ from the dataclass's.
@@ -36,8 +38,10 @@ def define_flags(
             f"define_flags: expected fields of {settings.__name__}, got {name!r}."
         )
     for name, field in fields.items():
-        if only is None or name in only:
-            _define(field, defaults.get(name, field.default), flag_values)
+        # As if the script itself had defined it: --help lists the script's own flags.
+        concerns = only is None or name in only
+        module = sys.argv[0] if concerns else "shared flags without effect here"
+        _define(field, defaults.get(name, field.default), module, flag_values)
 
 
 def config_from_flags(
@@ -136,8 +140,9 @@ def run_main(
             if config.precision != "default":
                 jax.config.update("jax_default_matmul_precision", config.precision)
             main(config)
-        except ValueError as error:
-            if not isinstance(error, UserError) and ": expected " not in str(error):
+        except (ValueError, MemoryError) as error:
+            told = isinstance(error, UserError | MemoryError)
+            if not told and ": expected " not in str(error):
                 raise
             print(f"error: {error}", file=sys.stderr)
             sys.exit(1)
@@ -149,12 +154,14 @@ def run_main(
 
 
 def _define(
-    field: dataclasses.Field, default: Any, flag_values: flags.FlagValues
+    field: dataclasses.Field,
+    default: Any,
+    module: str,
+    flag_values: flags.FlagValues,
 ) -> None:
     """Defines the flag of one field, checked while the command line is parsed."""
     help_text = field.metadata["help"]
-    # As if the script itself had defined it: --help lists the script's own flags.
-    options: dict[str, Any] = {"flag_values": flag_values, "module_name": sys.argv[0]}
+    options: dict[str, Any] = {"flag_values": flag_values, "module_name": module}
     if "choices" in field.metadata:
         flags.DEFINE_enum(
             field.name, default, field.metadata["choices"], help_text, **options

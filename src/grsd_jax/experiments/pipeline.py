@@ -5,6 +5,7 @@ figures and tables are made from these two files alone.
 """
 
 import dataclasses
+import json
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,13 +23,19 @@ from grsd_jax.experiments.checkpoints import restore_latest
 from grsd_jax.experiments.config import Config, UserError
 from grsd_jax.experiments.data import Dataset, evaluation_batches
 from grsd_jax.experiments.entries import (
+    THRESHOLDS,
     Arrays,
     fetched,
     measurement_arrays,
     measurement_entry,
 )
 from grsd_jax.experiments.steps import make_optimizer, state_template
-from grsd_jax.experiments.training import evaluate, recalibrate_batch_stats, train
+from grsd_jax.experiments.training import (
+    check_same_run,
+    evaluate,
+    recalibrate_batch_stats,
+    train,
+)
 from grsd_jax.measurement import measure_coupling
 from grsd_jax.sharding import shard_batches
 
@@ -36,6 +43,9 @@ MAKE_MODEL = {"resnet18": models.ResNet18, "plainnet18": models.PlainNet18}
 
 #: Training batches at most whose statistics a recalibration averages.
 RECALIBRATION_BATCHES = 100
+
+#: Settings that a checkpoint must share with the network that it is loaded into.
+_NETWORK_FIELDS = ("dataset", "width", "activation")
 
 #: Settings that do not change what one measurement computes.
 _IRRELEVANT = {
@@ -87,13 +97,18 @@ def load_weights(name: str, dataset: Dataset, config: Config) -> Weights:
         The weights; either network can use them, since both have the same tree.
 
     Raises:
-        UserError: If there is no checkpoint, or it is damaged or of another network.
+        UserError: If there is no checkpoint, it is damaged or of another network, or
+            the network was trained on other data or with another activation.
     """
     model = make_model(name, dataset, config)
+    folder = Path(config.workdir) / name
+    if (folder / "config.json").exists():
+        network = {field: getattr(config, field) for field in _NETWORK_FIELDS}
+        check_same_run(folder, network | {"data_fingerprint": dataset.fingerprint})
     optimizer = make_optimizer(config, total_steps=1)
     state = state_template(model, optimizer, dataset.train_images[0])
     template = {"params": state.params, "batch_stats": state.batch_stats}
-    loaded = restore_latest(Path(config.workdir) / name / "checkpoints", template)
+    loaded = restore_latest(folder / "checkpoints", template)
     return Weights(loaded["params"], loaded["batch_stats"])
 
 
@@ -139,10 +154,11 @@ def measurement_options(config: Config) -> dict[str, Any]:
         config: The settings.
 
     Returns:
-        Keyword arguments: reduction, solver, derivative and the Krylov dimensions.
+        Keyword arguments: reduction, solver, derivative, the Krylov dimensions, and
+        `THRESHOLDS`.
     """
     names = ("reduction", "solver", "derivative", "block_size", "num_steps")
-    return {name: getattr(config, name) for name in names}
+    return {name: getattr(config, name) for name in names} | THRESHOLDS
 
 
 def measure(
@@ -295,6 +311,9 @@ def header(config: Config) -> dict[str, Any]:
 def write_results(folder: Path, results: dict[str, Any], arrays: Arrays) -> None:
     """Writes ``arrays.npz``, then ``results.json``, each whole or not at all.
 
+    Results made with other settings that lie there already are kept beside, under the
+    next free number.
+
     Args:
         folder: The folder.
         results: The contents of ``results.json``.
@@ -303,8 +322,22 @@ def write_results(folder: Path, results: dict[str, Any], arrays: Arrays) -> None
     Raises:
         UserError: If the folder cannot be written.
     """
-    records.write_npz(folder / "arrays.npz", arrays)
-    records.write_json(folder / "results.json", results)
+    names = ("results.json", "arrays.npz")
+    if (folder / names[0]).exists():
+        earlier = records.read_json(folder / names[0])
+        earlier = earlier.get("config") if isinstance(earlier, dict) else None
+        if _comparable(earlier) != _comparable(results["config"]):
+            records.set_aside(folder, names)
+    records.write_npz(folder / names[1], arrays)
+    records.write_json(folder / names[0], results)
+
+
+def _comparable(config: Any) -> Any:
+    """Returns the settings as JSON holds them, without where things lie."""
+    config = json.loads(json.dumps(config))
+    if not isinstance(config, dict):
+        return config
+    return {k: v for k, v in config.items() if k not in ("workdir", "data_dir")}
 
 
 def _measured_once(
@@ -317,11 +350,13 @@ def _measured_once(
         key: value
         for key, value in dataclasses.asdict(config).items()
         if key not in _IRRELEVANT
-    } | {"data_fingerprint": dataset.fingerprint}
+    }
+    made_by |= {"data_fingerprint": dataset.fingerprint}
+    made_by |= {"environment": records.environment(precision=config.precision)}
     note, file = folder / f"{prefix}.json", folder / f"{prefix}.npz"
     if note.exists() and file.exists():
         earlier = records.read_json(note)
-        if earlier["made_by"] == made_by:
+        if isinstance(earlier, dict) and earlier.get("made_by") == made_by:
             return earlier["entry"], records.read_npz(file)
     entry, arrays = measure(name, protocol, dataset, config)
     note.unlink(missing_ok=True)  # never beside the arrays of another measurement
