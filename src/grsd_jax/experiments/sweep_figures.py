@@ -224,7 +224,7 @@ def _mixing(by_depth: Sequence[_Line], by_model: Sequence[_Line]) -> Figure:
     title = "correlation time of directions, blocks"
     _draw(axes[0], by_depth, "depth", "initial_correlation_time", title)
     _depth_axis(axes[0])
-    axes[0].set_yscale("log")
+    axes[0].set_yscale("symlog", linthresh=1)  # a plain net's is 0
     _draw(axes[1], by_model, "branch_scale", "initial_correlation_time", title)
     axes[1].set_xlabel("branch scale s")
     scales = [s for line in by_model for s in line.band("branch_scale", "depth")[:, 0]]
