@@ -11,6 +11,7 @@ _FASTER = (
     ("resnet18_w16_n32", "dense", "neural_tangents", 20.0),
     ("resnet18_w16_n32", "block_8", "torch_func", 1.25),
     ("resnet18_w16_n32", "block_32", "torch_func", 1.4),
+    ("resnet18_w64_n16", "block_8", "torch_func", 1.8),
     ("resnet18_w64_n32", "block_8", "torch_func", 1.8),
 )
 _DERIVATIVES = ("derivative_8", "derivative_32", "derivative_160")
@@ -23,7 +24,7 @@ _RATES = (
     ("mlp_w256_n32", "block_8"),
     ("resnet18_w16_n32", "block_8"),
     ("resnet18_w16_n32", "block_32"),
-    ("resnet18_w64_n32", "block_8"),
+    ("resnet18_w64_n16", "block_8"),
 )
 _PAIR_PROBLEMS = ("mlp_w256_n32", "resnet18_w16_n32", "resnet18_w64_n32")
 
@@ -76,11 +77,8 @@ def outcomes(rows: list[Record]) -> list[Outcome]:
     """
     return [
         *(_faster(rows, *target) for target in _FASTER),
-        *(
-            _derivative(rows, task, peer)
-            for peer in _DERIVATIVE_PATHS
-            for task in _DERIVATIVES
-        ),
+        *(_derivative(rows, task, "grsd_jax") for task in _DERIVATIVES),
+        *(_derivative(rows, task, "grsd_jax_plain") for task in _DERIVATIVES[:2]),
         *(_rate(rows, *where) for where in _RATES),
         *(
             _pairs(rows, problem, quantity)
