@@ -37,7 +37,6 @@ from grsd_jax._mesh import Layout, check_mesh, make_layout
 from grsd_jax._typing import Derivative, ErrorFn, PyTree, Reduction
 from grsd_jax.derivative import (
     DERIVATIVES,
-    by_chunks,
     difference_of,
     like_params,
     project,
@@ -48,7 +47,7 @@ from grsd_jax.factored import (
     factorize_with_derivative,
     uses_factors,
 )
-from grsd_jax.kernel import join_block, split_block, sum_trees
+from grsd_jax.kernel import by_chunks, join_block, split_block, sum_trees
 
 
 @partial(
