@@ -2,7 +2,8 @@
 
 Reads both in WORKDIR and writes WORKDIR/figures: Figure 1 (diagonal scaling), Figure 2
 (Toeplitz residual against window position), heat maps of the literal and renormalised
-coupling, and the spectrum with its shells, each as PNG and PDF. No model, data set or
+coupling, and the spectrum with its shells, each as PNG and PDF. In the workdir of
+track.py it draws that script's figures, from its records.jsonl. No model, data set or
 accelerator is needed; it takes a few seconds.
 
 Examples:
@@ -12,16 +13,21 @@ Examples:
 
 from pathlib import Path
 
-from grsd_jax.experiments import figures, flags, records
+from grsd_jax.experiments import figures, flags, records, tracking_figures
 from grsd_jax.experiments.config import Config
 
 
 def main(config: Config) -> None:
     workdir = Path(config.workdir)
     results = records.read_json(workdir / "results.json")
-    arrays = records.read_npz(workdir / "arrays.npz")
-    for path in figures.write_figures(results, arrays, workdir / "figures"):
-        print(path)
+    if "tracks" in results:
+        files = {name: workdir / name / "records.jsonl" for name in results["tracks"]}
+        tracks = {name: records.read_jsonl(file) for name, file in files.items()}
+        paths = tracking_figures.write_tracking_figures(tracks, workdir / "figures")
+    else:
+        arrays = records.read_npz(workdir / "arrays.npz")
+        paths = figures.write_figures(results, arrays, workdir / "figures")
+    print(*paths, sep="\n")
 
 
 if __name__ == "__main__":

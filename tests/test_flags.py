@@ -93,7 +93,7 @@ def run(monkeypatch):
     """Runs a body as `run_main` does, without absl's own frame around it."""
     before = jax.config.jax_default_matmul_precision
     monkeypatch.setattr(flags.app, "run", lambda main: main(["script"]))
-    monkeypatch.setattr(flags, "config_from_flags", Config)
+    monkeypatch.setattr(flags, "config_from_flags", lambda *, settings: settings())
     absl_flags.FLAGS(["script"], known_only=True)
     yield flags.run_main
     jax.config.update("jax_default_matmul_precision", before)

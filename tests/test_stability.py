@@ -1,3 +1,5 @@
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,6 +45,17 @@ def test_norms_are_the_largest_singular_values(reduction):
     ):
         expected = np.linalg.norm(np.asarray(matrix, np.float64), 2)
         assert abs(float(value) - expected) <= (residual + 1e-5) * expected
+        assert residual < 1e-3
+
+
+def test_norms_that_have_not_converged_are_marked():
+    error_fn, params, batches, loss_fn = problem("mlp", jnp.float32)
+    direction = gradient_flow_direction(loss_fn, params, batches)
+    got = operator_norms(
+        error_fn, params, batches, direction, key=KEY, block_size=1, max_steps=1
+    )
+    assert not bool(jnp.any(got.converged))
+    assert bool(jnp.all(got.residuals > 1e-3))
 
 
 def test_orthogonal_layers_have_a_norm_of_the_root_of_their_number():
@@ -113,6 +126,23 @@ def test_shells_do_not_drift_when_nothing_moves():
     assert float(jnp.nanmax(moved.drift[1])) > 0.1
     lowest = min(float(m.values[m.resolved].min()) for m in (here, there))
     assert float(moved.edges[0]) == pytest.approx(lowest, rel=1e-5)
+
+
+def test_a_mode_that_crosses_an_edge_is_drift():
+    def still(values):
+        return types.SimpleNamespace(
+            values=jnp.asarray(values, jnp.float32),
+            resolved=jnp.array([True, True, False]),
+            vectors=jnp.eye(3),
+            shells=types.SimpleNamespace(counts=jnp.zeros(3, jnp.int32)),
+        )
+
+    # The shells of [1e-6, 1] end at 1e-4 and 1e-2; the third mode is not resolved.
+    got = shell_drift([still([1.0, 1e-6, 7.0]), still([1e-6, 1.0, 7.0])])
+    np.testing.assert_allclose(got.drift, [[1, np.nan, 1]])
+    got = shell_drift([still([1.0, 1e-6, 7.0]), still([1.0, 1e-3, 7.0])])
+    np.testing.assert_allclose(got.drift, [[1, 1, 0]])
+    np.testing.assert_allclose(got.edges, [1e-6, 1e-4, 1e-2, 1], rtol=1e-5)
 
 
 def test_bad_input_is_named():

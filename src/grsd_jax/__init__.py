@@ -33,6 +33,14 @@ from grsd_jax.dense import (
     layer_kernels,
     layer_kernels_with_derivative,
 )
+from grsd_jax.depth import (
+    IncrementStatistics,
+    StateIncrements,
+    correlation_time,
+    direction_memory,
+    increment_statistics,
+    state_increments,
+)
 from grsd_jax.derivative import (
     central_difference,
     gradient_flow_direction,
@@ -86,6 +94,12 @@ from grsd_jax.lanczos import (
 )
 from grsd_jax.measurement import measure_coupling
 from grsd_jax.power_law import PowerLawFit, fit_power_law
+from grsd_jax.probe import Probe, make_probe
+from grsd_jax.propagation import (
+    PropagationReport,
+    interaction_range,
+    propagation_report,
+)
 from grsd_jax.sharding import (
     ShardedKernel,
     shard_batches,
@@ -124,6 +138,7 @@ from grsd_jax.toeplitz import (
     windowed_toeplitz_degrees_of_freedom,
     windowed_toeplitz_residual,
 )
+from grsd_jax.transport import ProbeRecord, ProbeState
 from grsd_jax.velocity import VelocityFit, velocity_fit
 from grsd_jax.verdicts import Check, Thresholds, Verdict
 
@@ -139,6 +154,7 @@ __all__ = [
     "CovarianceCheck",
     "EdgeCrossings",
     "Incoherence",
+    "IncrementStatistics",
     "InfluenceProfile",
     "LanczosResult",
     "LanczosState",
@@ -150,7 +166,11 @@ __all__ = [
     "ParameterBlocks",
     "PathPoint",
     "PowerLawFit",
+    "Probe",
+    "ProbeRecord",
+    "ProbeState",
     "ProjectorDrift",
+    "PropagationReport",
     "RitzPairs",
     "ShardedKernel",
     "ShellCoupling",
@@ -160,6 +180,7 @@ __all__ = [
     "ShiftInvariance",
     "SpectralDensity",
     "Stability",
+    "StateIncrements",
     "Thresholds",
     "ToeplitzDiagnostics",
     "VelocityFit",
@@ -173,8 +194,10 @@ __all__ = [
     "class_sums_vanish",
     "closure_error",
     "condition_report",
+    "correlation_time",
     "coupling_exponent",
     "covariance_check",
+    "direction_memory",
     "distance_maxima",
     "distance_totals",
     "edge_crossings",
@@ -185,8 +208,10 @@ __all__ = [
     "flow_step",
     "gradient_flow_direction",
     "half_squared_loss",
+    "increment_statistics",
     "influence_profile",
     "integrate_flow",
+    "interaction_range",
     "kernel_dense",
     "kernel_derivative",
     "kernel_derivative_dense",
@@ -204,12 +229,14 @@ __all__ = [
     "linearize_kernel",
     "log_lipschitz",
     "log_shells",
+    "make_probe",
     "measure_coupling",
     "measure_layers",
     "operator_norms",
     "partition",
     "partition_by_prefix",
     "projector_drift",
+    "propagation_report",
     "resolved_pairs",
     "restrict_to_block",
     "ritz_pairs",
@@ -224,6 +251,7 @@ __all__ = [
     "softmax_error",
     "spectral_density",
     "squared_error",
+    "state_increments",
     "toeplitz_approximation",
     "toeplitz_degrees_of_freedom",
     "toeplitz_residual",

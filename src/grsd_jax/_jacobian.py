@@ -17,6 +17,11 @@ import numpy as np
 
 from grsd_jax._checks import check_batches, check_floating
 from grsd_jax._typing import ErrorFn, PyTree
+from grsd_jax.memory import tree_bytes
+
+#: Bytes of residuals, times columns, that pass through a network together on a CPU. On
+#: two cores a column of a ResNet-18 took 0.070 s alone and 0.084 s among eight.
+_CACHED_BYTES = 64 * 2**20
 
 
 class JacobianMap(Protocol):
@@ -68,8 +73,20 @@ class PlainJacobian:
         return _push(self.pullback, tangents, example)
 
     def multiply(self, columns: jax.Array) -> jax.Array:
-        """Computes ``J J^T V`` of columns ``[N, C, b]``."""
-        return self.push(self.pull(columns))
+        """Computes ``J J^T V`` of columns ``[N, C, b]``.
+
+        Eager calls on a CPU take as many columns at a time as pass through the network
+        without leaving the caches.
+        """
+        width = max(columns.shape[-1], 1)
+        starts = range(0, width, width)
+        if not is_traced((self.pullback, columns)):
+            starts = range(0, width, _columns_at_a_time(self.pullback, width))
+        parts = [
+            self.push(self.pull(columns[..., start : start + starts.step]))
+            for start in starts
+        ]
+        return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
 
 
 @partial(
@@ -218,6 +235,14 @@ def linearize(error_fn: ErrorFn, params: PyTree, batch: PyTree) -> PlainJacobian
     """
     error, pullback = _linearize(as_pytree(error_fn), params, batch)
     return PlainJacobian(pullback, jax.ShapeDtypeStruct(error.shape, error.dtype))
+
+
+def _columns_at_a_time(residuals: PyTree, most: int) -> int:
+    """Returns how many columns to take, a divisor of ``most``: one program for all."""
+    if jax.default_backend() != "cpu":
+        return most
+    wanted = max(1, _CACHED_BYTES // max(tree_bytes(residuals), 1))
+    return max(d for d in range(1, most + 1) if most % d == 0 and d <= wanted)
 
 
 @jax.jit

@@ -15,12 +15,6 @@ from grsd_jax._typing import ErrorFn, PyTree, Reduction
 from grsd_jax.blocks import parameter_paths
 from grsd_jax.factored import JacobianForm
 
-#: Bytes of blocks of J held at a time by default.
-MAX_JACOBIAN_BYTES = 4 * 2**30
-
-#: Examples differentiated together by default.
-EXAMPLE_CHUNK = 32
-
 
 def kernel_dense(
     error_fn: ErrorFn,
@@ -28,8 +22,8 @@ def kernel_dense(
     batches: PyTree,
     *,
     reduction: Reduction = "mean",
-    example_chunk: int = EXAMPLE_CHUNK,
-    max_jacobian_bytes: int = MAX_JACOBIAN_BYTES,
+    example_chunk: int | None = None,
+    max_jacobian_bytes: int | None = None,
     jacobian: JacobianForm = "auto",
 ) -> jax.Array:
     """Forms the kernel exactly: ``M = (1/K) sum_k sum_l J_kl J_kl^T``.
@@ -43,10 +37,12 @@ def kernel_dense(
         params: Parameters, a pytree of floating arrays.
         batches: A pytree with leading axes ``[K, N]``.
         reduction: ``"mean"`` or ``"stack"``.
-        example_chunk: Examples differentiated together; bounds the activations held.
-        max_jacobian_bytes: Bytes of blocks of J held at a time. If they need more, the
-            backward passes are repeated for each group of parameter leaves; a group
-            holds at least one leaf.
+        example_chunk: Examples differentiated together; bounds the activations held. If
+            None, an eighth of the examples, but no fewer than 8 and no more than 32:
+            small chunks stay in the caches, and make more products of smaller blocks.
+        max_jacobian_bytes: Bytes of blocks of J held at a time; a quarter of the memory
+            that is free if None. If they need more, the backward passes are repeated
+            for each group of parameter leaves; a group holds at least one leaf.
         jacobian: ``"factored"``, ``"plain"``, or ``"auto"``: factored where the error
             function knows its layers.
 
@@ -73,8 +69,8 @@ def kernel_derivative_dense(
     direction: PyTree,
     *,
     reduction: Reduction = "mean",
-    example_chunk: int = EXAMPLE_CHUNK,
-    max_jacobian_bytes: int = MAX_JACOBIAN_BYTES,
+    example_chunk: int | None = None,
+    max_jacobian_bytes: int | None = None,
     jacobian: JacobianForm = "auto",
 ) -> jax.Array:
     """Forms the kernel's derivative: ``Mdot = (1/K) sum_k (Jdot J^T + J Jdot^T)``.
@@ -85,8 +81,9 @@ def kernel_derivative_dense(
         batches: A pytree with leading axes ``[K, N]``.
         direction: The tangent d, a tree like ``params``.
         reduction: ``"mean"`` or ``"stack"``.
-        example_chunk: Examples differentiated together.
-        max_jacobian_bytes: Bytes of blocks of J and Jdot held at a time.
+        example_chunk: Examples differentiated together, see `kernel_dense`.
+        max_jacobian_bytes: Bytes of blocks of J and Jdot held at a time, see
+            `kernel_dense`.
         jacobian: ``"factored"``, ``"plain"`` or ``"auto"``.
 
     Returns:
@@ -117,8 +114,8 @@ def kernel_with_derivative_dense(
     direction: PyTree,
     *,
     reduction: Reduction = "mean",
-    example_chunk: int = EXAMPLE_CHUNK,
-    max_jacobian_bytes: int = MAX_JACOBIAN_BYTES,
+    example_chunk: int | None = None,
+    max_jacobian_bytes: int | None = None,
     jacobian: JacobianForm = "auto",
 ) -> tuple[jax.Array, jax.Array]:
     """Forms the kernel and its derivative from one pass of per-example Jacobians.
@@ -129,8 +126,9 @@ def kernel_with_derivative_dense(
         batches: A pytree with leading axes ``[K, N]``.
         direction: The tangent d, a tree like ``params``.
         reduction: ``"mean"`` or ``"stack"``.
-        example_chunk: Examples differentiated together.
-        max_jacobian_bytes: Bytes of blocks of J and Jdot held at a time.
+        example_chunk: Examples differentiated together, see `kernel_dense`.
+        max_jacobian_bytes: Bytes of blocks of J and Jdot held at a time, see
+            `kernel_dense`.
         jacobian: ``"factored"``, ``"plain"`` or ``"auto"``.
 
     Returns:
@@ -158,8 +156,8 @@ def layer_kernels(
     *,
     layer_of: Callable[[tuple[str, ...]], str] | None = None,
     reduction: Reduction = "mean",
-    example_chunk: int = EXAMPLE_CHUNK,
-    max_jacobian_bytes: int = MAX_JACOBIAN_BYTES,
+    example_chunk: int | None = None,
+    max_jacobian_bytes: int | None = None,
     jacobian: JacobianForm = "auto",
 ) -> dict[str, jax.Array]:
     """Forms every layer's own kernel, ``M_l = (1/K) sum_k J_kl J_kl^T``.
@@ -174,8 +172,8 @@ def layer_kernels(
         layer_of: ``layer_of(path) -> name`` of the layer that a parameter belongs to,
             from the names along its path; the path without its last name if None.
         reduction: ``"mean"`` or ``"stack"``.
-        example_chunk: Examples differentiated together.
-        max_jacobian_bytes: Bytes of blocks of J held at a time.
+        example_chunk: Examples differentiated together, see `kernel_dense`.
+        max_jacobian_bytes: Bytes of blocks of J held at a time, see `kernel_dense`.
         jacobian: ``"factored"``, ``"plain"`` or ``"auto"``.
 
     Returns:
@@ -201,8 +199,8 @@ def layer_kernels_with_derivative(
     *,
     layer_of: Callable[[tuple[str, ...]], str] | None = None,
     reduction: Reduction = "mean",
-    example_chunk: int = EXAMPLE_CHUNK,
-    max_jacobian_bytes: int = MAX_JACOBIAN_BYTES,
+    example_chunk: int | None = None,
+    max_jacobian_bytes: int | None = None,
     jacobian: JacobianForm = "auto",
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
     """Forms every layer's kernel and its derivative, from one pass.

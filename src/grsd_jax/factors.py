@@ -24,9 +24,16 @@ import numpy as np
 
 _einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
-#: How much faster one large matrix product runs than the batched ones of `Outer`,
-#: measured on two CPU cores: 85 GFLOP/s against 28 to 44.
-_BATCHED_COST = 3.0
+#: How much faster one large matrix product runs than many small ones, measured on two
+#: CPU cores: 290 GFLOP/s against 28.
+_BATCHED_COST = 10.0
+
+#: What it costs to weigh and add up one entry of ``delta . delta``, in multiplications
+#: of the product that makes it.
+_ENTRY_COST = 16.0
+
+#: The memory that all pairs may take, in units of that of one sum first.
+_PAIR_ENTRIES = 4
 
 #: The memory that rows may take, in units of the factors'.
 _ROW_BYTES = 8
@@ -168,8 +175,8 @@ def inner(left: Factor, right: Factor) -> jax.Array:
     """Computes ``A B^T`` of two blocks of one parameter.
 
     Two `Outer` blocks are contracted without writing out their rows:
-    ``sum_xy (a_i[x] . a_j[y]) (delta_ic[x] . delta_jd[y])``, the sum over x first, and
-    example by example of A, so that what lies between stays in the cache.
+    ``sum_xy (a_i[x] . a_j[y]) (delta_ic[x] . delta_jd[y])``, example by example of A,
+    so that what lies between stays in the cache.
 
     Args:
         left: A, ``[N, q, p]`` in one of the three forms.
@@ -190,15 +197,30 @@ def inner(left: Factor, right: Factor) -> jax.Array:
         assert isinstance(right, Lookup)
         same = left.indices[:, :, None, None] == right.indices
         similar = same.astype(left.deltas.dtype)
+    at_once, in_turn = _pair_costs(*left.deltas.shape[1:])
+    contract = _all_pairs if at_once <= in_turn else _one_position_first
 
     def one_example(parts: tuple[jax.Array, jax.Array]) -> jax.Array:
         deltas, overlap = parts
-        spread = _einsum("qxo,xmy->myqo", deltas, overlap)
-        return _einsum("myqo,mryo->qmr", spread, right.deltas)
+        return contract(deltas, overlap, right.deltas)
 
     gram = jax.lax.map(one_example, (left.deltas, similar))
     rows = gram.shape[0] * gram.shape[1]
     return gram.reshape(rows, -1)
+
+
+def _all_pairs(deltas: jax.Array, overlap: jax.Array, others: jax.Array) -> jax.Array:
+    """Multiplies all deltas in one product, then weighs and adds up."""
+    products = _einsum("qxo,mryo->qxmry", deltas, others)
+    return jnp.sum(products * overlap[None, :, :, None, :], axis=(1, 4))
+
+
+def _one_position_first(
+    deltas: jax.Array, overlap: jax.Array, others: jax.Array
+) -> jax.Array:
+    """Adds up over x first, which takes fewer operations, in smaller products."""
+    spread = _einsum("qxo,xmy->myqo", deltas, overlap)
+    return _einsum("myqo,mryo->qmr", spread, others)
 
 
 def for_products(factor: Factor) -> Factor:
@@ -236,10 +258,11 @@ def gram_cost(factor: Factor, num_examples: int) -> float:
     """Returns the operations of the Gram product, for one of ``num_examples``.
 
     An example's rows cost ``2 X q k o`` and its Gram product ``2 n q k o``, with
-    ``n = num_examples q``. As factors it costs ``2 X Y k`` for the inputs,
-    ``2 X Y q o`` for the sum over x and ``2 n q X o`` for the rest, where Y counts the
-    positions of all examples; these count three times, since they run in small batched
-    products.
+    ``n = num_examples q``. As factors it costs ``2 X Y k`` for the inputs, where Y
+    counts the positions of all examples, and for the deltas the cheaper of
+    ``2 n X^2 q (o + 16)``, the products of all pairs, each of which is then weighed,
+    and ``2 X Y q o + 2 n q X o``, the sum over x first. The latter counts ten times,
+    since it runs in small products.
     """
     if isinstance(factor, Outer):
         return min(_gram_costs(factor, num_examples))
@@ -258,8 +281,20 @@ def _gram_costs(factor: Outer, num_examples: int) -> tuple[float, float]:
     positions, inputs, outputs, q = _sizes(factor)
     n, all_positions = num_examples * q, num_examples * positions
     rows = (positions + n) * q * inputs * outputs
-    spread = positions * all_positions * (inputs + q * outputs)
-    return 2.0 * rows, 2.0 * _BATCHED_COST * (spread + n * q * positions * outputs)
+    pairs = num_examples * min(_pair_costs(q, positions, outputs))
+    return 2.0 * rows, 2.0 * (positions * all_positions * inputs + pairs)
+
+
+def _pair_costs(q: int, positions: int, outputs: int) -> tuple[float, float]:
+    """Returns what the deltas of two examples cost: all pairs, or one sum first.
+
+    All pairs are not taken where they need more than four times the other's memory.
+    """
+    all_pairs = q**2 * positions**2 * (outputs + _ENTRY_COST)
+    if q * positions > _PAIR_ENTRIES * outputs:
+        all_pairs = np.inf
+    in_turn = (positions + q) * positions * q * outputs
+    return all_pairs, _BATCHED_COST * in_turn
 
 
 def _thin(factor: Rows | Lookup) -> float:

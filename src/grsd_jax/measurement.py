@@ -224,7 +224,17 @@ def _dense_pairs(
 def diagonalize(
     kernel: jax.Array, moved: jax.Array, *, tolerance: float, floor: float | None
 ) -> tuple[RitzPairs, jax.Array]:
-    """Returns all n eigenpairs of M and ``V^T Mdot V``, from the dense matrices."""
+    """Returns all n eigenpairs of a dense kernel, and its derivative among them.
+
+    Args:
+        kernel: M, ``[n, n]``.
+        moved: Mdot, ``[n, n]``.
+        tolerance: Largest residual of a resolved pair, relative to its value.
+        floor: Smallest resolved value, relative to the largest; ten eps if None.
+
+    Returns:
+        The pairs, and ``V^T Mdot V``; nothing is resolved if a number is not finite.
+    """
     finite = _all_finite((kernel, moved))
     kernel, moved = (jnp.where(finite, matrix, 0) for matrix in (kernel, moved))
     values, vectors = jnp.linalg.eigh(kernel)

@@ -24,13 +24,12 @@ from grsd_jax.factors import Factor
 try:
     from flax import linen as nn
 
+    from grsd_jax.linen_checks import ACTIVATIONS, refuse_coupled_examples
     from grsd_jax.linen_factors import linen_factors
 except ImportError as error:
     raise ImportError(
         "grsd_jax.models needs flax; install it with: pip install 'grsd-jax[models]'"
     ) from error
-
-ACTIVATIONS = ("relu", "gelu", "silu", "softplus", "tanh")
 
 
 class BasicBlock(nn.Module):
@@ -181,7 +180,7 @@ def _network(num_classes: int, width: int, activation: str, residual: bool) -> R
 def depth_blocks(model: nn.Module, params: PyTree) -> ParameterBlocks:
     """Cuts a model's parameters into blocks by depth, from input to output.
 
-    Every model of this module says how by its method ``block_prefixes()``, which
+    Every bundled model says how by its method ``block_prefixes()``, which
     returns ``{block: (path prefixes)}`` in order of depth; so may any other.
 
     Args:
@@ -328,6 +327,8 @@ def linen_error_fn(
 
     The module runs in evaluation mode: ``train=False`` where its ``__call__`` takes
     ``train``. With BatchNorm on stored statistics the examples are independent.
+    Calling it with a layer that couples examples or draws random numbers (dropout,
+    BatchNorm on the batch's own statistics) raises ValueError and says why.
 
     Args:
         model: Any linen module that maps images to ``[N, C]``.
@@ -382,4 +383,5 @@ def _apply(
     """Applies the module in evaluation mode."""
     if "train" in inspect.signature(type(model).__call__).parameters:
         options["train"] = False
-    return model.apply({**state, "params": params}, batch["image"], **options)
+    with nn.intercept_methods(refuse_coupled_examples):
+        return model.apply({**state, "params": params}, batch["image"], **options)

@@ -31,8 +31,8 @@ class OperatorNorms(NamedTuple):
     Attributes:
         jacobian: [], ``|J|_op``.
         derivative: [], ``|Jdot|_op``, per unit of s.
-        residuals: [2], the bounds of both values' errors, as norms, relative.
-        converged: [2] bool.
+        residuals: [2], the relative residuals of their squares as eigenvalues.
+        converged: [2] bool, residuals within the tolerance.
     """
 
     jacobian: jax.Array
@@ -94,8 +94,7 @@ def operator_norms(
     ]
     values, residuals, converged = map(jnp.stack, zip(*found, strict=True))
     norms = jnp.sqrt(jnp.maximum(values, 0))
-    # An error of delta in lambda is one of delta / 2 in its root, relative.
-    relative = residuals / jnp.where(values > 0, 2 * values, 1)
+    relative = residuals / jnp.where(values > 0, values, 1)
     return OperatorNorms(norms[0], norms[1], relative, converged)
 
 

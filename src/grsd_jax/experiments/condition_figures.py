@@ -9,7 +9,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from grsd_jax.experiments import records
-from grsd_jax.experiments.figures import PAGE_WIDTH, save_drawings
+from grsd_jax.experiments.figures import PAGE_WIDTH, save_figures
 
 _BLUE, _RED, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "0.5"
 
@@ -27,7 +27,7 @@ def write_condition_page(found: Any, folder: records.PathLike) -> list[Path]:
     Raises:
         UserError: If the folder cannot be written.
     """
-    return save_drawings({"conditions": lambda: _page(found)}, folder)
+    return save_figures({"conditions": lambda: _page(found)}, folder)
 
 
 def _page(found: Any) -> Figure:
@@ -150,7 +150,7 @@ def _invariance(axis: Axes, found: Any) -> None:
     _threshold(axis, found, "condition4", 0)
     axis.set(xlabel="step", title="4: Toeplitz residual and diagonal slope")
     axis.set_ylim(bottom=0)
-    axis.legend()
+    axis.legend(loc="lower right", ncols=3)
 
 
 def _layers(axis: Axes, found: Any) -> None:

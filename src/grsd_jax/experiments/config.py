@@ -66,6 +66,7 @@ class Config:
         2, "Newest checkpoints that stay; the conditions need several.", minimum=1
     )
     log_every: int = _field(20, "Steps between lines of metrics.", minimum=1)
+    record_every: int = _field(10, "Steps between records of the probe.", minimum=1)
     batch_size: int = _field(32, "Examples N in one measured batch.", minimum=1)
     num_batches: int = _field(2, "Measured batches K.", minimum=1)
     solver: str = _field(
@@ -158,6 +159,8 @@ def check_field(field: dataclasses.Field, value: Any) -> None:
             check_at_least(flag, value, checks["minimum"])
         if "each" in checks:
             _check_each(flag, value, checks["each"])
+        if "each_above" in checks:
+            _check_each_number(flag, value, checks["each_above"])
     except ValueError as error:
         raise UserError(str(error)) from None
     if "low" in checks:
@@ -217,3 +220,11 @@ def _check_each(flag: str, value: Any, options: tuple[str, ...]) -> None:
         )
     for entry in value:
         check_choice(flag, entry, options)
+
+
+def _check_each_number(flag: str, value: Any, low: float) -> None:
+    good = isinstance(value, tuple) and bool(value) and len(set(value)) == len(value)
+    if not good or not all(low < entry < math.inf for entry in value):
+        raise UserError(
+            f"{flag}: expected a list of different numbers > {low:g}, got {value!r}."
+        )

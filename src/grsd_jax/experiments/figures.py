@@ -47,7 +47,7 @@ _STYLE = {
 PAGE_WIDTH = 6.9
 
 #: Colour, marker and line of each network and protocol (Okabe and Ito's palette).
-_LOOKS = {
+LOOKS = {
     ("resnet18", "own"): ("#0072B2", "o", "-"),
     ("plainnet18", "shared"): ("#D55E00", "s", "-"),
     ("plainnet18", "recalibrated"): ("#E69F00", "^", "--"),
@@ -105,7 +105,7 @@ def write_figures(
     """
     panels = []
     for entry in list_entries(results):
-        look = _LOOKS.get((entry.name, entry.protocol), _OTHER_LOOK)
+        look = LOOKS.get((entry.name, entry.protocol), _OTHER_LOOK)
         panels.append(_Panel(entry, entry_arrays(entry, arrays), *look))
     drawings: dict[str, Callable[[], Figure]] = {
         "figure1_diagonal_scaling": lambda: _diagonal_scaling(panels),
@@ -114,16 +114,16 @@ def write_figures(
         "coupling_renormalized": lambda: _coupling(panels, "renormalized"),
         "spectrum_shells": lambda: _spectrum(panels),
     }
-    return save_drawings(drawings, folder)
+    return save_figures(drawings, folder)
 
 
-def save_drawings(
+def save_figures(
     drawings: Mapping[str, Callable[[], Figure]], folder: records.PathLike
 ) -> list[Path]:
-    """Draws figures in the style of this module, each as a PNG and a PDF.
+    """Draws figures in one style, and writes each as a PNG and a PDF.
 
     Args:
-        drawings: A function for each name that makes the figure.
+        drawings: What draws each figure, by the name of its files.
         folder: The folder to write to; it is made if need be.
 
     Returns:

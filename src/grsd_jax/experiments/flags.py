@@ -15,32 +15,39 @@ from grsd_jax.verdicts import Thresholds
 def define_flags(
     *,
     only: Collection[str] | None = None,
+    settings: type = Config,
     flag_values: flags.FlagValues = flags.FLAGS,
     **defaults: Any,
 ) -> None:
-    """Defines one absl flag for every field of `Config`.
+    """Defines one absl flag for every field of the settings.
 
     Args:
         only: The fields to define; all of them by default.
+        settings: The dataclass of the settings, `Config` or one like it.
         flag_values: Where to define them.
-        **defaults: Defaults of this script that differ from `Config`'s.
+        **defaults: Defaults of this script that differ from the dataclass's.
 
     Raises:
-        ValueError: If a name is not a field of `Config`.
+        ValueError: If a name is not a field of the settings.
     """
-    fields = {field.name: field for field in dataclasses.fields(Config)}
+    fields = {field.name: field for field in dataclasses.fields(settings)}
     for name in {*defaults, *(only or ())} - set(fields):
-        raise ValueError(f"define_flags: expected fields of Config, got {name!r}.")
+        raise ValueError(
+            f"define_flags: expected fields of {settings.__name__}, got {name!r}."
+        )
     for name, field in fields.items():
         if only is None or name in only:
             _define(field, defaults.get(name, field.default), flag_values)
 
 
-def config_from_flags(flag_values: flags.FlagValues = flags.FLAGS) -> Config:
+def config_from_flags(
+    flag_values: flags.FlagValues = flags.FLAGS, *, settings: type = Config
+) -> Any:
     """Returns the settings that the flags say; fields without a flag keep defaults.
 
     Args:
         flag_values: Parsed flags.
+        settings: The dataclass of the settings.
 
     Returns:
         The settings, checked.
@@ -49,11 +56,10 @@ def config_from_flags(flag_values: flags.FlagValues = flags.FLAGS) -> Config:
         UserError: If a setting is out of range.
     """
     values: dict[str, Any] = {}
-    for field in dataclasses.fields(Config):
+    for field in dataclasses.fields(settings):
         if field.name in flag_values:
-            value = flag_values[field.name].value
-            values[field.name] = tuple(value) if isinstance(value, list) else value
-    return Config(**values)
+            values[field.name] = _parsed(field, flag_values[field.name].value)
+    return settings(**values)
 
 
 #: What each field of `Thresholds` is, for ``--help``.
@@ -100,7 +106,12 @@ def thresholds_from_flags(flag_values: flags.FlagValues = flags.FLAGS) -> Thresh
     return Thresholds(**values)
 
 
-def run_main(main: Callable[[Config], None], *, positional: str | None = None) -> None:
+def run_main(
+    main: Callable[[Any], None],
+    *,
+    settings: type = Config,
+    positional: str | None = None,
+) -> None:
     """Parses the flags, sets the matmul precision and calls ``main(config)``.
 
     An expected error (`UserError`, or a check of the library, whose sentences all read
@@ -109,6 +120,7 @@ def run_main(main: Callable[[Config], None], *, positional: str | None = None) -
 
     Args:
         main: The body of the script.
+        settings: The dataclass of the settings.
         positional: A field that may also be given as the one argument without a flag.
     """
 
@@ -120,7 +132,7 @@ def run_main(main: Callable[[Config], None], *, positional: str | None = None) -
                 raise UserError(f"arguments: expected only --flags, got {argv[1]!r}.")
             if not flags.FLAGS["verbosity"].present:
                 logging.set_verbosity(logging.ERROR)  # Orbax tells every step
-            config = config_from_flags()
+            config = config_from_flags(settings=settings)
             if config.precision != "default":
                 jax.config.update("jax_default_matmul_precision", config.precision)
             main(config)
@@ -159,10 +171,26 @@ def _define(
 
     def check(value: Any) -> bool:
         try:
-            check_field(field, tuple(value) if isinstance(value, list) else value)
+            check_field(field, _parsed(field, value))
         except UserError as error:
             sentence = str(error).removeprefix(f"--{field.name}: ")  # absl names it
             raise flags.ValidationError(sentence) from None
         return True
 
     flags.register_validator(field.name, check, flag_values=flag_values)
+
+
+def _parsed(field: dataclasses.Field, value: Any) -> Any:
+    """Returns a list as a tuple of entries like the field's default ones."""
+    if not isinstance(value, list):
+        return value
+    default: Any = field.default
+    kind = type(default[0])
+    try:
+        return tuple(kind(entry) for entry in value)
+    except ValueError:
+        listed = ",".join(value)
+        raise UserError(
+            f"--{field.name}: expected a list of {kind.__name__} numbers, "
+            f"got {listed!r}."
+        ) from None

@@ -45,6 +45,7 @@ _IRRELEVANT = {
     "checkpoint_every",
     "keep_checkpoints",
     "log_every",
+    "record_every",
 }
 
 

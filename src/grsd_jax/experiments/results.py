@@ -13,7 +13,7 @@ import numpy as np
 
 from grsd_jax.experiments.config import UserError
 
-_TITLES = {"resnet18": "ResNet-18", "plainnet18": "PlainNet-18"}
+TITLES = {"resnet18": "ResNet-18", "plainnet18": "PlainNet-18"}
 
 #: Names of the arrays of one measurement, and their shapes in r modes and S shells.
 _SHAPES = {
@@ -46,7 +46,7 @@ class Entry(NamedTuple):
     @property
     def title(self) -> str:
         """The network as it is written in print."""
-        return _TITLES.get(self.name, self.name)
+        return TITLES.get(self.name, self.name)
 
     @property
     def label(self) -> str:

@@ -1,8 +1,9 @@
 """One step of training and what it needs: the state, the schedule, the optimiser."""
 
 import inspect
+from collections.abc import Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,34 @@ class TrainState(NamedTuple):
     params: PyTree
     batch_stats: PyTree
     opt_state: PyTree
+
+
+class Callback(Protocol):
+    """Looks on while a network trains, with a state that lies in the checkpoints.
+
+    Attributes:
+        settings: What the run must be resumed with, beside its own settings.
+    """
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """The settings, by the names of their flags."""
+        ...
+
+    def init(self, state: TrainState) -> PyTree:
+        """Returns the state before the first update, a pytree of arrays."""
+        ...
+
+    def rewind(self, step: int) -> None:
+        """Drops what was written after ``step``, those steps being done again."""
+        ...
+
+    def update(self, own: PyTree, state: TrainState, step: int) -> PyTree:
+        """Looks at the training after ``step`` steps, and returns the new state.
+
+        It is called once before the first step, with 0, and once after every step.
+        """
+        ...
 
 
 def make_schedule(config: Config, *, total_steps: int) -> optax.Schedule:

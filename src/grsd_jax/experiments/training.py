@@ -25,6 +25,7 @@ from grsd_jax.experiments.checkpoints import Checkpoints
 from grsd_jax.experiments.config import TRAINING_FIELDS, Config, UserError
 from grsd_jax.experiments.data import Dataset
 from grsd_jax.experiments.steps import (
+    Callback,
     TrainState,
     init_state,
     make_optimizer,
@@ -97,6 +98,7 @@ def train(
     workdir: records.PathLike,
     *,
     name: str,
+    callback: Callback | None = None,
 ) -> TrainResult:
     """Trains a network, or resumes or returns the training that is there already.
 
@@ -110,6 +112,8 @@ def train(
             is resumed.
         workdir: The folder.
         name: The run's own folder in it.
+        callback: Called before the first step and after each; its state travels with
+            the checkpoints, so that a resumed run goes on as if never interrupted.
 
     Returns:
         The final state and its test accuracy.
@@ -119,7 +123,7 @@ def train(
             is damaged, or the loss stops being finite.
     """
     with records.workdir_lock(Path(workdir) / name) as folder:
-        return _Run(model, dataset, config, folder).run()
+        return _Run(model, dataset, config, folder, callback).run()
 
 
 def recalibrate_batch_stats(
@@ -203,8 +207,14 @@ class _Run:
     """One training run in its folder."""
 
     def __init__(
-        self, model: nn.Module, dataset: Dataset, config: Config, folder: Path
+        self,
+        model: nn.Module,
+        dataset: Dataset,
+        config: Config,
+        folder: Path,
+        callback: Callback | None,
     ):
+        self.callback = callback
         self.model, self.dataset, self.config = model, dataset, config
         self.folder, self.metrics = folder, folder / "metrics.jsonl"
         num_train = len(dataset.train_images)
@@ -234,13 +244,28 @@ class _Run:
                 seed = self.config.seed
                 state = init_state(self.model, self.optimizer, image, seed=seed)
             seconds = self._rewind_metrics(first)
-            state = self._loop(state, first, checkpoints, time.monotonic() - seconds)
+            own = self._start_callback(state, first, checkpoints)
+            started = time.monotonic() - seconds
+            state = self._loop(state, own, first, checkpoints, started)
         accuracy = self._test_accuracy(state)
         return TrainResult(state, accuracy, first, directory)
+
+    def _start_callback(
+        self, state: TrainState, first: int, checkpoints: Checkpoints
+    ) -> PyTree:
+        """Returns the callback's state at the step the run begins with."""
+        if self.callback is None:
+            return None
+        own = self.callback.init(state)
+        self.callback.rewind(first or -1)  # without a checkpoint, step 0 comes again
+        if first == 0:
+            return self.callback.update(own, state, 0)
+        return checkpoints.restore({"callback": own})["callback"]
 
     def _loop(
         self,
         state: TrainState,
+        own: PyTree,
         first: int,
         checkpoints: Checkpoints,
         started: float,
@@ -256,6 +281,8 @@ class _Run:
                     self.model, self.optimizer, state, images, labels
                 )
                 pending.append(metrics)
+                if self.callback is not None:
+                    own = self.callback.update(own, state, step)
                 epoch_ends = step % self.epoch_steps == 0
                 saves = step % config.checkpoint_every == 0 or step == self.total_steps
                 # A line at every checkpoint cuts the averages at the same steps
@@ -268,7 +295,10 @@ class _Run:
                     progress.set_postfix(loss=f"{line['loss']:.3f}", refresh=False)
                     pending = []
                 if saves:
-                    checkpoints.save(step, state)
+                    whole = state._asdict()
+                    if self.callback is not None:
+                        whole["callback"] = own
+                    checkpoints.save(step, whole)
                 progress.update()
         return state
 
@@ -331,6 +361,7 @@ class _Run:
         """Writes config.json, or checks that the run there has the same settings."""
         settings = {name: getattr(self.config, name) for name in TRAINING_FIELDS}
         settings["data_fingerprint"] = self.dataset.fingerprint
+        settings |= self.callback.settings if self.callback is not None else {}
         path = self.folder / "config.json"
         if not path.exists():
             if (self.folder / "checkpoints").exists():

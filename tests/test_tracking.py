@@ -1,0 +1,158 @@
+"""Training with the probe on: its records, their figures, and what a kill leaves."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import linen as nn
+
+from grsd_jax.experiments import data, records, tracking, tracking_figures, training
+from grsd_jax.experiments.config import Config, UserError
+
+
+class TinyNet(nn.Module):
+    """One convolution with BatchNorm."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Conv(4, (3, 3), strides=4, use_bias=False)(x)
+        x = jax.nn.gelu(nn.BatchNorm(not train, momentum=0.6)(x))
+        return nn.Dense(10)(jnp.mean(x, axis=(1, 2)))
+
+
+CONFIG = Config(
+    train_batch_size=16,
+    epochs=2,
+    checkpoint_every=5,
+    log_every=4,
+    record_every=3,
+    batch_size=6,
+    num_batches=1,
+    num_shells=4,
+    window=4,
+    solver="dense",
+)  # 100 // 16 = 6 steps an epoch
+STEPS = [0, 3, 6, 9, 12]
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    """Optax's schedules divide an integer count by a float."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+cached_optimizer = functools.cache(training.make_optimizer)
+
+
+@pytest.fixture(autouse=True)
+def one_optimizer(monkeypatch):
+    """Gives equal settings one optimiser, so that a test compiles nothing again."""
+    monkeypatch.setattr(training, "make_optimizer", cached_optimizer)
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    return data.synthetic_textures(num_train=100, num_test=30)
+
+
+def track(dataset, workdir, *, config=CONFIG, kill_at=None):
+    model = TinyNet()
+    path = workdir / "tiny" / "records.jsonl"
+    tracker = tracking.Tracker(model, dataset, config, path)
+    if kill_at is not None:
+        update = tracker.update
+
+        def killed(own, state, step):
+            own = update(own, state, step)
+            if step == kill_at:
+                raise KeyboardInterrupt
+            return own
+
+        tracker.update = killed
+    training.train(model, dataset, config, workdir, name="tiny", callback=tracker)
+    return path
+
+
+def lines_of(path):
+    lines = records.read_jsonl(path)
+    return [{k: v for k, v in x.items() if k not in tracking.CLOCK} for x in lines]
+
+
+@pytest.fixture(scope="module")
+def whole(dataset, tmp_path_factory):
+    """The records of a run without interruption."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "make_optimizer", cached_optimizer)
+        with jax.numpy_dtype_promotion("standard"):
+            return track(dataset, tmp_path_factory.mktemp("whole"))
+
+
+def test_a_line_a_record_with_what_it_promises(whole):
+    lines = records.read_jsonl(whole)
+    assert [line["step"] for line in lines] == STEPS
+    expected = {"effective_time", "energies", "dissipation", "flux", "exponent"}
+    expected |= {"exponent_interval", "closure_error", "num_resolved", "velocity"}
+    expected |= {"nearest_flux", "non_adjacent_share", "drift", "unresolved_energy"}
+    expected |= {"crossings_up", "crossings_down", "cost", "finite", "density"}
+    for line in lines:
+        assert set(line) >= expected
+        assert len(line["energies"]) == 4
+        assert len(line["flux"]) == 3
+        assert line["finite"]
+        # In float32 the vectors of the lowest shell, near the floor, are noisy.
+        assert max(line["closure_errors"][1:]) < 0.05
+    # Momentum 0.9 goes ten times as far as the rate of 0.05 says.
+    assert lines[-1]["effective_time"] == pytest.approx(12 * 0.05 / 0.1)
+    assert lines[-1]["cost_in_steps"] > 0
+    assert "cost_in_steps" not in lines[0]
+
+
+@pytest.mark.parametrize("kill_at", [2, 6, 9])
+def test_a_killed_run_leaves_the_records_of_a_whole_one(
+    dataset, whole, tmp_path, kill_at
+):
+    with pytest.raises(KeyboardInterrupt):
+        track(dataset, tmp_path, kill_at=kill_at)
+    path = tmp_path / "tiny" / "records.jsonl"
+    with open(path, "a", encoding="utf-8") as file:
+        file.write('{"step": 9, "energ')  # killed in mid-write
+    track(dataset, tmp_path)
+    assert lines_of(path) == lines_of(whole)
+    before = path.read_bytes()
+    track(dataset, tmp_path)  # complete already
+    assert path.read_bytes() == before
+
+
+def test_a_run_resumes_under_its_own_settings_only(dataset, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        track(dataset, tmp_path, kill_at=1)
+    other = Config(**{**CONFIG.__dict__, "record_every": 4})
+    with pytest.raises(UserError, match=r"^--record_every: expected 3 .*got 4"):
+        track(dataset, tmp_path, config=other)
+
+
+def test_training_without_a_callback_reads_the_same_checkpoints(dataset, tmp_path):
+    track(dataset, tmp_path)
+    result = training.train(TinyNet(), dataset, CONFIG, tmp_path, name="tiny")
+    assert result.resumed_from == STEPS[-1]
+
+
+def test_summary_counts_and_takes_medians(whole):
+    summary = tracking.summary(records.read_jsonl(whole))
+    assert summary["num_records"] == 5
+    assert summary["finite"]
+    assert summary["cost_in_steps_median"] > 0
+
+
+def test_figures_are_drawn_from_the_lines_alone(whole, tmp_path):
+    lines = records.read_jsonl(whole)
+    broken = {name: None for name in lines[-1]} | {"finite": False, "step": 15}
+    tracks = {"resnet18": [*lines, broken], "plainnet18": lines[:2]}
+    paths = tracking_figures.write_tracking_figures(tracks, tmp_path)
+    names = {"energies", "profiles", "exponent", "non_adjacent", "eigenvalues"}
+    assert {path.stem for path in paths} == {f"track_{n}" for n in names | {"closure"}}
+    assert len(list(tmp_path.glob("*.pdf"))) == len(list(tmp_path.glob("*.png"))) == 6
+    with pytest.raises(UserError, match="resnet18: expected records"):
+        tracking_figures.write_tracking_figures({"resnet18": [broken]}, tmp_path)
