@@ -12,6 +12,7 @@ from functools import partial, reduce
 import jax
 import jax.numpy as jnp
 
+from grsd_jax._arrays import is_traced
 from grsd_jax._checks import (
     check_at_least,
     check_batches,
@@ -25,7 +26,6 @@ from grsd_jax._jacobian import (
     PlainDerivative,
     as_pytree,
     check_problem,
-    is_traced,
     linearize,
     split_batches,
 )

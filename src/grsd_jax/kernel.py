@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grsd_jax._arrays import is_traced
 from grsd_jax._checks import (
     check_at_least,
     check_batches,
@@ -26,7 +27,6 @@ from grsd_jax._jacobian import (
     RestrictedErrorFn,
     as_pytree,
     check_problem,
-    is_traced,
     linearize,
     split_batches,
 )

@@ -23,13 +23,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from grsd_jax._arrays import is_traced
 from grsd_jax._checks import check_at_least, check_choice, check_same_tree
 from grsd_jax._jacobian import (
     Jacobian,
     JacobianMap,
     PlainDerivative,
     as_pytree,
-    is_traced,
     linearize,
     split_batches,
 )
