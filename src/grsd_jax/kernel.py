@@ -351,7 +351,8 @@ def by_chunks(
     if mapped:
         products = jax.lax.map(product, chunks)
     else:
-        products = jnp.stack([product(chunk) for chunk in chunks])
+        # By index, since an array across processes cannot be iterated.
+        products = jnp.stack([product(chunks[i]) for i in range(num_chunks)])
     return jnp.moveaxis(products, 0, 1).reshape(padded.shape)[:, :num_columns]
 
 
