@@ -179,6 +179,25 @@ def test_nnx_model_and_plain_function():
     assert relative_error(got, dense_kernel(error_fn, params, batches, "mean")) < 1e-5
 
 
+@pytest.mark.parametrize("reduction", ["mean", "stack"])
+def test_chunks_of_columns_change_nothing(reduction):
+    error_fn, params, batches, _ = problem("mlp", jnp.float32)
+    expected = dense_kernel(error_fn, params, batches, reduction)
+    block = jax.random.normal(jax.random.key(1), (len(expected), 5))
+
+    def product(block, chunk):
+        return kernel_matmat(
+            error_fn, params, batches, block, reduction=reduction, column_chunk=chunk
+        )
+
+    for chunk in (2, 9):
+        assert relative_error(product(block, chunk), expected @ block) < 1e-5
+    traced = jax.jit(product, static_argnums=1)(block, 2)
+    assert relative_error(traced, expected @ block) < 1e-5
+    with pytest.raises(ValueError, match="column_chunk: expected an integer >= 1"):
+        product(block, 0)
+
+
 def test_bad_input_is_named():
     error_fn, params, batches, _ = problem("mlp", jnp.float32)
     block = jnp.ones((15, 2))

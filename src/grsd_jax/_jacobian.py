@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grsd_jax._arrays import is_traced
 from grsd_jax._checks import check_batches, check_floating
 from grsd_jax._typing import ErrorFn, PyTree
 from grsd_jax.memory import tree_bytes
@@ -169,17 +170,6 @@ def as_pytree(fn: Callable[..., Any]) -> Callable[..., Any]:
     if all(isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves):
         return fn
     return jax.tree_util.Partial(fn)
-
-
-def is_traced(tree: PyTree) -> bool:
-    """Whether any leaf is an abstract value of an enclosing transformation."""
-    for leaf in jax.tree.leaves(tree):
-        if isinstance(leaf, jax.Array):
-            try:
-                leaf.devices()  # an abstract value lies on no device
-            except jax.errors.ConcretizationTypeError:
-                return True
-    return False
 
 
 def split_batches(batches: PyTree) -> list[PyTree]:

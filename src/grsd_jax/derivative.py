@@ -12,6 +12,7 @@ from functools import partial, reduce
 import jax
 import jax.numpy as jnp
 
+from grsd_jax._arrays import is_traced
 from grsd_jax._checks import (
     check_at_least,
     check_batches,
@@ -25,7 +26,6 @@ from grsd_jax._jacobian import (
     PlainDerivative,
     as_pytree,
     check_problem,
-    is_traced,
     linearize,
     split_batches,
 )
@@ -33,6 +33,7 @@ from grsd_jax._typing import Derivative, ErrorFn, LossFn, PyTree, Reduction
 from grsd_jax.factored import JacobianForm, factorize_with_derivative, uses_factors
 from grsd_jax.kernel import (
     REDUCTIONS,
+    by_chunks,
     join_block,
     kernel_matmat,
     split_block,
@@ -270,30 +271,6 @@ def _half_product(
         tangents = pulled if tangents is None else sum_trees([tangents, pulled])
         derivatives.append(derivative)
     return join_block([derivative.push(tangents) for derivative in derivatives])
-
-
-def by_chunks(
-    product: Callable[[jax.Array], jax.Array],
-    *,
-    vectors: jax.Array,
-    width: int,
-    mapped: bool,
-) -> jax.Array:
-    """Applies ``product`` to ``width`` columns at a time, one compiled program.
-
-    Eager calls loop in Python, since convolutions in an XLA:CPU loop body are slow; in
-    a traced call the chunks are mapped, so that the program does not grow with them.
-    """
-    num_columns = vectors.shape[1]
-    num_chunks = -(-num_columns // width)
-    padding = num_chunks * width - num_columns
-    padded = jnp.pad(vectors, ((0, 0), (0, padding)))
-    chunks = jnp.moveaxis(padded.reshape(-1, num_chunks, width), 1, 0)
-    if mapped and num_chunks > 1:
-        products = jax.lax.map(product, chunks)
-    else:
-        products = jnp.stack([product(chunk) for chunk in chunks])
-    return jnp.moveaxis(products, 0, 1).reshape(padded.shape)[:, :num_columns]
 
 
 @jax.jit

@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grsd_jax._arrays import is_traced
 from grsd_jax._checks import (
+    check_at_least,
     check_batches,
     check_choice,
     check_same_tree,
@@ -47,6 +49,7 @@ def kernel_matmat(
     block: jax.Array,
     *,
     reduction: Reduction = "mean",
+    column_chunk: int | None = None,
 ) -> jax.Array:
     """Applies the kernel to a block of columns, ``M V``, without forming it.
 
@@ -62,6 +65,7 @@ def kernel_matmat(
         block: Columns V, ``[n, b]``, ``n = N C`` (``mean``) or ``K N C`` (``stack``),
             in the dtype of the error.
         reduction: ``"mean"`` or ``"stack"``.
+        column_chunk: Columns taken at a time, which bounds memory; all if None.
 
     Returns:
         ``M V``, ``[n, b]``, in the squared units of ``de/dtheta``.
@@ -79,7 +83,15 @@ def kernel_matmat(
     def jacobians() -> Iterable[Jacobian]:
         return (linearize(error_fn, params, batch) for batch in parts)
 
-    return _matmat(jacobians, len(parts), error, block, reduction)
+    def product(columns: jax.Array) -> jax.Array:
+        return _matmat(jacobians, len(parts), error, columns, reduction)
+
+    if column_chunk is None:
+        return product(block)
+    check_at_least("column_chunk", column_chunk, 1)
+    check_shape("block", block, [None, None])
+    traced = is_traced((params, batches, block))
+    return by_chunks(product, vectors=block, width=column_chunk, mapped=traced)
 
 
 @partial(
@@ -315,6 +327,33 @@ def stacked_pull(jacobians: Iterable[Jacobian], parts: list[jax.Array]) -> PyTre
     return sum_trees(
         jacobian.pull(part) for jacobian, part in zip(jacobians, parts, strict=True)
     )
+
+
+def by_chunks(
+    product: Callable[[jax.Array], jax.Array],
+    *,
+    vectors: jax.Array,
+    width: int,
+    mapped: bool,
+) -> jax.Array:
+    """Applies ``product`` to ``width`` columns at a time, one compiled program.
+
+    Eager calls loop in Python, since convolutions in an XLA:CPU loop body are slow; in
+    a traced call the chunks are mapped, so that the program does not grow with them.
+    """
+    num_columns = vectors.shape[1]
+    if width >= num_columns:
+        return product(vectors)
+    num_chunks = -(-num_columns // width)
+    padding = num_chunks * width - num_columns
+    padded = jnp.pad(vectors, ((0, 0), (0, padding)))
+    chunks = jnp.moveaxis(padded.reshape(-1, num_chunks, width), 1, 0)
+    if mapped:
+        products = jax.lax.map(product, chunks)
+    else:
+        # By index, since an array across processes cannot be iterated.
+        products = jnp.stack([product(chunks[i]) for i in range(num_chunks)])
+    return jnp.moveaxis(products, 0, 1).reshape(padded.shape)[:, :num_columns]
 
 
 def split_block(

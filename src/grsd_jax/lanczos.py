@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from grsd_jax._arrays import is_traced
 from grsd_jax._checks import (
     check_at_least,
     check_choice,
     check_floating,
     check_shape,
 )
-from grsd_jax._jacobian import is_traced
 from grsd_jax._typing import Matmat
 
 DRIVERS = ("scan", "host")

@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from grsd_jax._arrays import is_traced
 from grsd_jax._checks import (
     check_at_least,
     check_choice,
     check_positive,
     check_same_tree,
 )
-from grsd_jax._jacobian import check_problem, evaluate, is_traced, split_batches
+from grsd_jax._jacobian import check_problem, evaluate, split_batches
 from grsd_jax._problem import Problem
 from grsd_jax._typing import Derivative, ErrorFn, PyTree, Reduction
 from grsd_jax.dense import kernel_dense, kernel_with_derivative_dense

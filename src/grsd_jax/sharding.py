@@ -23,13 +23,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from grsd_jax._arrays import is_traced
 from grsd_jax._checks import check_at_least, check_choice, check_same_tree
 from grsd_jax._jacobian import (
     Jacobian,
     JacobianMap,
     PlainDerivative,
     as_pytree,
-    is_traced,
     linearize,
     split_batches,
 )
@@ -37,7 +37,6 @@ from grsd_jax._mesh import Layout, check_mesh, make_layout
 from grsd_jax._typing import Derivative, ErrorFn, PyTree, Reduction
 from grsd_jax.derivative import (
     DERIVATIVES,
-    by_chunks,
     difference_of,
     like_params,
     project,
@@ -48,7 +47,7 @@ from grsd_jax.factored import (
     factorize_with_derivative,
     uses_factors,
 )
-from grsd_jax.kernel import join_block, split_block, sum_trees
+from grsd_jax.kernel import by_chunks, join_block, split_block, sum_trees
 
 
 @partial(

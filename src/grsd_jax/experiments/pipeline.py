@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 from flax import linen as nn
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from grsd_jax import models
@@ -189,7 +189,6 @@ def measure(
     started = time.monotonic()
     model = make_model(name, dataset, config)
     weights = protocol_weights(name, protocol, dataset, config)
-    state = {"batch_stats": weights.batch_stats}
     batches = evaluation_batches(
         dataset.test_images,
         dataset.test_labels,
@@ -198,7 +197,9 @@ def measure(
         seed=config.seed,
     )
     if mesh is not None:
+        weights = jax.device_put(weights, NamedSharding(mesh, PartitionSpec()))
         batches = shard_batches(batches, mesh)
+    state = {"batch_stats": weights.batch_stats}
     loss_fn = models.linen_loss_fn(model, state)
     error_fn = models.linen_error_fn(model, state)
     if devices.writes():
