@@ -37,6 +37,14 @@ def check_floating(name: str, array: jax.typing.ArrayLike) -> None:
         raise ValueError(f"{name}: expected a real floating dtype, got {dtype}.")
 
 
+def check_single_or_double(name: str, dtype: jax.typing.DTypeLike) -> None:
+    """Raises ValueError unless ``dtype`` is one that has eigenvalue routines."""
+    if jnp.dtype(dtype) not in (jnp.float32, jnp.float64):
+        raise ValueError(
+            f"{name}: expected dtype float32 or float64, got {jnp.dtype(dtype)}."
+        )
+
+
 def check_shape(
     name: str, array: jax.typing.ArrayLike, expected: Sequence[int | None]
 ) -> None:

@@ -194,6 +194,8 @@ def check_problem(
             leading axes, or the error function does not return ``[N, C]``.
     """
     _, num_examples = check_batches(batches)
+    if not jax.tree.leaves(params):
+        raise ValueError("params: expected at least one array, got none.")
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         check_floating(f"params{jax.tree_util.keystr(path)}", leaf)
     one_batch = jax.tree.map(

@@ -362,6 +362,7 @@ def split_block(
     """Splits columns ``[copies N C, b]`` into arrays ``[N, C, b]``."""
     size = copies * int(np.prod(error.shape))
     check_shape(name, block, [size, None])
+    check_at_least(f"{name}.shape[1]", block.shape[1], 1)
     if jnp.result_type(block) != error.dtype:
         raise ValueError(
             f"{name}: expected dtype {error.dtype}, that of the error, "

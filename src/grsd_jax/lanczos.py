@@ -18,8 +18,8 @@ from grsd_jax._arrays import is_traced
 from grsd_jax._checks import (
     check_at_least,
     check_choice,
-    check_floating,
     check_shape,
+    check_single_or_double,
 )
 from grsd_jax._typing import Matmat
 
@@ -165,7 +165,7 @@ def lanczos_init(
         ValueError: If the block is wider than n, or a shape or dtype does not fit.
     """
     check_shape("start_block", start_block, [None, None])
-    check_floating("start_block", start_block)
+    check_single_or_double("start_block", jnp.result_type(start_block))
     check_at_least("num_steps", num_steps, 1)
     size, width = start_block.shape
     if not 1 <= width <= size:
