@@ -220,7 +220,9 @@ def test_bad_input_is_named():
 
     with pytest.raises(ValueError, match="start_block: expected 1 <= b <= n columns"):
         block_lanczos(identity, jnp.ones((3, 4)), 1, key=key)
-    with pytest.raises(ValueError, match="start_block: expected dtype float32 or float64"):
+    with pytest.raises(
+        ValueError, match="start_block: expected dtype float32 or float64"
+    ):
         block_lanczos(identity, jnp.ones((4, 2), jnp.int32), 1, key=key)
     with pytest.raises(ValueError, match="num_steps: expected an integer >= 1"):
         block_lanczos(identity, jnp.ones((4, 2)), 0, key=key)

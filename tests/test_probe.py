@@ -86,6 +86,22 @@ def test_closure_error_falls_with_the_square_of_the_step():
 
 
 @pytest.mark.usefixtures("x64")
+def test_relu_balance_closes_within_one_activation_pattern():
+    fn, params, batches, loss_fn = oracles.problem(
+        "mlp", jnp.float64, activation="relu"
+    )
+    errors = {}
+    for step in (1e-9, 3e-2):
+        probe = make_probe(
+            fn, loss_fn, batches, every=1, solver="dense", closure_step=step, **SMALL
+        )
+        _, record = probe.update(probe.init(KEY, params), params, 0)
+        errors[step] = record.closure.total_error
+    assert errors[1e-9] < 1e-5
+    assert errors[3e-2] > 1e-2  # patterns flip on the way
+
+
+@pytest.mark.usefixtures("x64")
 def test_lanczos_knows_what_leaks_out_of_its_pairs():
     fn, params, batches, loss_fn = oracles.problem("mlp", jnp.float64)
     probe = make_probe(

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from grsd_jax._arrays import ratio
 from grsd_jax._typing import PyTree
 from grsd_jax.closure import ClosureError, EdgeCrossings, closure_error, edge_crossings
 from grsd_jax.dynamics import ShellDynamics, eigenvalue_drift, shell_dynamics
@@ -20,6 +21,9 @@ from grsd_jax.spectrum import RitzPairs
 from grsd_jax.velocity import VelocityFit, velocity_fit
 
 _HIGHEST = jax.lax.Precision.HIGHEST
+
+#: Changes over the measured step, over the cube root of eps: of theta, and of e and M.
+_BEND_PARAMS, _BEND_ERROR = 0.2, 20.0
 
 
 class ProbeState(NamedTuple):
@@ -131,6 +135,38 @@ def order_energies(moved: Snapshot, snapshot: Snapshot, edges: jax.Array) -> jax
     index = _shells(snapshot.pairs, edges).index[: len(energies)]
     shells = jnp.arange(len(edges) - 1, dtype=jnp.int32)
     return jnp.sum(jnp.where(shells[:, None] == index[None], energies[None], 0), axis=1)
+
+
+@jax.jit
+def straight_step(snapshot: Snapshot, params: PyTree, direction: PyTree) -> jax.Array:
+    """Returns a relative step ``h |d| / |theta|`` within which the flow is straight.
+
+    A smaller one drowns in the rounding of the eigenvectors; a larger one bends, the
+    sooner the faster the error and M move.
+
+    Args:
+        snapshot: Pairs, errors and their motion.
+        params: Parameters theta.
+        direction: The tangent d.
+
+    Returns:
+        [], positive and finite.
+    """
+    pairs, norm = snapshot.pairs, jnp.linalg.norm
+    small = float(jnp.finfo(pairs.values.dtype).eps) ** (1 / 3)
+    size, speed = (
+        jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)))
+        for tree in (params, direction)
+    )
+    rates = (
+        ratio(speed, size) * (_BEND_ERROR / _BEND_PARAMS),
+        ratio(norm(snapshot.error_rate), norm(snapshot.error)),
+        ratio(norm(snapshot.coupling), norm(pairs.values)),
+    )
+    fastest = jnp.max(jnp.stack([rate.astype(pairs.values.dtype) for rate in rates]))
+    relative = _BEND_ERROR * small * ratio(ratio(speed, size), fastest)
+    usable = jnp.isfinite(relative) & (relative > 0)
+    return jnp.where(usable, relative, _BEND_PARAMS * small)
 
 
 @partial(jax.jit, static_argnames=("num_values", "num_bootstrap"))

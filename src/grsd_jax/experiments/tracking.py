@@ -35,6 +35,10 @@ SETTINGS = (
     "num_steps",
 )
 
+#: The outer edges of the shells. The spectrum of a fresh network says little of that of
+#: a trained one, whose largest value is some hundred or ten thousand times as large.
+LAMBDA_RANGE = (1e-2, 1e5)
+
 #: What a line says of the clock, and so the only things in it that no run repeats.
 CLOCK = ("seconds", "gradient_seconds", "cost", "train_step_seconds", "cost_in_steps")
 
@@ -68,7 +72,7 @@ class Tracker:
             batches,
             every=config.record_every,
             solver=config.solver,  # pyrefly: ignore[bad-argument-type]
-            num_shells=config.num_shells,
+            edges=tuple(np.geomspace(*LAMBDA_RANGE, config.num_shells + 1)),
             num_pairs=config.block_size * config.num_steps,
             block_size=config.block_size,
             # Momentum mu without dampening moves 1 / (1 - mu) times as far.
