@@ -28,7 +28,11 @@ def mlp():
 
 @pytest.mark.parametrize(
     ("name", "jacobian"),
-    [("mlp", "factored"), ("mlp", "plain"), ("resnet18", "factored")],
+    [
+        ("mlp", "factored"),
+        ("mlp", "plain"),
+        pytest.param("resnet18", "factored", marks=pytest.mark.slow),
+    ],
 )
 def test_layers_add_up_to_the_whole(name, jacobian):
     error_fn, params, batches, loss_fn = problem(name, jnp.float32)

@@ -34,9 +34,9 @@ def descend(params, direction):
 @pytest.mark.parametrize(
     ("solver", "jacobian", "reduction"),
     [
-        ("dense", "plain", "mean"),
+        pytest.param("dense", "plain", "mean", marks=pytest.mark.slow),
         ("dense", "factored", "stack"),
-        ("lanczos", "plain", "stack"),
+        pytest.param("lanczos", "plain", "stack", marks=pytest.mark.slow),
         ("lanczos", "factored", "mean"),
     ],
 )
