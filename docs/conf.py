@@ -21,7 +21,7 @@ exclude_patterns = ["_build"]
 nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(?!grsd_jax(\.[A-Za-z]|$)).*"),
-    (r"py:class", r"grsd_jax\.snapshots\..*"),  # parts of a Probe that nobody makes
+    (r"py:class", r"grsd_jax\.snapshots\..*"),  # fields of a probe, not its interface
 ]
 default_role = "py:obj"
 

@@ -3,16 +3,19 @@
 Reads the checkpoint that train.py left in WORKDIR/resnet18 (or in WORKDIR/plainnet18,
 for --model=plainnet18 --protocol=own) and writes results.json and arrays.npz to
 WORKDIR/MODEL; plot.py --workdir=WORKDIR/MODEL draws them. Give the settings of the
-network (--width, --activation, --dataset) as in training.
+network (--width, --activation, --dataset) as in training. Where there are several
+devices, they share the examples of each batch; --distributed joins several processes,
+which must all see WORKDIR, and of which the first writes.
 
 Examples:
   python scripts/measure.py --workdir=runs/quick
   python scripts/measure.py --workdir=runs/quick --model=plainnet18 --protocol=shared
+  srun python scripts/measure.py --workdir=runs/quick --distributed
 """
 
 from pathlib import Path
 
-from grsd_jax.experiments import flags, pipeline, records
+from grsd_jax.experiments import devices, flags, pipeline
 from grsd_jax.experiments.config import Config, UserError
 from grsd_jax.experiments.data import load_dataset
 from grsd_jax.experiments.tables import format_table
@@ -24,10 +27,20 @@ def main(config: Config) -> None:
             "--protocol: expected one protocol, got "
             f"{','.join(config.protocol)}; reproduce.py takes a list."
         )
-    protocol = "own" if config.model == "resnet18" else config.protocol[0]
-    with records.workdir_lock(Path(config.workdir) / config.model) as folder:
+    (protocol,) = config.protocol
+    if config.model == "resnet18" and protocol != "own":
+        raise UserError(
+            f"--protocol: expected own for --model=resnet18, got {protocol}; the "
+            "others are of --model=plainnet18."
+        )
+    mesh = devices.join()
+    with devices.workdir_lock(Path(config.workdir) / config.model) as folder:
         dataset = load_dataset(config)
-        entry, arrays = pipeline.measure(config.model, protocol, dataset, config)
+        entry, arrays = pipeline.measure(
+            config.model, protocol, dataset, config, mesh=mesh
+        )
+        if not devices.writes():
+            return
         results = pipeline.header(config) | {
             "model": entry | {"name": config.model, "arrays": config.model}
         }
@@ -39,4 +52,5 @@ def main(config: Config) -> None:
 
 if __name__ == "__main__":
     flags.define_flags(protocol=("own",))
+    devices.define_flags()
     flags.run_main(main)

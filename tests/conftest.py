@@ -11,8 +11,16 @@ os.environ["XLA_FLAGS"] = " ".join(
 import jax
 import pytest
 
+jax.config.update("jax_num_cpu_devices", 8)  # for meshes; arrays stay on the first
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs():
+    """Frees the compiled programs of a test file; many thousands exhaust a process."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture

@@ -275,11 +275,11 @@ def test_measure_separates_preparation_first_call_and_repeats(clock):
 
 
 @pytest.mark.parametrize(
-    ("first", "warm", "repeats"), [(4.0, False, 2), (30.0, False, 1), (30.0, True, 1)]
+    ("first", "warm", "repeats"), [(4.0, False, 3), (30.0, False, 3), (30.0, True, 1)]
 )
 def test_measure_repeats_as_the_time_allows(clock, first, warm, repeats):
     case = harness.Case(run=taking(clock, first, 2.0), arrays=arrays, warm=warm)
-    record, _ = harness.measure(case, repeats=5, seconds=10.0)
+    record, _ = harness.measure(case, repeats=5, seconds=7.0)
     assert len(record["seconds"]["repeats"]) == repeats
     assert record["seconds"]["minimum"] == (first if warm else 2.0)
 
@@ -353,6 +353,41 @@ def test_what_cannot_be_done_is_a_row_with_a_reason(problem, options):
     (row,) = compare.measure_task("torch_func", problem, "eigenpairs", {}, options)
     assert row["status"] == "cannot"
     assert row["reason"] in compare.summary(row)
+
+
+def test_a_time_taken_on_a_busy_machine_does_not_count_and_is_taken_again(
+    problem, options, monkeypatch
+):
+    folder = compare.problem_folder(problem, options)
+    folder.mkdir(parents=True)
+    np.savez(folder / "inputs.npz", images=np.zeros(3))
+    np.savez(folder / "reference.npz", kernel=np.eye(3))
+    busy = iter([0.0, 1e6, 0.0, 0.0])
+    ran = []
+
+    def run(command, **_):
+        ran.append(command)
+        out = options.out / "measurements" / "current"
+        np.savez(out.with_suffix(".npz"), matrix=np.eye(3))
+        out.with_suffix(".json").write_text('{"seconds": {"minimum": 1.0}}')
+        return Namespace(returncode=0)
+
+    monkeypatch.setattr(compare, "others_seconds", lambda: next(busy))
+    monkeypatch.setattr(compare.subprocess, "run", run)
+    for status in ("busy", "ok", "ok"):
+        (row,) = compare.measure_task(
+            "grsd_jax", problem, "dense", {"inputs": "a"}, options
+        )
+        compare.write_row(options.out, row)
+        assert row["status"] == status
+    assert len(ran) == 2
+
+
+def test_others_are_the_machine_without_the_children(monkeypatch):
+    everyone = compare.others_seconds()
+    children = Namespace(ru_utime=1e4, ru_stime=1e3)
+    monkeypatch.setattr(compare.resource, "getrusage", lambda _: children)
+    assert compare.others_seconds() < everyone - 1e4
 
 
 def test_a_failing_peer_is_told_and_not_raised(problem, options, monkeypatch):
@@ -438,7 +473,23 @@ def test_preparation_counts_for_the_dense_matrix_alone():
 def test_derivative_is_measured_in_block_products_beside_it(beside, met):
     beside = {"minimum": beside, "median": beside, "repeats": [beside]}
     row = make_row("grsd_jax_plain", "derivative_8", 1.0, beside_seconds=beside)
-    assert outcome_of([row], "derivative_8").met is met
+    assert outcome_of([row], "derivative_8", "by the plain path").met is met
+    row = make_row("grsd_jax", "derivative_32", 1.0, beside_seconds=beside)
+    (outcome, plain) = (o for o in targets.outcomes([row]) if o.task == "derivative_32")
+    assert (outcome.met, plain.met) == (met, None)
+
+
+@pytest.mark.parametrize(("seconds", "met"), [(1.0, True), (1.01, False)])
+def test_plain_path_is_measured_in_the_rate_of_the_forward_pass(seconds, met):
+    beside = {"minimum": 0.1, "median": 0.1, "repeats": [0.1]}
+    row = make_row(
+        "grsd_jax_plain",
+        "block_8",
+        seconds,
+        beside_seconds=beside,
+        details={"flops": 80.0, "beside_flops": 10.0},
+    )
+    assert outcome_of([row], "block_8", "FLOP rate").met is met
 
 
 def test_eigenpairs_are_compared_in_columns_and_in_time():

@@ -39,6 +39,7 @@ def test_defaults_are_valid_and_every_field_has_help():
         ("num_shells", 1),
         ("window", 1),
         ("checkpoint_every", 0),
+        ("keep_checkpoints", 0),
         ("log_every", 0),
         ("learning_rate", float("nan")),
         ("learning_rate", float("inf")),

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import pytest
 
 from grsd_jax import (
+    _dense_blocks,
     gradient_flow_direction,
     kernel_dense,
     kernel_derivative_dense,
@@ -33,6 +34,37 @@ def test_chunks_and_groups_change_nothing(mlp, reduction, chunk, limit):
     for matrix, oracle in zip(got, expected, strict=True):
         assert relative_error(matrix, oracle) < 1e-5
         assert relative_error(matrix.T, matrix) == 0
+
+
+def test_the_bound_is_a_share_of_the_free_memory_by_default(mlp, monkeypatch):
+    error_fn, params, batches, _ = mlp
+    whole = kernel_dense(error_fn, params, batches)
+    bounds, groups = [], _dense_blocks._leaf_groups
+
+    def spy(sizes, max_bytes):
+        bounds.append(max_bytes)
+        return groups(sizes, max_bytes)
+
+    monkeypatch.setattr(_dense_blocks, "_leaf_groups", spy)
+    monkeypatch.setattr(_dense_blocks, "default_bytes", lambda: 10)
+    assert relative_error(kernel_dense(error_fn, params, batches), whole) < 1e-5
+    assert set(bounds) == {5}
+
+
+@pytest.mark.parametrize(("examples", "chunk"), [(5, 5), (32, 8), (160, 20), (512, 32)])
+def test_chunks_of_examples_by_default(mlp, monkeypatch, examples, chunk):
+    error_fn, params, batches, _ = mlp
+    sizes = []
+
+    def chunked(batches, size):
+        sizes.append(size)
+        return iter(())
+
+    monkeypatch.setattr(_dense_blocks, "_chunked", chunked)
+    batch = jax.tree.map(lambda leaf: jnp.stack([leaf[0, 0]] * examples)[None], batches)
+    with pytest.raises(KeyError):  # nothing was accumulated
+        kernel_dense(error_fn, params, batch)
+    assert min(sizes[0], examples) == chunk
 
 
 def test_inside_jit(mlp):

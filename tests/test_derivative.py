@@ -104,7 +104,10 @@ def test_piecewise_linear_networks_differ_by_their_flips():
     assert relative_error(near, exact) < 1e-4 < 1e-2 < relative_error(far, exact)
 
 
-@pytest.mark.parametrize("name", ["mlp", "resnet18", "plainnet18"])
+@pytest.mark.parametrize(
+    "name",
+    ["mlp", pytest.param("resnet18", marks=pytest.mark.slow), "plainnet18"],
+)
 def test_exact_dense_and_projected_agree_in_float32(name):
     error_fn, params, batches, direction = with_direction(name, jnp.float32)
     for reduction in ("mean", "stack") if name == "mlp" else ("mean",):

@@ -57,5 +57,7 @@ def test_bad_shapes_and_dtypes_are_named():
         softmax_error(LOGITS, np.zeros(3, int))
     with pytest.raises(ValueError, match=r"labels: expected shape \[2, 3\]"):
         softmax_error(LOGITS, np.zeros((2, 4), np.float32))
-    with pytest.raises(ValueError, match="outputs: expected a real floating dtype"):
+    with pytest.raises(ValueError, match="logits: expected a real floating dtype"):
         softmax_error(jnp.zeros((2, 3), jnp.int32), LABELS)
+    with pytest.raises(ValueError, match=r"targets: expected shape \[2\], got \[3\]"):
+        squared_error(LOGITS, np.zeros(3, int))

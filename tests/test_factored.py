@@ -9,6 +9,7 @@ from flax import linen as nn
 
 import grsd_jax
 from grsd_jax import (
+    factors,
     kernel_dense,
     kernel_derivative,
     kernel_matmat,
@@ -16,9 +17,19 @@ from grsd_jax import (
     layer_kernels,
     linearize_kernel,
 )
-from grsd_jax.models import ResNet, linen_error_fn
+from grsd_jax.models import PlainNet18, ResNet, ResNet18, linen_error_fn
 
 K, N = 2, 3
+
+
+class MLP(nn.Module):
+    """Nothing but Dense layers, with and without a bias."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.gelu(nn.Dense(5, name="first")(x.reshape(len(x), -1)))
+        x = nn.gelu(nn.Dense(4, use_bias=False, name="second")(x))
+        return nn.Dense(3, name="head")(x)
 
 
 class ConvNet(nn.Module):
@@ -84,10 +95,13 @@ def make(name, error=grsd_jax.softmax_error):
     else:
         image = jax.random.normal(keys[0], (K, N, 8, 8, 3))
         model = {
+            "mlp": MLP(),
             "conv": ConvNet(),
             "shared": Shared(),
             "resnet": ResNet(3, 2, "gelu", stage_sizes=(1, 1)),
             "plain": ResNet(3, 2, "gelu", stage_sizes=(1, 1), residual=False),
+            "resnet18": ResNet18(3, 1, "gelu"),
+            "plain18": PlainNet18(3, 1, "gelu"),
             "linear": Flat(),
         }[name]
     variables = model.init(keys[1], image[0])
@@ -119,6 +133,7 @@ def close(got, expected, tolerance=1e-11):
 
 
 LEFT_OUT = {
+    "mlp": set(),
     "conv": {"grouped/bias", "grouped/kernel", "circular/bias", "circular/kernel"},
     "shared": {"scale/log"},
     "transformer": {"places/embedding", "table"},
@@ -163,7 +178,7 @@ def test_every_operation_agrees_with_the_plain_path(name, reduction):
         reduction=reduction,
         jacobian="factored",
         example_chunk=2,
-        max_jacobian_bytes=2000,
+        max_jacobian_bytes=10_000,  # two groups of leaves at least
     )
     assert close(got[0], kernel)
     assert close(got[1], moved)
@@ -184,6 +199,37 @@ def test_every_operation_agrees_with_the_plain_path(name, reduction):
         column_chunk=3,
     )
     assert close(projected, block.T @ moved @ block)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet18", "plain18"])
+def test_whole_networks_agree_with_the_plain_path(name):
+    error_fn, params, batches, direction = make(name)
+    arguments = (error_fn, params, batches)
+    kernel, moved = kernel_with_derivative_dense(
+        *arguments, direction, jacobian="plain"
+    )
+    got = kernel_with_derivative_dense(*arguments, direction, jacobian="factored")
+    assert close(got[0], kernel)
+    assert close(got[1], moved)
+    block = jnp.asarray(np.random.default_rng(1).normal(size=(len(kernel), 4)))
+    linearized = linearize_kernel(*arguments, jacobian="factored")
+    assert close(linearized.matmat(block), kernel @ block)
+    projected = kernel_derivative(*arguments, direction, block, jacobian="factored")
+    assert close(projected, block.T @ moved @ block)
+
+
+def test_gram_products_of_factors_are_those_of_their_rows():
+    noise = np.random.default_rng(0)
+    left, right = (
+        factors.Outer(
+            jnp.asarray(noise.normal(size=(count, 16, 5))),
+            jnp.asarray(noise.normal(size=(count, 2, 16, 32))),
+        )
+        for count in (3, 2)
+    )
+    got = factors.inner(left, right)
+    assert close(got, factors.inner(left.as_rows(), right.as_rows()))
 
 
 def test_layer_kernels_add_up_and_are_those_of_their_parameters():

@@ -1,4 +1,5 @@
 import dataclasses
+import sys
 
 import jax
 import pytest
@@ -35,8 +36,9 @@ def test_every_field_can_be_set_by_its_flag():
         schedule="linear_schedule",
         schedule_args='{"end_value": 0.0}',
         checkpoint_every=11,
+        keep_checkpoints=12,
         log_every=13,
-        record_every=5,
+        record_every=14,
         batch_size=15,
         num_batches=17,
         solver="dense",
@@ -60,10 +62,18 @@ def test_every_field_can_be_set_by_its_flag():
 
 def test_a_script_can_choose_fields_and_defaults():
     assert parse(only=["width"], width=3) == Config(width=3)
-    with pytest.raises(absl_flags.UnrecognizedFlagError):
-        parse("--epochs=3", only=["width"])
     with pytest.raises(ValueError, match="expected fields of Config, got 'depth'"):
         parse(depth=3)
+
+
+def test_a_script_takes_the_others_flags_but_does_not_list_them():
+    assert parse("--epochs=7", only=["width"]) == Config(epochs=7)
+    values = absl_flags.FlagValues()
+    flags.define_flags(only=["width"], flag_values=values)
+    shown = values.module_help(sys.argv[0])
+    assert "--width" in shown
+    assert "epochs" not in shown
+    assert "epochs" in values.get_help()
 
 
 @pytest.mark.parametrize(
@@ -71,6 +81,7 @@ def test_a_script_can_choose_fields_and_defaults():
     [
         "--dataset=mnist",
         "--solver=magic",
+        "--seed=4294967296",
         "--width=0",
         "--width=wide",
         "--momentum=1",
@@ -93,7 +104,7 @@ def run(monkeypatch):
     """Runs a body as `run_main` does, without absl's own frame around it."""
     before = jax.config.jax_default_matmul_precision
     monkeypatch.setattr(flags.app, "run", lambda main: main(["script"]))
-    monkeypatch.setattr(flags, "config_from_flags", Config)
+    monkeypatch.setattr(flags, "config_from_flags", lambda *, settings: settings())
     absl_flags.FLAGS(["script"], known_only=True)
     yield flags.run_main
     jax.config.update("jax_default_matmul_precision", before)
@@ -109,6 +120,7 @@ def test_run_main_sets_the_precision(run):
     "error",
     [
         UserError("no room"),
+        MemoryError("out of memory; lower one of: max_bytes."),
         ValueError("block: expected at most n columns, got more."),
     ],
 )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import grsd_jax
-from grsd_jax import kernel_dense, kernel_matmat, linearize_kernel
+from grsd_jax import _jacobian, kernel_dense, kernel_matmat, linearize_kernel
 from oracles import dense_kernel, problem, relative_error
 
 TOLERANCE = {jnp.float32: 1e-5, jnp.float64: 1e-11}
@@ -74,6 +74,28 @@ def test_linearized_kernel_crosses_jit_without_retracing():
         kernel = linearize_kernel(error_fn, moved, batches)
         expected = dense_kernel(error_fn, moved, batches, "mean") @ block
         assert relative_error(apply(kernel, block), expected) < 1e-5
+
+
+@pytest.mark.parametrize(("limit", "products"), [(1, 6), (2**30, 1)])
+def test_eager_products_take_the_columns_that_stay_in_the_caches(
+    monkeypatch, limit, products
+):
+    error_fn, params, batches, _ = problem("mlp", jnp.float32)
+    kernel = linearize_kernel(error_fn, params, batches, jacobian="plain")
+    block = jnp.asarray(
+        np.random.default_rng(0).normal(size=(kernel.dimension, 6)), jnp.float32
+    )
+    expected = jax.jit(lambda k, v: k.matmat(v))(kernel, block)
+    pulled, pull = [], _jacobian._pull
+
+    def spy(pullback, columns):
+        pulled.append(columns.shape[-1])
+        return pull(pullback, columns)
+
+    monkeypatch.setattr(_jacobian, "_CACHED_BYTES", limit)
+    monkeypatch.setattr(_jacobian, "_pull", spy)
+    assert relative_error(kernel.matmat(block), expected) < 1e-5
+    assert pulled == [6 // products] * products * len(kernel.jacobians)
 
 
 def test_new_parameters_and_state_do_not_trace_the_error_again():
@@ -155,6 +177,25 @@ def test_nnx_model_and_plain_function():
     }
     got = kernel_matmat(error_fn, params, batches, jnp.eye(15))
     assert relative_error(got, dense_kernel(error_fn, params, batches, "mean")) < 1e-5
+
+
+@pytest.mark.parametrize("reduction", ["mean", "stack"])
+def test_chunks_of_columns_change_nothing(reduction):
+    error_fn, params, batches, _ = problem("mlp", jnp.float32)
+    expected = dense_kernel(error_fn, params, batches, reduction)
+    block = jax.random.normal(jax.random.key(1), (len(expected), 5))
+
+    def product(block, chunk):
+        return kernel_matmat(
+            error_fn, params, batches, block, reduction=reduction, column_chunk=chunk
+        )
+
+    for chunk in (2, 9):
+        assert relative_error(product(block, chunk), expected @ block) < 1e-5
+    traced = jax.jit(product, static_argnums=1)(block, 2)
+    assert relative_error(traced, expected @ block) < 1e-5
+    with pytest.raises(ValueError, match="column_chunk: expected an integer >= 1"):
+        product(block, 0)
 
 
 def test_bad_input_is_named():

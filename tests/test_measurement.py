@@ -121,6 +121,30 @@ def test_eager_calls_trace_the_error_function_no_more_after_the_first(mlp):
     assert traces == before > 0
 
 
+@pytest.mark.parametrize("solver", ["dense", "lanczos"])
+def test_residuals_bound_those_in_float64(mlp, solver):
+    got = measure(mlp, solver=solver)
+    with jax.enable_x64(True):
+        error_fn, params, batches, _ = (
+            jax.tree.map(
+                lambda leaf: (
+                    np.asarray(leaf, np.float64)
+                    if np.asarray(leaf).dtype == np.float32
+                    else leaf
+                ),
+                part,
+            )
+            for part in mlp
+        )
+        kernel = np.asarray(dense_kernel(error_fn, params, batches, "mean"))
+    values, vectors = np.asarray(got.values, float), np.asarray(got.vectors, float)
+    true = np.linalg.norm(kernel @ vectors - vectors * values, axis=0)
+    assert np.all(true <= got.residuals)
+    resolved = np.asarray(got.resolved)
+    assert resolved.sum() > 5
+    assert np.all(true[resolved] <= 0.05 * values[resolved])
+
+
 def test_what_is_not_finite_is_flagged_and_resolves_nothing(mlp):
     error_fn, params, batches, direction = mlp
     broken = jax.tree.map(lambda leaf: leaf.at[0].set(jnp.nan), params)
@@ -153,5 +177,10 @@ def test_bad_input_is_named(mlp):
         measure((error_fn, params, batches, {}))
     with pytest.raises(ValueError, match="window: expected at most"):
         measure(mlp, window=6)
+    with pytest.raises(ValueError, match="num_shells: expected an integer >= 1"):
+        measure(mlp, num_shells=0)
+    for name in ("tolerance", "floor", "step"):
+        with pytest.raises(ValueError, match=f"{name}: expected a finite number > 0"):
+            measure(mlp, **{name: 0.0})
     with pytest.raises(ValueError, match="key: expected a PRNG key"):
         grsd_jax.fit_power_law(jnp.ones(3), jnp.ones(3), num_bootstrap=5)

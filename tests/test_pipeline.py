@@ -90,6 +90,22 @@ def test_reproduce_writes_the_schema_and_goes_on_where_it_was(
             pipeline.reproduce(dataset, dataclasses.replace(config, num_shells=5))
         with pytest.raises(UserError, match="--width: expected 2"):
             pipeline.reproduce(dataset, dataclasses.replace(config, width=3))
+        other = dataclasses.replace(config, activation="tanh")
+        with pytest.raises(UserError, match="--activation: expected 'gelu'"):
+            pipeline.load_weights("resnet18", dataset, other)
+        records.write_json(tmp_path / "measurements" / "resnet18.json", [])
+        with pytest.raises(AssertionError, match="measured again"):
+            pipeline.reproduce(dataset, config)
+
+
+def test_results_of_other_settings_are_kept(tmp_path):
+    for num_shells, workdir in ((4, "a"), (4, "b"), (5, "b")):
+        config = settings(workdir, num_shells=num_shells)
+        pipeline.write_results(tmp_path, pipeline.header(config), {"x": np.ones(1)})
+    files = {path.name for path in tmp_path.iterdir()}
+    assert files == {"results.json", "arrays.npz", "results-1.json", "arrays-1.npz"}
+    kept = records.read_json(tmp_path / "results-1.json")
+    assert kept["config"]["num_shells"] == 4
 
 
 def test_a_missing_checkpoint_is_named(tmp_path, dataset):

@@ -15,7 +15,15 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = Path(grsd_jax.__file__).parent
 MODULES = sorted(PACKAGE.glob("*.py"))
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-FLAX = {"models.py", "linen_factors.py", "linen_layers.py"}
+FLAX = {
+    "architectures.py",
+    "depth_chain.py",
+    "linen_checks.py",
+    "linen_factors.py",
+    "linen_layers.py",
+    "models.py",
+    "state_space.py",
+}
 NUMERICAL = [path for path in MODULES if path.name not in FLAX]
 
 #: Names other programs rely on: add to them, never take one away.

@@ -198,3 +198,12 @@ def test_the_environment_says_what_a_result_depends_on():
     assert found["platform"] == "cpu"
     assert {"jax", "jaxlib", "numpy", "flax", "grsd_jax"} <= set(found["versions"])
     json.dumps(found)
+
+
+def test_files_are_set_aside_together_under_the_next_free_number(tmp_path):
+    names = ("results.json", "arrays.npz")
+    for number in (1, 2):
+        records.write_json(tmp_path / "results.json", number)
+        records.set_aside(tmp_path, names)
+    assert files_of(tmp_path) == ["results-1.json", "results-2.json"]
+    assert records.read_json(tmp_path / "results-2.json") == 2

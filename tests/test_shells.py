@@ -274,3 +274,31 @@ def test_rejects_wrong_arrays():
 
 def test_fields():
     assert Shells._fields == ("edges", "centers", "index", "counts")
+
+
+def test_values_are_put_into_given_shells():
+    values = jnp.asarray([0.5, 1.0, 1.9, 2.0, 4.0, 5.0, jnp.nan])
+    edges = jnp.asarray([1.0, 2.0, 4.0])
+    mask = jnp.asarray([True, True, False, True, True, True, True])
+    closed = module.assign_shells(values, edges, mask=mask)
+    np.testing.assert_array_equal(closed.index, [-1, 0, -1, 1, 1, -1, -1])
+    np.testing.assert_array_equal(closed.counts, [1, 2])
+    opened = module.assign_shells(values, edges, mask=mask, open_ends=True)
+    np.testing.assert_array_equal(opened.index, [0, 0, -1, 1, 1, 1, -1])
+    np.testing.assert_array_equal(opened.edges, edges)
+
+
+def test_values_lie_in_their_own_shells():
+    values = jnp.asarray(np.geomspace(0.3, 7, 25), jnp.float32)
+    shells = module.log_shells(values, 6)
+    again = module.assign_shells(values, shells.edges)
+    for got, want in zip(again, shells, strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+def test_given_shells_that_do_not_fit_are_named():
+    values = jnp.ones(3)
+    with pytest.raises(ValueError, match=r"len\(edges\): expected an integer >= 2"):
+        module.assign_shells(values, jnp.ones(1))
+    with pytest.raises(ValueError, match="open_ends: expected True or False"):
+        module.assign_shells(values, jnp.asarray([1.0, 2.0]), open_ends=1)

@@ -52,8 +52,8 @@ def measure(
     """Runs a case and returns its times and its result.
 
     The first call is apart: it compiles. After it come as many repeats as the time
-    allows, at least one. A first call of more than `LONG_SECONDS` that had nothing to
-    compile is a repeat itself, and the only one.
+    allows by the shortest of them, at least one. A first call of more than
+    `LONG_SECONDS` that had nothing to compile is a repeat itself, and the only one.
 
     Args:
         case: The case.
@@ -74,12 +74,13 @@ def measure(
         prepare, state = _timed(case.prepare)
     first, result = _timed(lambda: case.run(state))
     times, beside = [], []
-    count = max(1, min(repeats, int(seconds / max(first, 1e-9))))
     if first > LONG_SECONDS and (case.warm or case.compile):
-        times, count = [first], 0
+        times, repeats = [first], 1
     if case.beside:
         case.beside(state)  # compiles
-    for _ in range(count):
+    while not times or (
+        len(times) < repeats and sum(times) + min(times) + sum(beside) <= seconds
+    ):
         times.append(_timed(lambda: case.run(state))[0])
         if case.beside:
             beside.append(_timed(lambda: case.beside(state))[0])

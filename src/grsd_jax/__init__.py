@@ -8,17 +8,38 @@ the bundled Flax models are in `grsd_jax.models`.
 
 from importlib.metadata import version
 
-from grsd_jax.closure import (
-    ClosureError,
-    EdgeCrossings,
-    closure_error,
-    edge_crossings,
+from grsd_jax.additive import LayerMeasurements, measure_layers
+from grsd_jax.blocks import (
+    ParameterBlocks,
+    partition,
+    partition_by_prefix,
+    restrict_to_block,
+)
+from grsd_jax.closure import ClosureError, EdgeCrossings, closure_error, edge_crossings
+from grsd_jax.coherence import BlockCoherence, block_coherence
+from grsd_jax.conditions import (
+    ConditionReport,
+    Incoherence,
+    Locality,
+    PathPoint,
+    ShiftInvariance,
+    Stability,
+    condition_report,
 )
 from grsd_jax.dense import (
     kernel_dense,
     kernel_derivative_dense,
     kernel_with_derivative_dense,
     layer_kernels,
+    layer_kernels_with_derivative,
+)
+from grsd_jax.depth import (
+    IncrementStatistics,
+    StateIncrements,
+    correlation_time,
+    direction_memory,
+    increment_statistics,
+    state_increments,
 )
 from grsd_jax.derivative import (
     central_difference,
@@ -47,10 +68,19 @@ from grsd_jax.flow import (
     flow_step,
     integrate_flow,
 )
+from grsd_jax.influence import (
+    InfluenceProfile,
+    distance_maxima,
+    distance_totals,
+    influence_profile,
+    smallest_band,
+)
 from grsd_jax.kernel import (
     LinearizedKernel,
     error_dimension,
     kernel_matmat,
+    linearize_block_kernels,
+    linearize_derivative,
     linearize_kernel,
 )
 from grsd_jax.lanczos import (
@@ -65,6 +95,17 @@ from grsd_jax.lanczos import (
 from grsd_jax.measurement import measure_coupling
 from grsd_jax.power_law import PowerLawFit, fit_power_law
 from grsd_jax.probe import Probe, make_probe
+from grsd_jax.propagation import (
+    PropagationReport,
+    interaction_range,
+    propagation_report,
+)
+from grsd_jax.sharding import (
+    ShardedKernel,
+    shard_batches,
+    sharded_kernel,
+    sharded_kernel_derivative,
+)
 from grsd_jax.shells import (
     ShellCoupling,
     Shells,
@@ -80,6 +121,16 @@ from grsd_jax.spectrum import (
     ritz_pairs,
     spectral_density,
 )
+from grsd_jax.stability import (
+    OperatorNorms,
+    ProjectorDrift,
+    ShellDrift,
+    coupling_exponent,
+    log_lipschitz,
+    operator_norms,
+    projector_drift,
+    shell_drift,
+)
 from grsd_jax.toeplitz import (
     toeplitz_approximation,
     toeplitz_degrees_of_freedom,
@@ -89,38 +140,66 @@ from grsd_jax.toeplitz import (
 )
 from grsd_jax.transport import ProbeRecord, ProbeState
 from grsd_jax.velocity import VelocityFit, velocity_fit
+from grsd_jax.verdicts import Check, Thresholds, Verdict
 
 __version__ = version("grsd-jax")
 
 __all__ = [
     "BasisRotation",
+    "BlockCoherence",
+    "Check",
     "ClosureError",
+    "ConditionReport",
     "CouplingMeasurement",
     "CovarianceCheck",
     "EdgeCrossings",
+    "Incoherence",
+    "IncrementStatistics",
+    "InfluenceProfile",
     "LanczosResult",
     "LanczosState",
+    "LayerMeasurements",
     "LeadingEigenpairs",
     "LinearizedKernel",
+    "Locality",
+    "OperatorNorms",
+    "ParameterBlocks",
+    "PathPoint",
     "PowerLawFit",
     "Probe",
     "ProbeRecord",
     "ProbeState",
+    "ProjectorDrift",
+    "PropagationReport",
     "RitzPairs",
+    "ShardedKernel",
     "ShellCoupling",
+    "ShellDrift",
     "ShellDynamics",
     "Shells",
+    "ShiftInvariance",
     "SpectralDensity",
+    "Stability",
+    "StateIncrements",
+    "Thresholds",
     "ToeplitzDiagnostics",
     "VelocityFit",
+    "Verdict",
     "assign_shells",
     "basis_rotation",
+    "block_coherence",
     "block_lanczos",
     "central_difference",
     "choose_solver",
     "class_sums_vanish",
     "closure_error",
+    "condition_report",
+    "correlation_time",
+    "coupling_exponent",
     "covariance_check",
+    "direction_memory",
+    "distance_maxima",
+    "distance_totals",
     "edge_crossings",
     "effective_time",
     "eigenvalue_drift",
@@ -129,7 +208,10 @@ __all__ = [
     "flow_step",
     "gradient_flow_direction",
     "half_squared_loss",
+    "increment_statistics",
+    "influence_profile",
     "integrate_flow",
+    "interaction_range",
     "kernel_dense",
     "kernel_derivative",
     "kernel_derivative_dense",
@@ -140,19 +222,36 @@ __all__ = [
     "lanczos_init",
     "lanczos_step",
     "layer_kernels",
+    "layer_kernels_with_derivative",
     "leading_eigenpairs",
+    "linearize_block_kernels",
+    "linearize_derivative",
     "linearize_kernel",
+    "log_lipschitz",
     "log_shells",
     "make_probe",
     "measure_coupling",
+    "measure_layers",
+    "operator_norms",
+    "partition",
+    "partition_by_prefix",
+    "projector_drift",
+    "propagation_report",
     "resolved_pairs",
+    "restrict_to_block",
     "ritz_pairs",
+    "shard_batches",
+    "sharded_kernel",
+    "sharded_kernel_derivative",
     "shell_coupling",
+    "shell_drift",
     "shell_dynamics",
+    "smallest_band",
     "softmax_cross_entropy",
     "softmax_error",
     "spectral_density",
     "squared_error",
+    "state_increments",
     "toeplitz_approximation",
     "toeplitz_degrees_of_freedom",
     "toeplitz_residual",

@@ -1,4 +1,4 @@
-"""Arguments turned into checked arrays, shared by the diagnostics."""
+"""Arguments turned into checked arrays, and what can be told of arrays."""
 
 from collections.abc import Sequence
 
@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from grsd_jax._checks import check_floating, check_shape
+from grsd_jax._typing import PyTree
 
 
 def as_floating(
@@ -55,3 +56,14 @@ def ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
     """Divides, with 0 where the denominator is not positive."""
     positive = denominator > 0
     return jnp.where(positive, numerator / jnp.where(positive, denominator, 1), 0)
+
+
+def is_traced(tree: PyTree) -> bool:
+    """Whether any leaf is an abstract value of an enclosing transformation."""
+    for leaf in jax.tree.leaves(tree):
+        if isinstance(leaf, jax.Array):
+            try:
+                leaf.devices()  # an abstract value lies on no device
+            except jax.errors.ConcretizationTypeError:
+                return True
+    return False

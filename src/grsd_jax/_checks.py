@@ -23,9 +23,10 @@ def check_at_least(name: str, value: object, minimum: int) -> None:
         raise ValueError(f"{name}: expected an integer >= {minimum}, got {value!r}.")
 
 
-def check_positive(name: str, value: float) -> None:
+def check_positive(name: str, value: object) -> None:
     """Raises ValueError unless ``value`` is a finite number above zero."""
-    if not (np.isfinite(value) and value > 0):
+    is_number = isinstance(value, int | float | np.number)
+    if not (is_number and np.isfinite(value) and value > 0):
         raise ValueError(f"{name}: expected a finite number > 0, got {value!r}.")
 
 
@@ -34,6 +35,14 @@ def check_floating(name: str, array: jax.typing.ArrayLike) -> None:
     dtype = jnp.result_type(array)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"{name}: expected a real floating dtype, got {dtype}.")
+
+
+def check_single_or_double(name: str, dtype: jax.typing.DTypeLike) -> None:
+    """Raises ValueError unless ``dtype`` is one that has eigenvalue routines."""
+    if jnp.dtype(dtype) not in (jnp.float32, jnp.float64):
+        raise ValueError(
+            f"{name}: expected dtype float32 or float64, got {jnp.dtype(dtype)}."
+        )
 
 
 def check_shape(

@@ -25,10 +25,13 @@ from grsd_jax.factored import (
 )
 from grsd_jax.factors import Factor, Rows, for_gram, inner, like
 from grsd_jax.kernel import REDUCTIONS
-from grsd_jax.memory import tree_bytes
+from grsd_jax.memory import default_bytes, tree_bytes
 
 #: ``(M,)`` or ``(M, Mdot)`` under each label.
 Matrices = dict[str, tuple[jax.Array, ...]]
+
+#: Chunks of examples by default, and the fewest and most examples of one.
+_CHUNKS, _CHUNK_RANGE = 8, (8, 32)
 
 _einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
@@ -38,14 +41,16 @@ class DenseOptions(NamedTuple):
 
     Attributes:
         reduction: ``"mean"`` or ``"stack"``.
-        example_chunk: Examples differentiated together.
-        max_jacobian_bytes: Bytes of blocks of J held at a time.
+        example_chunk: Examples differentiated together; if None, an eighth of all,
+            within bounds.
+        max_jacobian_bytes: Bytes of blocks of J held at a time; if None, a quarter of
+            the memory that is free, since what makes them takes as much again.
         jacobian: ``"auto"``, ``"plain"`` or ``"factored"``.
     """
 
     reduction: Reduction
-    example_chunk: int
-    max_jacobian_bytes: int
+    example_chunk: int | None
+    max_jacobian_bytes: int | None
     jacobian: JacobianForm
 
 
@@ -86,8 +91,9 @@ def accumulate(
         ValueError: If a shape, dtype, leading axis or choice does not fit.
     """
     check_choice("reduction", options.reduction, REDUCTIONS)
-    check_at_least("example_chunk", options.example_chunk, 1)
-    check_at_least("max_jacobian_bytes", options.max_jacobian_bytes, 1)
+    max_bytes = options.max_jacobian_bytes
+    max_bytes = default_bytes() // 2 if max_bytes is None else max_bytes
+    check_at_least("max_jacobian_bytes", max_bytes, 1)
     num_batches, num_examples = check_batches(batches)
     error = check_problem(error_fn, params, batches)
     factored = uses_factors(error_fn, options.jacobian)
@@ -97,6 +103,10 @@ def accumulate(
         batches = jax.tree.map(
             lambda leaf: leaf.reshape(1, num_examples, *leaf.shape[2:]), batches
         )
+    chunk_size = options.example_chunk
+    if chunk_size is None:
+        chunk_size = int(np.clip(num_examples // _CHUNKS, *_CHUNK_RANGE))
+    check_at_least("example_chunk", chunk_size, 1)
     basis = np.eye(error.shape[1])
     if factored:
         basis = error_fn.output_basis(error.shape[1])
@@ -105,9 +115,9 @@ def accumulate(
         _blocks, fn, params, direction, basis, num_examples, factored=factored
     )
     total: Matrices = {}
-    for chunks in _chunked(batches, options.example_chunk):
+    for chunks in _chunked(batches, chunk_size):
         sizes = _leaf_bytes(blocks_of, len(labels), chunks)
-        for group in _leaf_groups(sizes, options.max_jacobian_bytes):
+        for group in _leaf_groups(sizes, max_bytes):
             held: list[_Blocks] = [blocks_of(chunk, group=group) for chunk in chunks]
             names = tuple(labels[index] for index in group)
             for label, matrices in _gram(held, names).items():

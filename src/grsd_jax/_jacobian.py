@@ -15,8 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grsd_jax._arrays import is_traced
 from grsd_jax._checks import check_batches, check_floating
 from grsd_jax._typing import ErrorFn, PyTree
+from grsd_jax.memory import tree_bytes
+
+#: Bytes of residuals, times columns, that pass through a network together on a CPU. On
+#: two cores a column of a ResNet-18 took 0.070 s alone and 0.084 s among eight.
+_CACHED_BYTES = 64 * 2**20
 
 
 class JacobianMap(Protocol):
@@ -68,8 +74,20 @@ class PlainJacobian:
         return _push(self.pullback, tangents, example)
 
     def multiply(self, columns: jax.Array) -> jax.Array:
-        """Computes ``J J^T V`` of columns ``[N, C, b]``."""
-        return self.push(self.pull(columns))
+        """Computes ``J J^T V`` of columns ``[N, C, b]``.
+
+        Eager calls on a CPU take as many columns at a time as pass through the network
+        without leaving the caches.
+        """
+        width = max(columns.shape[-1], 1)
+        starts = range(0, width, width)
+        if not is_traced((self.pullback, columns)):
+            starts = range(0, width, _columns_at_a_time(self.pullback, width))
+        parts = [
+            self.push(self.pull(columns[..., start : start + starts.step]))
+            for start in starts
+        ]
+        return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
 
 
 @partial(
@@ -93,11 +111,53 @@ class PlainDerivative:
     batch: PyTree
     direction: PyTree
 
+    def pull(self, columns: jax.Array) -> PyTree:
+        """Computes ``Jdot^T V`` of columns ``[N, C, b]``: a params tree, leading b."""
+        return pull_derivative(
+            self.error_fn, self.params, self.batch, self.direction, columns
+        )
+
     def push(self, tangents: PyTree) -> jax.Array:
         """Computes ``Jdot G`` of a params tree with leading axis b."""
         return push_derivative(
             self.error_fn, self.params, self.batch, self.direction, tangents
         )
+
+    def multiply(self, columns: jax.Array) -> jax.Array:
+        """Computes ``Jdot Jdot^T V`` of columns ``[N, C, b]``."""
+        return self.push(self.pull(columns))
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["error_fn", "params"],
+    meta_fields=["indices"],
+)
+@dataclasses.dataclass(frozen=True)
+class RestrictedErrorFn:
+    """The error as a function of some of the parameter leaves; a pytree.
+
+    Attributes:
+        error_fn: The error function, a pytree.
+        params: All parameters, for the leaves that stay as they are.
+        indices: The leaves that are arguments, by their positions in the tree.
+    """
+
+    error_fn: ErrorFn
+    params: PyTree
+    indices: tuple[int, ...]
+
+    def selected(self) -> list[jax.Array]:
+        """Returns the leaves that are arguments, where they stand."""
+        leaves = jax.tree.leaves(self.params)
+        return [leaves[index] for index in self.indices]
+
+    def __call__(self, selected: list[jax.Array], batch: PyTree) -> jax.Array:
+        """Evaluates the error with the selected leaves put in their places."""
+        leaves, tree = jax.tree.flatten(self.params)
+        for index, leaf in zip(self.indices, selected, strict=True):
+            leaves[index] = leaf
+        return self.error_fn(jax.tree.unflatten(tree, leaves), batch)
 
 
 def as_pytree(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -110,17 +170,6 @@ def as_pytree(fn: Callable[..., Any]) -> Callable[..., Any]:
     if all(isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves):
         return fn
     return jax.tree_util.Partial(fn)
-
-
-def is_traced(tree: PyTree) -> bool:
-    """Whether any leaf is an abstract value of an enclosing transformation."""
-    for leaf in jax.tree.leaves(tree):
-        if isinstance(leaf, jax.Array):
-            try:
-                leaf.devices()  # an abstract value lies on no device
-            except jax.errors.ConcretizationTypeError:
-                return True
-    return False
 
 
 def split_batches(batches: PyTree) -> list[PyTree]:
@@ -145,6 +194,8 @@ def check_problem(
             leading axes, or the error function does not return ``[N, C]``.
     """
     _, num_examples = check_batches(batches)
+    if not jax.tree.leaves(params):
+        raise ValueError("params: expected at least one array, got none.")
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         check_floating(f"params{jax.tree_util.keystr(path)}", leaf)
     one_batch = jax.tree.map(
@@ -178,6 +229,14 @@ def linearize(error_fn: ErrorFn, params: PyTree, batch: PyTree) -> PlainJacobian
     return PlainJacobian(pullback, jax.ShapeDtypeStruct(error.shape, error.dtype))
 
 
+def _columns_at_a_time(residuals: PyTree, most: int) -> int:
+    """Returns how many columns to take, a divisor of ``most``: one program for all."""
+    if jax.default_backend() != "cpu":
+        return most
+    wanted = max(1, _CACHED_BYTES // max(tree_bytes(residuals), 1))
+    return max(d for d in range(1, most + 1) if most % d == 0 and d <= wanted)
+
+
 @jax.jit
 def _evaluate(error_fn: ErrorFn, params: PyTree, batch: PyTree) -> jax.Array:
     return error_fn(params, batch)
@@ -196,6 +255,36 @@ def _pull(pullback: Any, block: jax.Array) -> PyTree:
 @jax.jit
 def _push(pullback: Any, tangents: PyTree, example: jax.Array) -> jax.Array:
     return jax.vmap(lambda g: _transpose(pullback, g, example), out_axes=-1)(tangents)
+
+
+@jax.jit
+def pull_derivative(
+    error_fn: ErrorFn,
+    params: PyTree,
+    batch: PyTree,
+    direction: PyTree,
+    columns: jax.Array,
+) -> PyTree:
+    """Computes ``Jdot^T V``, with ``Jdot`` the derivative of J along ``direction``.
+
+    Args:
+        error_fn: The error function, a pytree.
+        params: Parameters.
+        batch: One batch.
+        direction: A params tree.
+        columns: V, ``[N, C, b]``.
+
+    Returns:
+        A params tree with leading axis b.
+    """
+
+    def derivative(column: jax.Array) -> PyTree:
+        def pulled(p: PyTree) -> PyTree:
+            return jax.vjp(lambda q: error_fn(q, batch), p)[1](column)[0]
+
+        return jax.jvp(pulled, (params,), (direction,))[1]
+
+    return jax.vmap(derivative, in_axes=-1)(columns)
 
 
 @jax.jit

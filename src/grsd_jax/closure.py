@@ -11,16 +11,17 @@ import jax
 import jax.numpy as jnp
 
 from grsd_jax._arrays import as_floating, as_mask, as_scalar, ratio
+from grsd_jax._checks import check_at_least
 
 
 class EdgeCrossings(NamedTuple):
     """What passes fixed edges because eigenvalues move over them.
 
     Attributes:
-        up: [q] int32, pairs that passed each edge upwards.
-        down: [q] int32, pairs that passed it downwards.
-        energy_up: [q], the energy they carried up.
-        energy_down: [q], the energy they carried down.
+        up: [S+1] int32, pairs that passed each edge upwards.
+        down: [S+1] int32, pairs that passed it downwards.
+        energy_up: [S+1], the energy they carried up.
+        energy_down: [S+1], the energy they carried down.
     """
 
     up: jax.Array
@@ -112,20 +113,21 @@ def edge_crossings(
     .. math:: \Delta E_a = \sum_{i \in S_a} \Delta(g_i^2) + C_a - C_{a+1}, \qquad
               C = \texttt{energy\_up} - \texttt{energy\_down}
 
-    exactly, with ``C_a`` that of the lower edge of shell a. A pair at an edge lies
-    above it, as in `assign_shells`; a pair that passed several edges counts at each.
+    exactly, with ``C_a`` that of the lower edge of shell a; a pair that passed several
+    edges counts at each. As in `assign_shells`, a pair at an edge lies above it, at the
+    last edge below it. Where the ends are open, the two outer edges are none.
 
     Args:
         values_before: [r], the eigenvalues before.
         values_after: [r], those of the same pairs after. Eigenvalues of a generic path
             do not cross, so that descending order keeps pairs the same.
         projections_after: [r], ``g_i`` after.
-        edges: [q], increasing.
+        edges: [S+1], the edges of the shells.
         mask: [r] bool, the pairs to follow. Default: all. Pairs with anything that is
             not finite are left out.
 
     Returns:
-        Counts and energies, [q] each.
+        Counts and energies, [S+1] each.
 
     Raises:
         ValueError: If the shapes do not fit together or an array is not floating.
@@ -140,8 +142,8 @@ def edge_crossings(
     followed = as_mask("mask", mask, before.shape)
     for array in (before, after, projections):
         followed &= jnp.isfinite(array)
-    was_above = before[None, :] >= edges[:, None].astype(before.dtype)
-    is_above = after[None, :] >= edges[:, None].astype(after.dtype)
+    check_at_least("len(edges)", edges.shape[0], 2)
+    was_above, is_above = _above(before, edges), _above(after, edges)
     up = ~was_above & is_above & followed[None, :]
     down = was_above & ~is_above & followed[None, :]
     energies = jnp.square(jnp.where(followed, projections, 0))[None, :]
@@ -150,4 +152,15 @@ def edge_crossings(
         down=jnp.sum(down, axis=1, dtype=jnp.int32),
         energy_up=jnp.sum(jnp.where(up, energies, 0), axis=1),
         energy_down=jnp.sum(jnp.where(down, energies, 0), axis=1),
+    )
+
+
+def _above(values: jax.Array, edges: jax.Array) -> jax.Array:
+    """Returns [S+1, r], which values lie above which edge; the last shell is closed."""
+    edges = edges.astype(values.dtype)
+    return jnp.concatenate(
+        [
+            values[None, :] >= edges[:-1, None],
+            values[None, :] > edges[-1:, None],
+        ]
     )

@@ -6,20 +6,14 @@ no weight gradients in them either (see `factored`).
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 
 from grsd_jax._checks import check_same_tree
 from grsd_jax._dense_blocks import DenseOptions, accumulate
 from grsd_jax._typing import ErrorFn, PyTree, Reduction
+from grsd_jax.blocks import parameter_paths
 from grsd_jax.factored import JacobianForm
-
-#: Bytes of blocks of J held at a time by default.
-MAX_JACOBIAN_BYTES = 4 * 2**30
-
-#: Examples differentiated together by default.
-EXAMPLE_CHUNK = 32
 
 
 def kernel_dense(
@@ -28,8 +22,8 @@ def kernel_dense(
     batches: PyTree,
     *,
     reduction: Reduction = "mean",
-    example_chunk: int = EXAMPLE_CHUNK,
-    max_jacobian_bytes: int = MAX_JACOBIAN_BYTES,
+    example_chunk: int | None = None,
+    max_jacobian_bytes: int | None = None,
     jacobian: JacobianForm = "auto",
 ) -> jax.Array:
     """Forms the kernel exactly: ``M = (1/K) sum_k sum_l J_kl J_kl^T``.
@@ -43,10 +37,12 @@ def kernel_dense(
         params: Parameters, a pytree of floating arrays.
         batches: A pytree with leading axes ``[K, N]``.
         reduction: ``"mean"`` or ``"stack"``.
-        example_chunk: Examples differentiated together; bounds the activations held.
-        max_jacobian_bytes: Bytes of blocks of J held at a time. If they need more, the
-            backward passes are repeated for each group of parameter leaves; a group
-            holds at least one leaf.
+        example_chunk: Examples differentiated together; bounds the activations held. If
+            None, an eighth of the examples, but no fewer than 8 and no more than 32:
+            small chunks stay in the caches, and make more products of smaller blocks.
+        max_jacobian_bytes: Bytes of blocks of J held at a time; a quarter of the memory
+            that is free if None. If they need more, the backward passes are repeated
+            for each group of parameter leaves; a group holds at least one leaf.
         jacobian: ``"factored"``, ``"plain"``, or ``"auto"``: factored where the error
             function knows its layers.
 
@@ -73,8 +69,8 @@ def kernel_derivative_dense(
     direction: PyTree,
     *,
     reduction: Reduction = "mean",
-    example_chunk: int = EXAMPLE_CHUNK,
-    max_jacobian_bytes: int = MAX_JACOBIAN_BYTES,
+    example_chunk: int | None = None,
+    max_jacobian_bytes: int | None = None,
     jacobian: JacobianForm = "auto",
 ) -> jax.Array:
     """Forms the kernel's derivative: ``Mdot = (1/K) sum_k (Jdot J^T + J Jdot^T)``.
@@ -85,8 +81,9 @@ def kernel_derivative_dense(
         batches: A pytree with leading axes ``[K, N]``.
         direction: The tangent d, a tree like ``params``.
         reduction: ``"mean"`` or ``"stack"``.
-        example_chunk: Examples differentiated together.
-        max_jacobian_bytes: Bytes of blocks of J and Jdot held at a time.
+        example_chunk: Examples differentiated together, see `kernel_dense`.
+        max_jacobian_bytes: Bytes of blocks of J and Jdot held at a time, see
+            `kernel_dense`.
         jacobian: ``"factored"``, ``"plain"`` or ``"auto"``.
 
     Returns:
@@ -117,8 +114,8 @@ def kernel_with_derivative_dense(
     direction: PyTree,
     *,
     reduction: Reduction = "mean",
-    example_chunk: int = EXAMPLE_CHUNK,
-    max_jacobian_bytes: int = MAX_JACOBIAN_BYTES,
+    example_chunk: int | None = None,
+    max_jacobian_bytes: int | None = None,
     jacobian: JacobianForm = "auto",
 ) -> tuple[jax.Array, jax.Array]:
     """Forms the kernel and its derivative from one pass of per-example Jacobians.
@@ -129,8 +126,9 @@ def kernel_with_derivative_dense(
         batches: A pytree with leading axes ``[K, N]``.
         direction: The tangent d, a tree like ``params``.
         reduction: ``"mean"`` or ``"stack"``.
-        example_chunk: Examples differentiated together.
-        max_jacobian_bytes: Bytes of blocks of J and Jdot held at a time.
+        example_chunk: Examples differentiated together, see `kernel_dense`.
+        max_jacobian_bytes: Bytes of blocks of J and Jdot held at a time, see
+            `kernel_dense`.
         jacobian: ``"factored"``, ``"plain"`` or ``"auto"``.
 
     Returns:
@@ -158,8 +156,8 @@ def layer_kernels(
     *,
     layer_of: Callable[[tuple[str, ...]], str] | None = None,
     reduction: Reduction = "mean",
-    example_chunk: int = EXAMPLE_CHUNK,
-    max_jacobian_bytes: int = MAX_JACOBIAN_BYTES,
+    example_chunk: int | None = None,
+    max_jacobian_bytes: int | None = None,
     jacobian: JacobianForm = "auto",
 ) -> dict[str, jax.Array]:
     """Forms every layer's own kernel, ``M_l = (1/K) sum_k J_kl J_kl^T``.
@@ -174,8 +172,8 @@ def layer_kernels(
         layer_of: ``layer_of(path) -> name`` of the layer that a parameter belongs to,
             from the names along its path; the path without its last name if None.
         reduction: ``"mean"`` or ``"stack"``.
-        example_chunk: Examples differentiated together.
-        max_jacobian_bytes: Bytes of blocks of J held at a time.
+        example_chunk: Examples differentiated together, see `kernel_dense`.
+        max_jacobian_bytes: Bytes of blocks of J held at a time, see `kernel_dense`.
         jacobian: ``"factored"``, ``"plain"`` or ``"auto"``.
 
     Returns:
@@ -188,15 +186,55 @@ def layer_kernels(
         Paper 3.2 and A.3, the additive structure.
     """
     options = DenseOptions(reduction, example_chunk, max_jacobian_bytes, jacobian)
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    names = [tuple(_key_name(key) for key in path) for path in paths]
-    labels = [(layer_of or _parent)(name) for name in names]
+    labels = [(layer_of or _parent)(path) for path in parameter_paths(params)]
     matrices = accumulate(error_fn, params, batches, None, labels, options)
     return {label: kernel for label, (kernel,) in matrices.items()}
 
 
-def _key_name(key: Any) -> str:
-    return jax.tree_util.keystr((key,), simple=True)
+def layer_kernels_with_derivative(
+    error_fn: ErrorFn,
+    params: PyTree,
+    batches: PyTree,
+    direction: PyTree,
+    *,
+    layer_of: Callable[[tuple[str, ...]], str] | None = None,
+    reduction: Reduction = "mean",
+    example_chunk: int | None = None,
+    max_jacobian_bytes: int | None = None,
+    jacobian: JacobianForm = "auto",
+) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """Forms every layer's kernel and its derivative, from one pass.
+
+    ``M_l = (1/K) sum_k J_kl J_kl^T`` and ``Mdot_l = (1/K) sum_k (Jdot_kl J_kl^T + J_kl
+    Jdot_kl^T)``, where all parameters move along ``direction``. They add up:
+    ``M = sum_l M_l``, ``Mdot = sum_l Mdot_l``. One pass makes them all, at no more
+    operations than M and Mdot alone.
+
+    Args:
+        error_fn: ``error_fn(params, batch) -> [N, C]``, examples independent.
+        params: Parameters, a pytree of floating arrays.
+        batches: A pytree with leading axes ``[K, N]``.
+        direction: The tangent d, a tree like ``params``.
+        layer_of: As for `layer_kernels`.
+        reduction: ``"mean"`` or ``"stack"``.
+        example_chunk: Examples differentiated together.
+        max_jacobian_bytes: Bytes of blocks of J and Jdot held at a time.
+        jacobian: ``"factored"``, ``"plain"`` or ``"auto"``.
+
+    Returns:
+        ``{name: (M_l, Mdot_l)}``, each ``[n, n]``, in the order of the tree.
+
+    Raises:
+        ValueError: If a shape, tree, dtype, leading axis or choice does not fit.
+
+    References:
+        Paper 3.2 and A.3, the additive structure.
+    """
+    check_same_tree("direction", direction, params, "params")
+    options = DenseOptions(reduction, example_chunk, max_jacobian_bytes, jacobian)
+    labels = [(layer_of or _parent)(path) for path in parameter_paths(params)]
+    matrices = accumulate(error_fn, params, batches, direction, labels, options)
+    return {label: (kernel, moved) for label, (kernel, moved) in matrices.items()}
 
 
 def _parent(path: tuple[str, ...]) -> str:

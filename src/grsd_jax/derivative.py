@@ -12,6 +12,7 @@ from functools import partial, reduce
 import jax
 import jax.numpy as jnp
 
+from grsd_jax._arrays import is_traced
 from grsd_jax._checks import (
     check_at_least,
     check_batches,
@@ -25,7 +26,6 @@ from grsd_jax._jacobian import (
     PlainDerivative,
     as_pytree,
     check_problem,
-    is_traced,
     linearize,
     split_batches,
 )
@@ -33,6 +33,7 @@ from grsd_jax._typing import Derivative, ErrorFn, LossFn, PyTree, Reduction
 from grsd_jax.factored import JacobianForm, factorize_with_derivative, uses_factors
 from grsd_jax.kernel import (
     REDUCTIONS,
+    by_chunks,
     join_block,
     kernel_matmat,
     split_block,
@@ -125,23 +126,21 @@ def kernel_derivative(
     error = check_problem(error_fn, params, batches)
     copies = check_batches(batches)[0] if reduction == "stack" else 1
     split_block("vectors", vectors, copies, error)
-    direction = _like(direction, params)
+    direction = like_params(direction, params)
 
-    by_chunks = partial(
-        _by_chunks,
+    chunked = partial(
+        by_chunks,
         vectors=vectors,
         width=column_chunk or vectors.shape[1],
         mapped=is_traced((params, batches, direction, vectors)),
     )
     if method == "finite_difference":
 
-        def difference(block: jax.Array) -> jax.Array:
-            def product(p: PyTree) -> jax.Array:
-                return kernel_matmat(error_fn, p, batches, block, reduction=reduction)
+        def product(p: PyTree, block: jax.Array) -> jax.Array:
+            return kernel_matmat(error_fn, p, batches, block, reduction=reduction)
 
-            return central_difference(product, params, direction, step=step)
-
-        projected = _project(vectors, by_chunks(difference))
+        moved = chunked(difference_of(product, params, direction, step))
+        projected = project(vectors, moved)
         return (projected + projected.T) / 2
 
     if jacobian == "auto" and vectors.shape[1] <= _FEW_COLUMNS * error.shape[1]:
@@ -157,8 +156,8 @@ def kernel_derivative(
             parts = split_block("vectors", block, copies, error)
             return _half_product(pairs(), parts)
 
-        moved.append(by_chunks(half))
-    projected = _project(vectors, reduce(jnp.add, moved) / len(spaces))
+        moved.append(chunked(half))
+    projected = project(vectors, reduce(jnp.add, moved) / len(spaces))
     return projected + projected.T
 
 
@@ -193,8 +192,7 @@ def central_difference(
     """
     check_same_tree("direction", direction, params, "params")
     if step is None:
-        dtype = jnp.result_type(*jax.tree.leaves(params))
-        step = _BEND * float(jnp.finfo(dtype).eps) ** (1 / 3)
+        step = default_step(jnp.result_type(*jax.tree.leaves(params)))
     check_positive("step", step)
     size, speed = _norm(params), _norm(direction)
     usable = (size > 0) & (speed > 0)
@@ -213,7 +211,25 @@ def central_difference(
     return (forward - backward) / (2 * h).astype(forward.dtype)
 
 
-def _project(vectors: jax.Array, columns: jax.Array) -> jax.Array:
+def default_step(dtype: jax.typing.DTypeLike) -> float:
+    """Returns the relative step of a central difference where none is given."""
+    return _BEND * float(jnp.finfo(dtype).eps) ** (1 / 3)
+
+
+def difference_of(
+    product: Callable[[PyTree, jax.Array], jax.Array],
+    params: PyTree,
+    direction: PyTree,
+    step: float | None,
+) -> Callable[[jax.Array], jax.Array]:
+    """Returns ``V -> (M(theta + h d) V - M(theta - h d) V) / 2h`` of a product."""
+    return lambda block: central_difference(
+        lambda p: product(p, block), params, direction, step=step
+    )
+
+
+def project(vectors: jax.Array, columns: jax.Array) -> jax.Array:
+    """Computes ``V^T W``."""
     return jnp.matmul(vectors.T, columns, precision=_HIGHEST)
 
 
@@ -257,30 +273,6 @@ def _half_product(
     return join_block([derivative.push(tangents) for derivative in derivatives])
 
 
-def _by_chunks(
-    product: Callable[[jax.Array], jax.Array],
-    *,
-    vectors: jax.Array,
-    width: int,
-    mapped: bool,
-) -> jax.Array:
-    """Applies ``product`` to ``width`` columns at a time, one compiled program.
-
-    Eager calls loop in Python, since convolutions in an XLA:CPU loop body are slow; in
-    a traced call the chunks are mapped, so that the program does not grow with them.
-    """
-    num_columns = vectors.shape[1]
-    num_chunks = -(-num_columns // width)
-    padding = num_chunks * width - num_columns
-    padded = jnp.pad(vectors, ((0, 0), (0, padding)))
-    chunks = jnp.moveaxis(padded.reshape(-1, num_chunks, width), 1, 0)
-    if mapped and num_chunks > 1:
-        products = jax.lax.map(product, chunks)
-    else:
-        products = jnp.stack([product(chunk) for chunk in chunks])
-    return jnp.moveaxis(products, 0, 1).reshape(padded.shape)[:, :num_columns]
-
-
 @jax.jit
 def _loss_gradient(loss_fn: LossFn, params: PyTree, batch: PyTree) -> PyTree:
     loss = jax.eval_shape(loss_fn, params, batch)
@@ -292,7 +284,7 @@ def _loss_gradient(loss_fn: LossFn, params: PyTree, batch: PyTree) -> PyTree:
     return jax.grad(loss_fn)(params, batch)
 
 
-def _like(direction: PyTree, params: PyTree) -> PyTree:
+def like_params(direction: PyTree, params: PyTree) -> PyTree:
     """Gives the leaves of ``direction`` the dtypes of ``params``."""
     return jax.tree.map(
         lambda d, p: jnp.asarray(d).astype(jnp.result_type(p)), direction, params

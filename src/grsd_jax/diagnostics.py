@@ -130,7 +130,7 @@ def diagnose(
     shells = log_shells(pairs.values, num_shells, mask=resolved)
 
     literal, renormalized = (
-        _toeplitz_diagnostics(
+        toeplitz_diagnostics(
             shell_coupling(
                 coupling,
                 pairs.values,
@@ -173,7 +173,8 @@ def diagnose(
     )
 
 
-def _toeplitz_diagnostics(binned: ShellCoupling, window: int) -> ToeplitzDiagnostics:
+def toeplitz_diagnostics(binned: ShellCoupling, window: int) -> ToeplitzDiagnostics:
+    """Computes the Toeplitz residuals of a coupling, whole and in sliding windows."""
     matrix, mask = binned
     return ToeplitzDiagnostics(
         coupling=binned,

@@ -94,6 +94,24 @@ class ShellDynamics(NamedTuple):
     finite: jax.Array
 
 
+class _Modes(NamedTuple):
+    """Eigenpairs seen from the error: values, g, its rate, and their coupling."""
+
+    values: jax.Array
+    projections: jax.Array
+    rates: jax.Array
+    coupling: jax.Array
+
+
+class _Exchange(NamedTuple):
+    """What shells gain from each other; the fields as in `ShellDynamics`."""
+
+    transfers: jax.Array
+    leak: jax.Array
+    ambiguous_rate: jax.Array
+    num_ambiguous: jax.Array
+
+
 def eigenvalue_drift(coupling: jax.typing.ArrayLike) -> jax.Array:
     r"""Returns ``d lambda_i / dt``, the diagonal of the coupling.
 
@@ -223,61 +241,44 @@ def shell_dynamics(
     dtype = jnp.result_type(values, projections, coupling)
     values, projections = values.astype(dtype), projections.astype(dtype)
     rates = _rates(values, projections, loss_constant, rate_projections)
+    modes, finite = _leave_out(
+        _Modes(values, projections, rates, coupling.astype(dtype))
+    )
 
-    usable = jnp.isfinite(values) & jnp.isfinite(projections) & jnp.isfinite(rates)
-    clean = jnp.isfinite(coupling) & usable[:, None] & usable[None, :]
-    values = jnp.where(usable, values, 0)
-    projections = jnp.where(usable, projections, 0)
-    rates = jnp.where(usable, rates, 0)
-    coupling = jnp.where(clean, coupling.astype(dtype), 0)
-
-    index = jnp.where(usable, shells.index, -1)
+    index = shells.index
     member = index[:, None] == jnp.arange(num_shells, dtype=index.dtype)[None, :]
     weights = member.astype(dtype)
-    energies = _dot(weights.T, jnp.square(projections))
-    dissipation = -2 * _dot(weights.T, projections * rates)
-
-    rotation = basis_rotation(values, coupling, gap=gap)
-    products = 2 * projections[:, None] * projections[None, :]
-    gains = _dot(weights.T, products * rotation.matrix.T)
-    transfers = _dot(gains, weights)
-    transfers = (transfers - transfers.T) / 2  # equal up to the rounding of the sums
-    outside = (index < 0).astype(dtype)
-    leak = _dot(gains, outside)
-    cut = rotation.clusters[:, None] == rotation.clusters[None, :]
-    cut &= index[:, None] != index[None, :]
-    tolerance = _tolerance(values, gap)
-    exchanged = jnp.abs(products * coupling) / jnp.where(tolerance > 0, tolerance, 1)
-    ambiguous = _dot(weights.T, jnp.sum(jnp.where(cut, exchanged, 0), axis=1))
-
-    everything = jnp.sum(jnp.square(projections))
-    spent = -2 * jnp.sum(projections * rates)
-    total, lost = everything, spent
+    total = jnp.sum(jnp.square(modes.projections))
+    lost = -2 * jnp.sum(modes.projections * modes.rates)
     if total_energy is not None:
         total = as_scalar("total_energy", total_energy, dtype)
     if total_dissipation is not None:
         lost = as_scalar("total_dissipation", total_dissipation, dtype)
-    flux, nearest_flux, share = _fluxes(transfers)
-    edge_density, velocity, velocity_mask = _velocity(energies, flux, shells.edges)
+    energies = _dot(weights.T, jnp.square(modes.projections))
+    dissipation = -2 * _dot(weights.T, modes.projections * modes.rates)
+    exchange = _exchange(modes, index, weights, gap)
+    flux, nearest_flux, share = _fluxes(exchange.transfers)
+    edge_density = _edge_density(energies, shells.edges)
+    gained = jnp.sum(exchange.transfers, axis=1) + exchange.leak
     return ShellDynamics(
         energies=energies,
         density=energies / jnp.diff(shells.edges).astype(dtype),
         dissipation=dissipation,
-        transfers=transfers,
-        leak=leak,
-        energy_rate=jnp.sum(transfers, axis=1) + leak - dissipation,
+        transfers=exchange.transfers,
+        leak=exchange.leak,
+        energy_rate=gained - dissipation,
         flux=flux,
         nearest_flux=nearest_flux,
         non_adjacent_share=share,
         edge_density=edge_density,
-        velocity=velocity,
+        velocity=ratio(flux, edge_density),
         mask=jnp.any(member, axis=0),
-        velocity_mask=velocity_mask,
+        velocity_mask=edge_density > 0,
         unresolved_energy=total - jnp.sum(energies),
         unresolved_dissipation=lost - jnp.sum(dissipation),
-        ambiguous_rate=ambiguous,
-        num_ambiguous=jnp.sum(jnp.any(cut, axis=1), dtype=jnp.int32),
-        finite=jnp.all(clean) & jnp.isfinite(total) & jnp.isfinite(lost),
+        ambiguous_rate=exchange.ambiguous_rate,
+        num_ambiguous=exchange.num_ambiguous,
+        finite=finite & jnp.isfinite(total) & jnp.isfinite(lost),
     )
 
 
@@ -305,6 +306,40 @@ def _rates(
         )
     constant = as_scalar("loss_constant", loss_constant, values.dtype)
     return -constant * values * projections
+
+
+def _leave_out(modes: _Modes) -> tuple[_Modes, jax.Array]:
+    """Returns the modes with zeros for what is not finite, and whether all of it is."""
+    values, projections, rates, coupling = modes
+    usable = jnp.isfinite(values) & jnp.isfinite(projections) & jnp.isfinite(rates)
+    clean = jnp.isfinite(coupling) & usable[:, None] & usable[None, :]
+    kept = _Modes(
+        values=jnp.where(usable, values, 0),
+        projections=jnp.where(usable, projections, 0),
+        rates=jnp.where(usable, rates, 0),
+        coupling=jnp.where(clean, coupling, 0),
+    )
+    return kept, jnp.all(clean)
+
+
+def _exchange(
+    modes: _Modes, index: jax.Array, weights: jax.Array, gap: float | None
+) -> _Exchange:
+    """Sums what pairs gain from each other over the shells they are in."""
+    rotation = basis_rotation(modes.values, modes.coupling, gap=gap)
+    products = 2 * modes.projections[:, None] * modes.projections[None, :]
+    gains = _dot(weights.T, products * rotation.matrix.T)
+    transfers = _dot(gains, weights)
+    cut = rotation.clusters[:, None] == rotation.clusters[None, :]
+    cut &= index[:, None] != index[None, :]
+    tolerance = _tolerance(modes.values, gap)
+    sizes = jnp.abs(products * modes.coupling) / jnp.where(tolerance > 0, tolerance, 1)
+    return _Exchange(
+        transfers=(transfers - transfers.T) / 2,  # equal up to the rounding of the sums
+        leak=_dot(gains, (index < 0).astype(gains.dtype)),
+        ambiguous_rate=_dot(weights.T, jnp.sum(jnp.where(cut, sizes, 0), axis=1)),
+        num_ambiguous=jnp.sum(jnp.any(cut, axis=1), dtype=jnp.int32),
+    )
 
 
 def _tolerance(values: jax.Array, gap: float | None) -> jax.Array:
@@ -337,15 +372,12 @@ def _fluxes(transfers: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return flux, jnp.diagonal(transfers, offset=-1), share
 
 
-def _velocity(
-    energies: jax.Array, flux: jax.Array, edges: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns density, velocity and mask at the inner edges."""
+def _edge_density(energies: jax.Array, edges: jax.Array) -> jax.Array:
+    """Returns the densities at the inner edges, the mean of both sides' in log."""
     edges = edges.astype(energies.dtype)
     log_edges = jnp.log(edges)
     both_widths = log_edges[2:] - log_edges[:-2]
-    density = (energies[:-1] + energies[1:]) / both_widths / edges[1:-1]
-    return density, ratio(flux, density), density > 0
+    return (energies[:-1] + energies[1:]) / both_widths / edges[1:-1]
 
 
 def _dot(left: jax.Array, right: jax.Array) -> jax.Array:

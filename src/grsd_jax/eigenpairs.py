@@ -20,7 +20,7 @@ from grsd_jax._checks import (
 )
 from grsd_jax._typing import Matmat
 from grsd_jax.lanczos import LanczosState, lanczos_block, lanczos_init, lanczos_step
-from grsd_jax.spectrum import _ROUNDING_EPS, default_floor
+from grsd_jax.spectrum import default_floor, rounding_bound
 
 REFERENCES = ("value", "largest")
 
@@ -230,7 +230,7 @@ def _check(
     return _Check(
         values,
         rotation,
-        bounds=residuals + _ROUNDING_EPS * eps * used**0.5 * norm,
+        bounds=residuals + rounding_bound(used, state.basis.dtype) * norm,
         converged=converged & complete,
     )
 

@@ -57,7 +57,7 @@ def squared_error(outputs: jax.Array, targets: jax.typing.ArrayLike) -> jax.Arra
     References:
         Paper 3.1, the setting of the theorem.
     """
-    return outputs - _class_targets(outputs, targets)
+    return outputs - _class_targets(outputs, targets, names=("outputs", "targets"))
 
 
 def output_basis(error: Callable[..., jax.Array], num_outputs: int) -> np.ndarray:
@@ -118,19 +118,25 @@ def half_squared_loss(outputs: jax.Array, targets: jax.typing.ArrayLike) -> jax.
     return jnp.sum(squared_error(outputs, targets) ** 2, axis=-1) / 2
 
 
-def _class_targets(outputs: jax.Array, labels: jax.typing.ArrayLike) -> jax.Array:
+def _class_targets(
+    outputs: jax.Array,
+    labels: jax.typing.ArrayLike,
+    *,
+    names: tuple[str, str] = ("logits", "labels"),
+) -> jax.Array:
     """Returns the targets as ``[N, C]`` in the dtype of the outputs."""
-    check_floating("outputs", outputs)
-    check_shape("outputs", outputs, [None, None])
+    outputs_name, labels_name = names
+    check_floating(outputs_name, outputs)
+    check_shape(outputs_name, outputs, [None, None])
     num_examples, num_classes = outputs.shape
     if jnp.issubdtype(jnp.result_type(labels), jnp.floating):
-        check_shape("labels", labels, [num_examples, num_classes])
+        check_shape(labels_name, labels, [num_examples, num_classes])
         return jnp.asarray(labels).astype(outputs.dtype)
     if np.ndim(labels) == 2:
-        check_shape("labels", labels, [num_examples, num_classes])
+        check_shape(labels_name, labels, [num_examples, num_classes])
         return jnp.asarray(labels).astype(outputs.dtype)
-    check_shape("labels", labels, [num_examples])
-    _check_classes(labels, num_classes)
+    check_shape(labels_name, labels, [num_examples])
+    _check_classes(labels_name, labels, num_classes)
     labels = jnp.asarray(labels)
     one_hot = jax.nn.one_hot(labels, num_classes, dtype=outputs.dtype)
     # one_hot is silently zero out of range; a poisoned row is seen downstream.
@@ -138,13 +144,13 @@ def _class_targets(outputs: jax.Array, labels: jax.typing.ArrayLike) -> jax.Arra
     return jnp.where(valid[:, None], one_hot, jnp.asarray(jnp.nan, outputs.dtype))
 
 
-def _check_classes(labels: jax.typing.ArrayLike, num_classes: int) -> None:
+def _check_classes(name: str, labels: jax.typing.ArrayLike, num_classes: int) -> None:
     try:
         classes = np.asarray(labels)
     except jax.errors.TracerArrayConversionError:
         return
     if classes.size and not (classes.min() >= 0 and classes.max() < num_classes):
         raise ValueError(
-            f"labels: expected classes in [0, {num_classes}), "
+            f"{name}: expected classes in [0, {num_classes}), "
             f"got values from {classes.min()} to {classes.max()}."
         )

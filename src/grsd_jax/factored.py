@@ -10,6 +10,7 @@ tangent kernel"; BackPACK; the captures of K-FAC.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial, reduce
 from typing import Any, Literal, Protocol, TypeGuard, runtime_checkable
 
@@ -20,6 +21,7 @@ import numpy as np
 from grsd_jax._checks import check_choice
 from grsd_jax._jacobian import (
     PlainDerivative,
+    RestrictedErrorFn,
     as_pytree,
     linearize,
 )
@@ -124,6 +126,29 @@ def factorize(
     return _assemble(error_fn, params, batch, blocks, basis)
 
 
+def factorize_by_groups(
+    error_fn: FactoredErrorFn,
+    params: PyTree,
+    batch: PyTree,
+    groups: Sequence[Sequence[int]],
+) -> list[FactoredJacobian]:
+    """Returns the columns of J that belong to each group of parameter leaves.
+
+    Args:
+        error_fn: The error function.
+        params: Parameters.
+        batch: One batch.
+        groups: The positions of each group's leaves; no group is empty.
+
+    Returns:
+        A factored Jacobian for each group, from one set of factors.
+    """
+    blocks, basis = _product_blocks(error_fn, params, batch)
+    return [
+        _assemble(error_fn, params, batch, blocks, basis, group) for group in groups
+    ]
+
+
 def factorize_with_derivative(
     error_fn: FactoredErrorFn, params: PyTree, batch: PyTree, direction: PyTree
 ) -> tuple[FactoredJacobian, FactoredJacobian]:
@@ -208,35 +233,17 @@ def _assemble(
     batch: PyTree,
     blocks: Blocks,
     basis: jax.Array,
+    group: Sequence[int] | None = None,
 ) -> FactoredJacobian:
-    missing = tuple(i for i, block in enumerate(blocks) if block is None)
+    """Puts the blocks of the leaves in ``group``, all of them if None, together."""
+    group = range(len(blocks)) if group is None else group
+    missing = tuple(i for i in group if blocks[i] is None)
     rest = None
     if missing:
-        restricted = _Restricted(as_pytree(error_fn), params, missing)
-        leaves = jax.tree.leaves(params)
-        rest = linearize(restricted, [leaves[i] for i in missing], batch)
-    kept = tuple(block for block in blocks if block is not None)
+        restricted = RestrictedErrorFn(as_pytree(error_fn), params, missing)
+        rest = linearize(restricted, restricted.selected(), batch)
+    kept = tuple(block for i in group if (block := blocks[i]) is not None)
     return FactoredJacobian(kept, basis, rest, missing)
-
-
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["error_fn", "params"],
-    meta_fields=["indices"],
-)
-@dataclasses.dataclass(frozen=True)
-class _Restricted:
-    """The error as a function of some of the parameter leaves."""
-
-    error_fn: ErrorFn
-    params: PyTree
-    indices: tuple[int, ...]
-
-    def __call__(self, selected: list[jax.Array], batch: PyTree) -> jax.Array:
-        leaves, tree = jax.tree.flatten(self.params)
-        for index, leaf in zip(self.indices, selected, strict=True):
-            leaves[index] = leaf
-        return self.error_fn(jax.tree.unflatten(tree, leaves), batch)
 
 
 @partial(

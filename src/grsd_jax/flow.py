@@ -122,8 +122,9 @@ def effective_time(
     .. math:: \tau(t) = \sum_{s = 0}^{t - 1} \eta(s)
 
     so that a step of plain gradient descent with rate ``eta`` moves the parameters by
-    ``eta`` times the flow's velocity. For momentum without dampening, divide the
-    rate's share by ``1 - momentum``; an adaptive optimiser does not follow the flow.
+    ``eta`` times the flow's velocity. Momentum without dampening, once
+    settled, goes ``1 / (1 - momentum)`` times as far; an adaptive optimiser does not
+    follow the flow.
 
     Args:
         schedule: ``schedule(step) -> learning rate``, such as any optax schedule. It
@@ -145,7 +146,9 @@ def effective_time(
     check_at_least("num_steps", num_steps, 0)
     check_at_least("first_step", first_step, 0)
     steps = first_step + jnp.arange(num_steps, dtype=jnp.int32)
-    rates = jax.vmap(lambda step: jnp.asarray(schedule(step)))(steps)
+    # A schedule is the caller's code, and optax's mix dtypes.
+    with jax.numpy_dtype_promotion("standard"):
+        rates = jax.vmap(lambda step: jnp.asarray(schedule(step)))(steps)
     if rates.ndim != 1:
         raise ValueError(
             f"schedule: expected one number for each step, got shape "

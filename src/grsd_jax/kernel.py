@@ -13,10 +13,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grsd_jax._checks import check_batches, check_choice, check_shape
-from grsd_jax._jacobian import Jacobian, check_problem, linearize, split_batches
+from grsd_jax._arrays import is_traced
+from grsd_jax._checks import (
+    check_at_least,
+    check_batches,
+    check_choice,
+    check_same_tree,
+    check_shape,
+)
+from grsd_jax._jacobian import (
+    Jacobian,
+    PlainDerivative,
+    RestrictedErrorFn,
+    as_pytree,
+    check_problem,
+    linearize,
+    split_batches,
+)
 from grsd_jax._typing import ErrorFn, PyTree, Reduction
-from grsd_jax.factored import JacobianForm, factorize, uses_factors
+from grsd_jax.blocks import ParameterBlocks, check_blocks
+from grsd_jax.factored import (
+    JacobianForm,
+    factorize,
+    factorize_by_groups,
+    uses_factors,
+)
 
 REDUCTIONS = ("mean", "stack")
 
@@ -28,6 +49,7 @@ def kernel_matmat(
     block: jax.Array,
     *,
     reduction: Reduction = "mean",
+    column_chunk: int | None = None,
 ) -> jax.Array:
     """Applies the kernel to a block of columns, ``M V``, without forming it.
 
@@ -43,6 +65,7 @@ def kernel_matmat(
         block: Columns V, ``[n, b]``, ``n = N C`` (``mean``) or ``K N C`` (``stack``),
             in the dtype of the error.
         reduction: ``"mean"`` or ``"stack"``.
+        column_chunk: Columns taken at a time, which bounds memory; all if None.
 
     Returns:
         ``M V``, ``[n, b]``, in the squared units of ``de/dtheta``.
@@ -60,7 +83,15 @@ def kernel_matmat(
     def jacobians() -> Iterable[Jacobian]:
         return (linearize(error_fn, params, batch) for batch in parts)
 
-    return _matmat(jacobians, len(parts), error, block, reduction)
+    def product(columns: jax.Array) -> jax.Array:
+        return _matmat(jacobians, len(parts), error, columns, reduction)
+
+    if column_chunk is None:
+        return product(block)
+    check_at_least("column_chunk", column_chunk, 1)
+    check_shape("block", block, [None, None])
+    traced = is_traced((params, batches, block))
+    return by_chunks(product, vectors=block, width=column_chunk, mapped=traced)
 
 
 @partial(
@@ -160,6 +191,97 @@ def linearize_kernel(
     return LinearizedKernel(tuple(jacobians), error, reduction)
 
 
+def linearize_block_kernels(
+    error_fn: ErrorFn,
+    params: PyTree,
+    batches: PyTree,
+    blocks: ParameterBlocks,
+    *,
+    reduction: Reduction = "mean",
+    jacobian: JacobianForm = "auto",
+) -> tuple[LinearizedKernel, ...]:
+    """Linearises the kernel of every block of parameters, ``M_l = J_l J_l^T``.
+
+    They add up to M. In the factored form all come from one set of factors; in the
+    plain form each is linearised in its own parameters, the others held fixed.
+
+    Args:
+        error_fn: ``error_fn(params, batch) -> [N, C]``.
+        params: Parameters, a pytree of floating arrays.
+        batches: A pytree with leading axes ``[K, N]``.
+        blocks: The partition, L blocks.
+        reduction: ``"mean"`` or ``"stack"``.
+        jacobian: ``"factored"``, ``"plain"`` or ``"auto"``; see `linearize_kernel`.
+
+    Returns:
+        L kernels, in the order of the blocks.
+
+    Raises:
+        ValueError: If a shape, dtype, leading axis or choice does not fit, or
+            ``blocks`` is not a partition of ``params``.
+
+    References:
+        Paper 4.1, the additive operator.
+    """
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_blocks(blocks, params)
+    error = check_problem(error_fn, params, batches)
+    groups = [blocks.leaves_of(block) for block in range(len(blocks.names))]
+    by_batch: list[list[Jacobian]] = []
+    for batch in split_batches(batches):
+        if uses_factors(error_fn, jacobian):
+            by_batch.append([*factorize_by_groups(error_fn, params, batch, groups)])
+        else:
+            fn = as_pytree(error_fn)
+            parts = [RestrictedErrorFn(fn, params, group) for group in groups]
+            by_batch.append([linearize(fn, fn.selected(), batch) for fn in parts])
+    return tuple(
+        LinearizedKernel(jacobians, error, reduction)
+        for jacobians in zip(*by_batch, strict=True)
+    )
+
+
+def linearize_derivative(
+    error_fn: ErrorFn,
+    params: PyTree,
+    batches: PyTree,
+    direction: PyTree,
+    *,
+    reduction: Reduction = "mean",
+) -> LinearizedKernel:
+    """Returns the Gram operator of the Jacobian's derivative, ``Jdot Jdot^T``.
+
+    ``Jdot = d/ds J(theta + s d)`` at ``s = 0``. Its largest eigenvalue is
+    ``|Jdot|_op^2``, its trace ``|Jdot|_F^2``. Nothing is held: each product passes
+    through the network twice, by a JVP of a VJP and back.
+
+    Args:
+        error_fn: ``error_fn(params, batch) -> [N, C]``.
+        params: Parameters, a pytree of floating arrays.
+        batches: A pytree with leading axes ``[K, N]``.
+        direction: The tangent d, a tree like ``params``.
+        reduction: ``"mean"`` or ``"stack"``.
+
+    Returns:
+        A `LinearizedKernel` whose ``matmat`` applies ``Jdot Jdot^T``.
+
+    Raises:
+        ValueError: If a shape, tree, dtype, leading axis or choice does not fit.
+
+    References:
+        Paper 3.2, Condition 3.
+    """
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_same_tree("direction", direction, params, "params")
+    error = check_problem(error_fn, params, batches)
+    fn = as_pytree(error_fn)
+    derivatives = tuple(
+        PlainDerivative(fn, params, batch, direction)
+        for batch in split_batches(batches)
+    )
+    return LinearizedKernel(derivatives, error, reduction)
+
+
 def error_dimension(
     error_fn: ErrorFn, params: PyTree, batches: PyTree, *, reduction: Reduction = "mean"
 ) -> int:
@@ -207,12 +329,40 @@ def stacked_pull(jacobians: Iterable[Jacobian], parts: list[jax.Array]) -> PyTre
     )
 
 
+def by_chunks(
+    product: Callable[[jax.Array], jax.Array],
+    *,
+    vectors: jax.Array,
+    width: int,
+    mapped: bool,
+) -> jax.Array:
+    """Applies ``product`` to ``width`` columns at a time, one compiled program.
+
+    Eager calls loop in Python, since convolutions in an XLA:CPU loop body are slow; in
+    a traced call the chunks are mapped, so that the program does not grow with them.
+    """
+    num_columns = vectors.shape[1]
+    if width >= num_columns:
+        return product(vectors)
+    num_chunks = -(-num_columns // width)
+    padding = num_chunks * width - num_columns
+    padded = jnp.pad(vectors, ((0, 0), (0, padding)))
+    chunks = jnp.moveaxis(padded.reshape(-1, num_chunks, width), 1, 0)
+    if mapped:
+        products = jax.lax.map(product, chunks)
+    else:
+        # By index, since an array across processes cannot be iterated.
+        products = jnp.stack([product(chunks[i]) for i in range(num_chunks)])
+    return jnp.moveaxis(products, 0, 1).reshape(padded.shape)[:, :num_columns]
+
+
 def split_block(
     name: str, block: jax.Array, copies: int, error: jax.ShapeDtypeStruct
 ) -> list[jax.Array]:
     """Splits columns ``[copies N C, b]`` into arrays ``[N, C, b]``."""
     size = copies * int(np.prod(error.shape))
     check_shape(name, block, [size, None])
+    check_at_least(f"{name}.shape[1]", block.shape[1], 1)
     if jnp.result_type(block) != error.dtype:
         raise ValueError(
             f"{name}: expected dtype {error.dtype}, that of the error, "

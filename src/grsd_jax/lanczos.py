@@ -12,12 +12,14 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
+from grsd_jax._arrays import is_traced
 from grsd_jax._checks import (
     check_at_least,
     check_choice,
-    check_floating,
     check_shape,
+    check_single_or_double,
 )
 from grsd_jax._typing import Matmat
 
@@ -105,6 +107,7 @@ def block_lanczos(
     Args:
         matmat: ``M V`` for a block ``[n, b]``; linear, symmetric, of the block's dtype.
         start_block: ``[n, b]``, orthonormalised here; Gaussian for unbiased quadrature.
+            The basis lies on the devices of a mesh as this block does.
         num_steps: m, the number of products.
         key: Consumed for the random replacements of dead directions.
         driver: ``"scan"`` runs `lax.scan` and composes with `jit`; ``"host"`` loops in
@@ -162,7 +165,7 @@ def lanczos_init(
         ValueError: If the block is wider than n, or a shape or dtype does not fit.
     """
     check_shape("start_block", start_block, [None, None])
-    check_floating("start_block", start_block)
+    check_single_or_double("start_block", jnp.result_type(start_block))
     check_at_least("num_steps", num_steps, 1)
     size, width = start_block.shape
     if not 1 <= width <= size:
@@ -171,14 +174,14 @@ def lanczos_init(
         )
     start_block = jnp.asarray(start_block)
     columns, dtype = (num_steps + 1) * width, start_block.dtype
-    basis = jnp.zeros((size, columns), dtype)
+    basis = jnp.zeros((size, columns), dtype, device=_sharding(start_block))
     scale = jnp.max(_norms(start_block))
     first, _, live = _next_block(
         basis, start_block, scale, jnp.int32(0), jax.random.fold_in(key, num_steps)
     )
     counts = jnp.zeros(num_steps + 1, jnp.int32).at[0].set(live)
     return LanczosState(
-        basis=basis.at[:, :width].set(first),
+        basis=jax.device_put(basis.at[:, :width].set(first), _sharding(start_block)),
         tridiagonal=jnp.zeros((columns, columns), dtype),
         live_counts=counts,
         step=jnp.int32(0),
@@ -284,6 +287,12 @@ def lanczos_finish(state: LanczosState, width: int) -> LanczosResult:
         asymmetry=state.asymmetry,
         finite=state.finite,
     )
+
+
+def _sharding(block: jax.Array) -> NamedSharding | None:
+    """Returns how a block lies on a mesh, None if it does not or is abstract."""
+    sharding = None if is_traced(block) else block.sharding
+    return sharding if isinstance(sharding, NamedSharding) else None
 
 
 _jitted_step = jax.jit(lanczos_step)

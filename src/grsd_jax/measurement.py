@@ -11,44 +11,29 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from grsd_jax._arrays import is_traced
 from grsd_jax._checks import (
     check_at_least,
     check_choice,
+    check_positive,
     check_same_tree,
 )
-from grsd_jax._jacobian import check_problem, evaluate, is_traced, split_batches
-from grsd_jax._typing import Derivative, ErrorFn, Matmat, PyTree, Reduction
+from grsd_jax._jacobian import check_problem, evaluate, split_batches
+from grsd_jax._problem import Problem
+from grsd_jax._typing import Derivative, ErrorFn, PyTree, Reduction
 from grsd_jax.dense import kernel_dense, kernel_with_derivative_dense
-from grsd_jax.derivative import DERIVATIVES, central_difference, kernel_derivative
+from grsd_jax.derivative import DERIVATIVES, central_difference
 from grsd_jax.diagnostics import CouplingMeasurement, diagnose
 from grsd_jax.factored import JacobianForm, uses_factors
-from grsd_jax.kernel import (
-    REDUCTIONS,
-    error_dimension,
-    kernel_matmat,
-    linearize_kernel,
-)
+from grsd_jax.kernel import REDUCTIONS, error_dimension
 from grsd_jax.lanczos import LanczosResult, block_lanczos
 from grsd_jax.memory import default_bytes, naming_what_to_lower
-from grsd_jax.solvers import SOLVERS, choose_solver, class_sums_vanish, held_bytes
-from grsd_jax.spectrum import RitzPairs, resolved_pairs, ritz_pairs
+from grsd_jax.solvers import SOLVERS, choose_solver, class_sums_vanish
+from grsd_jax.spectrum import RitzPairs, resolved_pairs, ritz_pairs, rounding_bound
 
 _HIGHEST = jax.lax.Precision.HIGHEST
-
-
-class _Problem(NamedTuple):
-    """What every solver is given; ``jacobian`` is resolved, never ``"auto"``."""
-
-    error_fn: ErrorFn
-    params: PyTree
-    batches: PyTree
-    direction: PyTree
-    reduction: Reduction
-    derivative: Derivative
-    step: float | None
-    jacobian: JacobianForm
-    max_bytes: int
 
 
 class _Krylov(NamedTuple):
@@ -83,6 +68,7 @@ def measure_coupling(
     num_bootstrap: int = 1000,
     max_bytes: int | None = None,
     progress: Callable[[int], None] | None = None,
+    mesh: Mesh | None = None,
 ) -> CouplingMeasurement:
     """Measures the shell coupling of the kernel's derivative, with its diagnostics.
 
@@ -121,9 +107,13 @@ def measure_coupling(
             half of what is free if None. Lanczos keeps its Jacobian if it fits, and
             linearises anew for every product if not.
         progress: Called with the number of Lanczos steps done; host driver only.
+        mesh: A mesh over whose first axis the examples, and the rows of all vectors,
+            are spread; its D devices must divide N, and the solver is Lanczos. One
+            device if None.
 
     Returns:
-        A `CouplingMeasurement`.
+        A `CouplingMeasurement`; with a mesh, ``vectors`` lie on it by rows and
+        everything else is on every device.
 
     Raises:
         ValueError: If a shape, tree, dtype, leading axis or choice does not fit.
@@ -138,12 +128,19 @@ def measure_coupling(
     check_choice("driver", driver, ("auto", "scan", "host"))
     check_at_least("block_size", block_size, 1)
     check_at_least("num_steps", num_steps, 1)
+    check_at_least("num_shells", num_shells, 1)
     check_at_least("window", window, 1)
+    check_at_least("min_count", min_count, 1)
+    check_at_least("num_bootstrap", num_bootstrap, 0)
+    check_positive("tolerance", tolerance)
+    for name, value in (("floor", floor), ("step", step)):
+        if value is not None:
+            check_positive(name, value)
     if window > num_shells:
         raise ValueError(
             f"window: expected at most num_shells = {num_shells}, got {window}."
         )
-    problem = _Problem(
+    problem = Problem(
         error_fn,
         params,
         batches,
@@ -153,9 +150,13 @@ def measure_coupling(
         step,
         "factored" if uses_factors(error_fn, jacobian) else "plain",
         default_bytes() if max_bytes is None else max_bytes,
+        mesh,
     )
     size = _checked_size(problem, block_size)
-    if solver == "auto":
+    if mesh is not None:
+        check_choice("solver, with a mesh,", solver, ("auto", "lanczos"))
+        problem, solver = problem.placed(), "lanczos"
+    elif solver == "auto":
         solver = choose_solver(
             error_fn,
             params,
@@ -175,7 +176,7 @@ def measure_coupling(
                 problem, krylov, start_key, tolerance, floor
             )
         checks = _cross_checks(problem, pairs, coupling, block_size)
-    finite = _all_finite((coupling, pairs.values, direction)) & _errors_finite(problem)
+    finite = _all_finite((coupling, pairs.values)) & _problem_finite(problem)
     return diagnose(
         pairs,
         coupling,
@@ -189,7 +190,7 @@ def measure_coupling(
     )
 
 
-def _checked_size(problem: _Problem, block_size: int) -> int:
+def _checked_size(problem: Problem, block_size: int) -> int:
     """Returns n, after checking the direction and that a block is not wider than n."""
     check_same_tree("direction", problem.direction, problem.params, "params")
     size = error_dimension(
@@ -204,9 +205,9 @@ def _checked_size(problem: _Problem, block_size: int) -> int:
 
 
 def _dense_pairs(
-    problem: _Problem, tolerance: float, floor: float | None
+    problem: Problem, tolerance: float, floor: float | None
 ) -> tuple[RitzPairs, jax.Array]:
-    """Returns all n eigenpairs and ``V^T Mdot V``, from the dense matrices."""
+    """Returns all n eigenpairs and ``V^T Mdot V``, by the dense solver."""
     fn, params, batches, direction = problem[:4]
     options = {
         "reduction": problem.reduction,
@@ -242,6 +243,7 @@ def diagonalize(
 
     Returns:
         The pairs, and ``V^T Mdot V``; nothing is resolved if a number is not finite.
+        The bounds of the residuals include the rounding of M itself.
     """
     finite = _all_finite((kernel, moved))
     kernel, moved = (jnp.where(finite, matrix, 0) for matrix in (kernel, moved))
@@ -253,11 +255,12 @@ def diagonalize(
     coupling = jnp.matmul(
         vectors.T, jnp.matmul(moved, vectors, precision=_HIGHEST), precision=_HIGHEST
     )
-    return RitzPairs(values, vectors, residuals, resolved & finite), coupling
+    bounds = residuals + rounding_bound(len(values), values.dtype) * jnp.max(values)
+    return RitzPairs(values, vectors, bounds, resolved & finite), coupling
 
 
 def _lanczos_pairs(
-    problem: _Problem,
+    problem: Problem,
     krylov: _Krylov,
     key: jax.Array,
     tolerance: float,
@@ -266,13 +269,13 @@ def _lanczos_pairs(
     """Returns the Ritz pairs and ``V^T Mdot V``, projected b columns at a time."""
     run = _lanczos_run(problem, krylov, key)
     pairs = _ritz_pairs(run, tolerance=tolerance, floor=floor)
-    coupling = _derivative(
-        problem, pairs.vectors, problem.derivative, krylov.block_size
+    coupling = problem.projected_derivative(
+        pairs.vectors, problem.derivative, krylov.block_size
     )
     return pairs, coupling
 
 
-def _lanczos_run(problem: _Problem, krylov: _Krylov, key: jax.Array) -> LanczosResult:
+def _lanczos_run(problem: Problem, krylov: _Krylov, key: jax.Array) -> LanczosResult:
     """Runs block Lanczos from a Gaussian block free of the softmax null space."""
     fn, params, batches = problem[:3]
     traced = is_traced((params, batches))
@@ -290,8 +293,8 @@ def _lanczos_run(problem: _Problem, krylov: _Krylov, key: jax.Array) -> LanczosR
         on_cpu = jax.default_backend() == "cpu"
         driver = "host" if on_cpu and not traced else "scan"
     return block_lanczos(
-        _products(problem),
-        start,
+        problem.products(),
+        problem.by_rows(start),
         krylov.num_steps,
         key=lanczos_key,
         driver=driver,
@@ -299,61 +302,20 @@ def _lanczos_run(problem: _Problem, krylov: _Krylov, key: jax.Array) -> LanczosR
     )
 
 
-def _products(problem: _Problem) -> Matmat:
-    """Returns the products with M: from a held Jacobian if it fits, else anew."""
-    fn, params, batches = problem[:3]
-    forms: tuple[JacobianForm, ...] = (problem.jacobian, "plain")
-    for jacobian in dict.fromkeys(forms):
-        if held_bytes(fn, params, batches, jacobian=jacobian) <= problem.max_bytes:
-            return linearize_kernel(
-                fn, params, batches, reduction=problem.reduction, jacobian=jacobian
-            ).matmat
-    return partial(kernel_matmat, fn, params, batches, reduction=problem.reduction)
-
-
 _ritz_pairs = partial(jax.jit, static_argnames=("tolerance", "floor"))(ritz_pairs)
 
 
-def _derivative(
-    problem: _Problem, vectors: jax.Array, method: Derivative, block_size: int
-) -> jax.Array:
-    """Projects the derivative, ``block_size`` columns at a time."""
-    fn, params, batches, direction = problem[:4]
-    # J and Jdot, of all batches for the stack and of one for the mean.
-    held = 3 * held_bytes(fn, params, batches, jacobian=problem.jacobian)
-    share = jax.tree.leaves(batches)[0].shape[0] if problem.reduction == "mean" else 1
-    fits = held <= share * problem.max_bytes
-    return kernel_derivative(
-        fn,
-        params,
-        batches,
-        direction,
-        vectors,
-        method=method,
-        step=problem.step,
-        reduction=problem.reduction,
-        column_chunk=block_size,
-        jacobian="auto" if fits and problem.jacobian == "factored" else "plain",
-    )
-
-
 def _cross_checks(
-    problem: _Problem, pairs: RitzPairs, coupling: jax.Array, block_size: int
+    problem: Problem, pairs: RitzPairs, coupling: jax.Array, block_size: int
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the secant's and the matrix-free operator's disagreement."""
     leading = pairs.vectors[:, :block_size]
     first = coupling[:block_size, :block_size]
     exact = problem.derivative == "exact"
     other_method: Derivative = "finite_difference" if exact else "exact"
-    other = _derivative(problem, leading, other_method, block_size)
+    other = problem.projected_derivative(leading, other_method, block_size)
     difference = other if exact else first
-    product = kernel_matmat(
-        problem.error_fn,
-        problem.params,
-        problem.batches,
-        leading,
-        reduction=problem.reduction,
-    )
+    product = problem.matmat(leading)
     expected = leading * pairs.values[None, :block_size]
     return (
         _ratio(jnp.linalg.norm(first - other), jnp.linalg.norm(difference)),
@@ -364,12 +326,12 @@ def _cross_checks(
     )
 
 
-def _errors_finite(problem: _Problem) -> jax.Array:
+def _problem_finite(problem: Problem) -> jax.Array:
     errors = [
         evaluate(problem.error_fn, problem.params, batch)
         for batch in split_batches(problem.batches)
     ]
-    return _all_finite((errors, problem.params))
+    return _all_finite((errors, problem.params, problem.direction))
 
 
 def _all_finite(tree: PyTree) -> jax.Array:

@@ -17,19 +17,19 @@ import numpy as np
 
 from grsd_jax._checks import check_at_least, check_choice
 from grsd_jax._typing import ErrorFn, LossFn, PyTree
+from grsd_jax.blocks import ParameterBlocks, partition_by_prefix
 from grsd_jax.errors import output_basis, softmax_cross_entropy, softmax_error
 from grsd_jax.factors import Factor
 
 try:
     from flax import linen as nn
 
+    from grsd_jax.linen_checks import ACTIVATIONS, refuse_coupled_examples
     from grsd_jax.linen_factors import linen_factors
 except ImportError as error:
     raise ImportError(
         "grsd_jax.models needs flax; install it with: pip install 'grsd-jax[models]'"
     ) from error
-
-ACTIVATIONS = ("relu", "gelu", "silu", "softplus", "tanh")
 
 
 class BasicBlock(nn.Module):
@@ -112,6 +112,15 @@ class ResNet(nn.Module):
                 )(x, train=train)
         return nn.Dense(self.num_classes, name="head")(jnp.mean(x, axis=(1, 2)))
 
+    @nn.nowrap
+    def block_prefixes(self) -> dict[str, tuple[str, ...]]:
+        """Returns the blocks by depth, for `depth_blocks`: stem, basic blocks, head."""
+        blocks: dict[str, tuple[str, ...]] = {"stem": ("stem_conv", "stem_norm")}
+        for stage, num_blocks in enumerate(self.stage_sizes, start=1):
+            names = [f"stage{stage}_block{i}" for i in range(1, num_blocks + 1)]
+            blocks.update({name: (name,) for name in names})
+        return {**blocks, "head": ("head",)}
+
 
 def ResNet18(
     num_classes: int = 10, width: int = 64, activation: str = "relu"
@@ -166,6 +175,33 @@ def _network(num_classes: int, width: int, activation: str, residual: bool) -> R
     check_at_least("width", width, 1)
     check_choice("activation", activation, ACTIVATIONS)
     return ResNet(num_classes, width, activation, residual=residual)
+
+
+def depth_blocks(model: nn.Module, params: PyTree) -> ParameterBlocks:
+    """Cuts a model's parameters into blocks by depth, from input to output.
+
+    Every bundled model says how by its method ``block_prefixes()``, which
+    returns ``{block: (path prefixes)}`` in order of depth; so may any other.
+
+    Args:
+        model: A linen module with ``block_prefixes``.
+        params: Its ``params`` collection; shapes alone are enough.
+
+    Returns:
+        The partition.
+
+    Raises:
+        ValueError: If the model has no ``block_prefixes``, or a parameter falls into no
+            block or into two.
+    """
+    prefixes = getattr(model, "block_prefixes", None)
+    if prefixes is None:
+        raise ValueError(
+            "model: expected one with the method block_prefixes(), got "
+            f"{type(model).__name__}; cut its parameters with partition or "
+            "partition_by_prefix."
+        )
+    return partition_by_prefix(params, prefixes())
 
 
 @partial(
@@ -291,6 +327,8 @@ def linen_error_fn(
 
     The module runs in evaluation mode: ``train=False`` where its ``__call__`` takes
     ``train``. With BatchNorm on stored statistics the examples are independent.
+    Calling it with a layer that couples examples or draws random numbers (dropout,
+    BatchNorm on the batch's own statistics) raises ValueError and says why.
 
     Args:
         model: Any linen module that maps images to ``[N, C]``.
@@ -345,4 +383,5 @@ def _apply(
     """Applies the module in evaluation mode."""
     if "train" in inspect.signature(type(model).__call__).parameters:
         options["train"] = False
-    return model.apply({**state, "params": params}, batch["image"], **options)
+    with nn.intercept_methods(refuse_coupled_examples):
+        return model.apply({**state, "params": params}, batch["image"], **options)

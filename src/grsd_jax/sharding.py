@@ -21,70 +21,33 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from grsd_jax._checks import (
-    check_at_least,
-    check_batches,
-    check_choice,
-    check_same_tree,
-    check_shape,
-)
+from grsd_jax._arrays import is_traced
+from grsd_jax._checks import check_at_least, check_choice, check_same_tree
 from grsd_jax._jacobian import (
     Jacobian,
     JacobianMap,
     PlainDerivative,
     as_pytree,
-    check_problem,
     linearize,
     split_batches,
 )
-from grsd_jax._typing import ErrorFn, PyTree, Reduction
+from grsd_jax._mesh import Layout, check_mesh, make_layout
+from grsd_jax._typing import Derivative, ErrorFn, PyTree, Reduction
+from grsd_jax.derivative import (
+    DERIVATIVES,
+    difference_of,
+    like_params,
+    project,
+)
 from grsd_jax.factored import (
     JacobianForm,
     factorize,
     factorize_with_derivative,
     uses_factors,
 )
-from grsd_jax.kernel import REDUCTIONS, join_block, split_block
-
-_HIGHEST = jax.lax.Precision.HIGHEST
-
-
-@dataclasses.dataclass(frozen=True)
-class _Layout:
-    """How examples and rows lie on the mesh; static.
-
-    Attributes:
-        mesh: The mesh.
-        axis: The name of its axis over which the examples are spread.
-        error: Shape ``[N, C]`` and dtype of one batch's error.
-        num_batches: K.
-        reduction: ``"mean"`` or ``"stack"``.
-    """
-
-    mesh: Mesh
-    axis: str
-    error: jax.ShapeDtypeStruct
-    num_batches: int
-    reduction: Reduction
-
-    @property
-    def copies(self) -> int:
-        """How many error spaces of one batch make up the whole."""
-        return self.num_batches if self.reduction == "stack" else 1
-
-    @property
-    def dimension(self) -> int:
-        """The dimension n of the error space."""
-        return self.copies * int(np.prod(self.error.shape))
-
-    @property
-    def local_error(self) -> jax.ShapeDtypeStruct:
-        """Shape ``[N / D, C]`` and dtype of a device's share of one batch's error."""
-        num_examples, num_outputs = self.error.shape
-        share = num_examples // self.mesh.shape[self.axis]
-        return jax.ShapeDtypeStruct((share, num_outputs), self.error.dtype)
+from grsd_jax.kernel import by_chunks, join_block, split_block, sum_trees
 
 
 @partial(
@@ -103,7 +66,7 @@ class ShardedKernel:
     """
 
     jacobians: tuple[Jacobian, ...]
-    layout: _Layout
+    layout: Layout
 
     @property
     def dimension(self) -> int:
@@ -118,7 +81,7 @@ class ShardedKernel:
     @property
     def row_sharding(self) -> NamedSharding:
         """The sharding of columns ``[n, b]``, by rows."""
-        return NamedSharding(self.layout.mesh, PartitionSpec(self.layout.axis))
+        return self.layout.row_sharding
 
     def matmat(self, block: jax.Array) -> jax.Array:
         """Applies the kernel to a block of columns.
@@ -136,11 +99,11 @@ class ShardedKernel:
         Raises:
             ValueError: If the shape or dtype of ``block`` does not fit.
         """
-        _check_columns("block", block, self.layout)
+        self.layout.check_columns("block", block)
         return _kernel_product(self, block)
 
 
-def shard_batches(batches: PyTree, mesh: Mesh, *, axis: str = "examples") -> PyTree:
+def shard_batches(batches: PyTree, mesh: Mesh, *, axis: str | None = None) -> PyTree:
     """Puts batches on a mesh, the examples spread over one of its axes.
 
     With several processes each passes the same batches, and keeps its devices' share.
@@ -149,7 +112,7 @@ def shard_batches(batches: PyTree, mesh: Mesh, *, axis: str = "examples") -> PyT
         batches: A pytree with leading axes ``[K, N]``, N a multiple of the D devices
             along the axis.
         mesh: A mesh.
-        axis: The name of the mesh axis.
+        axis: The name of the mesh axis, the first if None.
 
     Returns:
         The same tree, every leaf sharded as ``PartitionSpec(None, axis)``.
@@ -160,7 +123,7 @@ def shard_batches(batches: PyTree, mesh: Mesh, *, axis: str = "examples") -> PyT
     References:
         Ours.
     """
-    _check_mesh(batches, mesh, axis)
+    axis = check_mesh(batches, mesh, axis)
     return jax.device_put(batches, NamedSharding(mesh, PartitionSpec(None, axis)))
 
 
@@ -170,7 +133,7 @@ def sharded_kernel(
     batches: PyTree,
     mesh: Mesh,
     *,
-    axis: str = "examples",
+    axis: str | None = None,
     reduction: Reduction = "mean",
     jacobian: JacobianForm = "auto",
 ) -> ShardedKernel:
@@ -187,7 +150,7 @@ def sharded_kernel(
         batches: A pytree with leading axes ``[K, N]``, N a multiple of the D devices
             along the axis; see `shard_batches`.
         mesh: A mesh whose axis is of type Auto.
-        axis: The name of the mesh axis.
+        axis: The name of the mesh axis, the first if None.
         reduction: ``"mean"`` or ``"stack"``.
         jacobian: ``"factored"``, ``"plain"`` or ``"auto"``; see `linearize_kernel`.
 
@@ -200,7 +163,7 @@ def sharded_kernel(
     References:
         Paper 7.2 and B.2; the distribution is ours.
     """
-    layout = _layout(error_fn, params, batches, mesh, axis, reduction)
+    layout = make_layout(error_fn, params, batches, mesh, axis, reduction)
     prepare = factorize if uses_factors(error_fn, jacobian) else linearize
     fn = as_pytree(error_fn)
     jacobians = _prepared(prepare, fn, params, batches, (), layout)
@@ -215,15 +178,18 @@ def sharded_kernel_derivative(
     vectors: jax.Array,
     mesh: Mesh,
     *,
-    axis: str = "examples",
+    axis: str | None = None,
+    method: Derivative = "exact",
+    step: float | None = None,
     reduction: Reduction = "mean",
     column_chunk: int | None = None,
     jacobian: JacobianForm = "auto",
 ) -> jax.Array:
-    """Projects the kernel's exact derivative onto columns, ``V^T Mdot V``, on a mesh.
+    """Projects the kernel's derivative onto columns, ``V^T Mdot V``, on a mesh.
 
-    ``A + A^T`` with ``A = (1/K) sum_k V^T Jdot_k G_k`` and ``G_k = J_k^T V``. G is
-    summed over the devices like a product of the kernel, A once more, ``r^2`` numbers.
+    The exact one is ``A + A^T`` with ``A = (1/K) sum_k V^T Jdot_k G_k`` and
+    ``G_k = J_k^T V``. G is summed over the devices like a product of the kernel, A once
+    more, ``r^2`` numbers.
 
     Args:
         error_fn: ``error_fn(params, batch) -> [N, C]``, examples independent.
@@ -232,7 +198,9 @@ def sharded_kernel_derivative(
         direction: The tangent d, a tree like ``params``.
         vectors: Columns V, ``[n, r]``, usually Ritz vectors.
         mesh: A mesh whose axis is of type Auto.
-        axis: The name of the mesh axis.
+        axis: The name of the mesh axis, the first if None.
+        method: ``"exact"`` or ``"finite_difference"``.
+        step: Relative step of the difference; see `kernel_derivative`.
         reduction: ``"mean"`` or ``"stack"``.
         column_chunk: Columns taken at a time, which bounds memory; all if None.
         jacobian: ``"factored"``, ``"plain"`` or ``"auto"``; see `linearize_kernel`.
@@ -247,26 +215,61 @@ def sharded_kernel_derivative(
     References:
         Paper 7.2 and B.5; the exact form and the distribution are ours.
     """
+    check_choice("method", method, DERIVATIVES)
     check_same_tree("direction", direction, params, "params")
     if column_chunk is not None:
         check_at_least("column_chunk", column_chunk, 1)
-    layout = _layout(error_fn, params, batches, mesh, axis, reduction)
-    _check_columns("vectors", vectors, layout)
-    direction = jax.tree.map(
-        lambda d, p: jnp.asarray(d).astype(jnp.result_type(p)), direction, params
+    layout = make_layout(error_fn, params, batches, mesh, axis, reduction)
+    layout.check_columns("vectors", vectors)
+    direction = like_params(direction, params)
+    chunked = partial(
+        by_chunks,
+        vectors=vectors,
+        width=column_chunk or vectors.shape[1],
+        mapped=is_traced((params, batches, direction, vectors)),
     )
+    fn = as_pytree(error_fn)
+    if method == "finite_difference":
+
+        def product(p: PyTree, block: jax.Array) -> jax.Array:
+            jacobians = _prepared(linearize, fn, p, batches, (), layout)
+            return _kernel_product(ShardedKernel(jacobians, layout), block)
+
+        moved = chunked(difference_of(product, params, direction, step))
+        projected = project(vectors, moved)
+        return (projected + projected.T) / 2
+    projected = project(
+        vectors,
+        _moved(error_fn, params, batches, direction, jacobian, layout, chunked),
+    )
+    return projected + projected.T
+
+
+def _moved(
+    error_fn: ErrorFn,
+    params: PyTree,
+    batches: PyTree,
+    direction: PyTree,
+    jacobian: JacobianForm,
+    layout: Layout,
+    chunked: Callable[[Callable[[jax.Array], jax.Array]], jax.Array],
+) -> jax.Array:
+    """Computes ``(1/K) sum_k Jdot_k J_k^T V``, or that of the stack, by rows.
+
+    The mean takes one batch after the other, and holds the factors of one at a time.
+    """
     factored = uses_factors(error_fn, jacobian)
     prepare = factorize_with_derivative if factored else _linearized_pair
     fn = as_pytree(error_fn)
-    pairs = _prepared(prepare, fn, params, batches, (direction,), layout)
-    num_columns = vectors.shape[1]
-    width = column_chunk or num_columns
-    chunks = [
-        _projected(pairs, vectors, vectors[:, first : first + width], layout)
-        for first in range(0, num_columns, width)
-    ]
-    projected = jnp.concatenate(chunks, axis=1)
-    return projected + projected.T
+    num_spaces = 1 if layout.reduction == "stack" else layout.num_batches
+    each = layout.num_batches // num_spaces
+    layout = dataclasses.replace(layout, num_batches=each)
+    moved = []
+    for first in range(0, num_spaces * each, each):
+        space = jax.tree.map(lambda leaf, k=first: leaf[k : k + each], batches)
+        pairs = _prepared(prepare, fn, params, space, (direction,), layout)
+        moved.append(chunked(partial(_half_product, pairs, layout=layout)))
+    return reduce(jnp.add, moved) / num_spaces
 
 
 @partial(jax.jit, static_argnames=("prepare", "layout"))
@@ -276,7 +279,7 @@ def _prepared(
     params: PyTree,
     batches: PyTree,
     direction: tuple[PyTree, ...],
-    layout: _Layout,
+    layout: Layout,
 ) -> tuple[PyTree, ...]:
     """Returns ``prepare(error_fn, params, batch, *direction)`` of each batch's shares.
 
@@ -297,7 +300,7 @@ def _prepared(
         )
     everywhere, examples = PartitionSpec(), PartitionSpec(None, layout.axis)
     specs = (everywhere, everywhere, examples, everywhere)
-    run = _on_devices(local, layout, specs, PartitionSpec(layout.axis))
+    run = layout.on_devices(local, specs, layout.by_rows)
     return run(error_fn, params, batches, direction)
 
 
@@ -317,28 +320,22 @@ def _kernel_product(kernel: ShardedKernel, block: jax.Array) -> jax.Array:
         pairs = [(jacobian, jacobian) for jacobian in _own(jacobians)]
         return _product(pairs, rows, layout)
 
-    by_rows = PartitionSpec(layout.axis)
-    run = _on_devices(local, layout, (by_rows, by_rows), by_rows)
+    run = layout.on_devices(local, (layout.by_rows, layout.by_rows), layout.by_rows)
     return run(kernel.jacobians, block)
 
 
 @partial(jax.jit, static_argnames="layout")
-def _projected(
-    pairs: PyTree, vectors: jax.Array, chunk: jax.Array, layout: _Layout
-) -> jax.Array:
-    """Computes ``V^T Jdot J^T U`` of a chunk U of V's columns."""
+def _half_product(pairs: PyTree, block: jax.Array, *, layout: Layout) -> jax.Array:
+    """Computes ``Jdot J^T V``, by rows."""
 
-    def local(pairs: PyTree, vectors: jax.Array, chunk: jax.Array) -> jax.Array:
-        moved = _product(_own(pairs), chunk, layout)
-        projected = jnp.matmul(vectors.T, moved, precision=_HIGHEST)
-        return jax.lax.psum(projected, layout.axis)
+    def local(pairs: PyTree, rows: jax.Array) -> jax.Array:
+        return _product(_own(pairs), rows, layout)
 
-    by_rows = PartitionSpec(layout.axis)
-    run = _on_devices(local, layout, (by_rows,) * 3, PartitionSpec())
-    return run(pairs, vectors, chunk)
+    run = layout.on_devices(local, (layout.by_rows, layout.by_rows), layout.by_rows)
+    return run(pairs, block)
 
 
-def _product(pairs: Any, rows: jax.Array, layout: _Layout) -> jax.Array:
+def _product(pairs: Any, rows: jax.Array, layout: Layout) -> jax.Array:
     """Computes a device's rows of ``(1/K) sum_k B_k A_k^T V``, or ``B A^T V``.
 
     Args:
@@ -351,22 +348,13 @@ def _product(pairs: Any, rows: jax.Array, layout: _Layout) -> jax.Array:
         shares = [
             pulling.pull(part) for (pulling, _), part in zip(pairs, parts, strict=True)
         ]
-        total = reduce(partial(jax.tree.map, jnp.add), shares)
-        tangents = jax.lax.psum(total, layout.axis)
+        tangents = jax.lax.psum(sum_trees(shares), layout.axis)
         return join_block([pushing.push(tangents) for _, pushing in pairs])
     products = [
         pushing.push(jax.lax.psum(pulling.pull(parts[0]), layout.axis))
         for pulling, pushing in pairs
     ]
-    return join_block([reduce(jnp.add, products) / len(products)])
-
-
-def _on_devices(fn: Any, layout: _Layout, in_specs: Any, out_specs: Any) -> Any:
-    # Unchecked, because the check refuses error functions with a `lax.scan` whose
-    # carry starts as a constant.
-    return jax.shard_map(
-        fn, mesh=layout.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
-    )
+    return join_block([sum_trees(products) / len(products)])
 
 
 def _own(tree: PyTree) -> PyTree:
@@ -374,47 +362,7 @@ def _own(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: leaf[0], tree)
 
 
-def _local_batches(batches: PyTree, layout: _Layout) -> PyTree:
+def _local_batches(batches: PyTree, layout: Layout) -> PyTree:
     """Splits a device's examples into K batches ``[K, N / D, ...]``."""
     leading = (layout.num_batches, layout.local_error.shape[0])
     return jax.tree.map(lambda leaf: leaf.reshape(*leading, *leaf.shape[2:]), batches)
-
-
-def _layout(
-    error_fn: ErrorFn,
-    params: PyTree,
-    batches: PyTree,
-    mesh: Mesh,
-    axis: str,
-    reduction: Reduction,
-) -> _Layout:
-    """Checks the problem and the mesh, and returns the layout."""
-    check_choice("reduction", reduction, REDUCTIONS)
-    error = check_problem(error_fn, params, batches)
-    _check_mesh(batches, mesh, axis)
-    return _Layout(mesh, axis, error, check_batches(batches)[0], reduction)
-
-
-def _check_mesh(batches: PyTree, mesh: Mesh, axis: str) -> None:
-    check_choice("axis", axis, mesh.axis_names)
-    kind = mesh.axis_types[mesh.axis_names.index(axis)]
-    if kind != AxisType.Auto:
-        raise ValueError(
-            f"mesh: expected the axis {axis!r} to be of type Auto, as in "
-            f"jax.make_mesh(shape, names, axis_types=(AxisType.Auto,)), got {kind}."
-        )
-    num_examples, num_devices = check_batches(batches)[1], mesh.shape[axis]
-    if num_examples % num_devices:
-        raise ValueError(
-            f"batches: expected N to be a multiple of the {num_devices} devices along "
-            f"{axis!r}, got N = {num_examples}."
-        )
-
-
-def _check_columns(name: str, columns: jax.Array, layout: _Layout) -> None:
-    check_shape(name, columns, [layout.dimension, None])
-    if jnp.result_type(columns) != layout.error.dtype:
-        raise ValueError(
-            f"{name}: expected dtype {layout.error.dtype}, that of the error, "
-            f"got {jnp.result_type(columns)}."
-        )

@@ -253,9 +253,10 @@ def class_sums_vanish(
 ) -> jax.Array:
     """Finds out whether ``sum_c de_ic / dtheta = 0``, as for a softmax error.
 
-    Then the constant over classes is an exact null vector of M for every example. A
-    random tangent u decides it: ``sum_c (J u)_ic`` vanishes with probability one only
-    if every row sum does.
+    Then the constant over classes is an exact null vector of M for every example. An
+    error function whose outputs lie in fewer directions says so itself. Else a random
+    tangent u decides it: ``sum_c (J u)_ic`` vanishes with probability one only if every
+    row sum does.
 
     Args:
         error_fn: ``error_fn(params, batch) -> [N, C]``.
@@ -269,6 +270,10 @@ def class_sums_vanish(
     References:
         Paper 7.1; the observation is ours.
     """
+    if uses_factors(error_fn, "auto"):
+        num_outputs = check_problem(error_fn, params, batches).shape[1]
+        if error_fn.output_basis(num_outputs).shape[1] < num_outputs:
+            return jnp.asarray(True)
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(key, len(leaves))
     tangent = [

@@ -13,6 +13,7 @@ from typing import Any, Self
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from grsd_jax._typing import PyTree
 from grsd_jax.experiments.config import UserError
@@ -70,6 +71,10 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         """Returns the step of the newest checkpoint, or None if there is none."""
         return self._manager.latest_step()
+
+    def all_steps(self) -> list[int]:
+        """Returns the steps of all checkpoints, ascending."""
+        return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: PyTree) -> None:
         """Writes a checkpoint.
@@ -198,7 +203,11 @@ def _check_matches(where: str, template: PyTree, stored: PyTree) -> None:
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    sharding: jax.sharding.Sharding
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    if jax.process_count() > 1:  # each process needs its own copy
+        everywhere = jax.sharding.Mesh(np.asarray(jax.devices()), ("devices",))
+        sharding = NamedSharding(everywhere, PartitionSpec())
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 

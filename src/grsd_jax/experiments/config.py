@@ -20,7 +20,7 @@ class UserError(ValueError):
 
 
 def _field(default: Any, help_text: str, **checks: Any) -> Any:
-    """Returns a dataclass field; ``checks`` may hold choices, minimum, low, high."""
+    """Returns a dataclass field; checks hold choices, minimum, maximum, low, high."""
     return dataclasses.field(default=default, metadata={"help": help_text, **checks})
 
 
@@ -38,7 +38,10 @@ class Config:
     )
     workdir: str = _field("runs/default", "Folder for everything that is written.")
     seed: int = _field(
-        0, "Seed of the initial weights, the order and the measured batches.", minimum=0
+        0,
+        "Seed of the initial weights, the order and the measured batches.",
+        minimum=0,
+        maximum=2**32 - 1,
     )
     model: str = _field(
         "resnet18", "Network to train.", choices=("resnet18", "plainnet18")
@@ -62,6 +65,9 @@ class Config:
         "initial value is --learning_rate, and of decay_steps the whole training.",
     )
     checkpoint_every: int = _field(200, "Steps between checkpoints.", minimum=1)
+    keep_checkpoints: int = _field(
+        2, "Newest checkpoints that stay; the conditions need several.", minimum=1
+    )
     log_every: int = _field(20, "Steps between lines of metrics.", minimum=1)
     record_every: int = _field(10, "Steps between records of the probe.", minimum=1)
     batch_size: int = _field(32, "Examples N in one measured batch.", minimum=1)
@@ -154,8 +160,14 @@ def check_field(field: dataclasses.Field, value: Any) -> None:
             check_choice(flag, value, checks["choices"])
         if "minimum" in checks:
             check_at_least(flag, value, checks["minimum"])
+        if "maximum" in checks and value > checks["maximum"]:
+            raise UserError(
+                f"{flag}: expected an integer <= {checks['maximum']}, got {value}."
+            )
         if "each" in checks:
             _check_each(flag, value, checks["each"])
+        if "each_above" in checks:
+            _check_each_number(flag, value, checks["each_above"])
     except ValueError as error:
         raise UserError(str(error)) from None
     if "low" in checks:
@@ -215,3 +227,11 @@ def _check_each(flag: str, value: Any, options: tuple[str, ...]) -> None:
         )
     for entry in value:
         check_choice(flag, entry, options)
+
+
+def _check_each_number(flag: str, value: Any, low: float) -> None:
+    good = isinstance(value, tuple) and bool(value) and len(set(value)) == len(value)
+    if not good or not all(low < entry < math.inf for entry in value):
+        raise UserError(
+            f"{flag}: expected a list of different numbers > {low:g}, got {value!r}."
+        )

@@ -44,7 +44,7 @@ _STYLE = {
 }
 
 #: Width of a page's text, in inches.
-WIDTH = 6.9
+PAGE_WIDTH = 6.9
 
 #: Colour, marker and line of each network and protocol (Okabe and Ito's palette).
 LOOKS = {
@@ -152,7 +152,7 @@ def _grid(
     """Returns a page-wide figure with one panel for each measurement."""
     columns = min(num_panels, 2)
     rows = math.ceil(num_panels / columns)
-    width = WIDTH if columns > 1 else 0.58 * WIDTH
+    width = PAGE_WIDTH if columns > 1 else 0.58 * PAGE_WIDTH
     figure = Figure(figsize=(width, height * rows), layout="constrained")
     axes = figure.subplots(rows, columns, sharex=share, sharey=share, squeeze=False)
     flat = list(axes.flat)
@@ -229,7 +229,7 @@ def _fit_text(entry: Entry, name: str) -> str:
 
 def _toeplitz_residual(panels: Sequence[_Panel]) -> Figure:
     """Figure 2: the Toeplitz residual of each window against its position."""
-    figure = Figure(figsize=(WIDTH, 2.8), layout="constrained")
+    figure = Figure(figsize=(PAGE_WIDTH, 2.8), layout="constrained")
     axes = figure.subplots(1, 2, sharex=True, sharey=True)
     for axis, (kind, (title, formula)) in zip(axes, _KINDS.items(), strict=True):
         axis.set_title(f"{title}, {formula}")

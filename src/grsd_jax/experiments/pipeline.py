@@ -5,32 +5,47 @@ figures and tables are made from these two files alone.
 """
 
 import dataclasses
+import json
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from grsd_jax import models
 from grsd_jax._typing import PyTree
 from grsd_jax.derivative import gradient_flow_direction
-from grsd_jax.diagnostics import CouplingMeasurement, ToeplitzDiagnostics
-from grsd_jax.experiments import records
+from grsd_jax.experiments import devices, estimates, records
 from grsd_jax.experiments.checkpoints import restore_latest
 from grsd_jax.experiments.config import Config, UserError
 from grsd_jax.experiments.data import Dataset, evaluation_batches
+from grsd_jax.experiments.entries import (
+    THRESHOLDS,
+    Arrays,
+    fetched,
+    measurement_arrays,
+    measurement_entry,
+)
 from grsd_jax.experiments.steps import make_optimizer, state_template
-from grsd_jax.experiments.training import evaluate, recalibrate_batch_stats, train
+from grsd_jax.experiments.training import (
+    check_same_run,
+    evaluate,
+    recalibrate_batch_stats,
+    train,
+)
 from grsd_jax.measurement import measure_coupling
-from grsd_jax.power_law import PowerLawFit
+from grsd_jax.sharding import shard_batches
 
 MAKE_MODEL = {"resnet18": models.ResNet18, "plainnet18": models.PlainNet18}
 
 #: Training batches at most whose statistics a recalibration averages.
 RECALIBRATION_BATCHES = 100
+
+#: Settings that a checkpoint must share with the network that it is loaded into.
+_NETWORK_FIELDS = ("dataset", "width", "activation")
 
 #: Settings that do not change what one measurement computes.
 _IRRELEVANT = {
@@ -38,11 +53,10 @@ _IRRELEVANT = {
     "workdir",
     "protocol",
     "checkpoint_every",
+    "keep_checkpoints",
     "log_every",
     "record_every",
 }
-
-Arrays = dict[str, np.ndarray]
 
 
 class Weights(NamedTuple):
@@ -83,13 +97,18 @@ def load_weights(name: str, dataset: Dataset, config: Config) -> Weights:
         The weights; either network can use them, since both have the same tree.
 
     Raises:
-        UserError: If there is no checkpoint, or it is damaged or of another network.
+        UserError: If there is no checkpoint, it is damaged or of another network, or
+            the network was trained on other data or with another activation.
     """
     model = make_model(name, dataset, config)
+    folder = Path(config.workdir) / name
+    if (folder / "config.json").exists():
+        network = {field: getattr(config, field) for field in _NETWORK_FIELDS}
+        check_same_run(folder, network | {"data_fingerprint": dataset.fingerprint})
     optimizer = make_optimizer(config, total_steps=1)
     state = state_template(model, optimizer, dataset.train_images[0])
     template = {"params": state.params, "batch_stats": state.batch_stats}
-    loaded = restore_latest(Path(config.workdir) / name / "checkpoints", template)
+    loaded = restore_latest(folder / "checkpoints", template)
     return Weights(loaded["params"], loaded["batch_stats"])
 
 
@@ -135,14 +154,20 @@ def measurement_options(config: Config) -> dict[str, Any]:
         config: The settings.
 
     Returns:
-        Keyword arguments: reduction, solver, derivative and the Krylov dimensions.
+        Keyword arguments: reduction, solver, derivative, the Krylov dimensions, and
+        `THRESHOLDS`.
     """
     names = ("reduction", "solver", "derivative", "block_size", "num_steps")
-    return {name: getattr(config, name) for name in names}
+    return {name: getattr(config, name) for name in names} | THRESHOLDS
 
 
 def measure(
-    name: str, protocol: str, dataset: Dataset, config: Config
+    name: str,
+    protocol: str,
+    dataset: Dataset,
+    config: Config,
+    *,
+    mesh: Mesh | None = None,
 ) -> tuple[dict[str, Any], Arrays]:
     """Measures one network under one protocol on fixed batches of the test set.
 
@@ -153,6 +178,7 @@ def measure(
         protocol: ``"own"``, ``"shared"`` or ``"recalibrated"``.
         dataset: The data.
         config: The settings.
+        mesh: Devices that share the examples; one device if None.
 
     Returns:
         The entry of ``results.json``, and its arrays without their prefix.
@@ -163,7 +189,6 @@ def measure(
     started = time.monotonic()
     model = make_model(name, dataset, config)
     weights = protocol_weights(name, protocol, dataset, config)
-    state = {"batch_stats": weights.batch_stats}
     batches = evaluation_batches(
         dataset.test_images,
         dataset.test_labels,
@@ -171,14 +196,24 @@ def measure(
         batch_size=config.batch_size,
         seed=config.seed,
     )
+    if mesh is not None:
+        weights = jax.device_put(weights, NamedSharding(mesh, PartitionSpec()))
+        batches = shard_batches(batches, mesh)
+    state = {"batch_stats": weights.batch_stats}
     loss_fn = models.linen_loss_fn(model, state)
-    with tqdm(desc=f"{name} {protocol}", unit="step", disable=None, leave=False) as bar:
+    error_fn = models.linen_error_fn(model, state)
+    if devices.writes():
+        print(estimates.sentence(error_fn, weights.params, batches, config, mesh))
+    hidden = None if devices.writes() else True
+    with tqdm(
+        desc=f"{name} {protocol}", unit="step", disable=hidden, leave=False
+    ) as bar:
 
         def progress(done: int) -> None:
             bar.update(done - bar.n)
 
         measured = measure_coupling(
-            models.linen_error_fn(model, state),
+            error_fn,
             weights.params,
             batches,
             gradient_flow_direction(loss_fn, weights.params, batches),
@@ -187,8 +222,9 @@ def measure(
             num_shells=config.num_shells,
             window=config.window,
             progress=progress if jax.default_backend() == "cpu" else None,
+            mesh=mesh,
         )
-        measured = jax.device_get(measured)
+        measured = fetched(measured)
     if not measured.finite:
         raise UserError(
             f"checkpoint of {name} ({protocol}): expected finite parameters, errors "
@@ -201,7 +237,7 @@ def measure(
         dataset.test_images,
         dataset.test_labels,
     )
-    entry = _entry(measured, config, window=config.window)
+    entry = measurement_entry(measured, config)
     entry |= {
         "protocol": protocol,
         "test_accuracy": accuracy,
@@ -210,7 +246,7 @@ def measure(
         "direction": "minus the gradient of the mean cross-entropy, same batches",
         "data_fingerprint": dataset.fingerprint,
     }
-    return entry, _arrays(measured)
+    return entry, measurement_arrays(measured)
 
 
 def reproduce(dataset: Dataset, config: Config) -> tuple[dict[str, Any], Arrays]:
@@ -276,6 +312,9 @@ def header(config: Config) -> dict[str, Any]:
 def write_results(folder: Path, results: dict[str, Any], arrays: Arrays) -> None:
     """Writes ``arrays.npz``, then ``results.json``, each whole or not at all.
 
+    Results made with other settings that lie there already are kept beside, under the
+    next free number.
+
     Args:
         folder: The folder.
         results: The contents of ``results.json``.
@@ -284,8 +323,22 @@ def write_results(folder: Path, results: dict[str, Any], arrays: Arrays) -> None
     Raises:
         UserError: If the folder cannot be written.
     """
-    records.write_npz(folder / "arrays.npz", arrays)
-    records.write_json(folder / "results.json", results)
+    names = ("results.json", "arrays.npz")
+    if (folder / names[0]).exists():
+        earlier = records.read_json(folder / names[0])
+        earlier = earlier.get("config") if isinstance(earlier, dict) else None
+        if _comparable(earlier) != _comparable(results["config"]):
+            records.set_aside(folder, names)
+    records.write_npz(folder / names[1], arrays)
+    records.write_json(folder / names[0], results)
+
+
+def _comparable(config: Any) -> Any:
+    """Returns the settings as JSON holds them, without where things lie."""
+    config = json.loads(json.dumps(config))
+    if not isinstance(config, dict):
+        return config
+    return {k: v for k, v in config.items() if k not in ("workdir", "data_dir")}
 
 
 def _measured_once(
@@ -298,93 +351,16 @@ def _measured_once(
         key: value
         for key, value in dataclasses.asdict(config).items()
         if key not in _IRRELEVANT
-    } | {"data_fingerprint": dataset.fingerprint}
+    }
+    made_by |= {"data_fingerprint": dataset.fingerprint}
+    made_by |= {"environment": records.environment(precision=config.precision)}
     note, file = folder / f"{prefix}.json", folder / f"{prefix}.npz"
     if note.exists() and file.exists():
         earlier = records.read_json(note)
-        if earlier["made_by"] == made_by:
+        if isinstance(earlier, dict) and earlier.get("made_by") == made_by:
             return earlier["entry"], records.read_npz(file)
     entry, arrays = measure(name, protocol, dataset, config)
     note.unlink(missing_ok=True)  # never beside the arrays of another measurement
     records.write_npz(file, arrays)
     records.write_json(note, {"made_by": made_by, "entry": entry})
     return entry, arrays
-
-
-def _entry(
-    measured: CouplingMeasurement, config: Config, *, window: int
-) -> dict[str, Any]:
-    """Returns the scalars of a measurement, as ``results.json`` holds them."""
-    shells = measured.shells
-    return {
-        "n": measured.vectors.shape[0],
-        "num_pairs": len(measured.values),
-        "num_resolved": int(np.sum(measured.resolved)),
-        "solver": measured.solver,
-        "jacobian": measured.jacobian,
-        "derivative": measured.derivative,
-        "reduction": measured.reduction,
-        "seed": config.seed,
-        "diagonal_fit": _fit(measured.diagonal_fit),
-        "shell_fit": _fit(measured.shell_fit),
-        "toeplitz": {
-            "literal": _toeplitz(measured.literal, shells.edges, window),
-            "renormalized": _toeplitz(measured.renormalized, shells.edges, window),
-        },
-        "secant_disagreement": float(measured.secant_disagreement),
-        "operator_disagreement": float(measured.operator_disagreement),
-        "lambda_max": float(measured.values[0]),
-    }
-
-
-def _fit(fit: PowerLawFit) -> dict[str, Any]:
-    interval = fit.interval if fit.interval is not None else np.full(2, np.nan)
-    return {
-        "exponent": float(fit.exponent),
-        "prefactor": float(fit.prefactor),
-        "r_squared": float(fit.r_squared),
-        "exponent_stderr": float(fit.exponent_stderr),
-        "interval": [float(end) for end in interval],
-        "num_points": int(fit.num_points),
-    }
-
-
-def _toeplitz(
-    diagnostics: ToeplitzDiagnostics, edges: jax.typing.ArrayLike, window: int
-) -> dict[str, Any]:
-    """Returns the residuals; one that is zero by construction becomes null."""
-    last, edges = len(diagnostics.windows) - 1, np.asarray(edges)
-    windows = [
-        {
-            "start": start,
-            "stop": start + window,
-            "lambda_center": float(np.sqrt(edges[start] * edges[start + window])),
-            "position": start / last if last else 0.5,
-            "residual": float(residual) if freedom > 0 else None,
-            "degrees_of_freedom": int(freedom),
-        }
-        for start, (residual, freedom) in enumerate(
-            zip(diagnostics.windows, diagnostics.degrees_of_freedom, strict=True)
-        )
-    ]
-    return {"residual": float(diagnostics.residual), "windows": windows}
-
-
-def _arrays(measured: CouplingMeasurement) -> Arrays:
-    """Returns the arrays of a measurement, as ``arrays.npz`` holds them."""
-    literal, renormalized = measured.literal, measured.renormalized
-    arrays = {
-        "values": measured.values,
-        "residuals": measured.residuals,
-        "resolved": measured.resolved,
-        "coupling": measured.coupling,
-        "coupling_diagonal": np.abs(np.diag(measured.coupling)),
-        "shell_edges": measured.shells.edges,
-        "shell_centers": measured.shells.centers,
-        "shell_counts": measured.shells.counts,
-        "literal": literal.coupling.matrix,
-        "literal_mask": literal.coupling.mask,
-        "renormalized": renormalized.coupling.matrix,
-        "renormalized_mask": renormalized.coupling.mask,
-    }
-    return {name: np.asarray(array) for name, array in arrays.items()}

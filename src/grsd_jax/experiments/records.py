@@ -14,7 +14,7 @@ import platform
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +201,32 @@ def write_jsonl(path: PathLike, records: list[dict[str, Any]]) -> None:
     text = "".join(f"{json.dumps(_plain(r), allow_nan=False)}\n" for r in records)
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def set_aside(folder: Path, names: Sequence[str]) -> None:
+    """Renames files of a folder, together, by the next free number: ``name-1.json``.
+
+    Args:
+        folder: The folder.
+        names: The files; those that are missing are passed over.
+
+    Raises:
+        UserError: If the folder cannot be written.
+    """
+    paths = [folder / name for name in names]
+    number = 1
+    while any(_numbered(path, number).exists() for path in paths):
+        number += 1
+    try:
+        for path in paths:
+            if path.exists():
+                os.replace(path, _numbered(path, number))
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+
+
+def _numbered(path: Path, number: int) -> Path:
+    return path.with_name(f"{path.stem}-{number}{path.suffix}")
 
 
 def environment(*, precision: str) -> dict[str, Any]:

@@ -26,14 +26,29 @@ def format_table(results: Any) -> str:
     Raises:
         UserError: If there is no measurement in ``results``.
     """
+    return "\n\n".join(aligned(rows) for rows in result_tables(results))
+
+
+def result_tables(results: Any) -> list[list[list[str]]]:
+    """Returns the cells of the tables of `format_table`, headings first.
+
+    Args:
+        results: The contents of ``results.json``, of one measurement or of several.
+
+    Returns:
+        The tables, as rows of cells.
+
+    Raises:
+        UserError: If there is no measurement in ``results``.
+    """
     entries = list_entries(results)
-    return "\n\n".join(
-        _aligned([["model", "protocol", *headings], *rows])
+    return [
+        [["model", "protocol", *headings], *rows]
         for headings, rows in (
             (_SCALING, [[e.title, e.protocol, *_scaling(e)] for e in entries]),
             (_TOEPLITZ, [[e.title, e.protocol, *_toeplitz(e)] for e in entries]),
         )
-    )
+    ]
 
 
 _SCALING = (
@@ -128,8 +143,15 @@ def _significant(value: float | None) -> str:
     return _MISSING if value is None else f"{value:.2g}"
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Pads the cells: the first two columns to the left, the others to the right."""
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Writes a table, valid as Markdown, whose columns line up.
+
+    Args:
+        rows: The headings, then the rows.
+
+    Returns:
+        The table; the first two columns are flush left, the others right.
+    """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:

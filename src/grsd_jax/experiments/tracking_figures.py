@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from grsd_jax.experiments import records
 from grsd_jax.experiments.config import UserError
-from grsd_jax.experiments.figures import LOOKS, WIDTH, save_figures
+from grsd_jax.experiments.figures import LOOKS, PAGE_WIDTH, save_figures
 from grsd_jax.experiments.results import TITLES
 
 Lines = Sequence[Mapping[str, Any]]
@@ -64,7 +64,7 @@ def _column(lines: Lines, name: str) -> np.ndarray:
 
 
 def _panels(tracks: Tracks, rows: int, height: float) -> tuple[Figure, np.ndarray]:
-    figure = Figure(figsize=(WIDTH, height * rows), layout="constrained")
+    figure = Figure(figsize=(PAGE_WIDTH, height * rows), layout="constrained")
     axes = figure.subplots(rows, len(tracks), squeeze=False, sharex="row", sharey="row")
     for column, name in enumerate(tracks):
         axes[0, column].set_title(TITLES.get(name, name))
@@ -202,7 +202,7 @@ def _closure(tracks: Tracks) -> Figure:
 
 
 def _single() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(0.62 * WIDTH, 2.5), layout="constrained")
+    figure = Figure(figsize=(0.62 * PAGE_WIDTH, 2.5), layout="constrained")
     return figure, figure.subplots()
 
 

@@ -7,7 +7,7 @@ batches in the same order from its newest checkpoint, and ends with the same bit
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -126,6 +126,26 @@ def train(
         return _Run(model, dataset, config, folder, callback).run()
 
 
+def check_same_run(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Checks that the run in a folder was made with the given settings.
+
+    Args:
+        folder: The folder of a run, with its ``config.json``.
+        settings: The settings that matter, by the names of their flags.
+
+    Raises:
+        UserError: If one differs, or the file cannot be read.
+    """
+    written = records.read_json(folder / "config.json")
+    for name, value in settings.items():
+        there = written.get(name) if isinstance(written, dict) else None
+        if there != value:
+            raise UserError(
+                f"--{name}: expected {there!r} as in the run that is in '{folder}', "
+                f"got {value!r}; choose another --workdir for other settings."
+            )
+
+
 def recalibrate_batch_stats(
     model: nn.Module,
     params: PyTree,
@@ -234,7 +254,8 @@ class _Run:
         self._check_settings()
         image = self.dataset.train_images[0]
         directory = self.folder / "checkpoints"
-        with Checkpoints(directory) as checkpoints:
+        keep = self.config.keep_checkpoints
+        with Checkpoints(directory, max_to_keep=keep) as checkpoints:
             first = checkpoints.latest_step() or 0
             if first:
                 template = state_template(self.model, self.optimizer, image)
@@ -370,12 +391,4 @@ class _Run:
                 )
             records.write_json(path, settings)
             return
-        written = records.read_json(path)
-        for name, value in settings.items():
-            there = written.get(name) if isinstance(written, dict) else None
-            if there != value:
-                raise UserError(
-                    f"--{name}: expected {there!r} as in the run that is in "
-                    f"'{self.folder}', got {value!r}; choose another --workdir for "
-                    "other settings."
-                )
+        check_same_run(self.folder, settings)

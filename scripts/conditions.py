@@ -1,0 +1,61 @@
+"""Tests the four conditions of the theory on a network along its training.
+
+Reads the checkpoints that train.py left in WORKDIR/MODEL, and trains a small network
+there first if there are none. Writes WORKDIR/MODEL/conditions.json (condition1 to
+condition4, each with a verdict that shows its numbers and thresholds), a figure page
+beside it, and a table on the terminal. The thresholds are conventions; set them as you
+like. Keep several checkpoints in training: --checkpoint_every and --keep_checkpoints.
+
+The defaults take 4 minutes of processor time, training included.
+
+Examples:
+  python scripts/conditions.py
+  python scripts/conditions.py --workdir=runs/long --width=16 --max_tail_sum=2
+"""
+
+from pathlib import Path
+
+from absl import flags as absl_flags
+
+from grsd_jax.experiments import condition_figures, conditions, flags, records
+from grsd_jax.experiments.config import Config
+from grsd_jax.experiments.data import load_dataset
+
+DEFAULTS = {
+    "workdir": "runs/conditions",
+    "batch_size": 16,
+    "num_batches": 1,
+    "checkpoint_every": 24,
+    "keep_checkpoints": 100,
+}
+NUM_PROBES = absl_flags.DEFINE_integer(
+    "num_probes", 16, "Random probes of the influence; 0 for the exact influence.", 0
+)
+NUM_POINTS = absl_flags.DEFINE_integer(
+    "num_points", 5, "Points of the path at most, the initialisation included.", 2
+)
+METHOD = absl_flags.DEFINE_enum(
+    "method", "auto", ["auto", "dense", "power_iteration"], "Of the coherence."
+)
+
+
+def main(config: Config) -> None:
+    options = conditions.Options(
+        thresholds=flags.thresholds_from_flags(),
+        num_probes=NUM_PROBES.value or None,
+        num_points=NUM_POINTS.value,
+        method=METHOD.value,
+    )
+    found = conditions.measure_conditions(load_dataset(config), config, options)
+    folder = Path(config.workdir) / config.model
+    with records.workdir_lock(folder):
+        found = conditions.write_conditions(folder, found)
+        paths = condition_figures.write_condition_page(found, folder / "figures")
+    print(conditions.format_conditions(found))
+    print(f"{folder / 'conditions.json'}, {paths[0]}, {found['seconds']:.0f} s")
+
+
+if __name__ == "__main__":
+    flags.define_flags(**DEFAULTS)
+    flags.define_threshold_flags()
+    flags.run_main(main)

@@ -1,0 +1,21 @@
+"""Makes one self-contained HTML page of any run: figures, tables, settings.
+
+Reads the JSON, CSV and PNG files in WORKDIR and writes WORKDIR/report.html, with the
+figures inside it: it opens without a network, and prints. Nothing is computed.
+
+Examples:
+  python scripts/report.py runs/default
+  python scripts/report.py --workdir=runs/default
+"""
+
+from grsd_jax.experiments import flags, reporting
+from grsd_jax.experiments.config import Config
+
+
+def main(config: Config) -> None:
+    print(reporting.write_report(config.workdir))
+
+
+if __name__ == "__main__":
+    flags.define_flags(only=["workdir"])
+    flags.run_main(main, positional="workdir")

@@ -1,0 +1,239 @@
+"""The figures and the table of a sweep, from ``sweep.json`` alone.
+
+Every line is a network and a branch scale; it goes through the mean over seeds (and
+widths and activations, where there are several), in a band from the smallest to the
+largest. What a cell could not measure is left out.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from grsd_jax.experiments import records
+from grsd_jax.experiments.config import UserError
+from grsd_jax.experiments.figures import PAGE_WIDTH, save_figures
+from grsd_jax.experiments.results import finite
+from grsd_jax.experiments.tables import aligned
+
+#: Colour and marker of each network (Okabe and Ito's palette).
+_LOOKS = {
+    "mlp": ("#D55E00", "s"),
+    "resmlp": ("#0072B2", "o"),
+    "cnn": ("#CC79A7", "D"),
+    "rescnn": ("#009E73", "^"),
+    "transformer": ("#E69F00", "v"),
+    "ssm": ("0.3", "x"),
+}
+_LINES = ("-", "--", ":", "-.")
+
+Row = Mapping[str, Any]
+
+
+class _Line(NamedTuple):
+    """One network at one branch scale."""
+
+    label: str
+    rows: list[Row]
+    look: dict[str, Any]
+
+    def band(self, x: str, y: str) -> np.ndarray:
+        """Returns (x, lowest, mean, highest) for each x with a finite y."""
+        values: dict[float, list[float]] = {}
+        for row in self.rows:
+            at, value = finite(row.get(x)), finite(row.get(y))
+            if at is not None and value is not None:
+                values.setdefault(at, []).append(value)
+        found = [(a, min(v), sum(v) / len(v), max(v)) for a, v in values.items()]
+        return np.array(sorted(found)).reshape(-1, 4)
+
+
+def write_sweep_figures(results: Any, folder: records.PathLike) -> list[Path]:
+    """Draws the figures of a sweep, each as a PNG and a PDF.
+
+    ``sweep_coupling`` (Toeplitz residual, slope and R^2 against depth),
+    ``sweep_increments`` (log-norm increments against depth: their mean, the variance of
+    their mean over depth, their sum's distance to normal) and ``sweep_mixing`` (the
+    correlation time of directions against depth and against branch scale).
+
+    Args:
+        results: The contents of ``sweep.json``.
+        folder: The folder to write to; it is made if need be.
+
+    Returns:
+        The files, each of which was replaced as a whole.
+
+    Raises:
+        UserError: If there are no rows, or the folder cannot be written.
+    """
+    rows = _rows(results)
+    by_depth, by_model = _lines(rows), _lines(rows, by_scale=False)
+    drawings: dict[str, Callable[[], Figure]] = {
+        "sweep_coupling": lambda: _coupling(by_depth),
+        "sweep_increments": lambda: _increments(by_depth),
+        "sweep_mixing": lambda: _mixing(by_depth, by_model),
+    }
+    return save_figures(drawings, folder)
+
+
+def format_sweep(results: Any) -> str:
+    """Writes a sweep as a table, the mean over seeds of each network and depth.
+
+    Args:
+        results: The contents of ``sweep.json``.
+
+    Returns:
+        The table, valid as Markdown.
+
+    Raises:
+        UserError: If there are no rows.
+    """
+    columns = {
+        "loss": "train_loss",
+        "accuracy": "test_accuracy",
+        "Toeplitz": "toeplitz_residual",
+        "slope": "slope",
+        "R^2": "r_squared",
+        "L var(mean)/var": "initial_variance_ratio",
+        "memory": "initial_correlation_time",
+    }
+    table = [["network", "depth", "cells", *columns]]
+    for line in _lines(_rows(results)):
+        for depth in sorted({row["depth"] for row in line.rows}):
+            cells = [row for row in line.rows if row["depth"] == depth]
+            table.append(
+                [
+                    line.label,
+                    str(depth),
+                    str(len(cells)),
+                    *(_mean(cells, key) for key in columns.values()),
+                ]
+            )
+    return aligned(table)
+
+
+def _mean(cells: Sequence[Row], key: str) -> str:
+    values = [v for v in (finite(row.get(key)) for row in cells) if v is not None]
+    return f"{sum(values) / len(values):.3g}" if values else "n/a"
+
+
+def _rows(results: Any) -> list[Row]:
+    rows = results.get("rows") if isinstance(results, Mapping) else None
+    if not rows:
+        raise UserError("sweep.json: expected at least one row, got none.")
+    return rows
+
+
+def _lines(rows: Sequence[Row], *, by_scale: bool = True) -> list[_Line]:
+    groups: dict[tuple[str, float | None], list[Row]] = {}
+    for row in rows:
+        scale = finite(row.get("branch_scale")) if by_scale else None
+        groups.setdefault((row["model"], scale), []).append(row)
+    scales = sorted({s for _, s in groups if s is not None})
+    lines = []
+    for (model, scale), members in groups.items():
+        color, marker = _LOOKS.get(model, ("0.5", "."))
+        dash = _LINES[scales.index(scale) % len(_LINES)] if scale is not None else "-"
+        label = model if scale is None else f"{model}, s = {scale:g}"
+        look = {"color": color, "marker": marker, "linestyle": dash, "markersize": 3}
+        lines.append(_Line(label, members, look))
+    return lines
+
+
+def _draw(axis: Axes, lines: Sequence[_Line], x: str, y: str, title: str) -> None:
+    """Draws the band of every line; an axis without any says so."""
+    axis.set_title(title)
+    drawn = False
+    for line in lines:
+        band = line.band(x, y)
+        if len(band):
+            at, low, mean, high = band.T
+            axis.plot(at, mean, label=line.label, **line.look)
+            color = line.look["color"]
+            axis.fill_between(at, low, high, color=color, alpha=0.15, linewidth=0)
+            drawn = True
+    if not drawn:
+        axis.text(0.5, 0.5, "not measured", ha="center", transform=axis.transAxes)
+
+
+def _depth_axis(axis: Axes) -> None:
+    axis.set_xscale("log", base=2)
+    axis.set_xlabel("depth L, blocks")
+
+
+def _legend(figure: Figure, axes: Sequence[Axes]) -> None:
+    found: dict[str, Any] = {}
+    for axis in axes:
+        handles, labels = axis.get_legend_handles_labels()
+        found |= dict(zip(labels, handles, strict=True))
+    if found:
+        figure.legend(
+            list(found.values()),
+            list(found),
+            loc="outside lower center",
+            ncols=4,
+            handlelength=2.8,
+        )
+
+
+def _coupling(lines: Sequence[_Line]) -> Figure:
+    figure = Figure(figsize=(PAGE_WIDTH, 2.9), layout="constrained")
+    axes = list(figure.subplots(1, 3))
+    panels = (
+        ("toeplitz_residual", "Toeplitz residual, renormalised"),
+        ("slope", r"slope of $|\dot{M}_{ii}|$ against $\lambda_i$"),
+        ("r_squared", r"$R^2$ of that fit"),
+    )
+    for axis, (key, title) in zip(axes, panels, strict=True):
+        _draw(axis, lines, "depth", key, title)
+        _depth_axis(axis)
+    axes[1].axhline(1, color="0.65", linewidth=0.8, linestyle=":")
+    _legend(figure, axes)
+    return figure
+
+
+def _increments(lines: Sequence[_Line]) -> Figure:
+    figure = Figure(figsize=(PAGE_WIDTH, 2.9), layout="constrained")
+    axes = list(figure.subplots(1, 3))
+    panels = (
+        ("initial_increment_mean", "mean increment of the log-norm"),
+        ("initial_variance_of_mean", "variance of the mean over depth"),
+        ("initial_normal_distance", "KS distance of the sum to normal"),
+    )
+    for axis, (key, title) in zip(axes, panels, strict=True):
+        _draw(axis, lines, "depth", key, title)
+        _depth_axis(axis)
+    axes[1].set_yscale("log")
+    bands = [line.band("depth", "initial_variance_of_mean") for line in lines]
+    bands = [band for band in bands if len(band) and band[0, 2] > 0]
+    if bands:
+        first = max(bands, key=lambda band: band[0, 2])
+        guide = 1.5 * first[0, 2] * first[0, 0] / first[:, 0]
+        axes[1].plot(first[:, 0], guide, color="0.65", linestyle=":", label="1 / L")
+    _legend(figure, axes)
+    return figure
+
+
+def _mixing(by_depth: Sequence[_Line], by_model: Sequence[_Line]) -> Figure:
+    figure = Figure(figsize=(PAGE_WIDTH, 2.9), layout="constrained")
+    axes = list(figure.subplots(1, 2))
+    title = "correlation time of directions, blocks"
+    _draw(axes[0], by_depth, "depth", "initial_correlation_time", title)
+    _depth_axis(axes[0])
+    axes[0].set_yscale("symlog", linthresh=1)  # a plain net's is 0
+    _draw(axes[1], by_model, "branch_scale", "initial_correlation_time", title)
+    axes[1].set_xlabel("branch scale s")
+    scales = [s for line in by_model for s in line.band("branch_scale", "depth")[:, 0]]
+    if scales:
+        grid = np.geomspace(min(scales), max(scales), 50)
+        law = [2 / math.log1p(s**2) for s in grid]
+        label = r"$2 / \log(1 + s^2)$, isotropic"
+        axes[1].plot(grid, law, color="0.65", linestyle=":", label=label)
+        axes[1].set_xscale("log")
+        axes[1].set_yscale("log")
+    _legend(figure, axes)
+    return figure

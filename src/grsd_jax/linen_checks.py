@@ -1,0 +1,81 @@
+"""Checks of linen modules: what they are built from, and what they must not do.
+
+The factored and the dense path take every example's rows of J from that example alone,
+and every path evaluates the error more than once. A layer that mixes examples, or that
+draws random numbers, makes their answers wrong without a sign; it is refused instead.
+"""
+
+from typing import Any
+
+import numpy as np
+from flax import linen as nn
+
+#: Names of the activations that the bundled models take, all of `jax.nn`.
+ACTIVATIONS = ("relu", "gelu", "silu", "softplus", "tanh")
+
+_SLICED_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
+
+
+def refuse_coupled_examples(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+    """Lets a layer's call pass, for `flax.linen.intercept_methods`, or refuses it.
+
+    Args:
+        next_fun: The call.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+        context: Which module and method.
+
+    Returns:
+        What the call returns.
+
+    Raises:
+        ValueError: If the layer is a dropout that draws, a BatchNorm on the batch's own
+            statistics, or a normalisation over the axis of the examples.
+    """
+    module = context.module
+    if context.method_name == "__call__":
+        if isinstance(module, nn.Dropout):
+            _check_dropout(module, args, kwargs)
+        elif isinstance(module, nn.BatchNorm):
+            _check_batch_norm(module, args, kwargs)
+        elif isinstance(module, _SLICED_NORMS):
+            _check_reduced_axes(module, args)
+    return next_fun(*args, **kwargs)
+
+
+def _check_dropout(module: nn.Dropout, args: Any, kwargs: Any) -> None:
+    given = args[1] if len(args) > 1 else kwargs.get("deterministic")
+    still = module.deterministic if given is None else given
+    if module.rate > 0 and not still:
+        raise ValueError(
+            f"model: expected dropout with deterministic=True, got rate {module.rate} "
+            f"drawing at {_place(module)}; the error must be one function of the "
+            "parameters, the same in every product with its Jacobian."
+        )
+
+
+def _check_batch_norm(module: nn.BatchNorm, args: Any, kwargs: Any) -> None:
+    given = args[1] if len(args) > 1 else kwargs.get("use_running_average")
+    stored = module.use_running_average if given is None else given
+    if stored is False:
+        raise ValueError(
+            "model: expected BatchNorm on stored statistics, use_running_average=True, "
+            f"got the batch's own at {_place(module)}; they couple the examples, and "
+            "each row of the Jacobian is taken from its example alone."
+        )
+
+
+def _check_reduced_axes(module: Any, args: Any) -> None:
+    axes = module.reduction_axes
+    if axes is None or not args:
+        return
+    if any(int(axis) % args[0].ndim == 0 for axis in np.ravel(axes)):
+        raise ValueError(
+            "model: expected reduction_axes without axis 0, the examples, got "
+            f"{axes} at {_place(module)}; it couples the examples, and each row of the "
+            "Jacobian is taken from its example alone."
+        )
+
+
+def _place(module: nn.Module) -> str:
+    return f"'{'/'.join(module.path)}'" if module.path else type(module).__name__

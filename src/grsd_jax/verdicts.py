@@ -1,0 +1,92 @@
+"""Numbers against thresholds: what it takes for a condition to count as met.
+
+The conditions of the paper speak of constants that exist and of limits; a measurement
+has one network. Every verdict therefore shows its numbers and its thresholds, which are
+conventions, and all of which the caller can set.
+"""
+
+import math
+from typing import NamedTuple
+
+
+class Thresholds(NamedTuple):
+    """What the numbers of each condition are held against.
+
+    Attributes:
+        influence_share: Condition 1: the share of the squared influence that the band
+            must hold.
+        max_band: Condition 1: the widest band, in blocks; ``(L - 1) // 2``, half of the
+            largest distance, if None.
+        max_tail_sum: Condition 2: the largest sum of the coherence profile over the
+            distances above 0; 1 is that of a profile halved with every block.
+        max_distant_coherence: Condition 2: the largest coherence of two blocks at a
+            distance of at least ``distant``; pairs above it are flagged.
+        distant: Condition 2: the distance from which blocks count as distant.
+        max_growth: Condition 3: the largest ``|J|_op``, and ``|Jdot|_op``, along the
+            path, over that at its first point.
+        max_drift: Condition 3: the largest drift of the leading projector between two
+            neighbouring points, ``|P - Q|_F / (dim P + dim Q)^{1/2}``.
+        max_lipschitz: Condition 3: the largest local exponent of a shell statistic.
+        max_residual: Condition 4: the largest Toeplitz residual of the renormalised
+            coupling in the central windows.
+        max_slope_error: Condition 4: the largest distance of the diagonal's slope to 1.
+        min_r_squared: Condition 4: the smallest R^2 of the diagonal's fit.
+    """
+
+    influence_share: float = 0.9
+    max_band: int | None = None
+    max_tail_sum: float = 1.0
+    max_distant_coherence: float = 0.5
+    distant: int = 2
+    max_growth: float = 10.0
+    max_drift: float = 0.5
+    max_lipschitz: float = 2.0
+    max_residual: float = 0.3
+    max_slope_error: float = 0.2
+    min_r_squared: float = 0.9
+
+
+class Check(NamedTuple):
+    """One number held against one threshold.
+
+    Attributes:
+        name: What the number is.
+        number: The number; NaN if it is undefined, and then the check does not hold.
+        threshold: The threshold.
+        relation: ``"<="`` or ``">="``, of the number to the threshold.
+    """
+
+    name: str
+    number: float
+    threshold: float
+    relation: str = "<="
+
+    @property
+    def holds(self) -> bool:
+        """Whether the number is on the right side of the threshold."""
+        if math.isnan(self.number):
+            return False
+        if self.relation == "<=":
+            return self.number <= self.threshold
+        return self.number >= self.threshold
+
+    def __str__(self) -> str:
+        """Returns the check as a line of text."""
+        word = "holds" if self.holds else "fails"
+        sides = f"{self.number:.3g} {self.relation} {self.threshold:.3g}"
+        return f"{self.name}: {sides} {word}"
+
+
+class Verdict(NamedTuple):
+    """The checks of one condition.
+
+    Attributes:
+        checks: The checks, each with its number and threshold.
+    """
+
+    checks: tuple[Check, ...]
+
+    @property
+    def holds(self) -> bool:
+        """Whether every check holds."""
+        return all(check.holds for check in self.checks)

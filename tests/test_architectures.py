@@ -1,0 +1,248 @@
+"""The networks of section 6: their shapes, their Jacobians, and what is refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+import grsd_jax
+from grsd_jax import architectures, models
+from grsd_jax.architectures import (
+    MLP,
+    ConvNet,
+    LinearStateSpace,
+    Transformer,
+    linen_chain,
+)
+
+K, N, C = 2, 3, 3
+MODELS = {
+    "mlp": MLP(C, 2, 5, "gelu"),
+    "residual mlp": MLP(C, 1, 5, "gelu", residual=True, branch_scale=0.5),
+    "cnn": ConvNet(C, 2, 3, "softplus", stem_strides=2),
+    "residual cnn": ConvNet(C, 1, 3, "silu", residual=True, branch_scale=0.5),
+    "transformer": Transformer(C, 1, 4, branch_scale=0.5, patch_size=3),
+    "state space": LinearStateSpace(C, 3, 3, rho=0.7),
+}
+
+
+@pytest.fixture
+def _float64():
+    # Some of flax's own layers promote ranks and dtypes.
+    promotion = jax.numpy_dtype_promotion("standard")
+    with jax.enable_x64(True), promotion, jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def make(name, shape=(6, 6, 3)):
+    """Returns the error function, parameters without zeros, batches, a direction."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    image = jax.random.normal(keys[0], (K, N, *shape))
+    model = MODELS[name]
+    shapes = jax.eval_shape(model.init, keys[1], image[0])["params"]
+    noise = np.random.default_rng(0)
+
+    def draw(leaf):
+        return jnp.asarray(0.5 * noise.normal(size=leaf.shape))
+
+    params, direction = jax.tree.map(draw, shapes), jax.tree.map(draw, shapes)
+    batches = {"image": image, "label": jax.random.randint(keys[2], (K, N), 0, C)}
+    return models.linen_error_fn(model, {}), params, batches, direction
+
+
+def close(got, expected):
+    return np.max(np.abs(got - expected)) <= 1e-11 * np.max(np.abs(expected))
+
+
+@pytest.mark.usefixtures("_float64")
+@pytest.mark.parametrize("name", MODELS)
+def test_factored_jacobian_covers_every_layer_and_agrees_with_the_plain_path(name):
+    error_fn, params, batches, direction = make(name)
+    batch = jax.tree.map(lambda leaf: leaf[0], batches)
+    blocks = error_fn.jacobian_factors(params, batch, jnp.asarray(np.eye(C)))
+    assert all(block is not None for block in blocks)
+    kernel, moved = grsd_jax.kernel_with_derivative_dense(
+        error_fn, params, batches, direction, jacobian="plain"
+    )
+    got = grsd_jax.kernel_with_derivative_dense(
+        error_fn, params, batches, direction, jacobian="factored"
+    )
+    assert close(got[0], kernel)
+    assert close(got[1], moved)
+    block = jnp.asarray(np.random.default_rng(1).normal(size=(len(kernel), 2)))
+    linearized = grsd_jax.linearize_kernel(
+        error_fn, params, batches, jacobian="factored"
+    )
+    assert close(linearized.matmat(block), kernel @ block)
+
+
+@pytest.mark.usefixtures("_float64")
+def test_factored_jacobian_of_a_sequence():
+    class OnSequence(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.gelu(nn.Dense(4, name="in")(x))
+            return nn.Dense(C, name="out")(nn.LayerNorm(name="norm")(x)[:, -1])
+
+    model = OnSequence()
+    batches = {
+        "image": jax.random.normal(jax.random.key(0), (1, N, 5, 2)),
+        "label": jnp.zeros((1, N), jnp.int32),
+    }
+    variables = model.init(jax.random.key(1), batches["image"][0])
+    error_fn, params = models.linen_error_fn(model, {}), variables["params"]
+    got = grsd_jax.kernel_dense(error_fn, params, batches, jacobian="factored")
+    assert close(got, grsd_jax.kernel_dense(error_fn, params, batches))
+    # The state-space model takes a sequence [N, L, features] as its pieces.
+    x = batches["image"][0]
+    np.testing.assert_array_equal(LinearStateSpace(depth=5).pieces(x), x)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_blocks_are_ordered_by_depth_and_states_chain_to_the_outputs(name):
+    error_fn, params, batches, _ = make(name)
+    model, x = error_fn.model, batches["image"][0]
+    blocks = models.depth_blocks(model, params)
+    inner = [f"block{i + 1}" for i in range(model.depth)]
+    outer = [] if name == "state space" else ["stem", "head"]
+    assert [n for n in blocks.names if n in inner] == inner
+    assert set(blocks.names) == {*inner, *outer}
+    state, maps = linen_chain(model, params, x)
+    assert len(maps) == model.depth
+    states = [state]
+    for advance in maps:
+        assert advance(states[-1]).shape == state.shape
+        states.append(advance(states[-1]))
+    if name == "state space":
+        outputs = sum(
+            h @ params[f"block{t}"]["readout"]["kernel"]
+            for t, h in enumerate(states[1:], start=1)
+        )
+    else:
+        outputs = model.apply({"params": params}, states[-1], method="outputs")
+    np.testing.assert_allclose(
+        model.apply({"params": params}, x), outputs, rtol=1e-5, atol=1e-5
+    )
+
+
+def test_plain_and_residual_nets_share_a_tree_and_differ_by_the_skip():
+    x = jax.random.normal(jax.random.key(0), (N, 6, 6, 3))
+    for make_model in (MLP, ConvNet):
+        plain, residual = (
+            make_model(C, 1, 4, residual=skip, branch_scale=0.5)
+            for skip in (False, True)
+        )
+        variables = plain.init(jax.random.key(1), x)
+        before, (plain_map,) = linen_chain(plain, variables["params"], x)
+        _, (residual_map,) = linen_chain(residual, variables["params"], x)
+        np.testing.assert_allclose(
+            residual_map(before), before + 0.5 * plain_map(before), atol=1e-6
+        )
+
+
+@pytest.mark.parametrize("activation", models.ACTIVATIONS)
+def test_initial_weights_keep_the_second_moment_of_a_plain_net(activation):
+    x = jnp.sign(jax.random.normal(jax.random.key(0), (4, 16)))
+    model = MLP(C, 2, 1024, activation)
+    params = model.init(jax.random.key(1), x)["params"]
+    state, maps = linen_chain(model, params, x)
+    for advance in maps:
+        state = advance(state)
+    assert float(jnp.mean(state**2)) == pytest.approx(1.0, rel=0.2)
+
+
+def test_state_space_norm_is_exact():
+    model = LinearStateSpace(C, 4, 5, rho=0.7)
+    params = model.init(jax.random.key(1), jnp.zeros((1, 8)))["params"]
+    state, maps = linen_chain(model, params, jnp.zeros((1, 8)))
+    jacobian = jax.jacobian(lambda h: maps[1](maps[0](h)))(state)[0, :, 0, :]
+    singular = np.linalg.svd(jacobian, compute_uv=False)
+    np.testing.assert_allclose(singular, 0.49, rtol=1e-6)
+
+
+class Layers(nn.Module):
+    """One layer that may couple examples or draw random numbers, and a Dense."""
+
+    layer: nn.Module
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(C, name="head")(self.layer(x))
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (nn.Dropout(0.5, deterministic=False), "expected dropout with deterministic"),
+        (nn.BatchNorm(use_running_average=False), "expected BatchNorm on stored"),
+        (nn.LayerNorm(reduction_axes=(0, 1)), "reduction_axes without axis 0"),
+        (nn.RMSNorm(reduction_axes=-2), "reduction_axes without axis 0"),
+    ],
+)
+@pytest.mark.parametrize("jacobian", ["plain", "factored"])
+def test_coupled_or_random_examples_are_refused(layer, message, jacobian):
+    x = jax.random.normal(jax.random.key(0), (1, N, 4))
+    model = Layers(layer)
+    keys = {"params": jax.random.key(1), "dropout": jax.random.key(2)}
+    with jax.numpy_rank_promotion("allow"):
+        state = dict(model.init(keys, x[0]))
+        params = state.pop("params")
+        batches = {"image": x, "label": jnp.zeros((1, N), jnp.int32)}
+        error_fn = models.linen_error_fn(model, state)
+        with pytest.raises(ValueError, match=f"model: .*{message}.*'layer'"):
+            grsd_jax.kernel_dense(error_fn, params, batches, jacobian=jacobian)
+        loss_fn = models.linen_loss_fn(model, state)
+        with pytest.raises(ValueError, match=message):
+            grsd_jax.gradient_flow_direction(loss_fn, params, batches)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Dropout(0.0, deterministic=False),
+        nn.Dropout(0.5, deterministic=True),
+        nn.BatchNorm(use_running_average=True),
+        nn.LayerNorm(),
+    ],
+)
+def test_the_same_layers_pass_where_examples_are_independent(layer):
+    x = jax.random.normal(jax.random.key(0), (1, N, 4))
+    model = Layers(layer)
+    with jax.numpy_rank_promotion("allow"):
+        state = dict(model.init(jax.random.key(1), x[0]))
+        params = state.pop("params")
+        batches = {"image": x, "label": jnp.zeros((1, N), jnp.int32)}
+        error_fn = models.linen_error_fn(model, state)
+        kernel = grsd_jax.kernel_dense(error_fn, params, batches)
+    assert np.all(np.isfinite(kernel))
+
+
+def test_bad_arguments_are_named():
+    images = jnp.ones((1, 6, 6, 3))
+    with pytest.raises(ValueError, match="depth: expected an integer >= 1"):
+        MLP(depth=0)
+    with pytest.raises(ValueError, match="activation: expected one of 'relu'"):
+        ConvNet(activation="sine")
+    with pytest.raises(ValueError, match="branch_scale: expected a finite number > 0"):
+        Transformer(branch_scale=-1.0)
+    with pytest.raises(ValueError, match="width: expected a multiple of num_heads = 2"):
+        Transformer(width=3)
+    with pytest.raises(ValueError, match="rho: expected a finite number > 0"):
+        LinearStateSpace(rho=0.0)
+    with pytest.raises(ValueError, match="sides are multiples of 4"):
+        Transformer(patch_size=4).init(jax.random.key(0), images)
+    with pytest.raises(ValueError, match="a multiple of depth = 5 features"):
+        LinearStateSpace(depth=5).init(jax.random.key(0), images)
+    with pytest.raises(ValueError, match=r"x: expected images \[N, H, W, channels\]"):
+        ConvNet().init(jax.random.key(0), images[0])
+
+
+def test_modules_are_public():
+    assert set(architectures.__all__) == {
+        "MLP",
+        "ConvNet",
+        "LinearStateSpace",
+        "Transformer",
+        "linen_chain",
+    }

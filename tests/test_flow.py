@@ -1,0 +1,195 @@
+"""The gradient flow: order of the integrator, effective time, and Lemma 1."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import grsd_jax
+from oracles import problem
+
+
+def oscillator(state):
+    return {"x": state["v"], "v": -state["x"]}
+
+
+@pytest.mark.usefixtures("x64")
+def test_integrator_is_of_fourth_order():
+    start = {"x": jnp.asarray([1.0]), "v": jnp.asarray([0.0])}
+    errors = []
+    for substeps in (2, 4, 8):
+        path = grsd_jax.integrate_flow(
+            oscillator, start, step=0.5, num_steps=4, substeps=substeps
+        )
+        assert path["x"].shape == (5, 1)
+        exact = np.cos(0.5 * np.arange(5))
+        errors.append(np.max(np.abs(path["x"][:, 0] - exact)))
+    np.testing.assert_allclose(np.log2(np.divide(errors[:-1], errors[1:])), 4, atol=0.2)
+
+
+def test_integrator_keeps_the_dtype_of_the_parameters():
+    start = {"x": jnp.ones(1, jnp.float32), "v": jnp.zeros(1, jnp.float32)}
+    path = grsd_jax.integrate_flow(oscillator, start, step=0.1, num_steps=2)
+    assert path["x"].dtype == jnp.float32
+    with pytest.raises(ValueError, match="num_steps: expected an integer >= 1"):
+        grsd_jax.integrate_flow(oscillator, start, step=0.1, num_steps=0)
+    with pytest.raises(ValueError, match="substeps: expected an integer >= 1"):
+        grsd_jax.integrate_flow(oscillator, start, step=0.1, num_steps=1, substeps=0)
+
+
+@pytest.mark.usefixtures("x64")
+def test_gradients_pass_through_the_flow():
+    def end(rate):
+        path = grsd_jax.integrate_flow(
+            lambda x: -rate * x, jnp.asarray(2.0), step=0.1, num_steps=5
+        )
+        return path[-1]
+
+    gradient = jax.grad(end)(jnp.asarray(1.5))
+    np.testing.assert_allclose(gradient, -0.5 * 2 * np.exp(-0.75), rtol=1e-4)
+
+
+SCHEDULES = {
+    "constant": optax.constant_schedule(0.1),
+    "cosine": optax.cosine_decay_schedule(0.3, 40),
+    "warmup": optax.warmup_cosine_decay_schedule(0.0, 0.2, 10, 40),
+    "steps": optax.piecewise_constant_schedule(0.4, {15: 0.1, 30: 0.1}),
+    "joined": optax.join_schedules(
+        [optax.linear_schedule(0.0, 1.0, 10), optax.exponential_decay(1.0, 5, 0.5)],
+        [10],
+    ),
+    "plain": lambda step: 1 / (1.0 + step),
+    "integer": lambda step: 1,
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_effective_time_sums_any_schedule(name):
+    schedule = SCHEDULES[name]
+    times = grsd_jax.effective_time(schedule, 50)
+    with jax.numpy_dtype_promotion("standard"):
+        rates = [float(schedule(step)) for step in range(50)]
+    np.testing.assert_allclose(times, np.cumsum([0, *rates]), rtol=1e-5)
+    assert times.dtype == jnp.float32
+    later = grsd_jax.effective_time(schedule, 20, first_step=30)
+    np.testing.assert_allclose(times[30] + later, times[30:], rtol=1e-4)
+
+
+def test_effective_time_stands_still_at_rate_zero_and_may_be_empty():
+    times = grsd_jax.effective_time(optax.constant_schedule(0.0), 5)
+    np.testing.assert_array_equal(times, np.zeros(6))
+    assert grsd_jax.effective_time(optax.constant_schedule(0.1), 0).shape == (1,)
+
+
+def test_effective_time_of_many_steps_keeps_its_precision():
+    times = grsd_jax.effective_time(optax.constant_schedule(0.1), 100_000)
+    np.testing.assert_allclose(times[-1], 1e4, rtol=1e-5)
+
+
+def test_effective_time_names_what_does_not_fit():
+    with pytest.raises(ValueError, match="num_steps: expected an integer >= 0"):
+        grsd_jax.effective_time(optax.constant_schedule(0.1), -1)
+    with pytest.raises(ValueError, match="schedule: expected one number"):
+        grsd_jax.effective_time(lambda step: jnp.ones(2) * step, 4)
+
+
+@pytest.mark.usefixtures("x64")
+def test_gradient_descent_follows_the_flow_in_effective_time():
+    error_fn, params, batches, loss_fn = problem(
+        "mlp", jnp.float64, error=grsd_jax.squared_error
+    )
+    del error_fn
+
+    def field(p):
+        return grsd_jax.gradient_flow_direction(loss_fn, p, batches)
+
+    def gap(refinement):
+        steps = 16 * refinement
+        schedule = optax.cosine_decay_schedule(0.4 / refinement, steps)
+        end = grsd_jax.effective_time(schedule, steps)[-1]
+        flow = grsd_jax.integrate_flow(
+            field, params, step=end, num_steps=1, substeps=32
+        )
+
+        def descend(p, step):
+            with jax.numpy_dtype_promotion("standard"):
+                rate = schedule(step)
+            return jax.tree.map(lambda x, d: x + rate * d, p, field(p)), None
+
+        descent, _ = jax.lax.scan(descend, params, jnp.arange(steps))
+        gaps = jax.tree.map(lambda a, b: jnp.max(jnp.abs(a[-1] - b)), flow, descent)
+        return max(map(float, jax.tree.leaves(gaps)))
+
+    coarse, fine = gap(8), gap(32)
+    np.testing.assert_allclose(coarse / fine, 4, rtol=0.25)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("scale", [2, 4])
+def test_scaled_loss_scales_eigenvalues_and_time(scale):
+    error_fn, params, batches, loss_fn = problem(
+        "mlp", jnp.float64, error=grsd_jax.squared_error
+    )
+    errors = []
+    for num_steps in (16, 32):
+        found = grsd_jax.covariance_check(
+            error_fn,
+            loss_fn,
+            params,
+            batches,
+            scale=scale,
+            time=1.6 / scale,
+            num_steps=num_steps,
+        )
+        errors.append(float(found.error))
+        assert found.scaled.shape == found.expected.shape == (num_steps + 1, 30)
+    # The eigenvalues move by far more than the two flows differ.
+    moved = np.max(np.abs(found.scaled[-1] - found.scaled[0])) / np.max(found.scaled)
+    assert moved > 0.02
+    assert errors[-1] < 1e-5 * moved
+    np.testing.assert_allclose(np.log2(errors[0] / errors[1]), 4, atol=0.8)
+    np.testing.assert_allclose(found.times[-1], 1.6 / scale)
+
+
+@pytest.mark.usefixtures("x64")
+def test_drift_of_the_scaled_flow_is_the_square_of_the_scale():
+    # v(a lambda, t) = a^2 v(lambda, a t): by differences along both trajectories.
+    error_fn, params, batches, loss_fn = problem(
+        "mlp", jnp.float64, error=grsd_jax.squared_error
+    )
+    found = grsd_jax.covariance_check(
+        error_fn, loss_fn, params, batches, scale=3, time=0.003, num_steps=2
+    )
+    step = float(found.times[1])
+    scaled = (found.scaled[2] - found.scaled[0]) / (2 * step)
+    middle = jax.tree.map(
+        lambda leaf: leaf[1],
+        grsd_jax.integrate_flow(
+            lambda p: grsd_jax.gradient_flow_direction(loss_fn, p, batches),
+            params,
+            step=3 * step,
+            num_steps=1,
+            substeps=4,
+        ),
+    )
+    direction = grsd_jax.gradient_flow_direction(loss_fn, middle, batches)
+    kernel, moved = grsd_jax.kernel_with_derivative_dense(
+        error_fn, middle, batches, direction, reduction="stack"
+    )
+    _, vectors = jnp.linalg.eigh(kernel)
+    drift = grsd_jax.eigenvalue_drift(vectors.T @ moved @ vectors)
+    np.testing.assert_allclose(
+        scaled, 9 * drift, atol=1e-3 * float(jnp.max(jnp.abs(9 * drift)))
+    )
+
+
+def test_covariance_check_names_what_does_not_fit():
+    error_fn, params, batches, loss_fn = problem("mlp", jnp.float32)
+    check = grsd_jax.covariance_check
+    with pytest.raises(ValueError, match="scale: expected a finite number > 0"):
+        check(error_fn, loss_fn, params, batches, scale=0, time=1.0, num_steps=1)
+    with pytest.raises(ValueError, match="time: expected a finite number > 0"):
+        check(error_fn, loss_fn, params, batches, scale=2, time=-1.0, num_steps=1)
+    with pytest.raises(ValueError, match="num_steps: expected an integer >= 1"):
+        check(error_fn, loss_fn, params, batches, scale=2, time=1.0, num_steps=0)

@@ -1,0 +1,70 @@
+"""What bounds memory: streaming, chunks, estimates, and the error that names them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from grsd_jax.memory import (
+    default_bytes,
+    free_bytes,
+    naming_what_to_lower,
+    tree_bytes,
+)
+
+HERE = Path(__file__).parent
+
+
+def peak(num_batches, max_bytes):
+    done = subprocess.run(
+        [sys.executable, HERE / "stack_memory.py", str(num_batches), str(max_bytes)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        check=True,
+    )
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+def test_a_stack_of_many_batches_runs_in_the_memory_of_one():
+    one = peak(1, 1)
+    streamed, held = peak(40, 1), peak(40, 2**40)
+    assert (one["n"], streamed["n"]) == (500, 20_000)
+    # Images, basis, Ritz vectors and their products grow with n, little as they are.
+    grown = 40 * 50 * 16 * 16 * 3 * 4 / 2**20 + 12 * 20_000 * (16 + 8) * 4 / 2**20
+    assert streamed["peak_mib"] - one["peak_mib"] < grown + 32
+    residuals = 39 * 50 * 16 * 16 * 8 * 3 * 4 / 2**20
+    assert held["peak_mib"] - streamed["peak_mib"] > residuals / 2
+
+
+def test_running_out_of_memory_names_what_to_lower():
+    with (
+        pytest.raises(MemoryError, match=r"lower one of: block_size, batches\."),
+        naming_what_to_lower("block_size", "batches"),
+    ):
+        jax.block_until_ready(jnp.zeros((2**24, 2**24)))
+
+
+def test_other_errors_pass_as_they_are():
+    def fail(_):
+        raise TypeError("not memory")
+
+    shape = jax.ShapeDtypeStruct((), jnp.float32)
+    with (
+        pytest.raises(jax.errors.JaxRuntimeError, match="not memory"),
+        naming_what_to_lower("batches"),
+    ):
+        jax.block_until_ready(jax.pure_callback(fail, shape, 1.0))
+
+
+def test_bytes_are_counted_and_rounded_to_a_power_of_two():
+    tree = {"a": jnp.zeros((3, 4)), "b": jax.ShapeDtypeStruct((5,), jnp.int8)}
+    assert tree_bytes(tree) == 3 * 4 * 4 + 5
+    assert default_bytes() <= free_bytes()
+    assert default_bytes().bit_count() == 1

@@ -1,0 +1,104 @@
+"""Proposition 2 on the linear state-space model: bound, range, and outside of it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import grsd_jax
+from grsd_jax import interaction_range, models, propagation_report
+from grsd_jax.architectures import LinearStateSpace
+
+C, DEPTH, N = 2, 13, 2
+
+
+def dense_influence(error_fn, params, batch, direction):
+    """R by plain differentiation, one column for each block that moves."""
+    names = sorted(params, key=lambda name: int(name.removeprefix("block")))
+
+    @jax.jit
+    def column(tangent):
+        jacobian = jax.jacrev(error_fn)
+        _, change = jax.jvp(lambda p: jacobian(p, batch), (params,), (tangent,))
+        rows = [jax.tree.leaves(change[name]) for name in names]
+        return jnp.stack([sum(jnp.sum(x**2) for x in row) ** 0.5 for row in rows])
+
+    zeros = jax.tree.map(jnp.zeros_like, direction)
+    moving = [{**zeros, name: direction[name]} for name in names]
+    return np.stack([column(tangent) for tangent in moving], axis=1)
+
+
+def problem(rho, *, depth=DEPTH, drive=1.0):
+    """A model and inputs of equal norms at every step; B moves ``drive`` times."""
+    model = LinearStateSpace(C, depth, 3, rho=rho)
+    rng = np.random.default_rng(0)
+    image = rng.normal(size=(N, depth, 2)).astype(np.float32)
+    image /= np.linalg.norm(image, axis=(0, 2), keepdims=True)
+    batch = {"image": jnp.asarray(image), "label": jnp.zeros((N, C), jnp.float32)}
+    params = model.init(jax.random.key(0), batch["image"])["params"]
+    direction = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape)), params)
+    for block in direction.values():
+        block["readout"]["kernel"] /= jnp.linalg.norm(block["readout"]["kernel"])
+        block["inputs"]["kernel"] *= drive
+    direction = jax.tree.map(lambda p: p.astype(jnp.float32), direction)
+    error_fn = models.linen_error_fn(model, {}, error=grsd_jax.squared_error)
+    return model, error_fn, params, batch, direction
+
+
+@pytest.mark.parametrize(("rho", "share"), [(0.5, 0.01), (0.9, 0.4), (0.99, 0.9)])
+def test_the_range_is_met_exactly_where_the_bound_is_tight(rho, share):
+    # Only the readouts move and all local norms are equal: R = c rho^distance.
+    model, error_fn, params, batch, direction = problem(rho, drive=0.0)
+    influence = dense_influence(error_fn, params, batch, direction)
+    constant = float(model.influence_constant(direction, batch["image"]))
+    report = propagation_report(
+        influence, constant=constant, rho=rho, epsilon=share * constant
+    )
+    assert report.in_condition
+    assert report.below_bound
+    np.testing.assert_allclose(report.profile, report.bound, rtol=1e-4)
+    wanted = int(np.ceil(np.log(1 / share) / np.log(1 / rho)))
+    assert report.predicted_range == report.measured_range == wanted
+
+
+@pytest.mark.parametrize("rho", [0.5, 0.9, 0.99])
+def test_influence_lies_under_the_bound_when_everything_moves(rho):
+    model, error_fn, params, batch, direction = problem(rho, depth=10)
+    influence = dense_influence(error_fn, params, batch, direction)
+    constant = float(model.influence_constant(direction, batch["image"]))
+    report = propagation_report(
+        influence, constant=constant, rho=rho, epsilon=0.9 * constant
+    )
+    assert report.below_bound
+    assert np.all(report.profile > 0)
+    assert report.measured_range <= report.predicted_range
+    half = propagation_report(influence, constant=constant / 4, rho=rho, epsilon=1.0)
+    assert not half.below_bound
+
+
+@pytest.mark.parametrize("rho", [1.0, 1.05])
+def test_an_unstable_propagator_is_reported_as_outside(rho):
+    model, error_fn, params, batch, direction = problem(rho, depth=10, drive=0.0)
+    influence = dense_influence(error_fn, params, batch, direction)
+    constant = float(model.influence_constant(direction, batch["image"]))
+    report = propagation_report(
+        influence, constant=constant, rho=rho, epsilon=0.5 * constant
+    )
+    assert not report.in_condition
+    assert report.predicted_range is None
+    assert report.measured_range is None
+    np.testing.assert_allclose(report.profile, constant * rho ** np.arange(10), 1e-4)
+
+
+def test_interaction_range_is_the_formula():
+    assert interaction_range(1.0, 0.5, 0.25) == 2
+    assert interaction_range(1.0, 0.9, 0.01) == 44
+    assert interaction_range(1.0, 0.9, 2.0) == 0
+    assert interaction_range(1.0, 1.0, 0.1) is None
+
+
+def test_bad_arguments_are_named():
+    with pytest.raises(ValueError, match="influence: expected a square matrix"):
+        propagation_report(np.ones((2, 3)), constant=1.0, rho=0.5, epsilon=0.1)
+    with pytest.raises(ValueError, match="epsilon: expected a finite number > 0"):
+        interaction_range(1.0, 0.5, 0.0)
