@@ -226,9 +226,10 @@ def transport_record(
         before,
         pairs.values[followed],
         projections[followed],
-        edges[1:-1],
+        edges.at[0].set(-jnp.inf).at[-1].set(jnp.inf),  # the shells' ends are open
         mask=was_resolved & pairs.resolved[followed],
     )
+    crossings = jax.tree.map(lambda counted: counted[1:-1], crossings)
     return ProbeRecord(
         effective_time=effective_time,
         finite=dynamics.finite & closure.defined & _all_finite((error, error_rate)),
