@@ -163,8 +163,19 @@ def test_layers_that_can_be_factored_are(name):
     assert left == LEFT_OUT[name]
 
 
-@pytest.mark.parametrize("reduction", ["mean", "stack"])
-@pytest.mark.parametrize("name", LEFT_OUT)
+@pytest.mark.parametrize(
+    ("name", "reduction"),
+    [
+        *((name, "mean") for name in LEFT_OUT),
+        ("shared", "stack"),
+        ("resnet", "stack"),
+        *(
+            pytest.param(name, "stack", marks=pytest.mark.slow)
+            for name in LEFT_OUT
+            if name not in ("shared", "resnet")
+        ),
+    ],
+)
 def test_every_operation_agrees_with_the_plain_path(name, reduction):
     error_fn, params, batches, direction = make(name)
     kernel, moved = kernel_with_derivative_dense(

@@ -196,7 +196,7 @@ def test_figures_show_means_in_bands_over_seeds(tmp_path, monkeypatch):
         drawn.update({name: draw() for name, draw in drawings.items()})
         return []
 
-    monkeypatch.setattr(sweep_figures, "save_drawings", keep)
+    monkeypatch.setattr(sweep_figures, "save_figures", keep)
     sweep_figures.write_sweep_figures({"rows": fake_rows()}, tmp_path)
     assert set(drawn) == {"sweep_coupling", "sweep_increments", "sweep_mixing"}
     axis = drawn["sweep_coupling"].axes[1]
