@@ -8,7 +8,7 @@ with something else at the time. All goes to OUT/results.json.
 Example:
   python benchmarks/environments.py
   python benchmarks/compare.py --out runs/peers
-  python benchmarks/compare.py --out /tmp/peers --problems resnet18_w4_n12
+  python benchmarks/compare.py --out runs/small --problems resnet18_w4_n12
 """
 
 import argparse

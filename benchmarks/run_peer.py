@@ -5,7 +5,7 @@ It is run by the Python of the peer's own environment, and needs NumPy beside th
 Example:
   .venv-benchmarks/torch/bin/python benchmarks/run_peer.py --peer torch_func \
     --problem resnet18_w4_n4 --task dense --variant "whole batch" \
-    --folder runs/peers/problems/resnet18_w4_n4 --out /tmp/measurement
+    --folder runs/peers/problems/resnet18_w4_n4 --out runs/measurement
 """
 
 import argparse

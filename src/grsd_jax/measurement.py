@@ -126,20 +126,11 @@ def measure_coupling(
     check_choice("derivative", derivative, DERIVATIVES)
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("driver", driver, ("auto", "scan", "host"))
-    check_at_least("block_size", block_size, 1)
-    check_at_least("num_steps", num_steps, 1)
-    check_at_least("num_shells", num_shells, 1)
-    check_at_least("window", window, 1)
-    check_at_least("min_count", min_count, 1)
-    check_at_least("num_bootstrap", num_bootstrap, 0)
-    check_positive("tolerance", tolerance)
-    for name, value in (("floor", floor), ("step", step)):
-        if value is not None:
-            check_positive(name, value)
-    if window > num_shells:
-        raise ValueError(
-            f"window: expected at most num_shells = {num_shells}, got {window}."
-        )
+    _check_numbers(
+        {"block_size": block_size, "num_steps": num_steps, "min_count": min_count},
+        {"tolerance": tolerance, "floor": floor, "step": step},
+    )
+    _check_shells(num_shells, window, num_bootstrap)
     problem = Problem(
         error_fn,
         params,
@@ -188,6 +179,25 @@ def measure_coupling(
         min_count=min_count,
         num_bootstrap=num_bootstrap,
     )
+
+
+def _check_numbers(counts: dict[str, int], thresholds: dict[str, float | None]) -> None:
+    """Checks options before any work is done: counts from 1, thresholds above zero."""
+    for name, count in counts.items():
+        check_at_least(name, count, 1)
+    for name, threshold in thresholds.items():
+        if threshold is not None:
+            check_positive(name, threshold)
+
+
+def _check_shells(num_shells: int, window: int, num_bootstrap: int) -> None:
+    check_at_least("num_shells", num_shells, 1)
+    check_at_least("window", window, 1)
+    check_at_least("num_bootstrap", num_bootstrap, 0)
+    if window > num_shells:
+        raise ValueError(
+            f"window: expected at most num_shells = {num_shells}, got {window}."
+        )
 
 
 def _checked_size(problem: Problem, block_size: int) -> int:
