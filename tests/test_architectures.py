@@ -56,7 +56,13 @@ def close(got, expected):
 
 
 @pytest.mark.usefixtures("_float64")
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name == "transformer" else [])
+        for name in MODELS
+    ],
+)
 def test_factored_jacobian_covers_every_layer_and_agrees_with_the_plain_path(name):
     error_fn, params, batches, direction = make(name)
     batch = jax.tree.map(lambda leaf: leaf[0], batches)

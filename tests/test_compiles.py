@@ -35,7 +35,7 @@ def descend(params, direction):
     ("solver", "jacobian", "reduction"),
     [
         pytest.param("dense", "plain", "mean", marks=pytest.mark.slow),
-        ("dense", "factored", "stack"),
+        pytest.param("dense", "factored", "stack", marks=pytest.mark.slow),
         pytest.param("lanczos", "plain", "stack", marks=pytest.mark.slow),
         ("lanczos", "factored", "mean"),
     ],

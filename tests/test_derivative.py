@@ -106,7 +106,11 @@ def test_piecewise_linear_networks_differ_by_their_flips():
 
 @pytest.mark.parametrize(
     "name",
-    ["mlp", pytest.param("resnet18", marks=pytest.mark.slow), "plainnet18"],
+    [
+        "mlp",
+        pytest.param("resnet18", marks=pytest.mark.slow),
+        pytest.param("plainnet18", marks=pytest.mark.slow),
+    ],
 )
 def test_exact_dense_and_projected_agree_in_float32(name):
     error_fn, params, batches, direction = with_direction(name, jnp.float32)

@@ -29,6 +29,9 @@ def test_python_source_keeps_only_the_blocks_and_their_line_numbers():
     assert lines[2] == "x = 1"
 
 
+#: Pages whose code is among the default tests; that of all is in the slow ones.
+FIRST = ("README.md", "quickstart.md", "use_in_your_loop.md")
+
 RUNNABLE = [page for page in PAGES if python_source(page.read_text()).strip()]
 
 
@@ -46,7 +49,14 @@ def quick_compilation():
 
 
 @pytest.mark.usefixtures("quick_compilation")
-@pytest.mark.parametrize("page", RUNNABLE, ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=[] if page.name in FIRST else pytest.mark.slow)
+        for page in RUNNABLE
+    ],
+    ids=lambda page: page.name,
+)
 def test_code_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code = compile(python_source(page.read_text()), str(page), "exec")

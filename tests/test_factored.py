@@ -132,6 +132,9 @@ def close(got, expected, tolerance=1e-11):
     return np.max(np.abs(got - expected)) <= tolerance * np.max(np.abs(expected))
 
 
+#: Networks that compile fast enough for the default tests; all are in the slow ones.
+QUICK = ("shared", "resnet", "mlp", "linear")
+
 LEFT_OUT = {
     "mlp": set(),
     "conv": {"grouped/bias", "grouped/kernel", "circular/bias", "circular/kernel"},
@@ -166,14 +169,9 @@ def test_layers_that_can_be_factored_are(name):
 @pytest.mark.parametrize(
     ("name", "reduction"),
     [
-        *((name, "mean") for name in LEFT_OUT),
-        ("shared", "stack"),
-        ("resnet", "stack"),
-        *(
-            pytest.param(name, "stack", marks=pytest.mark.slow)
-            for name in LEFT_OUT
-            if name not in ("shared", "resnet")
-        ),
+        pytest.param(name, reduction, marks=[] if name in QUICK else pytest.mark.slow)
+        for name in LEFT_OUT
+        for reduction in ("mean", "stack")
     ],
 )
 def test_every_operation_agrees_with_the_plain_path(name, reduction):

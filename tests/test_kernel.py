@@ -41,7 +41,9 @@ errors = pytest.mark.parametrize(
 
 
 @errors
-@pytest.mark.parametrize("name", ["mlp", "resnet18", "plainnet18"])
+@pytest.mark.parametrize(
+    "name", ["mlp", pytest.param("resnet18", marks=pytest.mark.slow), "plainnet18"]
+)
 def test_all_forms_equal_the_jacobian_product(name, error):
     check_all_forms(name, jnp.float32, error)
 

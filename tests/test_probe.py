@@ -45,7 +45,10 @@ def moved_spectrum(error_fn, params, batches, direction, step):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("error", [grsd.softmax_error, grsd.squared_error])
+@pytest.mark.parametrize(
+    "error",
+    [grsd.softmax_error, pytest.param(grsd.squared_error, marks=pytest.mark.slow)],
+)
 def test_record_is_what_the_flow_does(error):
     fn, params, batches, loss_fn = oracles.problem("mlp", jnp.float64, error=error)
     if error is grsd.squared_error:
@@ -101,6 +104,7 @@ def test_relu_balance_closes_within_one_activation_pattern():
     assert errors[3e-2] > 1e-2  # patterns flip on the way
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_lanczos_knows_what_leaks_out_of_its_pairs():
     fn, params, batches, loss_fn = oracles.problem("mlp", jnp.float64)
