@@ -36,9 +36,9 @@ def test_a_stack_of_many_batches_runs_in_the_memory_of_one():
     one = peak(1, 1)
     streamed, held = peak(40, 1), peak(40, 2**40)
     assert (one["n"], streamed["n"]) == (500, 20_000)
-    # Images, basis, Ritz vectors and their products grow with n, little as they are.
-    grown = 40 * 50 * 16 * 16 * 3 * 4 / 2**20 + 12 * 20_000 * (16 + 8) * 4 / 2**20
-    assert streamed["peak_mib"] - one["peak_mib"] < grown + 32
+    # Images, basis, vectors and the allocator's reserves grow with n; residuals do not.
+    growth = streamed["peak_mib"] - one["peak_mib"]
+    assert growth < (held["peak_mib"] - one["peak_mib"]) / 2
     residuals = 39 * 50 * 16 * 16 * 8 * 3 * 4 / 2**20
     assert held["peak_mib"] - streamed["peak_mib"] > residuals / 2
 

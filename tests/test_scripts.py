@@ -62,7 +62,7 @@ def test_reproduce_then_measure_then_plot(tmp_path):
     assert drawn.returncode == 0, drawn.stderr
     assert len(list((tmp_path / "plainnet18" / "figures").glob("*.pdf"))) == 5
 
-    foreign = run("measure.py", workdir, *SMALL, "--width=3")
+    foreign = run("measure.py", workdir, *SMALL, "--model=plainnet18", "--width=3")
     assert foreign.returncode == 1
-    assert "checkpoint" in foreign.stderr
+    assert "--width: expected 2 as in the run" in foreign.stderr
     assert "Traceback" not in foreign.stderr
