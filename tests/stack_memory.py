@@ -5,7 +5,6 @@ images through a small convolutional network, by Lanczos on the plain path.
 """
 
 import json
-import resource
 import sys
 
 import flax.linen as nn
@@ -13,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 import grsd_jax
-from grsd_jax import models
+from grsd_jax import memory, models
 
 NUM_EXAMPLES, NUM_CLASSES, SIDE = 50, 10, 16
 
@@ -53,8 +52,8 @@ def main(num_batches, max_bytes):
         max_bytes=max_bytes,
     )
     jax.block_until_ready(measured)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    print(json.dumps({"n": measured.vectors.shape[0], "peak_mib": peak}))
+    peak_mib = memory.peak_bytes() / 2**20
+    print(json.dumps({"n": measured.vectors.shape[0], "peak_mib": peak_mib}))
 
 
 if __name__ == "__main__":

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from grsd_jax import memory
 from grsd_jax.memory import (
     default_bytes,
     free_bytes,
@@ -29,6 +31,13 @@ def peak(num_batches, max_bytes):
         check=True,
     )
     return json.loads(done.stdout)
+
+
+def test_the_peak_of_a_process_leaves_out_the_one_that_started_it():
+    here = np.ones(2**27)
+    code = "from grsd_jax import memory; print(memory.peak_bytes())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert 2**24 < int(done.stdout) < here.nbytes < memory.peak_bytes()
 
 
 @pytest.mark.slow

@@ -3,10 +3,10 @@
 NumPy and the standard library alone, so that every peer's environment can run it.
 """
 
-import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -109,8 +109,13 @@ def measure(
 
 
 def peak_mib() -> float:
-    """Returns the peak resident memory of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """Returns the peak resident memory of this process so far.
+
+    As `grsd_jax.memory.peak_bytes`, which the peers' environments lack: the resource
+    module's maximum would count the process that started this one too.
+    """
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 def subtree(inputs: Inputs, prefix: str) -> dict[str, np.ndarray]:

@@ -1,8 +1,10 @@
 """How much memory there is, and what a run will take of it."""
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -37,6 +39,25 @@ def default_bytes() -> int:
         Bytes.
     """
     return 2 ** int(np.log2(max(_SHARE * free_bytes(), 2**20)))
+
+
+def peak_bytes() -> int:
+    """Returns the most resident memory that this process has had.
+
+    `resource.getrusage` also counts what the process had before it became this
+    program, a copy of its parent; where the system keeps a better account, that is read.
+
+    Returns:
+        Bytes.
+    """
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        import resource  # not on every system that JAX runs on
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
 
 
 def tree_bytes(tree: PyTree) -> int:

@@ -7,7 +7,6 @@ count): 4 f a column for a product, 6 f for a derivative, 2 C f for dense rows p
 the plain path's; a factored one needs fewer, so that its rate can exceed any machine's.
 """
 
-import resource
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -27,6 +26,7 @@ from grsd_jax.factored import JacobianForm
 from grsd_jax.kernel import kernel_matmat, linearize_kernel
 from grsd_jax.lanczos import block_lanczos
 from grsd_jax.measurement import measure_coupling
+from grsd_jax.memory import peak_bytes
 
 _CLASSES = 10
 _REPEATS = 3
@@ -119,7 +119,7 @@ def run_case(name: str, config: Config) -> dict[str, Any]:
         "gradient_seconds": gradient_seconds,
         "forward_seconds": forward_seconds,
         "flops_share": share,
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_mib": peak_bytes() / 2**20,
         **extra(seconds),
     }
 
