@@ -20,6 +20,7 @@ from grsd_jax import models
 from grsd_jax.experiments import pipeline, records
 from grsd_jax.experiments.config import Config
 from grsd_jax.experiments.data import evaluation_batches, load_dataset
+from grsd_jax.experiments.networks import make_model
 from grsd_jax.experiments.tracking import LAMBDA_RANGE
 
 STEPS = {"float64": (1e-3, 1e-4, 1e-6, 1e-8), "float32": (1e-3, 1e-4, 1e-5)}
@@ -61,7 +62,7 @@ def main(arguments: argparse.Namespace) -> None:
     rows = []
     for activation in ("relu", "gelu"):
         settings = dataclasses.replace(config, activation=activation)
-        model = pipeline.make_model("resnet18", dataset, settings)
+        model = make_model("resnet18", dataset.num_classes, settings)
         for dtype in (jnp.float64, jnp.float32):
             with jax.enable_x64(dtype is jnp.float64):
                 errors = closure_errors(model, weights, batches, dtype)

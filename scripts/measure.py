@@ -1,7 +1,7 @@
 """Measures the shell coupling of one trained network at its newest checkpoint.
 
-Reads the checkpoint that train.py left in WORKDIR/resnet18 (or in WORKDIR/plainnet18,
-for --model=plainnet18 --protocol=own) and writes results.json and arrays.npz to
+Reads the checkpoint that train.py left in WORKDIR/MODEL (of the ResNet-18 if the plain
+network is measured under another --protocol) and writes results.json and arrays.npz to
 WORKDIR/MODEL; plot.py --workdir=WORKDIR/MODEL draws them. Give the settings of the
 network (--width, --activation, --dataset) as in training. Where there are several
 devices, they share the examples of each batch; --distributed joins several processes,
@@ -28,12 +28,17 @@ def main(config: Config) -> None:
             f"{','.join(config.protocol)}; reproduce.py takes a list."
         )
     (protocol,) = config.protocol
-    if config.model == "resnet18" and protocol != "own":
+    if config.model != "plainnet18" and protocol != "own":
         raise UserError(
-            f"--protocol: expected own for --model=resnet18, got {protocol}; the "
+            f"--protocol: expected own for --model={config.model}, got {protocol}; the "
             "others are of --model=plainnet18."
         )
     mesh = devices.join()
+    if not Path(config.workdir).is_dir():
+        raise UserError(
+            "--workdir: expected a folder in which train.py trained, got "
+            f"'{config.workdir}', which does not exist."
+        )
     with devices.workdir_lock(Path(config.workdir) / config.model) as folder:
         dataset = load_dataset(config)
         entry, arrays = pipeline.measure(

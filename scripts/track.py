@@ -19,37 +19,20 @@ from pathlib import Path
 
 from absl import flags as absl_flags
 
-from grsd_jax.experiments import flags, pipeline, records, tracking
-from grsd_jax.experiments.config import Config
+from grsd_jax.experiments import flags, records, tracking
+from grsd_jax.experiments.config import MODELS, TRAINING_FLAGS, Config
 from grsd_jax.experiments.data import load_dataset
 from grsd_jax.experiments.tracking_figures import write_tracking_figures
 
-FIELDS = [
-    "dataset",
-    "data_dir",
-    "workdir",
-    "seed",
-    "width",
-    "activation",
-    "epochs",
-    "train_batch_size",
-    "learning_rate",
-    "momentum",
-    "schedule",
-    "schedule_args",
-    "checkpoint_every",
-    "log_every",
-    "precision",
-    *tracking.SETTINGS,
-]
-MODELS = absl_flags.DEFINE_multi_enum(
-    "models", list(pipeline.MAKE_MODEL), list(pipeline.MAKE_MODEL), "Networks to train."
+FIELDS = {*TRAINING_FLAGS, *tracking.SETTINGS} - {"model"}
+NETWORKS = absl_flags.DEFINE_multi_enum(
+    "models", ["resnet18", "plainnet18"], MODELS, "Networks to train."
 )
 
 
 def main(config: Config) -> None:
     with records.workdir_lock(Path(config.workdir)) as folder:
-        results, lines = tracking.track(load_dataset(config), config, MODELS.value)
+        results, lines = tracking.track(load_dataset(config), config, NETWORKS.value)
         records.write_json(folder / "results.json", results)
         paths = write_tracking_figures(lines, folder / "figures")
     for name, track in results["tracks"].items():

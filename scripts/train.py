@@ -1,4 +1,4 @@
-r"""Trains ResNet-18 or PlainNet-18 in the CIFAR form by SGD with momentum.
+r"""Trains a network by SGD with momentum: ResNet-18, PlainNet-18 or one of any depth.
 
 Writes to WORKDIR/MODEL: config.json, metrics.jsonl (one JSON object a line) and Orbax
 checkpoints. A run that was killed resumes by itself when the same command is given
@@ -14,35 +14,15 @@ Examples:
 """
 
 from grsd_jax.experiments import flags
-from grsd_jax.experiments.config import Config
+from grsd_jax.experiments.config import TRAINING_FLAGS, Config
 from grsd_jax.experiments.data import load_dataset
-from grsd_jax.experiments.pipeline import make_model
+from grsd_jax.experiments.networks import make_model
 from grsd_jax.experiments.training import train
-
-FIELDS = [
-    "dataset",
-    "data_dir",
-    "workdir",
-    "seed",
-    "model",
-    "width",
-    "activation",
-    "epochs",
-    "train_batch_size",
-    "learning_rate",
-    "momentum",
-    "schedule",
-    "schedule_args",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "log_every",
-    "precision",
-]
 
 
 def main(config: Config) -> None:
     dataset = load_dataset(config)
-    model = make_model(config.model, dataset, config)
+    model = make_model(config.model, dataset.num_classes, config)
     result = train(model, dataset, config, config.workdir, name=config.model)
     steps = int(result.state.step)
     if result.resumed_from == steps:
@@ -54,5 +34,5 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    flags.define_flags(only=FIELDS)
+    flags.define_flags(only=TRAINING_FLAGS)
     flags.run_main(main)

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
-NETWORK = ["--width=2", "--activation=gelu"]
+MODEL = "rescnn"
+NETWORK = [f"--model={MODEL}", "--width=4", "--depth=2", "--activation=gelu"]
 SETTINGS = [
     "--batch_size=4",
     "--num_batches=2",
@@ -57,7 +58,7 @@ def test_two_and_four_processes_measure_what_one_does(tmp_path):
     workdir = f"--workdir={tmp_path}"
     finish(start("train.py", workdir, "--epochs=1", "--train_batch_size=256"))
     finish(start("measure.py", workdir, *SETTINGS))
-    folder = tmp_path / "resnet18"
+    folder = tmp_path / MODEL
     one, arrays = read(folder)
     for count in (2, 4):
         for name in ("results.json", "arrays.npz"):
@@ -82,13 +83,13 @@ def test_two_and_four_processes_measure_what_one_does(tmp_path):
         many, found = read(folder)
         assert many["n"] == one["n"]
         assert many["num_resolved"] == one["num_resolved"]
-        top = float(arrays["resnet18/values"][0])
+        top = float(arrays[f"{MODEL}/values"][0])
         np.testing.assert_allclose(
-            found["resnet18/values"], arrays["resnet18/values"], atol=1e-5 * top
+            found[f"{MODEL}/values"], arrays[f"{MODEL}/values"], atol=1e-5 * top
         )
-        exact = arrays["resnet18/coupling_diagonal"]
+        exact = arrays[f"{MODEL}/coupling_diagonal"]
         np.testing.assert_allclose(
-            found["resnet18/coupling_diagonal"][:4], exact[:4], rtol=1e-3
+            found[f"{MODEL}/coupling_diagonal"][:4], exact[:4], rtol=1e-3
         )
 
 

@@ -28,6 +28,9 @@ def test_every_field_can_be_set_by_its_flag():
         seed=3,
         model="plainnet18",
         width=5,
+        depth=6,
+        branch_scale=0.25,
+        rho=0.75,
         activation="gelu",
         epochs=7,
         train_batch_size=9,
@@ -62,8 +65,8 @@ def test_every_field_can_be_set_by_its_flag():
 
 def test_a_script_can_choose_fields_and_defaults():
     assert parse(only=["width"], width=3) == Config(width=3)
-    with pytest.raises(ValueError, match="expected fields of Config, got 'depth'"):
-        parse(depth=3)
+    with pytest.raises(ValueError, match="expected fields of Config, got 'layers'"):
+        parse(layers=3)
 
 
 def test_a_script_takes_the_others_flags_but_does_not_list_them():

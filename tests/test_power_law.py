@@ -209,6 +209,12 @@ def test_gradient_of_the_exponent(x64):
     np.testing.assert_allclose(gradient, u / np.sum(u**2) / y, rtol=1e-9)
 
 
+def test_gradients_are_finite_at_a_perfect_fit(x64):
+    x = np.array([1.0, 2.0, 4.0])
+    gradient = jax.grad(lambda y: fit_power_law(x, y).exponent_stderr)(x * x)
+    np.testing.assert_array_equal(gradient, np.zeros(3))
+
+
 def test_rejects_bad_arguments():
     x, y = planted(1.0, 1.0, 0.1, size=4)
     with pytest.raises(ValueError, match=r"y: expected shape \[4\], got \[3\]"):

@@ -39,13 +39,13 @@ def test_track_then_plot(tmp_path):
         "--record_every=2",
         "--num_shells=5",
         "--models=plainnet18",
-        "--models=resnet18",
+        "--models=resmlp",
     )
     done = run("track.py", workdir, *options)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "results.json").read_text())
     assert set(results) == {"config", "environment", "tracks"}
-    assert set(results["tracks"]) == {"plainnet18", "resnet18"}
+    assert set(results["tracks"]) == {"plainnet18", "resmlp"}
     for name, track in results["tracks"].items():
         lines = records.read_jsonl(tmp_path / name / "records.jsonl")
         assert [line["step"] for line in lines] == [0, 2, 4]

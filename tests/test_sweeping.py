@@ -17,14 +17,13 @@ from absl import flags as absl_flags
 import grsd_jax
 from grsd_jax import models
 from grsd_jax.experiments import flags, records, sweep_figures, sweeping
-from grsd_jax.experiments.config import UserError
+from grsd_jax.experiments.config import CHAINS, UserError
 from grsd_jax.experiments.data import evaluation_batches, synthetic_textures
 from grsd_jax.experiments.sweep_config import (
-    MODELS,
     SweepConfig,
     cell_fingerprint,
+    cell_network,
     list_cells,
-    make_network,
 )
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "sweep.py"
@@ -64,10 +63,10 @@ def test_the_grid_holds_each_network_once():
     assert [cell.seed for cell in cells[:3]] == [0, 1, 2]  # one compilation serves all
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", CHAINS)
 def test_every_network_of_a_sweep_can_be_made(name):
     config = SweepConfig(models=(name,), depths=(4,), widths=(6,))
-    model = make_network(list_cells(config)[0], 5, 0.5)
+    model = cell_network(list_cells(config)[0], 5, 0.5)
     assert (model.num_classes, model.depth, model.width) == (5, 4, 6)
     assert getattr(model, "residual", None) in (None, name.startswith("res"))
 
@@ -119,7 +118,7 @@ def test_a_row_is_what_the_library_measures(swept):
     config = small(workdir, steps=0)
     cell = list_cells(config)[0]
     row = sweeping.measure_cell(cell, DATA, config, optax.sgd(0.1))
-    model = make_network(cell, 3, config.rho)
+    model = cell_network(cell, 3, config.rho)
     batches = evaluation_batches(
         DATA.test_images, DATA.test_labels, num_batches=1, batch_size=4, seed=0
     )
@@ -231,8 +230,8 @@ def test_flags_give_the_settings_and_name_what_is_wrong():
         parse("--depths=0")
     with pytest.raises(UserError, match="--window: expected at most --num_shells"):
         SweepConfig(window=30)
-    with pytest.raises(UserError, match="--models=transformer: width: expected a mul"):
-        make_network(
+    with pytest.raises(UserError, match="network transformer: width: expected a mul"):
+        cell_network(
             list_cells(SweepConfig(models=("transformer",), widths=(3,)))[0], 3, 0.5
         )
 

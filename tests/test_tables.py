@@ -82,9 +82,9 @@ def test_everything_undefined():
     entry = {"diagonal_fit": fit, "shell_fit": None, "toeplitz": {"literal": None}}
     for fields in (entry, {}):
         scaling, toeplitz = cells(format_table({"models": {"mlp": fields}}))
-        assert scaling[2] == ["mlp", *["n/a"] * 3, "n/a/n/a", *["n/a"] * 4]
+        assert scaling[2] == ["MLP", *["n/a"] * 3, "n/a/n/a", *["n/a"] * 4]
         undefined = ["n/a", "n/a -> n/a"]
-        assert toeplitz[2] == ["mlp", "n/a", *undefined, *undefined, "n/a"]
+        assert toeplitz[2] == ["MLP", "n/a", *undefined, *undefined, "n/a"]
 
 
 def test_slope_without_error_or_interval():

@@ -188,7 +188,7 @@ def inner(left: Factor, right: Factor) -> jax.Array:
     else:
         assert isinstance(left, Lookup)
         assert isinstance(right, Lookup)
-        same = left.indices[:, :, None, None] == right.indices
+        same = left.indices[:, :, None, None] == right.indices[None, None]
         similar = same.astype(left.deltas.dtype)
 
     def one_example(parts: tuple[jax.Array, jax.Array]) -> jax.Array:

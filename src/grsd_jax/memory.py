@@ -45,7 +45,7 @@ def peak_bytes() -> int:
     """Returns the most resident memory that this process has had.
 
     `resource.getrusage` also counts what the process had before it became this
-    program, a copy of its parent; where the system keeps a better account, that is read.
+    program, a copy of its parent; the system's better account is read where it exists.
 
     Returns:
         Bytes.

@@ -106,6 +106,9 @@ def fit_power_law(
     freedom = jnp.maximum(num_points - 2, 1).astype(dtype)
     varies = line.defined & (line.square_y > 0)
     rest = line.square_rest / jnp.where(varies, line.square_y, 1)
+    variance = line.square_rest / freedom / line.square_x
+    scattered = variance > 0  # the root has no derivative at a perfect fit
+    stderr = jnp.where(scattered, jnp.sqrt(jnp.where(scattered, variance, 1)), 0)
     interval = None
     if num_bootstrap and key is not None:
         interval = _bootstrap(log_x, log_y, used, num_bootstrap, key, confidence)
@@ -114,9 +117,7 @@ def fit_power_law(
         exponent=jnp.where(line.defined, line.slope, jnp.nan),
         prefactor=jnp.where(line.defined, jnp.exp(line.intercept), jnp.nan),
         r_squared=jnp.where(varies, jnp.maximum(1 - rest, 0), jnp.nan),
-        exponent_stderr=jnp.where(
-            enough, jnp.sqrt(line.square_rest / freedom / line.square_x), jnp.nan
-        ),
+        exponent_stderr=jnp.where(enough, stderr, jnp.nan),
         num_points=num_points,
         interval=interval,
     )

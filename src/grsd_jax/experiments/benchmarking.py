@@ -20,7 +20,8 @@ from grsd_jax._typing import ErrorFn, LossFn, PyTree
 from grsd_jax.dense import kernel_dense, kernel_with_derivative_dense
 from grsd_jax.derivative import gradient_flow_direction, kernel_derivative
 from grsd_jax.experiments.config import Config
-from grsd_jax.experiments.pipeline import MAKE_MODEL, measurement_options
+from grsd_jax.experiments.networks import make_model
+from grsd_jax.experiments.pipeline import measurement_options
 from grsd_jax.experiments.steps import init_state, make_optimizer
 from grsd_jax.factored import JacobianForm
 from grsd_jax.kernel import kernel_matmat, linearize_kernel
@@ -53,7 +54,7 @@ def make_problem(config: Config) -> Problem:
     Returns:
         The problem.
     """
-    model = MAKE_MODEL[config.model](_CLASSES, config.width, config.activation)
+    model = make_model(config.model, _CLASSES, config)
     rng = np.random.default_rng(config.seed)
     leading = (config.num_batches, config.batch_size)
     images = rng.normal(size=(*leading, 32, 32, 3)).astype(np.float32)

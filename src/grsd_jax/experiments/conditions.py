@@ -20,22 +20,26 @@ from grsd_jax.derivative import gradient_flow_direction
 from grsd_jax.experiments import records
 from grsd_jax.experiments.checkpoints import Checkpoints
 from grsd_jax.experiments.config import TRAINING_FIELDS, Config, UserError
-from grsd_jax.experiments.data import Dataset, evaluation_batches
+from grsd_jax.experiments.data import Dataset, measured_batches
+from grsd_jax.experiments.networks import NETWORK_FIELDS, make_model
 from grsd_jax.experiments.pipeline import (
     RECALIBRATION_BATCHES,
     Weights,
     header,
-    make_model,
     measurement_entry,
     measurement_options,
 )
 from grsd_jax.experiments.steps import init_state, make_optimizer, state_template
 from grsd_jax.experiments.tables import aligned
-from grsd_jax.experiments.training import recalibrate_batch_stats, train
+from grsd_jax.experiments.training import (
+    check_same_run,
+    recalibrate_batch_stats,
+    train,
+)
 from grsd_jax.verdicts import Thresholds, Verdict
 
 #: Training settings that the run in the workdir must share with the flags.
-_SAME_RUN = ("dataset", "seed", "model", "width", "activation")
+_SAME_RUN = ("dataset", "seed", "model", *NETWORK_FIELDS)
 
 TITLES = {
     "condition1": "1 locality",
@@ -90,22 +94,45 @@ def measure_conditions(
     """
     started = time.monotonic()
     folder = Path(config.workdir) / config.model
-    model = make_model(config.model, dataset, config)
+    model = make_model(config.model, dataset.num_classes, config)
+    batches = measured_batches(dataset, config)  # complains before the training
     if starts_here(folder, config):
         train(model, dataset, config, config.workdir, name=config.model)
-    _check_same_run(folder, dataset, config)
-    batches = evaluation_batches(
-        dataset.test_images,
-        dataset.test_labels,
-        num_batches=config.num_batches,
-        batch_size=config.batch_size,
-        seed=config.seed,
-    )
+    network = {name: getattr(config, name) for name in _SAME_RUN}
+    check_same_run(folder, network | {"data_fingerprint": dataset.fingerprint})
     points = [
         _point(model, step, weights, batches)
         for step, weights in _path(model, dataset, config, folder, options.num_points)
     ]
     blocks = models.depth_blocks(model, points[0].params)
+    report, layers = _measured(points, batches, blocks, config, options)
+    finite = [bool(m.finite) for m in report.condition4.measurements]
+    if not all(finite):
+        raise UserError(
+            f"checkpoint of {config.model}: expected finite parameters, errors and "
+            f"products, got others at step {points[finite.index(False)].time:g}."
+        )
+    return header(config) | {
+        "options": options._asdict() | {"thresholds": options.thresholds._asdict()},
+        "data_fingerprint": dataset.fingerprint,
+        "error_fn": "softmax_error",
+        "direction": "minus the gradient of the mean cross-entropy, same batches",
+        "blocks": list(blocks.names),
+        "steps": [int(step) for step in report.times],
+        **report_entry(report, config),
+        "layers": layers_entry(layers, blocks, config),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def _measured(
+    points: list[PathPoint],
+    batches: Any,
+    blocks: ParameterBlocks,
+    config: Config,
+    options: Options,
+) -> tuple[ConditionReport, LayerMeasurements]:
+    """Measures the conditions along the path, and the layers at its end."""
     key, layers_key = jax.random.split(jax.random.key(config.seed))
     shells = {"num_shells": config.num_shells, "window": config.window}
     coupling = measurement_options(config)
@@ -140,23 +167,7 @@ def measure_conditions(
             reduction=reduction,
             **shells,
         )
-    finite = [bool(m.finite) for m in report.condition4.measurements]
-    if not all(finite):
-        raise UserError(
-            f"checkpoint of {config.model}: expected finite parameters, errors and "
-            f"products, got others at step {points[finite.index(False)].time:g}."
-        )
-    return header(config) | {
-        "options": options._asdict() | {"thresholds": options.thresholds._asdict()},
-        "data_fingerprint": dataset.fingerprint,
-        "error_fn": "softmax_error",
-        "direction": "minus the gradient of the mean cross-entropy, same batches",
-        "blocks": list(blocks.names),
-        "steps": [int(step) for step in report.times],
-        **report_entry(report, config),
-        "layers": layers_entry(layers, blocks, config),
-        "seconds": round(time.monotonic() - started, 1),
-    }
+    return report, layers
 
 
 def starts_here(folder: Path, config: Config) -> bool:
@@ -174,18 +185,6 @@ def starts_here(folder: Path, config: Config) -> bool:
         return True
     written = records.read_json(path)
     return all(written.get(name) == getattr(config, name) for name in TRAINING_FIELDS)
-
-
-def _check_same_run(folder: Path, dataset: Dataset, config: Config) -> None:
-    """Raises UserError unless the run in the folder is that of the settings."""
-    written = records.read_json(folder / "config.json")
-    wanted = {name: getattr(config, name) for name in _SAME_RUN}
-    for name, value in (wanted | {"data_fingerprint": dataset.fingerprint}).items():
-        if written.get(name) != value:
-            raise UserError(
-                f"--{name}: expected {written.get(name)!r} as in the run that is in "
-                f"'{folder}', got {value!r}."
-            )
 
 
 def _path(

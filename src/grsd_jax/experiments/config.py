@@ -19,85 +19,61 @@ class UserError(ValueError):
     """
 
 
-def _field(default: Any, help_text: str, **checks: Any) -> Any:
-    """Returns a dataclass field; checks hold choices, minimum, maximum, low, high."""
+#: The networks: what the scripts and the figures call them.
+TITLES = {
+    "resnet18": "ResNet-18",
+    "plainnet18": "PlainNet-18",
+    "mlp": "MLP",
+    "resmlp": "Residual MLP",
+    "cnn": "CNN",
+    "rescnn": "Residual CNN",
+    "transformer": "Transformer",
+    "ssm": "State-space model",
+}
+MODELS = tuple(TITLES)
+
+#: The networks of any depth, and those of them that take a ``branch_scale``.
+CHAINS = MODELS[2:]
+RESIDUAL = ("resmlp", "rescnn", "transformer")
+
+
+def setting(default: Any, help_text: str, **checks: Any) -> Any:
+    """Returns the dataclass field of one setting.
+
+    Args:
+        default: Its default.
+        help_text: What ``--help`` says.
+        **checks: What `check_field` checks: choices, minimum, maximum, low, high, each,
+            each_above.
+
+    Returns:
+        The field.
+    """
     return dataclasses.field(default=default, metadata={"help": help_text, **checks})
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """All settings of one run; invalid ones raise `UserError` at construction."""
+class Settings:
+    """What all experiments take; invalid ones raise `UserError` at construction."""
 
-    dataset: str = _field(
+    dataset: str = setting(
         "synthetic",
         "Data set: the embedded textures, or CIFAR-10 read through TFDS.",
         choices=("synthetic", "cifar10"),
     )
-    data_dir: str | None = _field(
+    data_dir: str | None = setting(
         None, "Folder of the prepared TFDS data; default: TFDS_DATA_DIR, then TFDS's."
     )
-    workdir: str = _field("runs/default", "Folder for everything that is written.")
-    seed: int = _field(
-        0,
-        "Seed of the initial weights, the order and the measured batches.",
-        minimum=0,
-        maximum=2**32 - 1,
-    )
-    model: str = _field(
-        "resnet18", "Network to train.", choices=("resnet18", "plainnet18")
-    )
-    width: int = _field(8, "Channels of the first stage.", minimum=1)
-    activation: str = _field(
-        "relu",
-        "Activation of the networks.",
-        choices=("relu", "gelu", "silu", "softplus", "tanh"),
-    )
-    epochs: int = _field(3, "Training epochs.", minimum=1)
-    train_batch_size: int = _field(64, "Examples in one training step.", minimum=1)
-    learning_rate: float = _field(0.05, "Learning rate of SGD.", low=0.0)
-    momentum: float = _field(0.9, "Momentum of SGD, in [0, 1).", low=0.0, high=1.0)
-    schedule: str = _field(
-        "constant_schedule", "Name of an optax function that ends in _schedule."
-    )
-    schedule_args: str = _field(
-        "{}",
-        "Arguments of the schedule as a JSON object; what it leaves out of the peak or "
-        "initial value is --learning_rate, and of decay_steps the whole training.",
-    )
-    checkpoint_every: int = _field(200, "Steps between checkpoints.", minimum=1)
-    keep_checkpoints: int = _field(
-        2, "Newest checkpoints that stay; the conditions need several.", minimum=1
-    )
-    log_every: int = _field(20, "Steps between lines of metrics.", minimum=1)
-    record_every: int = _field(10, "Steps between records of the probe.", minimum=1)
-    batch_size: int = _field(32, "Examples N in one measured batch.", minimum=1)
-    num_batches: int = _field(2, "Measured batches K.", minimum=1)
-    solver: str = _field(
-        "auto",
-        "How the spectrum is found; auto takes the cheaper that fits in memory.",
-        choices=("auto", "dense", "lanczos"),
-    )
-    block_size: int = _field(8, "Columns b of a Lanczos block.", minimum=1)
-    num_steps: int = _field(20, "Lanczos steps m.", minimum=1)
-    derivative: str = _field(
-        "exact",
-        "Derivative of the kernel: within one activation pattern, or across patterns.",
-        choices=("exact", "finite_difference"),
-    )
-    reduction: str = _field(
-        "mean",
-        "Average the batches' kernels, or stack the batches into one.",
-        choices=("mean", "stack"),
-    )
-    num_shells: int = _field(12, "Logarithmic shells S.", minimum=2)
-    window: int = _field(5, "Shells in one sliding window.", minimum=2)
-    protocol: tuple[str, ...] = _field(
-        ("shared", "recalibrated", "own"),
-        "Where the plain net's weights come from: the ResNet's (shared), those with "
-        "BatchNorm statistics gathered anew (recalibrated), its own training (own).",
-        each=("shared", "recalibrated", "own"),
-    )
-    precision: str = _field(
+    workdir: str = setting("runs/default", "Folder for everything that is written.")
+    train_batch_size: int = setting(64, "Examples in one training step.", minimum=1)
+    learning_rate: float = setting(0.05, "Learning rate of SGD.", low=0.0)
+    momentum: float = setting(0.9, "Momentum of SGD, in [0, 1).", low=0.0, high=1.0)
+    rho: float = setting(0.9, "Spectral radius of the state-space model, ssm.", low=0.0)
+    batch_size: int = setting(32, "Examples N in one measured batch.", minimum=1)
+    num_batches: int = setting(2, "Measured batches K.", minimum=1)
+    num_shells: int = setting(12, "Logarithmic shells S.", minimum=2)
+    window: int = setting(5, "Shells in one sliding window.", minimum=2)
+    precision: str = setting(
         "highest",
         "Precision of matrix products outside the ones that are always highest.",
         choices=("highest", "high", "default"),
@@ -108,12 +84,80 @@ class Config:
         validate(self)
 
 
+@dataclasses.dataclass(frozen=True)
+class Config(Settings):
+    """All settings of one run, beside those of `Settings`."""
+
+    seed: int = setting(
+        0,
+        "Seed of the initial weights, the order and the measured batches.",
+        minimum=0,
+        maximum=2**32 - 1,
+    )
+    model: str = setting("resnet18", "Network to train.", choices=MODELS)
+    width: int = setting(
+        8, "Channels of the first stage, or features of the state.", minimum=1
+    )
+    depth: int = setting(
+        4, "Blocks L of the networks other than the ResNet-18 and its twin.", minimum=1
+    )
+    branch_scale: float = setting(
+        1.0, f"Scale s of the residual branches of {', '.join(RESIDUAL)}.", low=0.0
+    )
+    activation: str = setting(
+        "relu",
+        "Activation of the networks.",
+        choices=("relu", "gelu", "silu", "softplus", "tanh"),
+    )
+    epochs: int = setting(3, "Training epochs.", minimum=1)
+    schedule: str = setting(
+        "constant_schedule", "Name of an optax function that ends in _schedule."
+    )
+    schedule_args: str = setting(
+        "{}",
+        "Arguments of the schedule as a JSON object; what it leaves out of the peak or "
+        "initial value is --learning_rate, and of decay_steps the whole training.",
+    )
+    checkpoint_every: int = setting(200, "Steps between checkpoints.", minimum=1)
+    keep_checkpoints: int = setting(
+        2, "Newest checkpoints that stay; the conditions need several.", minimum=1
+    )
+    log_every: int = setting(20, "Steps between lines of metrics.", minimum=1)
+    record_every: int = setting(10, "Steps between records of the probe.", minimum=1)
+    solver: str = setting(
+        "auto",
+        "How the spectrum is found; auto takes the cheaper that fits in memory.",
+        choices=("auto", "dense", "lanczos"),
+    )
+    block_size: int = setting(8, "Columns b of a Lanczos block.", minimum=1)
+    num_steps: int = setting(20, "Lanczos steps m.", minimum=1)
+    derivative: str = setting(
+        "exact",
+        "Derivative of the kernel: within one activation pattern, or across patterns.",
+        choices=("exact", "finite_difference"),
+    )
+    reduction: str = setting(
+        "mean",
+        "Average the batches' kernels, or stack the batches into one.",
+        choices=("mean", "stack"),
+    )
+    protocol: tuple[str, ...] = setting(
+        ("shared", "recalibrated", "own"),
+        "Where the plain net's weights come from: the ResNet's (shared), those with "
+        "BatchNorm statistics gathered anew (recalibrated), its own training (own).",
+        each=("shared", "recalibrated", "own"),
+    )
+
+
 #: The settings that decide what training computes; a run resumes only under the same.
 TRAINING_FIELDS = (
     "dataset",
     "seed",
     "model",
     "width",
+    "depth",
+    "branch_scale",
+    "rho",
     "activation",
     "epochs",
     "train_batch_size",
@@ -125,7 +169,18 @@ TRAINING_FIELDS = (
 )
 
 
-def validate(config: Config) -> None:
+#: The settings that concern a script that trains.
+TRAINING_FLAGS = (
+    *TRAINING_FIELDS,
+    "data_dir",
+    "workdir",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "log_every",
+)
+
+
+def validate(config: Settings) -> None:
     """Checks every setting, and those that depend on each other.
 
     Args:
@@ -148,7 +203,7 @@ def check_field(field: dataclasses.Field, value: Any) -> None:
     """Checks one setting by the metadata of its field.
 
     Args:
-        field: The field of `Config`.
+        field: The field of a dataclass of settings.
         value: The value to check.
 
     Raises:

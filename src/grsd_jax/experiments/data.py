@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from grsd_jax._checks import check_at_least
-from grsd_jax.experiments.config import Config, UserError
+from grsd_jax.experiments.config import Config, Settings, UserError
 
 _SIZE = 32
 _CIFAR10_COUNTS = {"train": 50_000, "test": 10_000}
@@ -45,7 +45,7 @@ class Dataset(NamedTuple):
     fingerprint: str
 
 
-def load_dataset(config: Config) -> Dataset:
+def load_dataset(config: Settings) -> Dataset:
     """Returns the data set that ``--dataset`` names.
 
     The embedded set is the same whatever ``--seed`` is: a seed changes the weights, the
@@ -219,6 +219,36 @@ def evaluation_batches(
     chosen = np.random.default_rng(seed).permutation(len(images))[:wanted]
     chosen = chosen.reshape(num_batches, batch_size)
     return {"image": images[chosen], "label": labels[chosen]}
+
+
+def measured_batches(dataset: Dataset, config: Config) -> dict[str, np.ndarray]:
+    """Returns the batches of the test set that the settings say to measure on.
+
+    Args:
+        dataset: The data.
+        config: The settings.
+
+    Returns:
+        ``{"image": [K, N, ...], "label": [K, N]}``.
+
+    Raises:
+        UserError: If there are fewer than K N examples, or a block of ``block_size``
+            columns is wider than the error dimension n.
+    """
+    stacked = config.num_batches if config.reduction == "stack" else 1
+    size = config.batch_size * dataset.num_classes * stacked
+    if config.block_size > size:
+        raise UserError(
+            f"--block_size: expected at most the error dimension n = {size}, "
+            f"got {config.block_size}."
+        )
+    return evaluation_batches(
+        dataset.test_images,
+        dataset.test_labels,
+        num_batches=config.num_batches,
+        batch_size=config.batch_size,
+        seed=config.seed,
+    )
 
 
 def _textures(

@@ -52,6 +52,12 @@ LOOKS = {
     ("plainnet18", "shared"): ("#D55E00", "s", "-"),
     ("plainnet18", "recalibrated"): ("#E69F00", "^", "--"),
     ("plainnet18", "own"): ("#CC79A7", "D", "-."),
+    ("mlp", "own"): ("#D55E00", "s", "-"),
+    ("resmlp", "own"): ("#0072B2", "o", "--"),
+    ("cnn", "own"): ("#CC79A7", "D", "-"),
+    ("rescnn", "own"): ("#009E73", "^", "--"),
+    ("transformer", "own"): ("#E69F00", "v", "-."),
+    ("ssm", "own"): ("0.3", "x", ":"),
 }
 _OTHER_LOOK = ("#009E73", "v", ":")
 _DARK, _GREY = "0.15", "0.65"

@@ -18,10 +18,11 @@ from tqdm import tqdm
 from grsd_jax import models
 from grsd_jax._typing import PyTree
 from grsd_jax.derivative import gradient_flow_direction
+from grsd_jax.diagnostics import CouplingMeasurement
 from grsd_jax.experiments import devices, estimates, records
 from grsd_jax.experiments.checkpoints import restore_latest
 from grsd_jax.experiments.config import Config, UserError
-from grsd_jax.experiments.data import Dataset, evaluation_batches
+from grsd_jax.experiments.data import Dataset, measured_batches
 from grsd_jax.experiments.entries import (
     THRESHOLDS,
     Arrays,
@@ -29,6 +30,7 @@ from grsd_jax.experiments.entries import (
     measurement_arrays,
     measurement_entry,
 )
+from grsd_jax.experiments.networks import NETWORK_FIELDS, make_model
 from grsd_jax.experiments.steps import make_optimizer, state_template
 from grsd_jax.experiments.training import (
     check_same_run,
@@ -39,13 +41,11 @@ from grsd_jax.experiments.training import (
 from grsd_jax.measurement import measure_coupling
 from grsd_jax.sharding import shard_batches
 
-MAKE_MODEL = {"resnet18": models.ResNet18, "plainnet18": models.PlainNet18}
-
 #: Training batches at most whose statistics a recalibration averages.
 RECALIBRATION_BATCHES = 100
 
 #: Settings that a checkpoint must share with the network that it is loaded into.
-_NETWORK_FIELDS = ("dataset", "width", "activation")
+_NETWORK_FIELDS = ("dataset", *NETWORK_FIELDS)
 
 #: Settings that do not change what one measurement computes.
 _IRRELEVANT = {
@@ -71,20 +71,6 @@ class Weights(NamedTuple):
     batch_stats: PyTree
 
 
-def make_model(name: str, dataset: Dataset, config: Config) -> nn.Module:
-    """Returns the network ``resnet18`` or ``plainnet18`` of the given settings.
-
-    Args:
-        name: A key of `MAKE_MODEL`.
-        dataset: The data, for its number of classes.
-        config: The settings.
-
-    Returns:
-        The linen module.
-    """
-    return MAKE_MODEL[name](dataset.num_classes, config.width, config.activation)
-
-
 def load_weights(name: str, dataset: Dataset, config: Config) -> Weights:
     """Reads the newest checkpoint that training left in ``workdir/name``.
 
@@ -94,13 +80,13 @@ def load_weights(name: str, dataset: Dataset, config: Config) -> Weights:
         config: The settings.
 
     Returns:
-        The weights; either network can use them, since both have the same tree.
+        The weights; ResNet-18 and its plain twin can both use them, having one tree.
 
     Raises:
         UserError: If there is no checkpoint, it is damaged or of another network, or
             the network was trained on other data or with another activation.
     """
-    model = make_model(name, dataset, config)
+    model = make_model(name, dataset.num_classes, config)
     folder = Path(config.workdir) / name
     if (folder / "config.json").exists():
         network = {field: getattr(config, field) for field in _NETWORK_FIELDS}
@@ -118,7 +104,8 @@ def protocol_weights(
     """Returns the weights at which a network is measured under a protocol.
 
     Args:
-        name: ``"resnet18"`` (whose protocol is always ``"own"``) or ``"plainnet18"``.
+        name: One of `config.MODELS`; the protocol of all but ``"plainnet18"`` is
+            ``"own"``.
         protocol: ``"shared"`` takes the ResNet's checkpoint as it is;
             ``"recalibrated"`` takes it with BatchNorm statistics gathered anew through
             the plain network; ``"own"`` takes the network's own checkpoint.
@@ -137,7 +124,7 @@ def protocol_weights(
         return weights
     available = len(dataset.train_images) // config.train_batch_size
     batch_stats = recalibrate_batch_stats(
-        make_model(name, dataset, config),
+        make_model(name, dataset.num_classes, config),
         weights.params,
         weights.batch_stats,
         dataset.train_images,
@@ -174,7 +161,7 @@ def measure(
     The direction is the gradient flow of the mean cross-entropy on the same batches.
 
     Args:
-        name: ``"resnet18"`` or ``"plainnet18"``.
+        name: One of `config.MODELS`.
         protocol: ``"own"``, ``"shared"`` or ``"recalibrated"``.
         dataset: The data.
         config: The settings.
@@ -187,44 +174,10 @@ def measure(
         UserError: If the checkpoint cannot be read or the network is not finite there.
     """
     started = time.monotonic()
-    model = make_model(name, dataset, config)
+    model = make_model(name, dataset.num_classes, config)
     weights = protocol_weights(name, protocol, dataset, config)
-    batches = evaluation_batches(
-        dataset.test_images,
-        dataset.test_labels,
-        num_batches=config.num_batches,
-        batch_size=config.batch_size,
-        seed=config.seed,
-    )
-    if mesh is not None:
-        weights = jax.device_put(weights, NamedSharding(mesh, PartitionSpec()))
-        batches = shard_batches(batches, mesh)
-    state = {"batch_stats": weights.batch_stats}
-    loss_fn = models.linen_loss_fn(model, state)
-    error_fn = models.linen_error_fn(model, state)
-    if devices.writes():
-        print(estimates.sentence(error_fn, weights.params, batches, config, mesh))
-    hidden = None if devices.writes() else True
-    with tqdm(
-        desc=f"{name} {protocol}", unit="step", disable=hidden, leave=False
-    ) as bar:
-
-        def progress(done: int) -> None:
-            bar.update(done - bar.n)
-
-        measured = measure_coupling(
-            error_fn,
-            weights.params,
-            batches,
-            gradient_flow_direction(loss_fn, weights.params, batches),
-            key=jax.random.key(config.seed),
-            **measurement_options(config),
-            num_shells=config.num_shells,
-            window=config.window,
-            progress=progress if jax.default_backend() == "cpu" else None,
-            mesh=mesh,
-        )
-        measured = fetched(measured)
+    batches = measured_batches(dataset, config)
+    measured = _coupling(f"{name} {protocol}", model, weights, batches, config, mesh)
     if not measured.finite:
         raise UserError(
             f"checkpoint of {name} ({protocol}): expected finite parameters, errors "
@@ -249,6 +202,44 @@ def measure(
     return entry, measurement_arrays(measured)
 
 
+def _coupling(
+    title: str,
+    model: nn.Module,
+    weights: Weights,
+    batches: PyTree,
+    config: Config,
+    mesh: Mesh | None,
+) -> CouplingMeasurement:
+    """Measures on the devices of the mesh, says first what it takes, shows progress."""
+    if mesh is not None:
+        weights = jax.device_put(weights, NamedSharding(mesh, PartitionSpec()))
+        batches = shard_batches(batches, mesh)
+    state = {"batch_stats": weights.batch_stats}
+    loss_fn = models.linen_loss_fn(model, state)
+    error_fn = models.linen_error_fn(model, state)
+    if devices.writes():
+        print(estimates.sentence(error_fn, weights.params, batches, config, mesh))
+    hidden = None if devices.writes() else True
+    with tqdm(desc=title, unit="step", disable=hidden, leave=False) as bar:
+
+        def progress(done: int) -> None:
+            bar.update(done - bar.n)
+
+        measured = measure_coupling(
+            error_fn,
+            weights.params,
+            batches,
+            gradient_flow_direction(loss_fn, weights.params, batches),
+            key=jax.random.key(config.seed),
+            **measurement_options(config),
+            num_shells=config.num_shells,
+            window=config.window,
+            progress=progress if jax.default_backend() == "cpu" else None,
+            mesh=mesh,
+        )
+        return fetched(measured)
+
+
 def reproduce(dataset: Dataset, config: Config) -> tuple[dict[str, Any], Arrays]:
     """Trains what the protocols need, and measures both networks.
 
@@ -266,11 +257,12 @@ def reproduce(dataset: Dataset, config: Config) -> tuple[dict[str, Any], Arrays]
         UserError: If the workdir holds another run or cannot be written, or training
             or a measurement fails.
     """
+    measured_batches(dataset, config)  # complains before the training
     trained = ["resnet18"] + (["plainnet18"] if "own" in config.protocol else [])
     for name in trained:
         settings = dataclasses.replace(config, model=name)
         train(
-            make_model(name, dataset, config),
+            make_model(name, dataset.num_classes, config),
             dataset,
             settings,
             config.workdir,

@@ -11,9 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from grsd_jax.experiments.config import UserError
-
-TITLES = {"resnet18": "ResNet-18", "plainnet18": "PlainNet-18"}
+from grsd_jax.experiments.config import TITLES, UserError
 
 #: Names of the arrays of one measurement, and their shapes in r modes and S shells.
 _SHAPES = {
@@ -50,10 +48,10 @@ class Entry(NamedTuple):
 
     @property
     def label(self) -> str:
-        """The network and, where it matters, the protocol."""
-        if self.name == "resnet18":
-            return self.title
-        return f"{self.title} ({self.protocol})"
+        """The network and, where there is a choice, the protocol."""
+        if self.name == "plainnet18":
+            return f"{self.title} ({self.protocol})"
+        return self.title
 
     def number(self, *path: str) -> float | None:
         """Returns the number at the end of a path of keys, None if there is none."""

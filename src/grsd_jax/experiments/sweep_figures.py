@@ -16,19 +16,10 @@ from matplotlib.figure import Figure
 
 from grsd_jax.experiments import records
 from grsd_jax.experiments.config import UserError
-from grsd_jax.experiments.figures import PAGE_WIDTH, save_figures
+from grsd_jax.experiments.figures import LOOKS, PAGE_WIDTH, save_figures
 from grsd_jax.experiments.results import finite
 from grsd_jax.experiments.tables import aligned
 
-#: Colour and marker of each network (Okabe and Ito's palette).
-_LOOKS = {
-    "mlp": ("#D55E00", "s"),
-    "resmlp": ("#0072B2", "o"),
-    "cnn": ("#CC79A7", "D"),
-    "rescnn": ("#009E73", "^"),
-    "transformer": ("#E69F00", "v"),
-    "ssm": ("0.3", "x"),
-}
 _LINES = ("-", "--", ":", "-.")
 
 Row = Mapping[str, Any]
@@ -136,7 +127,7 @@ def _lines(rows: Sequence[Row], *, by_scale: bool = True) -> list[_Line]:
     scales = sorted({s for _, s in groups if s is not None})
     lines = []
     for (model, scale), members in groups.items():
-        color, marker = _LOOKS.get(model, ("0.5", "."))
+        color, marker, _ = LOOKS[model, "own"]
         dash = _LINES[scales.index(scale) % len(_LINES)] if scale is not None else "-"
         label = model if scale is None else f"{model}, s = {scale:g}"
         look = {"color": color, "marker": marker, "linestyle": dash, "markersize": 3}

@@ -34,8 +34,8 @@ from grsd_jax.experiments.sweep_config import (
     Cell,
     SweepConfig,
     cell_fingerprint,
+    cell_network,
     list_cells,
-    make_network,
 )
 from grsd_jax.experiments.training import evaluate
 from grsd_jax.measurement import measure_coupling
@@ -90,7 +90,7 @@ def run_sweep(dataset: Dataset, config: SweepConfig) -> dict[str, Any]:
     folder = Path(config.workdir)
     cells = list_cells(config)
     for cell in cells:
-        make_network(cell, dataset.num_classes, config.rho)  # complain before working
+        cell_network(cell, dataset.num_classes, config.rho)  # complain before working
     optimizer = optax.sgd(config.learning_rate, momentum=config.momentum)
     rows: list[Row] = []
     with tqdm(cells, desc="sweep", unit="cell", disable=None) as progress:
@@ -136,7 +136,7 @@ def measure_cell(
         training left the finite numbers has the status ``"diverged"``.
     """
     started = time.monotonic()
-    model = make_network(cell, dataset.num_classes, config.rho)
+    model = cell_network(cell, dataset.num_classes, config.rho)
     row: Row = dict.fromkeys(COLUMNS, math.nan) | cell._asdict()
     batches = evaluation_batches(
         dataset.test_images,

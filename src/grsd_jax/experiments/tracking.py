@@ -18,7 +18,8 @@ from flax import linen as nn
 from grsd_jax import models
 from grsd_jax.experiments import pipeline, records
 from grsd_jax.experiments.config import Config
-from grsd_jax.experiments.data import Dataset, evaluation_batches
+from grsd_jax.experiments.data import Dataset, measured_batches
+from grsd_jax.experiments.networks import make_model
 from grsd_jax.experiments.steps import TrainState, make_schedule
 from grsd_jax.experiments.training import train
 from grsd_jax.probe import make_probe
@@ -56,13 +57,7 @@ class Tracker:
     def __init__(self, model: nn.Module, dataset: Dataset, config: Config, path: Path):
         self._model, self._path = model, path
         self.settings = {name: getattr(config, name) for name in SETTINGS}
-        batches = evaluation_batches(
-            dataset.test_images,
-            dataset.test_labels,
-            num_batches=config.num_batches,
-            batch_size=config.batch_size,
-            seed=config.seed,
-        )
+        batches = measured_batches(dataset, config)
         epoch_steps = len(dataset.train_images) // config.train_batch_size
         schedule = make_schedule(config, total_steps=epoch_steps * config.epochs)
         self._key = jax.random.key(config.seed)
@@ -172,7 +167,7 @@ def track(
     Args:
         dataset: The data.
         config: The settings.
-        names: The networks, of ``resnet18`` and ``plainnet18``.
+        names: The networks, of `config.MODELS`.
 
     Returns:
         The contents of ``results.json``, and the records of each network.
@@ -183,7 +178,7 @@ def track(
     entries, lines = {}, {}
     for name in names:
         folder = Path(config.workdir) / name
-        model = pipeline.make_model(name, dataset, config)
+        model = make_model(name, dataset.num_classes, config)
         settings = dataclasses.replace(config, model=name)
         tracker = Tracker(model, dataset, settings, folder / "records.jsonl")
         result = train(

@@ -11,9 +11,8 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 
 from grsd_jax.experiments import records
-from grsd_jax.experiments.config import UserError
+from grsd_jax.experiments.config import TITLES, UserError
 from grsd_jax.experiments.figures import LOOKS, PAGE_WIDTH, save_figures
-from grsd_jax.experiments.results import TITLES
 
 Lines = Sequence[Mapping[str, Any]]
 Tracks = Mapping[str, Lines]

@@ -181,6 +181,8 @@ def recalibrate_batch_stats(
     """
     check_at_least("batch_size", batch_size, 1)
     check_at_least("num_batches", num_batches, 1)
+    if not jax.tree.leaves(batch_stats):
+        return batch_stats  # a model without BatchNorm
     if batch_size * num_batches > len(images):
         raise UserError(
             "batch_size * num_batches: expected at most the "
