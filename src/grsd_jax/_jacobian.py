@@ -79,13 +79,8 @@ class PlainJacobian:
         Eager calls on a CPU take as many columns at a time as pass through the network
         without leaving the caches.
         """
-        width = max(columns.shape[-1], 1)
-        starts = range(0, width, width)
-        if not is_traced((self.pullback, columns)):
-            starts = range(0, width, _columns_at_a_time(self.pullback, width))
         parts = [
-            self.push(self.pull(columns[..., start : start + starts.step]))
-            for start in starts
+            self.push(self.pull(part)) for part in _cached_parts(self.pullback, columns)
         ]
         return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
 
@@ -126,6 +121,32 @@ class PlainDerivative:
     def multiply(self, columns: jax.Array) -> jax.Array:
         """Computes ``Jdot Jdot^T V`` of columns ``[N, C, b]``."""
         return self.push(self.pull(columns))
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["pullback"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class PlainPair:
+    """J of one batch together with ``Jdot``, by automatic differentiation.
+
+    Attributes:
+        pullback: ``u -> (J^T u, Jdot^T u)``, a pytree of residuals.
+    """
+
+    pullback: Callable[[jax.Array], tuple[PyTree, PyTree]]
+
+    def pull(self, columns: jax.Array) -> tuple[PyTree, PyTree]:
+        """Computes ``J^T V`` and ``Jdot^T V`` of columns ``[N, C, b]``.
+
+        Params trees with leading axis b. As many columns at a time as
+        `PlainJacobian.multiply` takes.
+        """
+        parts = [
+            _pull_pair(self.pullback, part)
+            for part in _cached_parts(self.pullback, columns)
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
 
 @partial(
@@ -229,6 +250,22 @@ def linearize(error_fn: ErrorFn, params: PyTree, batch: PyTree) -> PlainJacobian
     return PlainJacobian(pullback, jax.ShapeDtypeStruct(error.shape, error.dtype))
 
 
+def linearize_pair(
+    error_fn: ErrorFn, params: PyTree, batch: PyTree, direction: PyTree
+) -> PlainPair:
+    """Returns J of one batch, linearised at ``params``, and its derivative."""
+    return PlainPair(_linearize_pair(as_pytree(error_fn), params, batch, direction))
+
+
+def _cached_parts(residuals: PyTree, columns: jax.Array) -> list[jax.Array]:
+    """Cuts columns ``[N, C, b]`` into those that an eager call on a CPU takes."""
+    width = max(columns.shape[-1], 1)
+    taken = width
+    if not is_traced((residuals, columns)):
+        taken = _columns_at_a_time(residuals, width)
+    return [columns[..., start : start + taken] for start in range(0, width, taken)]
+
+
 def _columns_at_a_time(residuals: PyTree, most: int) -> int:
     """Returns how many columns to take, a divisor of ``most``: one program for all."""
     if jax.default_backend() != "cpu":
@@ -245,6 +282,31 @@ def _evaluate(error_fn: ErrorFn, params: PyTree, batch: PyTree) -> jax.Array:
 @jax.jit
 def _linearize(error_fn: ErrorFn, params: PyTree, batch: PyTree) -> Any:
     return jax.vjp(lambda p: error_fn(p, batch), params)
+
+
+@jax.jit
+def _linearize_pair(
+    error_fn: ErrorFn, params: PyTree, batch: PyTree, direction: PyTree
+) -> Any:
+    """Returns the transpose of ``(g, g') -> J g + Jdot g'``.
+
+    Which is the derivative of ``J(theta) g'`` along ``theta -> d``, ``g' -> g``.
+    """
+
+    def pushed(p: PyTree, tangent: PyTree) -> jax.Array:
+        error, pullback = jax.vjp(lambda q: error_fn(q, batch), p)
+        return _transpose(pullback, tangent, error)
+
+    def both(g: PyTree, moved: PyTree) -> jax.Array:
+        return jax.jvp(pushed, (params, moved), (direction, g))[1]
+
+    nothing = jax.tree.map(jnp.zeros_like, params)
+    return jax.vjp(both, nothing, nothing)[1]
+
+
+@jax.jit
+def _pull_pair(pullback: Any, block: jax.Array) -> tuple[PyTree, PyTree]:
+    return jax.vmap(pullback, in_axes=-1)(block)
 
 
 @jax.jit

@@ -27,6 +27,7 @@ from grsd_jax._jacobian import (
     as_pytree,
     check_problem,
     linearize,
+    linearize_pair,
     split_batches,
 )
 from grsd_jax._typing import Derivative, ErrorFn, LossFn, PyTree, Reduction
@@ -91,8 +92,9 @@ def kernel_derivative(
 ) -> jax.Array:
     """Projects the kernel's derivative onto columns: ``V^T Mdot V``.
 
-    ``exact``: ``A + A^T`` with ``A = (1/K) sum_k V^T Jdot_k (J_k^T V)``, one pullback
-    and one derivative of a push-forward per column. ``finite_difference``:
+    ``exact``: ``A + A^T`` with ``A = (1/K) sum_k V^T Jdot_k (J_k^T V)``, by pulling
+    both Jacobians back where all columns are taken at once, else by one pullback and
+    one push-forward per column. ``finite_difference``:
     ``V^T (M(theta + h d) - M(theta - h d)) V / 2h`` with ``h = step |theta| / |d|``.
 
     Args:
@@ -146,18 +148,24 @@ def kernel_derivative(
     if jacobian == "auto" and vectors.shape[1] <= _FEW_COLUMNS * error.shape[1]:
         jacobian = "plain"  # too few columns to make up for the factors
     batch_list = split_batches(batches)
+    at_once = column_chunk is None or column_chunk >= vectors.shape[1]
+    at_once &= not uses_factors(error_fn, jacobian)
     # The mean takes one batch after the other, and holds the factors of one at a time.
     spaces = [[b] for b in batch_list] if reduction == "mean" else [batch_list]
-    moved = []
+    halves = []
     for space in spaces:
+        if at_once:
+            parts = split_block("vectors", vectors, copies, error)
+            halves.append(_pulled_half(error_fn, params, space, direction, parts))
+            continue
         pairs = _pairs(error_fn, params, space, direction, jacobian)
 
         def half(block: jax.Array, pairs: Pairs = pairs) -> jax.Array:
             parts = split_block("vectors", block, copies, error)
             return _half_product(pairs(), parts)
 
-        moved.append(chunked(half))
-    projected = project(vectors, reduce(jnp.add, moved) / len(spaces))
+        halves.append(project(vectors, chunked(half)))
+    projected = reduce(jnp.add, halves) / len(spaces)
     return projected + projected.T
 
 
@@ -271,6 +279,38 @@ def _half_product(
         tangents = pulled if tangents is None else sum_trees([tangents, pulled])
         derivatives.append(derivative)
     return join_block([derivative.push(tangents) for derivative in derivatives])
+
+
+def _pulled_half(
+    error_fn: ErrorFn,
+    params: PyTree,
+    batches: list[PyTree],
+    direction: PyTree,
+    parts: list[jax.Array],
+) -> jax.Array:
+    """Computes ``V^T Jdot J^T V`` as ``(Jdot^T V)^T (J^T V)``.
+
+    Six passes a column, one less than by pushing, since both pulls share one. It holds
+    two parameter trees a column.
+    """
+    pulled, moved = sum_trees(
+        linearize_pair(error_fn, params, batch, direction).pull(part)
+        for batch, part in zip(batches, parts, strict=True)
+    )
+    return _tree_products(moved, pulled)
+
+
+@jax.jit
+def _tree_products(left: PyTree, right: PyTree) -> jax.Array:
+    """Computes the inner products ``[b, b']`` of trees with leading axes b and b'."""
+    products = jax.tree.map(
+        lambda x, y: jnp.matmul(
+            x.reshape(len(x), -1), y.reshape(len(y), -1).T, precision=_HIGHEST
+        ),
+        left,
+        right,
+    )
+    return sum(jax.tree.leaves(products)[1:], jax.tree.leaves(products)[0])
 
 
 @jax.jit

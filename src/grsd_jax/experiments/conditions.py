@@ -23,17 +23,16 @@ from grsd_jax.experiments.config import TRAINING_FIELDS, Config, UserError
 from grsd_jax.experiments.data import Dataset, measured_batches
 from grsd_jax.experiments.networks import NETWORK_FIELDS, make_model
 from grsd_jax.experiments.pipeline import (
-    RECALIBRATION_BATCHES,
     Weights,
     header,
+    initial_weights,
     measurement_entry,
     measurement_options,
 )
-from grsd_jax.experiments.steps import init_state, make_optimizer, state_template
+from grsd_jax.experiments.steps import make_optimizer, state_template
 from grsd_jax.experiments.tables import aligned
 from grsd_jax.experiments.training import (
     check_same_run,
-    recalibrate_batch_stats,
     train,
 )
 from grsd_jax.verdicts import Thresholds, Verdict
@@ -191,20 +190,9 @@ def _path(
     model: Any, dataset: Dataset, config: Config, folder: Path, num_points: int
 ) -> list[tuple[int, Weights]]:
     """Returns the initialisation and evenly spaced checkpoints, by step."""
+    path = [(0, initial_weights(model, dataset, config))]
     optimizer = make_optimizer(config, total_steps=1)
-    image = dataset.train_images[0]
-    fresh = init_state(model, optimizer, image, seed=config.seed)
-    available = len(dataset.train_images) // config.train_batch_size
-    batch_stats = recalibrate_batch_stats(
-        model,
-        fresh.params,
-        fresh.batch_stats,
-        dataset.train_images,
-        batch_size=config.train_batch_size,
-        num_batches=min(RECALIBRATION_BATCHES, available),
-    )
-    path = [(0, Weights(fresh.params, batch_stats))]
-    template = state_template(model, optimizer, image)
+    template = state_template(model, optimizer, dataset.train_images[0])
     wanted = {"params": template.params, "batch_stats": template.batch_stats}
     with Checkpoints(folder / "checkpoints", read_only=True) as checkpoints:
         steps = checkpoints.all_steps()

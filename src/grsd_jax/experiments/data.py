@@ -221,12 +221,15 @@ def evaluation_batches(
     return {"image": images[chosen], "label": labels[chosen]}
 
 
-def measured_batches(dataset: Dataset, config: Config) -> dict[str, np.ndarray]:
+def measured_batches(
+    dataset: Dataset, config: Config, *, training: bool = False
+) -> dict[str, np.ndarray]:
     """Returns the batches of the test set that the settings say to measure on.
 
     Args:
         dataset: The data.
         config: The settings.
+        training: Whether to take them from the training set instead.
 
     Returns:
         ``{"image": [K, N, ...], "label": [K, N]}``.
@@ -243,8 +246,8 @@ def measured_batches(dataset: Dataset, config: Config) -> dict[str, np.ndarray]:
             f"got {config.block_size}."
         )
     return evaluation_batches(
-        dataset.test_images,
-        dataset.test_labels,
+        dataset.train_images if training else dataset.test_images,
+        dataset.train_labels if training else dataset.test_labels,
         num_batches=config.num_batches,
         batch_size=config.batch_size,
         seed=config.seed,

@@ -31,7 +31,7 @@ from grsd_jax.experiments.entries import (
     measurement_entry,
 )
 from grsd_jax.experiments.networks import NETWORK_FIELDS, make_model
-from grsd_jax.experiments.steps import make_optimizer, state_template
+from grsd_jax.experiments.steps import init_state, make_optimizer, state_template
 from grsd_jax.experiments.training import (
     check_same_run,
     evaluate,
@@ -122,9 +122,27 @@ def protocol_weights(
     weights = load_weights(trained, dataset, config)
     if protocol != "recalibrated":
         return weights
+    model = make_model(name, dataset.num_classes, config)
+    return recalibrated(model, weights, dataset, config)
+
+
+def recalibrated(
+    model: nn.Module, weights: Weights, dataset: Dataset, config: Config
+) -> Weights:
+    """Returns the weights with BatchNorm statistics of training batches.
+
+    Args:
+        model: The linen module that the statistics are gathered through.
+        weights: The weights.
+        dataset: The data.
+        config: The settings, for the size of a batch.
+
+    Returns:
+        The weights, with the average over `RECALIBRATION_BATCHES` at most.
+    """
     available = len(dataset.train_images) // config.train_batch_size
     batch_stats = recalibrate_batch_stats(
-        make_model(name, dataset.num_classes, config),
+        model,
         weights.params,
         weights.batch_stats,
         dataset.train_images,
@@ -132,6 +150,26 @@ def protocol_weights(
         num_batches=min(RECALIBRATION_BATCHES, available),
     )
     return Weights(weights.params, batch_stats)
+
+
+def initial_weights(model: nn.Module, dataset: Dataset, config: Config) -> Weights:
+    """Returns the weights that training starts from, made anew from the seed.
+
+    The BatchNorm statistics are gathered from training batches: the stored ones are
+    still those of no data.
+
+    Args:
+        model: The linen module.
+        dataset: The data.
+        config: The settings.
+
+    Returns:
+        The weights.
+    """
+    optimizer = make_optimizer(config, total_steps=1)
+    state = init_state(model, optimizer, dataset.train_images[0], seed=config.seed)
+    fresh = Weights(state.params, state.batch_stats)
+    return recalibrated(model, fresh, dataset, config)
 
 
 def measurement_options(config: Config) -> dict[str, Any]:
@@ -177,12 +215,9 @@ def measure(
     model = make_model(name, dataset.num_classes, config)
     weights = protocol_weights(name, protocol, dataset, config)
     batches = measured_batches(dataset, config)
-    measured = _coupling(f"{name} {protocol}", model, weights, batches, config, mesh)
-    if not measured.finite:
-        raise UserError(
-            f"checkpoint of {name} ({protocol}): expected finite parameters, errors "
-            "and products, got values that are not finite."
-        )
+    measured = measure_weights(
+        f"{name} {protocol}", model, weights, batches, config, mesh
+    )
     accuracy = evaluate(
         model,
         weights.params,
@@ -202,15 +237,30 @@ def measure(
     return entry, measurement_arrays(measured)
 
 
-def _coupling(
+def measure_weights(
     title: str,
     model: nn.Module,
     weights: Weights,
     batches: PyTree,
     config: Config,
-    mesh: Mesh | None,
+    mesh: Mesh | None = None,
 ) -> CouplingMeasurement:
-    """Measures on the devices of the mesh, says first what it takes, shows progress."""
+    """Measures a network; says first what that takes, and shows progress.
+
+    Args:
+        title: What the bar of progress is called.
+        model: The linen module.
+        weights: Its weights.
+        batches: A pytree with leading axes ``[K, N]``.
+        config: The settings.
+        mesh: Devices that share the examples; one device if None.
+
+    Returns:
+        The measurement, on the host but for the vectors.
+
+    Raises:
+        UserError: If the network is not finite there.
+    """
     if mesh is not None:
         weights = jax.device_put(weights, NamedSharding(mesh, PartitionSpec()))
         batches = shard_batches(batches, mesh)
@@ -237,7 +287,13 @@ def _coupling(
             progress=progress if jax.default_backend() == "cpu" else None,
             mesh=mesh,
         )
-        return fetched(measured)
+        measured = fetched(measured)
+    if not measured.finite:
+        raise UserError(
+            f"checkpoint of {title}: expected finite parameters, errors and products, "
+            "got values that are not finite."
+        )
+    return measured
 
 
 def reproduce(dataset: Dataset, config: Config) -> tuple[dict[str, Any], Arrays]:

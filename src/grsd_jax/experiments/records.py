@@ -203,6 +203,26 @@ def write_jsonl(path: PathLike, records: list[dict[str, Any]]) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def rewind_jsonl(path: PathLike, step: int) -> list[dict[str, Any]]:
+    """Drops the records after a step, and a last line cut short.
+
+    Args:
+        path: The file; a missing one stays missing.
+        step: The last step whose records stay.
+
+    Returns:
+        The records that stay.
+
+    Raises:
+        UserError: If the file cannot be read or written.
+    """
+    if not Path(path).exists():
+        return []
+    kept = [x for x in read_jsonl(path) if x.get("step", math.inf) <= step]
+    write_jsonl(path, kept)
+    return kept
+
+
 def set_aside(folder: Path, names: Sequence[str]) -> None:
     """Renames files of a folder, together, by the next free number: ``name-1.json``.
 

@@ -20,10 +20,11 @@ from grsd_jax.experiments import pipeline, records
 from grsd_jax.experiments.config import Config
 from grsd_jax.experiments.data import Dataset, measured_batches
 from grsd_jax.experiments.networks import make_model
+from grsd_jax.experiments.probe_log import ProbeLog
 from grsd_jax.experiments.steps import TrainState, make_schedule
 from grsd_jax.experiments.training import train
 from grsd_jax.probe import make_probe
-from grsd_jax.transport import ProbeRecord, ProbeState
+from grsd_jax.transport import ProbeState
 
 #: The settings that decide what is recorded; a run resumes only under the same.
 SETTINGS = (
@@ -55,7 +56,7 @@ class Tracker:
     """
 
     def __init__(self, model: nn.Module, dataset: Dataset, config: Config, path: Path):
-        self._model, self._path = model, path
+        self._model, self._log = model, ProbeLog(path)
         self.settings = {name: getattr(config, name) for name in SETTINGS}
         batches = measured_batches(dataset, config)
         epoch_steps = len(dataset.train_images) // config.train_batch_size
@@ -82,8 +83,7 @@ class Tracker:
 
     def rewind(self, step: int) -> None:
         """Drops the lines after ``step``, and a last one that was cut short."""
-        lines = records.read_jsonl(self._path)
-        records.write_jsonl(self._path, [x for x in lines if x["step"] <= step])
+        self._log.rewind(step)
 
     def update(self, own: ProbeState, state: TrainState, step: int) -> ProbeState:
         """Takes a record if one is due, and appends its line."""
@@ -97,11 +97,11 @@ class Tracker:
             own, state.params, step, error_fn=error_fn, loss_fn=loss_fn
         )
         if record is not None:
-            line = record_line(record)
-            if step:
-                line["train_step_seconds"] = step_seconds
-                line["cost_in_steps"] = record.seconds / step_seconds
-            records.append_jsonl(self._path, line)
+            cost = {
+                "train_step_seconds": step_seconds,
+                "cost_in_steps": record.seconds / step_seconds,
+            }
+            self._log.append(record, **(cost if step else {}))
         self._since, self._steps = time.perf_counter(), 0
         return own
 
@@ -111,52 +111,6 @@ class Tracker:
             models.linen_error_fn(self._model, collections),
             models.linen_loss_fn(self._model, collections),
         )
-
-
-def record_line(record: ProbeRecord) -> dict[str, Any]:
-    """Returns a record as one flat line of JSON; what is not finite will be null.
-
-    Args:
-        record: The record.
-
-    Returns:
-        The names of `ShellDynamics` and of the other parts of the record, with the
-        shells' edges and counts, and without what belongs to single pairs but the
-        leading eigenvalues.
-    """
-    fit, closure, crossings = record.velocity_fit, record.closure, record.crossings
-    return {
-        "step": record.step,
-        "effective_time": record.effective_time,
-        "finite": record.finite,
-        "num_resolved": record.num_resolved,
-        "total_energy": record.total_energy,
-        "edges": record.shells.edges,
-        "counts": record.shells.counts,
-        **record.dynamics._replace(finite=record.finite)._asdict(),
-        "exponent": fit.fit.exponent,
-        "exponent_interval": fit.fit.interval,
-        "exponent_stderr": fit.fit.exponent_stderr,
-        "prefactor": fit.fit.prefactor,
-        "r_squared": fit.fit.r_squared,
-        "sign": fit.sign,
-        "sign_share": fit.sign_share,
-        "curvature": fit.curvature,
-        "p_value": fit.p_value,
-        "measured_rate": closure.measured_rate,
-        "closure_errors": closure.shell_errors,
-        "closure_error": closure.total_error,
-        "crossings_up": crossings.up,
-        "crossings_down": crossings.down,
-        "crossing_energy_up": crossings.energy_up,
-        "crossing_energy_down": crossings.energy_down,
-        "values": record.values,
-        "drift": record.drift,
-        "num_columns": record.num_columns,
-        "seconds": record.seconds,
-        "gradient_seconds": record.gradient_seconds,
-        "cost": record.cost,
-    }
 
 
 def track(

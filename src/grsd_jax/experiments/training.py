@@ -5,7 +5,6 @@ slow on XLA's CPU backend. A run that is killed and started again repeats the sa
 batches in the same order from its newest checkpoint, and ends with the same bits.
 """
 
-import math
 import time
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -372,11 +371,7 @@ class _Run:
 
     def _rewind_metrics(self, step: int) -> float:
         """Drops the lines after ``step``; returns the seconds spent until then."""
-        if not self.metrics.exists():
-            return 0.0
-        lines = records.read_jsonl(self.metrics)
-        kept = [line for line in lines if line.get("step", math.inf) <= step]
-        records.write_jsonl(self.metrics, kept)
+        kept = records.rewind_jsonl(self.metrics, step)
         return float(kept[-1].get("seconds", 0.0)) if kept else 0.0
 
     def _check_settings(self) -> None:
