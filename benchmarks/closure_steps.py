@@ -17,11 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from grsd_jax import models
-from grsd_jax.experiments import pipeline, records
+from grsd_jax.experiments import records
 from grsd_jax.experiments.config import Config
 from grsd_jax.experiments.data import evaluation_batches, load_dataset
 from grsd_jax.experiments.networks import make_model
 from grsd_jax.experiments.tracking import LAMBDA_RANGE
+from grsd_jax.experiments.weights import load_weights
 
 STEPS = {"float64": (1e-3, 1e-4, 1e-6, 1e-8), "float32": (1e-3, 1e-4, 1e-5)}
 
@@ -55,7 +56,7 @@ def main(arguments: argparse.Namespace) -> None:
     """Measures every combination, prints the rows and writes them."""
     config = Config(workdir=arguments.workdir, dataset=arguments.dataset)
     dataset = load_dataset(config)
-    weights = pipeline.load_weights("resnet18", dataset, config)
+    weights = load_weights("resnet18", dataset, config)
     batches = evaluation_batches(
         dataset.test_images, dataset.test_labels, num_batches=1, batch_size=12, seed=0
     )

@@ -8,6 +8,7 @@ from grsd_jax.experiments import figures, pipeline, records, results
 from grsd_jax.experiments.config import Config, UserError
 from grsd_jax.experiments.data import synthetic_textures
 from grsd_jax.experiments.tables import format_table
+from grsd_jax.experiments.weights import load_weights
 
 ENTRY_KEYS = {
     "n",
@@ -92,7 +93,7 @@ def test_reproduce_writes_the_schema_and_goes_on_where_it_was(
             pipeline.reproduce(dataset, dataclasses.replace(config, width=3))
         other = dataclasses.replace(config, activation="tanh")
         with pytest.raises(UserError, match="--activation: expected 'gelu'"):
-            pipeline.load_weights("resnet18", dataset, other)
+            load_weights("resnet18", dataset, other)
         records.write_json(tmp_path / "measurements" / "resnet18.json", [])
         with pytest.raises(AssertionError, match="measured again"):
             pipeline.reproduce(dataset, config)

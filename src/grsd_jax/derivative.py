@@ -130,12 +130,9 @@ def kernel_derivative(
     split_block("vectors", vectors, copies, error)
     direction = like_params(direction, params)
 
-    chunked = partial(
-        by_chunks,
-        vectors=vectors,
-        width=column_chunk or vectors.shape[1],
-        mapped=is_traced((params, batches, direction, vectors)),
-    )
+    width = column_chunk or vectors.shape[1]
+    traced = is_traced((params, batches, direction, vectors))
+    chunked = partial(by_chunks, vectors=vectors, width=width, mapped=traced)
     if method == "finite_difference":
 
         def product(p: PyTree, block: jax.Array) -> jax.Array:
@@ -147,10 +144,9 @@ def kernel_derivative(
 
     if jacobian == "auto" and vectors.shape[1] <= _FEW_COLUMNS * error.shape[1]:
         jacobian = "plain"  # too few columns to make up for the factors
-    batch_list = split_batches(batches)
-    at_once = column_chunk is None or column_chunk >= vectors.shape[1]
-    at_once &= not uses_factors(error_fn, jacobian)
+    at_once = width >= vectors.shape[1] and not uses_factors(error_fn, jacobian)
     # The mean takes one batch after the other, and holds the factors of one at a time.
+    batch_list = split_batches(batches)
     spaces = [[b] for b in batch_list] if reduction == "mean" else [batch_list]
     halves = []
     for space in spaces:

@@ -23,9 +23,7 @@ from grsd_jax.experiments.config import TRAINING_FIELDS, Config, UserError
 from grsd_jax.experiments.data import Dataset, measured_batches
 from grsd_jax.experiments.networks import NETWORK_FIELDS, make_model
 from grsd_jax.experiments.pipeline import (
-    Weights,
     header,
-    initial_weights,
     measurement_entry,
     measurement_options,
 )
@@ -35,6 +33,7 @@ from grsd_jax.experiments.training import (
     check_same_run,
     train,
 )
+from grsd_jax.experiments.weights import Weights, initial_weights
 from grsd_jax.verdicts import Thresholds, Verdict
 
 #: Training settings that the run in the workdir must share with the flags.

@@ -30,6 +30,7 @@ from grsd_jax.experiments.study_plan import (
     cell_name,
 )
 from grsd_jax.experiments.training import train
+from grsd_jax.experiments.weights import initial_weights, protocol_weights
 
 #: Random halves of the pairs behind the intervals of one cell.
 NUM_REPLICATES = 200
@@ -180,11 +181,9 @@ def _measured(
     changed = dataclasses.replace(config, **changes)
     model = make_model(network, dataset.num_classes, config)
     if variation.initial:
-        weights = pipeline.initial_weights(model, dataset, config)
+        weights = initial_weights(model, dataset, config)
     else:
-        weights = pipeline.protocol_weights(
-            network, variation.protocol, dataset, config
-        )
+        weights = protocol_weights(network, variation.protocol, dataset, config)
     measured = pipeline.measure_weights(
         f"{network} {variation.name}",
         model,
