@@ -407,3 +407,26 @@ def test_results_come_in_the_order_of_the_grid(options):
         compare.write_row(options.out, {**row, "device": "cpu"})
     rows = compare.collect(options.out)["rows"]
     assert [row["peer"] for row in rows] == ["grsd_jax", "torch_func"]
+
+
+def test_margins_are_those_of_the_units(problem, inputs):
+    """Of the MLP, by hand in NumPy."""
+    variables = {"params": {}}
+    for name, array in inputs.items():
+        _, *path = name.split("/")
+        if name.startswith("params/"):
+            variables["params"].setdefault(path[0], {})[path[1]] = array
+    state = inputs["images"].reshape(len(inputs["images"]), -1).astype(np.float64)
+    expected = np.full(len(state), np.inf)
+    for start in range(0, len(state), 8):
+        part = state[start : start + 8]
+        for index in (1, 2, 3):
+            layer = variables["params"][f"hidden{index}"]
+            part = part @ layer["kernel"].astype(np.float64) + layer["bias"]
+            smallest = np.abs(part).min(axis=1) / np.sqrt(np.mean(part**2))
+            chosen = slice(start, start + 8)
+            expected[chosen] = np.minimum(expected[chosen], smallest)
+            part = np.maximum(part, 0)
+    model = inputs_of.make_model(problem)
+    found = inputs_of.sign_margins(model, variables, inputs["images"])
+    np.testing.assert_allclose(found, expected, rtol=1e-9)

@@ -196,6 +196,9 @@ def test_chunks_of_columns_change_nothing(reduction):
         assert relative_error(product(block, chunk), expected @ block) < 1e-5
     traced = jax.jit(product, static_argnums=1)(block, 2)
     assert relative_error(traced, expected @ block) < 1e-5
+    kernel = linearize_kernel(error_fn, params, batches, reduction=reduction)
+    held = kernel.matmat(block, column_chunk=2)
+    assert relative_error(held, expected @ block) < 1e-5
     with pytest.raises(ValueError, match="column_chunk: expected an integer >= 1"):
         product(block, 0)
 

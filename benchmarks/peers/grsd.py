@@ -14,9 +14,6 @@ from comparison.inputs import load_problem, plain_error
 from peers.counting import CountedOperator
 from peers.jax_tools import compilation_counter, peak_device_bytes
 
-#: Columns of a block of the eigensolver.
-_BLOCK = 8
-
 #: Forward passes timed together, since one alone is over before the caches are warm.
 _FORWARDS = 10
 
@@ -25,16 +22,14 @@ def make_case(
     problem: Problem, task: str, variant: str, inputs: Inputs, options: Namespace
 ) -> Case:
     """Returns the case of a task, by the path that the package takes by itself."""
-    del variant
-    return _case(problem, task, inputs, options, plain=False)
+    return _case(problem, task, variant, inputs, options, plain=False)
 
 
 def make_plain_case(
     problem: Problem, task: str, variant: str, inputs: Inputs, options: Namespace
 ) -> Case:
     """Returns the case of a task, with the layers hidden: nothing but JAX's AD."""
-    del variant
-    return _case(problem, task, inputs, options, plain=True)
+    return _case(problem, task, variant, inputs, options, plain=True)
 
 
 def linearized(loaded: dict[str, Any], jacobian: str = "auto") -> Any:
@@ -46,7 +41,13 @@ def linearized(loaded: dict[str, Any], jacobian: str = "auto") -> Any:
 
 
 def _case(
-    problem: Problem, task: str, inputs: Inputs, options: Namespace, *, plain: bool
+    problem: Problem,
+    task: str,
+    variant: str,
+    inputs: Inputs,
+    options: Namespace,
+    *,
+    plain: bool,
 ) -> Case:
     loaded = load_problem(problem, inputs)
     if plain:
@@ -61,6 +62,8 @@ def _case(
     }[kind]
     if kind in ("block", "derivative"):
         loaded["block"] = loaded["block"][:, : block_width(task)]
+    if kind == "eigenpairs":
+        loaded["start_width"] = int(variant.removeprefix("b = "))
     case = make(loaded)
     moved = {**loaded, "params": jax.tree.map(lambda p: 1.01 * p, loaded["params"])}
 
@@ -136,7 +139,8 @@ def _derivative(loaded: dict[str, Any]) -> Case:
 def _eigenpairs(loaded: dict[str, Any]) -> Case:
     used: list[Any] = []
     size = loaded["block"].shape[0]
-    start = jax.random.normal(jax.random.key(0), (size, _BLOCK), np.float32)
+    shape = (size, loaded["start_width"])
+    start = jax.random.normal(jax.random.key(0), shape, np.float32)
 
     def prepare() -> Any:
         kernel = linearized(loaded)
@@ -167,7 +171,7 @@ def _eigenpairs(loaded: dict[str, Any]) -> Case:
         details=lambda: {
             "columns": used[-1].columns,
             "products": used[-1].products,
-            "setting": f"b = {_BLOCK}",
+            "setting": f"b = {shape[1]}",
         },
     )
 

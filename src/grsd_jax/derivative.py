@@ -20,6 +20,7 @@ from grsd_jax._checks import (
     check_positive,
     check_same_tree,
 )
+from grsd_jax._columns import by_chunks, join_block, split_block, sum_trees
 from grsd_jax._jacobian import (
     Jacobian,
     JacobianMap,
@@ -32,14 +33,7 @@ from grsd_jax._jacobian import (
 )
 from grsd_jax._typing import Derivative, ErrorFn, LossFn, PyTree, Reduction
 from grsd_jax.factored import JacobianForm, factorize_with_derivative, uses_factors
-from grsd_jax.kernel import (
-    REDUCTIONS,
-    by_chunks,
-    join_block,
-    kernel_matmat,
-    split_block,
-    sum_trees,
-)
+from grsd_jax.kernel import REDUCTIONS, kernel_matmat
 
 DERIVATIVES = ("exact", "finite_difference")
 _HIGHEST = jax.lax.Precision.HIGHEST

@@ -25,6 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grsd_jax._arrays import is_traced
 from grsd_jax._checks import check_at_least, check_choice, check_same_tree
+from grsd_jax._columns import by_chunks, join_block, split_block, sum_trees
 from grsd_jax._jacobian import (
     Jacobian,
     JacobianMap,
@@ -47,7 +48,6 @@ from grsd_jax.factored import (
     factorize_with_derivative,
     uses_factors,
 )
-from grsd_jax.kernel import by_chunks, join_block, split_block, sum_trees
 
 
 @partial(

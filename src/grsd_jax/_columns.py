@@ -1,0 +1,81 @@
+"""Blocks of columns of the error space: cut by batches, joined, a few at a time."""
+
+from collections.abc import Callable, Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grsd_jax._checks import check_at_least, check_shape
+from grsd_jax._typing import PyTree
+
+
+def in_chunks(
+    product: Callable[[jax.Array], jax.Array],
+    block: jax.Array,
+    column_chunk: int | None,
+    *,
+    mapped: bool,
+) -> jax.Array:
+    """Applies ``product`` to the block, in chunks if there is a chunk."""
+    if column_chunk is None:
+        return product(block)
+    check_at_least("column_chunk", column_chunk, 1)
+    check_shape("block", block, [None, None])
+    return by_chunks(product, vectors=block, width=column_chunk, mapped=mapped)
+
+
+def by_chunks(
+    product: Callable[[jax.Array], jax.Array],
+    *,
+    vectors: jax.Array,
+    width: int,
+    mapped: bool,
+) -> jax.Array:
+    """Applies ``product`` to ``width`` columns at a time, one compiled program.
+
+    Eager calls loop in Python, since convolutions in an XLA:CPU loop body are slow; in
+    a traced call the chunks are mapped, so that the program does not grow with them.
+    """
+    num_columns = vectors.shape[1]
+    if width >= num_columns:
+        return product(vectors)
+    num_chunks = -(-num_columns // width)
+    padding = num_chunks * width - num_columns
+    padded = jnp.pad(vectors, ((0, 0), (0, padding)))
+    chunks = jnp.moveaxis(padded.reshape(-1, num_chunks, width), 1, 0)
+    if mapped:
+        products = jax.lax.map(product, chunks)
+    else:
+        # By index, since an array across processes cannot be iterated.
+        products = jnp.stack([product(chunks[i]) for i in range(num_chunks)])
+    return jnp.moveaxis(products, 0, 1).reshape(padded.shape)[:, :num_columns]
+
+
+def split_block(
+    name: str, block: jax.Array, copies: int, error: jax.ShapeDtypeStruct
+) -> list[jax.Array]:
+    """Splits columns ``[copies N C, b]`` into arrays ``[N, C, b]``."""
+    size = copies * int(np.prod(error.shape))
+    check_shape(name, block, [size, None])
+    check_at_least(f"{name}.shape[1]", block.shape[1], 1)
+    if jnp.result_type(block) != error.dtype:
+        raise ValueError(
+            f"{name}: expected dtype {error.dtype}, that of the error, "
+            f"got {jnp.result_type(block)}."
+        )
+    return list(jnp.reshape(block, (copies, *error.shape, block.shape[1])))
+
+
+def join_block(parts: list[jax.Array]) -> jax.Array:
+    """Joins arrays ``[N, C, b]`` into columns ``[copies N C, b]``."""
+    return jnp.concatenate([part.reshape(-1, part.shape[-1]) for part in parts])
+
+
+def sum_trees(trees: Iterable[PyTree]) -> PyTree:
+    """Adds trees up, one at a time."""
+    iterator = iter(trees)
+    total = next(iterator)
+    for tree in iterator:
+        total = jax.tree.map(jnp.add, total, tree)
+    return total
