@@ -85,16 +85,18 @@ def test_finite_difference_equals_one_device(mlp, reduction):
 class Convolutions(nn.Module):
     @nn.compact
     def __call__(self, x):
-        x = nn.gelu(nn.Conv(3, (3, 3))(x))
-        return nn.Dense(3)(x.reshape(x.shape[0], -1))
+        x = nn.BatchNorm(use_running_average=True)(nn.Conv(3, (3, 3))(x))
+        return nn.Dense(3)(nn.gelu(x).reshape(x.shape[0], -1))
 
 
 @forms
-def test_convolutions_and_a_second_mesh_axis(jacobian):
+def test_convolutions_statistics_and_a_second_mesh_axis(jacobian):
     batches = random_batches(1, 4, (4, 4, 2), 3)
     model = Convolutions()
-    params = model.init(jax.random.key(0), batches["image"][0])["params"]
-    error_fn = models.linen_error_fn(model, {})
+    variables = model.init(jax.random.key(0), batches["image"][0])
+    params = variables["params"]
+    stats = jax.tree.map(lambda leaf: leaf + 0.5, variables["batch_stats"])
+    error_fn = models.linen_error_fn(model, {"batch_stats": stats})
     mesh = make_mesh(2, ("examples", "other"))
     columns = jax.random.normal(jax.random.key(1), (12, 2))
     kernel = sharded_kernel(error_fn, params, batches, mesh, jacobian=jacobian)
