@@ -205,6 +205,7 @@ def test_a_lanczos_step_keeps_the_basis_where_it_lies():
 def test_the_whole_measurement_equals_one_device(mlp, reduction, options):
     options |= {"key": jax.random.key(0), "reduction": reduction, "num_shells": 4}
     options |= {"block_size": 4, "num_steps": 5, "window": 2, "num_bootstrap": 0}
+    options |= {"step": 0.05}  # so that the secant differs by more than its rounding
     one = measure_coupling(*mlp, solver="lanczos", **options)
     mesh = make_mesh(8)
     many = measure_coupling(*mlp, mesh=mesh, **options)
@@ -215,7 +216,7 @@ def test_the_whole_measurement_equals_one_device(mlp, reduction, options):
     difference = np.abs(many.coupling[leading]) - np.abs(one.coupling[leading])
     assert np.max(np.abs(difference)) < 1e-4 * np.max(np.abs(one.coupling))
     assert relative_error(many.operator_disagreement, one.operator_disagreement) < 1e-2
-    assert relative_error(many.secant_disagreement, one.secant_disagreement) < 0.2
+    assert relative_error(many.secant_disagreement, one.secant_disagreement) < 1e-2
     rows = jax.NamedSharding(mesh, jax.P("examples"))
     assert many.vectors.sharding.is_equivalent_to(rows, 2)
     rest = dataclasses.replace(many, vectors=many.values)
