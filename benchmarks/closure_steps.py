@@ -6,7 +6,7 @@ several relative steps, once as it is and once with gelu in the place of relu.
 
 Example:
   python benchmarks/closure_steps.py --workdir runs/track_cifar --dataset cifar10 \
-      --out docs/results/track_cifar10_w8/closure_steps.json
+      --out docs/results/track_cifar10_w16/closure_steps_w8.json
 """
 
 import argparse
