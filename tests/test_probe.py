@@ -157,6 +157,20 @@ def test_cadence_constant_state_and_one_compilation(options):
     assert probe.update(state, params, 12)[1] is None  # no step is recorded twice
 
 
+def test_nothing_compiles_after_the_first_record(caplog):
+    fn, params, batches, loss_fn = oracles.problem("mlp", jnp.float32)
+    probe = make_probe(fn, loss_fn, batches, every=3, schedule=0.1, **SMALL)
+    state = probe.init(KEY, params)
+    state, _ = probe.update(state, params, 0)
+    moved = [descend(loss_fn, params, batches)]
+    moved.append(descend(loss_fn, moved[0], batches))
+    with jax.log_compiles():
+        for step, there in zip((3, 6), moved, strict=True):
+            state, record = probe.update(state, there, step, step_seconds=0.5)
+            assert record.cost_in_steps == pytest.approx(2 * record.seconds)
+    assert not [r.message for r in caplog.records if "Compiling" in r.message]
+
+
 @pytest.mark.parametrize("options", [{"solver": "dense"}, LANCZOS])
 @pytest.mark.parametrize("value", [np.nan, 1e30])
 def test_a_broken_run_is_said_once_and_then_left_alone(options, value):
@@ -249,3 +263,20 @@ def test_a_direction_or_a_loss_is_needed():
     probe = make_probe(fn, None, batches, every=1)
     with pytest.raises(ValueError, match=r"^direction: expected"):
         probe.update(probe.init(KEY, params), params, 0)
+
+
+def test_a_learning_rate_of_zero_stands_still_in_effective_time():
+    fn, params, batches, loss_fn = oracles.problem("mlp", jnp.float32)
+    probe = make_probe(fn, loss_fn, batches, every=2, schedule=0.0, **SMALL)
+    state = probe.init(KEY, params)
+    found = []
+    for step in (0, 2, 4):
+        state, record = probe.update(state, params, step)
+        found.append(record)
+    assert all(record.finite for record in found)
+    assert [float(record.effective_time) for record in found] == [0.0, 0.0, 0.0]
+    np.testing.assert_allclose(
+        found[2].dynamics.flux, found[0].dynamics.flux, rtol=1e-5
+    )
+    assert float(np.max(np.abs(found[0].dynamics.flux))) > 0
+    assert int(np.sum(found[2].crossings.up + found[2].crossings.down)) == 0

@@ -110,7 +110,7 @@ def test_a_line_a_record_with_what_it_promises(whole):
     # Momentum 0.9 goes ten times as far as the rate of 0.05 says.
     assert lines[-1]["effective_time"] == pytest.approx(12 * 0.05 / 0.1)
     assert lines[-1]["cost_in_steps"] > 0
-    assert "cost_in_steps" not in lines[0]
+    assert lines[0]["cost_in_steps"] is None
 
 
 @pytest.mark.parametrize("kill_at", [2, 6, 9])
@@ -127,6 +127,15 @@ def test_a_killed_run_leaves_the_records_of_a_whole_one(
     before = path.read_bytes()
     track(dataset, tmp_path)  # complete already
     assert path.read_bytes() == before
+
+
+def test_a_broken_training_goes_on_and_one_record_says_so(dataset, tmp_path):
+    wild = Config(**{**CONFIG.__dict__, "learning_rate": 1e20})
+    lines = records.read_jsonl(track(dataset, tmp_path, config=wild))
+    assert [line["finite"] for line in lines] == [True, False]
+    metrics = records.read_jsonl(tmp_path / "tiny" / "metrics.jsonl")
+    assert metrics[-1]["step"] == STEPS[-1]
+    assert metrics[-1]["loss"] is None
 
 
 def test_a_run_resumes_under_its_own_settings_only(dataset, tmp_path):

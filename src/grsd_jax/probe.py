@@ -128,6 +128,7 @@ class Probe:
         direction: PyTree | None = None,
         error_fn: ErrorFn | None = None,
         loss_fn: LossFn | None = None,
+        step_seconds: float = float("nan"),
     ) -> tuple[ProbeState, ProbeRecord | None]:
         """Measures the shell dynamics if a record is due, and does nothing if not.
 
@@ -146,6 +147,7 @@ class Probe:
                 statistics) changes: a pytree of the same structure, so that nothing is
                 traced again, as `grsd_jax.models.linen_error_fn` makes it.
             loss_fn: In place of the probe's, likewise.
+            step_seconds: What a training step takes, for the record's cost in steps.
 
         Returns:
             The new state, and the record; the old state and None if none is due.
@@ -192,6 +194,7 @@ class Probe:
             seconds=seconds,
             gradient_seconds=gradient_seconds,
             cost=seconds / gradient_seconds,
+            cost_in_steps=seconds / step_seconds,
         )
 
     def _measure(
@@ -258,7 +261,10 @@ class Probe:
     def _effective_time(self, state: ProbeState, step: int) -> jax.Array:
         """Returns tau at the step, from that of the last record."""
         first = max(int(state.last_step), 0)
-        more = effective_time(self.schedule, step - first, first_step=first)[-1]
+        # The first record asks for as many steps as the others: one program for all.
+        num_steps = max(step - first, self.every)
+        passed = effective_time(self.schedule, num_steps, first_step=first)
+        more = np.asarray(passed)[step - first]
         return state.effective_time + more.astype(state.effective_time.dtype)
 
     def _problem(self, error_fn: ErrorFn | None) -> Problem:

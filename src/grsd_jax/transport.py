@@ -79,6 +79,8 @@ class ProbeRecord(NamedTuple):
         gradient_seconds: Of it, the gradient of the loss on the probe's batches; NaN if
             the caller gave the direction.
         cost: ``seconds / gradient_seconds``.
+        cost_in_steps: ``seconds`` in units of a training step; NaN if the caller did
+            not say what one takes.
     """
 
     effective_time: jax.Array
@@ -97,6 +99,7 @@ class ProbeRecord(NamedTuple):
     seconds: float = 0.0
     gradient_seconds: float = 0.0
     cost: float = 0.0
+    cost_in_steps: float = 0.0
 
 
 @partial(jax.jit, static_argnames=("num_shells", "headroom"))

@@ -97,4 +97,5 @@ def record_line(record: ProbeRecord) -> dict[str, Any]:
         "seconds": record.seconds,
         "gradient_seconds": record.gradient_seconds,
         "cost": record.cost,
+        "cost_in_steps": record.cost_in_steps,
     }

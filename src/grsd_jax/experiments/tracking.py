@@ -91,17 +91,19 @@ class Tracker:
         if step % self._probe.every:
             return own
         jax.block_until_ready(state.params)
-        step_seconds = (time.perf_counter() - self._since) / self._steps
+        passed = time.perf_counter() - self._since
+        step_seconds = passed / self._steps if step else float("nan")
         error_fn, loss_fn = self._functions(state)
         own, record = self._probe.update(
-            own, state.params, step, error_fn=error_fn, loss_fn=loss_fn
+            own,
+            state.params,
+            step,
+            error_fn=error_fn,
+            loss_fn=loss_fn,
+            step_seconds=step_seconds,
         )
         if record is not None:
-            cost = {
-                "train_step_seconds": step_seconds,
-                "cost_in_steps": record.seconds / step_seconds,
-            }
-            self._log.append(record, **(cost if step else {}))
+            self._log.append(record, train_step_seconds=step_seconds)
         self._since, self._steps = time.perf_counter(), 0
         return own
 
