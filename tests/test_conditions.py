@@ -161,3 +161,17 @@ def test_bad_input_is_named():
         condition_report(
             path(error_fn, params, params), batches, blocks, key=KEY, num_leading=0
         )
+
+
+@pytest.mark.parametrize("method", ["dense", "power_iteration"])
+def test_no_verdict_holds_of_parameters_that_are_not_finite(method):
+    error_fn, params, batches, loss_fn = problem("mlp", jnp.float32)
+    direction = gradient_flow_direction(loss_fn, params, batches)
+    blocks = partition_by_prefix(params, {"in": ["Dense_0"], "out": ["Dense_1"]})
+    broken = jax.tree.map(lambda leaf: leaf.at[0].set(jnp.nan), params)
+    points = path(error_fn, broken, direction)
+    report = condition_report(
+        points, batches, blocks, coherence_options={"method": method}, **OPTIONS
+    )
+    for verdict in report.verdicts.values():
+        assert not any(check.holds for check in verdict.checks), verdict

@@ -131,7 +131,7 @@ def block_coherence(
         )
         products = _dense_products([kernels[name] for name in blocks.names])
         zeros = jnp.zeros_like(products)
-        return _coherence(products, zeros, zeros == 0, 0)
+        return _coherence(products, zeros, jnp.isfinite(products), 0)
     linearized = linearize_block_kernels(
         error_fn, params, batches, blocks, reduction=reduction, jacobian=jacobian
     )
@@ -143,7 +143,8 @@ def _coherence(
 ) -> BlockCoherence:
     norms = jnp.sqrt(jnp.diag(products))
     scale = norms[:, None] * norms[None, :]
-    coherence = jnp.where(scale > 0, products / jnp.where(scale > 0, scale, 1), 0)
+    # Zero over zero is zero, but what is not finite stays so.
+    coherence = jnp.where(scale == 0, 0, products / jnp.where(scale == 0, 1, scale))
     return BlockCoherence(products, norms, coherence, residuals, converged, iterations)
 
 

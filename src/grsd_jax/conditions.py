@@ -214,6 +214,7 @@ def condition_report(
             **(coherence_options or {}),
         ),
         thresholds,
+        known=bool(jnp.isfinite(locality.profiles[0].influence).all()),
     )
     norms, measurements = [], []
     for number, point in enumerate(points):
@@ -267,6 +268,8 @@ def _locality(
     widest = thresholds.max_band
     widest = (len(blocks.names) - 1) // 2 if widest is None else widest
     name = f"band with {share:.0%} of the influence"
+    known = all(bool(jnp.all(jnp.isfinite(total))) for total in totals)
+    band = float(max(bands)) if known else float("nan")
     return Locality(
         times=[point.time for point in points],
         profiles=profiles,
@@ -274,23 +277,24 @@ def _locality(
             total / jnp.where(jnp.sum(total) > 0, jnp.sum(total), 1) for total in totals
         ],
         bands=bands,
-        verdict=Verdict((Check(name, float(max(bands)), float(widest)),)),
+        verdict=Verdict((Check(name, band, float(widest)),)),
     )
 
 
-def _incoherence(coherence: BlockCoherence, thresholds: Thresholds) -> Incoherence:
+def _incoherence(
+    coherence: BlockCoherence, thresholds: Thresholds, *, known: bool
+) -> Incoherence:
+    """Judges the coherence, undefined if the network is not finite there."""
     limit, distant = thresholds.max_distant_coherence, thresholds.distant
     matrix = np.asarray(coherence.coherence)
     upper = np.argwhere(np.triu(matrix > limit, max(distant, 1)))
     flagged = [(int(i), int(j), float(matrix[i, j])) for i, j in upper]
     profile = np.asarray(coherence.profile)[distant:]
     worst = float(profile.max()) if profile.size else 0.0
+    tail = float(coherence.tail_sum)
+    worst, tail = (worst, tail) if known else (float("nan"), float("nan"))
     checks = (
-        Check(
-            "tail sum of the coherence",
-            float(coherence.tail_sum),
-            thresholds.max_tail_sum,
-        ),
+        Check("tail sum of the coherence", tail, thresholds.max_tail_sum),
         Check(f"largest coherence at distance >= {distant}", worst, limit),
     )
     return Incoherence(coherence, flagged, Verdict(checks))
@@ -309,7 +313,9 @@ def _stability(
     lipschitz = [float(coupling_exponent(measured)) for measured in measurements]
     jacobian = [float(found.jacobian) for found in norms]
     derivative = [float(found.derivative) for found in norms]
-    largest_drift = max((float(d.frobenius) for d in leading), default=float("nan"))
+    largest_drift = float("nan")
+    if leading and all(bool(measured.finite) for measured in measurements):
+        largest_drift = max(float(drift.frobenius) for drift in leading)
     checks = (
         Check("growth of the norm of J", _growth(jacobian), thresholds.max_growth),
         Check("growth of the norm of Jdot", _growth(derivative), thresholds.max_growth),
@@ -329,7 +335,7 @@ def _stability(
 
 def _growth(values: list[float]) -> float:
     """Returns the largest value over the first, NaN if the first is zero."""
-    return max(values) / values[0] if values[0] > 0 else float("nan")
+    return float(np.max(values)) / values[0] if values[0] > 0 else float("nan")
 
 
 def _shift_invariance(
