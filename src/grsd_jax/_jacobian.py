@@ -292,10 +292,7 @@ def _linearize_pair(
 
     Which is the derivative of ``J(theta) g'`` along ``theta -> d``, ``g' -> g``.
     """
-
-    def pushed(p: PyTree, tangent: PyTree) -> jax.Array:
-        error, pullback = jax.vjp(lambda q: error_fn(q, batch), p)
-        return _transpose(pullback, tangent, error)
+    pushed = _pushing(error_fn, batch)
 
     def both(g: PyTree, moved: PyTree) -> jax.Array:
         return jax.jvp(pushed, (params, moved), (direction, g))[1]
@@ -369,15 +366,22 @@ def push_derivative(
     Returns:
         Columns ``[N, C, b]``.
     """
-
-    def pushed(p: PyTree, tangent: PyTree) -> jax.Array:
-        error, pullback = jax.vjp(lambda q: error_fn(q, batch), p)
-        return _transpose(pullback, tangent, error)
+    pushed = _pushing(error_fn, batch)
 
     def derivative(tangent: PyTree) -> jax.Array:
         return jax.jvp(lambda p: pushed(p, tangent), (params,), (direction,))[1]
 
     return jax.vmap(derivative, out_axes=-1)(tangents)
+
+
+def _pushing(error_fn: ErrorFn, batch: PyTree) -> Callable[[PyTree, PyTree], jax.Array]:
+    """Returns ``(theta, g) -> J(theta) g``, of functions without a JVP too."""
+
+    def pushed(params: PyTree, tangent: PyTree) -> jax.Array:
+        error, pullback = jax.vjp(lambda p: error_fn(p, batch), params)
+        return _transpose(pullback, tangent, error)
+
+    return pushed
 
 
 def _transpose(pullback: Any, tangent: PyTree, example: jax.Array) -> jax.Array:

@@ -30,11 +30,7 @@ from grsd_jax.derivative import central_difference, gradient_flow_direction
 from grsd_jax.factored import JacobianForm, uses_factors
 from grsd_jax.flow import effective_time
 from grsd_jax.kernel import error_dimension
-from grsd_jax.snapshots import (
-    Finder,
-    Problem,
-    take_snapshot,
-)
+from grsd_jax.snapshots import Finder, Problem, take_snapshot
 from grsd_jax.solvers import SOLVERS, choose_solver
 from grsd_jax.transport import (
     ProbeRecord,
@@ -268,11 +264,9 @@ class Probe:
         return state.effective_time + more.astype(state.effective_time.dtype)
 
     def _problem(self, error_fn: ErrorFn | None) -> Problem:
-        return (
-            self.problem
-            if error_fn is None
-            else self.problem._replace(error_fn=error_fn)
-        )
+        if error_fn is None:
+            return self.problem
+        return self.problem._replace(error_fn=error_fn)
 
 
 def make_probe(

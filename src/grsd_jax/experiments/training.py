@@ -112,14 +112,15 @@ def train(
         workdir: The folder.
         name: The run's own folder in it.
         callback: Called before the first step and after each; its state travels with
-            the checkpoints, so that a resumed run goes on as if never interrupted.
+            the checkpoints, so that a resumed run goes on as if never interrupted. With
+            one, a training that stops being finite goes on.
 
     Returns:
         The final state and its test accuracy.
 
     Raises:
         UserError: If the folder holds another run or cannot be written, a checkpoint
-            is damaged, or the loss stops being finite.
+            is damaged, or the loss stops being finite without a callback.
     """
     with records.workdir_lock(Path(workdir) / name) as folder:
         return _Run(model, dataset, config, folder, callback).run()
