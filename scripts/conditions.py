@@ -17,7 +17,13 @@ from pathlib import Path
 
 from absl import flags as absl_flags
 
-from grsd_jax.experiments import condition_figures, conditions, flags, records
+from grsd_jax.experiments import (
+    condition_figures,
+    condition_results,
+    conditions,
+    flags,
+    records,
+)
 from grsd_jax.experiments.config import Config
 from grsd_jax.experiments.data import load_dataset
 
@@ -49,9 +55,9 @@ def main(config: Config) -> None:
     found = conditions.measure_conditions(load_dataset(config), config, options)
     folder = Path(config.workdir) / config.model
     with records.workdir_lock(folder):
-        found = conditions.write_conditions(folder, found)
+        found = condition_results.write_conditions(folder, found)
         paths = condition_figures.write_condition_page(found, folder / "figures")
-    print(conditions.format_conditions(found))
+    print(condition_results.format_conditions(found))
     print(f"{folder / 'conditions.json'}, {paths[0]}, {found['seconds']:.0f} s")
 
 

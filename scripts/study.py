@@ -20,8 +20,10 @@ from grsd_jax.experiments import flags, records, study
 from grsd_jax.experiments.config import Config, UserError
 from grsd_jax.experiments.data import load_dataset
 from grsd_jax.experiments.study_claims import read_study
+from grsd_jax.experiments.study_depth import depth_rows
 from grsd_jax.experiments.study_figures import write_study_figures
-from grsd_jax.experiments.study_tables import depth_table, format_study
+from grsd_jax.experiments.study_tables import format_study
+from grsd_jax.experiments.tables import aligned
 
 DEFAULTS = {
     "dataset": "cifar10",
@@ -53,7 +55,7 @@ def main(config: Config) -> None:
     found = read_study(folder)
     text = format_study(found)
     if SWEEP.value is not None:
-        text += "\n\n" + depth_table(records.read_json(SWEEP.value))
+        text += "\n\n" + aligned(depth_rows(records.read_json(SWEEP.value)))
     with records.atomic_path(folder / "study.txt") as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
     paths = write_study_figures(found, folder / "figures")

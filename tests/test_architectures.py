@@ -181,6 +181,10 @@ class Layers(nn.Module):
     ("layer", "message"),
     [
         (nn.Dropout(0.5, deterministic=False), "expected dropout with deterministic"),
+        (
+            nn.MultiHeadDotProductAttention(2, dropout_rate=0.5, deterministic=False),
+            "expected dropout with deterministic",
+        ),
         (nn.BatchNorm(use_running_average=False), "expected BatchNorm on stored"),
         (nn.LayerNorm(reduction_axes=(0, 1)), "reduction_axes without axis 0"),
         (nn.RMSNorm(reduction_axes=-2), "reduction_axes without axis 0"),

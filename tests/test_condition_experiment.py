@@ -11,6 +11,7 @@ import pytest
 from absl import flags as absl_flags
 
 from grsd_jax import (
+    Check,
     PathPoint,
     Thresholds,
     condition_report,
@@ -18,7 +19,14 @@ from grsd_jax import (
     measure_layers,
     partition_by_prefix,
 )
-from grsd_jax.experiments import condition_figures, conditions, flags, records
+from grsd_jax.experiments import (
+    condition_figures,
+    condition_results,
+    conditions,
+    flags,
+    records,
+    reporting,
+)
 from grsd_jax.experiments.config import TRAINING_FIELDS, Config, UserError
 from grsd_jax.experiments.data import synthetic_textures
 from oracles import problem
@@ -64,11 +72,11 @@ def found(tmp_path_factory):
         "blocks": list(blocks.names),
         "steps": [0, 1],
         "options": {"thresholds": Thresholds()._asdict()},
-        **conditions.report_entry(report, CONFIG),
-        "layers": conditions.layers_entry(layers, blocks, CONFIG),
+        **condition_results.report_entry(report, CONFIG),
+        "layers": condition_results.layers_entry(layers, blocks, CONFIG),
     }
     folder = tmp_path_factory.mktemp("conditions")
-    read = conditions.write_conditions(folder, written)
+    read = condition_results.write_conditions(folder, written)
     assert read == records.read_json(folder / "conditions.json")
     return read
 
@@ -78,7 +86,7 @@ def test_file_holds_every_condition_with_its_verdict(found):
         verdict = found[name]["verdict"]
         assert verdict["holds"] == all(c["holds"] for c in verdict["checks"])
         for check in verdict["checks"]:
-            assert set(check) == {"name", "number", "threshold", "relation", "holds"}
+            assert set(check) == {*Check._fields, "holds"}
     ((first, second, coherence),) = found["condition2"]["flagged"]
     assert (first, second) == ("in", "out")
     assert coherence == pytest.approx(found["condition2"]["coherence"][0][1])
@@ -87,15 +95,82 @@ def test_file_holds_every_condition_with_its_verdict(found):
 
 
 def test_table_has_a_row_for_every_check(found):
-    lines = conditions.format_conditions(found).split("\n")
+    lines = condition_results.format_conditions(found).split("\n")
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    checks = [c for name in conditions.TITLES for c in found[name]["verdict"]["checks"]]
+    checks = [
+        c for name in condition_results.TITLES for c in found[name]["verdict"]["checks"]
+    ]
     assert [row[1] for row in rows[2:]] == [check["name"] for check in checks]
     assert [row[4] == "holds" for row in rows[2:]] == [c["holds"] for c in checks]
     assert len({len(line) for line in lines}) == 1
     broken = json.loads(json.dumps(found))
-    broken["condition3"]["verdict"]["checks"][2]["number"] = None
-    assert "n/a" in conditions.format_conditions(broken)
+    broken["condition3"]["verdict"]["checks"][2] |= {"number": None, "error": None}
+    broken["condition2"]["verdict"]["checks"][0] |= {
+        "number": 0.5,
+        "error": 0.02,
+        "converged": False,
+        "holds": False,
+    }
+    table = condition_results.format_conditions(broken)
+    assert "n/a" in table
+    assert "0.5 +- 0.02" in table
+    assert "fails, not converged" in table
+
+
+def test_table_says_what_proposition_2_does_of_a_state_space_model(found):
+    report = {
+        "rho": 0.5,
+        "in_condition": True,
+        "below_bound": True,
+        "predicted_range": 4,
+        "measured_range": 3,
+        "epsilon": 0.25,
+    }
+    told = condition_results.format_conditions(found | {"propagation": report})
+    assert "under the bound" in told
+    assert "below 0.25 at 3 blocks, predicted 4" in told
+    beyond = condition_results.format_propagation(report | {"measured_range": None})
+    assert "beyond the depth" in beyond
+    above = condition_results.format_propagation(report | {"below_bound": False})
+    assert "NOT under the bound" in above
+    outside = report | {"rho": 1.0, "in_condition": False, "predicted_range": None}
+    assert "outside the condition" in condition_results.format_propagation(outside)
+
+
+def test_page_draws_every_check_over_its_threshold(found, tmp_path, monkeypatch):
+    drawn = []
+
+    def keep(drawings, folder):
+        drawn.extend(draw() for draw in drawings.values())
+        return []
+
+    monkeypatch.setattr(condition_figures, "save_figures", keep)
+    condition_figures.write_condition_page(found, tmp_path)
+    (page,) = drawn
+    axis = page.subfigs[0].axes[0]
+    checks = [
+        check
+        for name in condition_results.TITLES
+        for check in found[name]["verdict"]["checks"]
+    ]
+    labels = [label.get_text() for label in axis.get_yticklabels()]
+    assert [label[3:] for label in labels] == [check["name"] for check in checks]
+    told = [text.get_text() for text in axis.texts]
+    assert ["holds" in text for text in told] == [check["holds"] for check in checks]
+    dots = {
+        line.get_ydata()[0]: line.get_xdata()[0]
+        for line in axis.lines
+        if line.get_marker() == "o"
+    }
+    for row, check in enumerate(reversed(checks)):
+        if row in dots:
+            assert (dots[row] <= 1) == check["holds"], check
+
+
+def test_report_has_the_table(found, tmp_path):
+    records.write_json(tmp_path / "conditions.json", found | {"config": {"seed": 1}})
+    (section,) = reporting.find_sections(tmp_path)
+    assert section.tables == [condition_results.condition_rows(found)]
 
 
 def test_page_is_drawn_from_the_file_alone(found, tmp_path):

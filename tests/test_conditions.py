@@ -6,13 +6,17 @@ import pytest
 import block_problems
 from grsd_jax import (
     Check,
+    InfluenceProfile,
     PathPoint,
     Thresholds,
     Verdict,
     condition_report,
+    distance_totals,
     gradient_flow_direction,
     partition_by_prefix,
+    smallest_band,
 )
+from grsd_jax._condition_checks import locality_checks
 from oracles import problem
 
 KEY = jax.random.key(0)
@@ -23,6 +27,7 @@ COUPLING = {
     "solver": "dense",
     "block_size": 4,
 }
+LENIENT = Thresholds(max_tail_sum=10.0)
 OPTIONS = {"key": KEY, "num_leading": 2, "coupling_options": COUPLING}
 
 
@@ -149,8 +154,60 @@ def test_checks():
     assert Check("a", 1.0, 1.0, ">=").holds
     assert not Check("a", 0.9, 1.0, ">=").holds
     assert not Check("a", float("nan"), 1.0).holds
+    assert not Check("a", 0.5, 1.0, converged=False).holds
+    assert Check("a", 0.5, 1.0, error=0.9).holds
     assert str(Check("a", 0.5, 1.0)) == "a: 0.5 <= 1 holds"
+    told = str(Check("a", 0.5, 1.0, error=0.125, converged=False))
+    assert told == "a: 0.5 +- 0.12 <= 1 fails (not converged)"
     assert not Verdict((Check("a", 1.0, 1.0), Check("b", 2.0, 1.0))).holds
+
+
+def test_checks_tell_how_far_off_they_may_be_and_what_did_not_converge():
+    error_fn, params, batches, loss_fn = problem("mlp", jnp.float32)
+    direction = gradient_flow_direction(loss_fn, params, batches)
+    blocks = partition_by_prefix(params, {"in": ["Dense_0"], "out": ["Dense_1"]})
+    points = path(error_fn, params, direction)
+
+    def checks(**options):
+        report = condition_report(points, batches, blocks, **OPTIONS, **options)
+        found = [c for v in report.verdicts.values() for c in v.checks]
+        return report, {check.name: check for check in found}
+
+    power = {"method": "power_iteration", "tolerance": 1e-3}
+    report, found = checks(coherence_options=power, thresholds=LENIENT)
+    coherence = report.condition2.coherence
+    tail = found["tail sum of the coherence"]
+    assert tail.converged
+    assert tail.holds
+    relative = float(coherence.residuals[0, 1]) / 2
+    assert tail.error == pytest.approx(tail.number * relative)
+    assert 0 < tail.error < 1e-3
+    fit = report.condition4.measurements[-1].diagonal_fit
+    slope = found["distance of the slope to 1"]
+    assert slope.error == pytest.approx(float(fit.exponent_stderr))
+    assert 0 < found["growth of the norm of J"].error < 1e-2
+    short = power | {"tolerance": 1e-9, "max_iterations": 1}
+    _, found = checks(coherence_options=short, thresholds=LENIENT)
+    assert not found["tail sum of the coherence"].converged
+    assert not found["tail sum of the coherence"].holds
+
+
+def test_the_band_of_an_estimate_has_an_error_where_probes_disagree():
+    size = 6
+    distance = np.abs(np.subtract.outer(np.arange(size), np.arange(size)))
+    influence = jnp.asarray(0.5**distance, jnp.float32)
+    thresholds = Thresholds(influence_share=0.95)
+    band = int(smallest_band(distance_totals(influence**2), 0.95))
+
+    def error(relative, num_probes=4):
+        found = InfluenceProfile(influence, relative * influence, num_probes)
+        (check,) = locality_checks([found], [band], thresholds)
+        assert check.number == band
+        return check.error
+
+    assert error(0.0, num_probes=0) == 0
+    assert error(1e-6) == 0
+    assert error(0.5) > 0.1
 
 
 def test_bad_input_is_named():

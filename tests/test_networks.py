@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from grsd_jax import models
-from grsd_jax.experiments import conditions, pipeline
+from grsd_jax.experiments import condition_results, conditions, pipeline
 from grsd_jax.experiments.config import CHAINS, MODELS, RESIDUAL, Config, UserError
 from grsd_jax.experiments.data import synthetic_textures
 from grsd_jax.experiments.networks import make_model
@@ -98,12 +98,20 @@ def test_every_network_is_trained_and_measured(name, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_conditions_of_a_network_without_batch_norm(tmp_path):
+@pytest.mark.parametrize("name", ["resmlp", "transformer", "ssm"])
+def test_the_conditions_of_a_network_without_batch_norm(name, tmp_path):
     dataset = synthetic_textures(num_train=32, num_test=16)
-    config = dataclasses.replace(TINY, model="resmlp", workdir=str(tmp_path))
+    config = dataclasses.replace(TINY, model=name, workdir=str(tmp_path))
     options = conditions.Options(num_probes=2, num_points=2)
     with jax.numpy_dtype_promotion("standard"):
         found = conditions.measure_conditions(dataset, config, options)
     assert found["steps"] == [0, 2]
     assert len(found["layers"]["blocks"]) == len(found["blocks"])
-    assert "4 log-shift invariance" in conditions.format_conditions(found)
+    told = condition_results.format_conditions(found)
+    assert "4 log-shift invariance" in told
+    assert ("Proposition 2, rho = 0.9" in told) == (name == "ssm")
+    if name == "ssm":
+        assert found["propagation"]["below_bound"]
+        assert found["propagation"]["measured_range"] is not None or (
+            found["propagation"]["predicted_range"] >= config.depth
+        )

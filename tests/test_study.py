@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 
 from grsd_jax import fit_power_law, log_shells, shell_coupling
-from grsd_jax.experiments import study, study_claims, study_figures, study_tables
+from grsd_jax.experiments import (
+    reporting,
+    study,
+    study_claims,
+    study_depth,
+    study_figures,
+    study_tables,
+)
 from grsd_jax.experiments.config import Config, UserError
 from grsd_jax.experiments.data import synthetic_textures
 from grsd_jax.experiments.study_cells import (
@@ -154,6 +161,7 @@ def planted_study(slopes, spread=0.01, seeds=(0, 1, 2)):
                 arrays |= {f"{cell}/{key}": value for key, value in parts.items()}
     accuracies = {f"seed{s}-{n}": 0.7 for s in seeds for n in NETWORKS}
     info = {
+        "config": {},
         "cells": cells,
         "seeds": list(seeds),
         "quantities": list(QUANTITIES),
@@ -228,29 +236,58 @@ def test_tables_and_figures_come_from_the_files_alone(tmp_path):
     paths = study_figures.write_study_figures(read, tmp_path / "figures")
     names = {"study_windows", "study_diagonal", "study_choices"}
     assert {path.stem for path in paths} == names
+    (section,) = reporting.find_sections(tmp_path)
+    assert section.tables == study_tables.study_tables(given)
+    assert len(section.figures) == 3
     (tmp_path / "study.json").write_text("{}")
     with pytest.raises(UserError, match="expected the cells of a study, got none"):
         study_claims.read_study(tmp_path)
 
 
-def test_depth_is_told_by_ranks():
-    rows = [
+def sweep_rows(model, scale, seeds):
+    """A network whose residual falls with depth in the seeds that are given True."""
+    return [
         {
-            "model": "cnn",
-            "branch_scale": None,
+            "model": model,
+            "branch_scale": scale,
             "depth": depth,
             "seed": seed,
-            "toeplitz_center": 1 / depth,
-            "slope": 1 + depth / 100,
+            "toeplitz_center": 1 / depth if falls else depth / 100,
+            "slope": 1 + 1 / depth,
             "r_squared": None if depth == 2 else 0.9 + depth / 1000,
         }
         for depth in (2, 4, 8, 16)
-        for seed in (0, 1)
+        for seed, falls in enumerate(seeds)
     ]
-    table = study_tables.depth_table({"rows": rows})
-    cells = [cell.strip() for cell in table.splitlines()[2].strip("|").split("|")]
-    up, down = "+1.00 [+1.00, +1.00]", "-1.00 [-1.00, -1.00]"
-    assert cells == ["CNN", "2, 4, 8, 16", down, up, up]
+
+
+def test_depth_is_told_by_ranks():
+    rows = study_depth.depth_rows(
+        {
+            "rows": [
+                *sweep_rows("rescnn", 0.1, (True, True, True)),
+                *sweep_rows("rescnn", 0.3, (True, False, True)),
+                *sweep_rows("cnn", None, (False, False)),
+            ]
+        }
+    )
+    assert [row[4] for row in rows[1::3]] == [
+        "reproduced",
+        "undecided",
+        "not reproduced",
+    ]
+    up, down = "1.000 [1.000, 1.000]", "-1.000 [-1.000, -1.000]"
+    assert [row[2] for row in rows[1:4]] == [down, down, up]
+    assert rows[4][2] == "-0.333 [-1.000, 1.000]"
+    assert rows[7][2] == up
+    assert "s = 0.1" in rows[1][0]
+    assert "2, 4, 8, 16 (Theorem 2)" in rows[1][0]
+    assert "not claimed" in rows[7][0]
+
+
+def test_rank_correlation_leaves_out_what_is_undefined():
+    assert study_depth.rank_correlation([1, 2, 3, 4], [4.0, None, 3.0, 2.0]) == -1
+    assert np.isnan(study_depth.rank_correlation([1, 2, 3], [None, 1.0, 2.0]))
 
 
 @pytest.mark.slow

@@ -60,6 +60,9 @@ def test_the_grid_holds_each_network_once():
     counts = {m: sum(cell.model == m for cell in cells) for m in config.models}
     assert counts == {"mlp": 2 * 2 * 3, "resmlp": 2 * 2 * 2 * 3, "ssm": 2 * 3}
     assert len({cell.name for cell in cells}) == len(cells)
+    near = SweepConfig(models=("resmlp",), branch_scales=(0.1234567, 0.1234568))
+    cells_near = list_cells(near)
+    assert len({cell.name for cell in cells_near}) == len(cells_near)
     assert [cell.seed for cell in cells[:3]] == [0, 1, 2]  # one compilation serves all
 
 
@@ -149,6 +152,8 @@ def test_a_sweep_goes_on_after_a_kill_and_does_nothing_twice(swept, monkeypatch)
 
     def count(cell, *args):
         done.append(cell.name)
+        with open(workdir / "sweep.csv", newline="") as file:
+            assert len(list(csv.DictReader(file))) == 3  # those before it
         return results["rows"][3]
 
     monkeypatch.setattr(sweeping, "measure_cell", count)
@@ -197,16 +202,30 @@ def test_figures_show_means_in_bands_over_seeds(tmp_path, monkeypatch):
 
     monkeypatch.setattr(sweep_figures, "save_figures", keep)
     sweep_figures.write_sweep_figures({"rows": fake_rows()}, tmp_path)
-    assert set(drawn) == {"sweep_coupling", "sweep_increments", "sweep_mixing"}
+    names = ("coupling", "increments", "mixing", "scale")
+    assert set(drawn) == {f"sweep_{name}" for name in names}
     axis = drawn["sweep_coupling"].axes[1]
     lines = {line.get_label(): line for line in axis.lines}
     np.testing.assert_allclose(lines["resmlp, s = 0.1"].get_ydata(), [3, 5])
     np.testing.assert_allclose(lines["mlp"].get_ydata(), [3.5, 5])
     band = axis.collections[1].get_paths()[0].vertices
     assert {2.0, 4.0, 6.0} <= set(band[:, 1])
-    mixing = drawn["sweep_mixing"].axes[1]
-    law = next(line for line in mixing.lines if "log" in line.get_label())
+    memory = drawn["sweep_scale"].axes[5]
+    law = next(line for line in memory.lines if "log" in line.get_label())
     assert law.get_ydata()[0] == pytest.approx(2 / math.log(1.01))
+    (line,) = (line for line in memory.lines if line.get_label() == "resmlp")
+    assert list(line.get_xdata()) == [0.1, 0.3]
+    # Of the deepest networks alone: a row of depth 2 moves nothing.
+    rows = fake_rows()
+    rows[7]["initial_correlation_time"] = 100.0
+    assert rows[7]["depth"] == 2
+    sweep_figures.write_sweep_figures({"rows": rows}, tmp_path)
+    (again,) = (
+        line
+        for line in drawn["sweep_scale"].axes[5].lines
+        if line.get_label() == "resmlp"
+    )
+    np.testing.assert_array_equal(again.get_ydata(), line.get_ydata())
     table = sweep_figures.format_sweep({"rows": fake_rows()})
     assert "resmlp, s = 0.3" in table
     with pytest.raises(UserError, match="expected at least one row"):
@@ -251,7 +270,7 @@ def test_script_sweeps_draws_and_draws_again(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "resmlp, s = 0.3" in done.stdout
     first = sorted((tmp_path / "figures").iterdir())
-    assert len(first) == 6
+    assert len(first) == 8
     first[0].unlink()
     assert run("--figures_only").returncode == 0
     assert first[0].exists()

@@ -67,6 +67,16 @@ class BlockCoherence(NamedTuple):
         """[], the sum of the profile over the distances above 0."""
         return jnp.sum(self.profile[1:])
 
+    @property
+    def product_profile(self) -> jax.Array:
+        """``[L]``, the largest G at each distance, ``c_d`` of equation 12."""
+        return distance_maxima(self.products)
+
+    @property
+    def product_tail_sum(self) -> jax.Array:
+        """[], the sum of ``c_d`` over the distances above 0."""
+        return jnp.sum(self.product_profile[1:])
+
 
 def block_coherence(
     error_fn: ErrorFn,

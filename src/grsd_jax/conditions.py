@@ -14,6 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from grsd_jax._checks import check_at_least
+from grsd_jax._condition_checks import (
+    drift_check,
+    growth_checks,
+    incoherence_checks,
+    invariance_checks,
+    lipschitz_check,
+    locality_checks,
+)
 from grsd_jax._typing import ErrorFn, PyTree, Reduction
 from grsd_jax.blocks import ParameterBlocks
 from grsd_jax.coherence import BlockCoherence, block_coherence
@@ -34,7 +42,7 @@ from grsd_jax.stability import (
     projector_drift,
     shell_drift,
 )
-from grsd_jax.verdicts import Check, Thresholds, Verdict
+from grsd_jax.verdicts import Thresholds, Verdict
 
 
 class PathPoint(NamedTuple):
@@ -263,13 +271,7 @@ def _locality(
         for number, point in enumerate(points)
     ]
     totals = [distance_totals(profile.influence**2) for profile in profiles]
-    share = thresholds.influence_share
-    bands = [int(smallest_band(total, share)) for total in totals]
-    widest = thresholds.max_band
-    widest = (len(blocks.names) - 1) // 2 if widest is None else widest
-    name = f"band with {share:.0%} of the influence"
-    known = all(bool(jnp.all(jnp.isfinite(total))) for total in totals)
-    band = float(max(bands)) if known else float("nan")
+    bands = [int(smallest_band(t, thresholds.influence_share)) for t in totals]
     return Locality(
         times=[point.time for point in points],
         profiles=profiles,
@@ -277,7 +279,7 @@ def _locality(
             total / jnp.where(jnp.sum(total) > 0, jnp.sum(total), 1) for total in totals
         ],
         bands=bands,
-        verdict=Verdict((Check(name, band, float(widest)),)),
+        verdict=Verdict(locality_checks(profiles, bands, thresholds)),
     )
 
 
@@ -285,19 +287,11 @@ def _incoherence(
     coherence: BlockCoherence, thresholds: Thresholds, *, known: bool
 ) -> Incoherence:
     """Judges the coherence, undefined if the network is not finite there."""
-    limit, distant = thresholds.max_distant_coherence, thresholds.distant
     matrix = np.asarray(coherence.coherence)
-    upper = np.argwhere(np.triu(matrix > limit, max(distant, 1)))
-    flagged = [(int(i), int(j), float(matrix[i, j])) for i, j in upper]
-    profile = np.asarray(coherence.profile)[distant:]
-    worst = float(profile.max()) if profile.size else 0.0
-    tail = float(coherence.tail_sum)
-    worst, tail = (worst, tail) if known else (float("nan"), float("nan"))
-    checks = (
-        Check("tail sum of the coherence", tail, thresholds.max_tail_sum),
-        Check(f"largest coherence at distance >= {distant}", worst, limit),
-    )
-    return Incoherence(coherence, flagged, Verdict(checks))
+    far = np.triu(matrix > thresholds.max_distant_coherence, max(thresholds.distant, 1))
+    flagged = [(int(i), int(j), float(matrix[i, j])) for i, j in np.argwhere(far)]
+    verdict = Verdict(incoherence_checks(coherence, thresholds, known=known))
+    return Incoherence(coherence, flagged, verdict)
 
 
 def _stability(
@@ -311,31 +305,14 @@ def _stability(
         for a, b in itertools.pairwise(measurements)
     ]
     lipschitz = [float(coupling_exponent(measured)) for measured in measurements]
-    jacobian = [float(found.jacobian) for found in norms]
-    derivative = [float(found.derivative) for found in norms]
-    largest_drift = float("nan")
-    if leading and all(bool(measured.finite) for measured in measurements):
-        largest_drift = max(float(drift.frobenius) for drift in leading)
     checks = (
-        Check("growth of the norm of J", _growth(jacobian), thresholds.max_growth),
-        Check("growth of the norm of Jdot", _growth(derivative), thresholds.max_growth),
-        Check(
-            f"drift of the leading {num_leading}", largest_drift, thresholds.max_drift
-        ),
-        Check(
-            "Lipschitz constant in log lambda",
-            float(np.max(lipschitz)),
-            thresholds.max_lipschitz,
-        ),
+        *growth_checks(norms, thresholds),
+        drift_check(leading, measurements, num_leading, thresholds),
+        lipschitz_check(lipschitz, thresholds),
     )
     return Stability(
         norms, leading, shell_drift(measurements), lipschitz, Verdict(checks)
     )
-
-
-def _growth(values: list[float]) -> float:
-    """Returns the largest value over the first, NaN if the first is zero."""
-    return float(np.max(values)) / values[0] if values[0] > 0 else float("nan")
 
 
 def _shift_invariance(
@@ -343,20 +320,7 @@ def _shift_invariance(
 ) -> ShiftInvariance:
     central = [_central_residual(found.renormalized) for found in measurements]
     fit = measurements[-1].diagonal_fit
-    checks = (
-        Check("Toeplitz residual at the centre", central[-1], thresholds.max_residual),
-        Check(
-            "distance of the slope to 1",
-            abs(float(fit.exponent) - 1),
-            thresholds.max_slope_error,
-        ),
-        Check(
-            "R^2 of the diagonal",
-            float(fit.r_squared),
-            thresholds.min_r_squared,
-            ">=",
-        ),
-    )
+    checks = invariance_checks(central[-1], fit, thresholds)
     return ShiftInvariance(measurements, central, Verdict(checks))
 
 

@@ -14,6 +14,7 @@ from flax import linen as nn
 ACTIVATIONS = ("relu", "gelu", "silu", "softplus", "tanh")
 
 _SLICED_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
+_ATTENTION = nn.MultiHeadDotProductAttention
 
 
 def refuse_coupled_examples(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -35,7 +36,10 @@ def refuse_coupled_examples(next_fun: Any, args: Any, kwargs: Any, context: Any)
     module = context.module
     if context.method_name == "__call__":
         if isinstance(module, nn.Dropout):
-            _check_dropout(module, args, kwargs)
+            still = args[1] if len(args) > 1 else kwargs.get("deterministic")
+            _check_dropout(module, module.rate, still)
+        elif isinstance(module, _ATTENTION):
+            _check_dropout(module, module.dropout_rate, kwargs.get("deterministic"))
         elif isinstance(module, nn.BatchNorm):
             _check_batch_norm(module, args, kwargs)
         elif isinstance(module, _SLICED_NORMS):
@@ -43,12 +47,11 @@ def refuse_coupled_examples(next_fun: Any, args: Any, kwargs: Any, context: Any)
     return next_fun(*args, **kwargs)
 
 
-def _check_dropout(module: nn.Dropout, args: Any, kwargs: Any) -> None:
-    given = args[1] if len(args) > 1 else kwargs.get("deterministic")
+def _check_dropout(module: Any, rate: float, given: bool | None) -> None:
     still = module.deterministic if given is None else given
-    if module.rate > 0 and not still:
+    if rate > 0 and not still:
         raise ValueError(
-            f"model: expected dropout with deterministic=True, got rate {module.rate} "
+            f"model: expected dropout with deterministic=True, got rate {rate} "
             f"drawing at {_place(module)}; the error must be one function of the "
             "parameters, the same in every product with its Jacobian."
         )

@@ -54,17 +54,24 @@ class Check(NamedTuple):
         number: The number; NaN if it is undefined, and then the check does not hold.
         threshold: The threshold.
         relation: ``"<="`` or ``">="``, of the number to the threshold.
+        error: How far off the number may be, one standard error or a residual's bound;
+            0 if it is exact to rounding, NaN where none is known. It is shown, and the
+            number alone decides.
+        converged: Whether every iteration behind the number reached its tolerance; if
+            not, the check does not hold.
     """
 
     name: str
     number: float
     threshold: float
     relation: str = "<="
+    error: float = math.nan
+    converged: bool = True
 
     @property
     def holds(self) -> bool:
-        """Whether the number is on the right side of the threshold."""
-        if math.isnan(self.number):
+        """Whether the number is converged and on the right side of the threshold."""
+        if math.isnan(self.number) or not self.converged:
             return False
         if self.relation == "<=":
             return self.number <= self.threshold
@@ -73,8 +80,10 @@ class Check(NamedTuple):
     def __str__(self) -> str:
         """Returns the check as a line of text."""
         word = "holds" if self.holds else "fails"
-        sides = f"{self.number:.3g} {self.relation} {self.threshold:.3g}"
-        return f"{self.name}: {sides} {word}"
+        error = f" +- {self.error:.2g}" if self.error > 0 else ""
+        sides = f"{self.number:.3g}{error} {self.relation} {self.threshold:.3g}"
+        doubt = "" if self.converged else " (not converged)"
+        return f"{self.name}: {sides} {word}{doubt}"
 
 
 class Verdict(NamedTuple):

@@ -6,12 +6,17 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 
 from grsd_jax.experiments import records
+from grsd_jax.experiments.condition_results import TITLES, number_with_error
 from grsd_jax.experiments.figures import PAGE_WIDTH, save_figures
+from grsd_jax.experiments.results import finite
 
 _BLUE, _RED, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "0.5"
+
+#: Numbers over thresholds beyond these are drawn at the edge.
+_RATIOS = (0.05, 20.0)
 
 
 def write_condition_page(found: Any, folder: records.PathLike) -> list[Path]:
@@ -31,14 +36,17 @@ def write_condition_page(found: Any, folder: records.PathLike) -> list[Path]:
 
 
 def _page(found: Any) -> Figure:
-    figure = Figure(figsize=(PAGE_WIDTH, 9.0), layout="constrained")
-    axes = figure.subplots(4, 2)
+    figure = Figure(figsize=(PAGE_WIDTH, 11.2), layout="constrained")
+    parts: Any = figure.subfigures(2, 1, height_ratios=(1, 4))
+    top, rest = parts
+    _verdicts(top.subplots(), found)
+    axes = rest.subplots(4, 2)
     names = found["blocks"]
-    _heat(figure, axes[0, 0], found["condition1"]["influence"][-1], names)
+    _heat(rest, axes[0, 0], found["condition1"]["influence"][-1], names)
     axes[0, 0].set_title(r"1: influence $R_{lm}$, last point")
     axes[0, 0].set(xlabel="block that moves, m", ylabel="block whose $J$ changes, l")
     _influence_shares(axes[0, 1], found)
-    _heat(figure, axes[1, 0], found["condition2"]["coherence"], names, limits=(1e-3, 1))
+    _heat(rest, axes[1, 0], found["condition2"]["coherence"], names, limits=(1e-3, 1))
     axes[1, 0].set_title(r"2: coherence $|J_l^\top J_m|\,/\,|J_l||J_m|$ at the start")
     axes[1, 0].set(xlabel="block m", ylabel="block l")
     _coherence_profile(axes[1, 1], found)
@@ -47,6 +55,47 @@ def _page(found: Any) -> Figure:
     _invariance(axes[3, 0], found)
     _layers(axes[3, 1], found)
     return figure
+
+
+def _verdicts(axis: Axes, found: Any) -> None:
+    """Draws every check as its number over its threshold, the allowed side shaded."""
+    checks = {
+        f"{number}: {check['name']}": check
+        for number, name in enumerate(TITLES, start=1)
+        for check in found[name]["verdict"]["checks"]
+    }
+    rows = np.arange(len(checks))[::-1]
+    for row, check in zip(rows.tolist(), checks.values(), strict=True):
+        color = _GREEN if check["holds"] else _RED
+        ratio = _over_threshold(check)
+        if ratio is not None:
+            axis.plot(np.clip(ratio, *_RATIOS), row, "o", color=color, markersize=4.5)
+        told = f"{number_with_error(check)} {check['relation']} "
+        told += f"{check['threshold']:.3g} "
+        told += "holds" if check["holds"] else "fails"
+        told += "" if check["converged"] else ", not converged"
+        axis.text(
+            1.01, row, told, transform=axis.get_yaxis_transform(), va="center",
+            fontsize="small",
+        )  # fmt: skip
+    axis.set_yticks(rows, labels=list(checks))
+    axis.axvspan(_RATIOS[0], 1, color=_GREEN, alpha=0.08, linewidth=0)
+    axis.axvline(1, color=_GREY, linestyle=":", linewidth=0.9)
+    axis.set(xscale="log", xlim=_RATIOS, ylim=(-0.7, len(checks) - 0.3))
+    axis.set_xlabel("number over threshold (threshold over number for >=)")
+    held = [title for name, title in TITLES.items() if found[name]["verdict"]["holds"]]
+    axis.set_title("conditions that hold: " + ("; ".join(held) or "none"))
+
+
+def _over_threshold(check: Any) -> float | None:
+    """Returns the number in units of the threshold, at most 1 where the check holds."""
+    number, threshold = finite(check["number"]), check["threshold"]
+    if number is None:
+        return None
+    above, below = (
+        (number, threshold) if check["relation"] == "<=" else (threshold, number)
+    )
+    return above / below if below > 0 else (np.inf if above > 0 else 1.0)
 
 
 def _numbers(values: Any) -> np.ndarray:
@@ -61,7 +110,7 @@ def _threshold(axis: Axes, found: Any, condition: str, check: int) -> None:
 
 
 def _heat(
-    figure: Figure,
+    figure: SubFigure,
     axis: Axes,
     values: Any,
     names: list[str],
@@ -108,21 +157,32 @@ def _coherence_profile(axis: Axes, found: Any) -> None:
     axis.axvline(
         found["options"]["thresholds"]["distant"], color=_GREY, linestyle=":", lw=0.9
     )
-    tail = float(found["condition2"]["tail_sum"])
-    axis.set_title(f"2: coherence against distance, tail sum {tail:.3g}")
+    tail = found["condition2"]["verdict"]["checks"][0]
+    axis.set_title(
+        f"2: coherence, tail sum {number_with_error(tail)} (<= {tail['threshold']:.3g})"
+    )
     axis.set(xlabel=r"distance $|l - m|$", ylim=(0, 1.03))
     axis.legend()
 
 
 def _norms(axis: Axes, found: Any) -> None:
-    norms = found["condition3"]["norms"]
+    """Both norms with the growth that is allowed, and the Lipschitz constant."""
+    part, thresholds = found["condition3"], found["options"]["thresholds"]
     for name, label, color in (
         ("jacobian", r"$|J|$", _BLUE),
         ("derivative", r"$|\dot J|$", _RED),
     ):
-        values = _numbers([point[name] for point in norms])
+        values = _numbers([point[name] for point in part["norms"]])
         axis.plot(found["steps"], values, "o-", color=color, markersize=3, label=label)
-    axis.set(yscale="log", xlabel="step", title="3: operator norms along the path")
+        limit = values[0] * thresholds["max_growth"]
+        axis.axhline(limit, color=color, linestyle=":", linewidth=0.9)
+    lipschitz = _numbers(part["lipschitz"])
+    axis.plot(found["steps"], lipschitz, "s--", color=_GREEN, ms=3, label="Lipschitz")
+    axis.axhline(
+        thresholds["max_lipschitz"], color=_GREEN, linestyle=":", linewidth=0.9
+    )
+    axis.set(yscale="log", xlabel="step")
+    axis.set_title("3: norms, Lipschitz constant; dotted: thresholds")
     axis.legend()
 
 
@@ -144,11 +204,19 @@ def _invariance(axis: Axes, found: Any) -> None:
     part, steps = found["condition4"], found["steps"]
     residuals = _numbers(part["central_residuals"])
     axis.plot(steps, residuals, "o-", color=_BLUE, ms=3, label="residual, centre")
-    slopes = [m["diagonal_fit"]["exponent"] for m in part["measurements"]]
-    axis.plot(steps, _numbers(slopes), "s--", color=_RED, ms=3, label="slope")
-    axis.axhline(1, color=_RED, linestyle=":", linewidth=0.9)
-    _threshold(axis, found, "condition4", 0)
-    axis.set(xlabel="step", title="4: Toeplitz residual and diagonal slope")
+    fits = [m["diagonal_fit"] for m in part["measurements"]]
+    for name, label, style, color in (
+        ("exponent", "slope", "s--", _RED),
+        ("r_squared", "$R^2$", "^:", _GREEN),
+    ):
+        values = _numbers([fit[name] for fit in fits])
+        axis.plot(steps, values, style, color=color, ms=3, label=label)
+    thresholds = found["options"]["thresholds"]
+    off = thresholds["max_slope_error"]
+    axis.axhspan(1 - off, 1 + off, color=_RED, alpha=0.08, linewidth=0)
+    for name, color in (("max_residual", _BLUE), ("min_r_squared", _GREEN)):
+        axis.axhline(thresholds[name], color=color, linestyle=":", linewidth=0.9)
+    axis.set(xlabel="step", title="4: Toeplitz residual, slope (allowed: band), $R^2$")
     axis.set_ylim(bottom=0)
     axis.legend(loc="lower right", ncols=3)
 

@@ -17,34 +17,30 @@ from grsd_jax.additive import LayerMeasurements, measure_layers
 from grsd_jax.blocks import ParameterBlocks
 from grsd_jax.conditions import ConditionReport, PathPoint, condition_report
 from grsd_jax.derivative import gradient_flow_direction
+from grsd_jax.errors import squared_error
 from grsd_jax.experiments import records
 from grsd_jax.experiments.checkpoints import Checkpoints
+from grsd_jax.experiments.condition_results import layers_entry, report_entry
 from grsd_jax.experiments.config import TRAINING_FIELDS, Config, UserError
 from grsd_jax.experiments.data import Dataset, measured_batches
 from grsd_jax.experiments.networks import NETWORK_FIELDS, make_model
-from grsd_jax.experiments.pipeline import (
-    header,
-    measurement_entry,
-    measurement_options,
-)
+from grsd_jax.experiments.pipeline import header, measurement_options
 from grsd_jax.experiments.steps import make_optimizer, state_template
-from grsd_jax.experiments.tables import aligned
 from grsd_jax.experiments.training import (
     check_same_run,
     train,
 )
 from grsd_jax.experiments.weights import Weights, initial_weights
-from grsd_jax.verdicts import Thresholds, Verdict
+from grsd_jax.influence import influence_profile
+from grsd_jax.propagation import propagation_report
+from grsd_jax.state_space import LinearStateSpace
+from grsd_jax.verdicts import Thresholds
 
 #: Training settings that the run in the workdir must share with the flags.
 _SAME_RUN = ("dataset", "seed", "model", *NETWORK_FIELDS)
 
-TITLES = {
-    "condition1": "1 locality",
-    "condition2": "2 incoherence",
-    "condition3": "3 stability",
-    "condition4": "4 log-shift invariance",
-}
+#: The tolerance of Proposition 2's range, as a share of its constant.
+_INFLUENCE_SHARE = 0.1
 
 
 class Options(NamedTuple):
@@ -119,6 +115,7 @@ def measure_conditions(
         "steps": [int(step) for step in report.times],
         **report_entry(report, config),
         "layers": layers_entry(layers, blocks, config),
+        "propagation": _propagation(model, points[-1], batches, blocks, config),
         "seconds": round(time.monotonic() - started, 1),
     }
 
@@ -217,137 +214,45 @@ def _point(model: Any, step: int, weights: Weights, batches: Any) -> PathPoint:
     )
 
 
-def report_entry(report: ConditionReport, config: Config) -> dict[str, Any]:
-    """Returns the four conditions as ``conditions.json`` holds them.
+def _propagation(
+    model: Any,
+    point: PathPoint,
+    batches: Any,
+    blocks: ParameterBlocks,
+    config: Config,
+) -> dict[str, Any] | None:
+    """Holds a state-space model's influence against Proposition 2; None for others.
 
-    Args:
-        report: The report.
-        config: The settings, for the seed and the window.
-
-    Returns:
-        ``condition1`` to ``condition4``, each with its ``verdict``.
+    Of the squared error, for which the constant is known, at the last point. The
+    influence of K batches is bounded by the mean of their squared constants, or by
+    their sum if they are stacked.
     """
-    locality, incoherence = report.condition1, report.condition2
-    stability, invariance = report.condition3, report.condition4
-    return {
-        "condition1": _verdict(locality.verdict)
-        | {
-            "steps": [int(step) for step in locality.times],
-            "influence": [profile.influence for profile in locality.profiles],
-            "stderr": [profile.stderr for profile in locality.profiles],
-            "num_probes": locality.profiles[0].num_probes,
-            "share_by_distance": locality.shares,
-            "bands": locality.bands,
-        },
-        "condition2": _verdict(incoherence.verdict)
-        | {
-            name: getattr(incoherence.coherence, name)
-            for name in (
-                "products",
-                "norms",
-                "coherence",
-                "residuals",
-                "converged",
-                "num_iterations",
-                "profile",
-                "tail_sum",
-            )
-        }
-        | {
-            "flagged": [
-                [report.blocks.names[i], report.blocks.names[j], value]
-                for i, j, value in incoherence.flagged
-            ]
-        },
-        "condition3": _verdict(stability.verdict)
-        | {
-            "norms": [found._asdict() for found in stability.norms],
-            "leading_drift": [found._asdict() for found in stability.leading_drift],
-            "shell_drift": stability.shell_drift._asdict(),
-            "lipschitz": stability.lipschitz,
-        },
-        "condition4": _verdict(invariance.verdict)
-        | {
-            "central_residuals": invariance.central_residuals,
-            "measurements": [
-                measurement_entry(measured, config)
-                for measured in invariance.measurements
-            ],
-        },
+    if not isinstance(model, LinearStateSpace):
+        return None
+    profile = influence_profile(
+        models.linen_error_fn(model, {}, error=squared_error),
+        point.params,
+        batches,
+        point.direction,
+        blocks,
+        num_probes=None,
+        reduction=measurement_options(config)["reduction"],
+    )
+    squares = [
+        float(model.influence_constant(point.direction, images)) ** 2
+        for images in batches["image"]
+    ]
+    scale = len(squares) if config.reduction == "mean" else 1
+    constant = (sum(squares) / scale) ** 0.5
+    report = propagation_report(
+        profile.influence,
+        constant=constant,
+        rho=model.rho,
+        epsilon=_INFLUENCE_SHARE * constant,
+    )
+    return report._asdict() | {
+        "step": int(point.time),
+        "rho": model.rho,
+        "constant": constant,
+        "error_fn": "squared_error",
     }
-
-
-def _verdict(verdict: Verdict) -> dict[str, Any]:
-    checks = [check._asdict() | {"holds": check.holds} for check in verdict.checks]
-    return {"verdict": {"holds": verdict.holds, "checks": checks}}
-
-
-def layers_entry(
-    layers: LayerMeasurements, blocks: ParameterBlocks, config: Config
-) -> dict[str, Any]:
-    """Returns the additive structure as ``conditions.json`` holds it.
-
-    Args:
-        layers: The layers' measurements, by the names of the blocks.
-        blocks: The partition.
-        config: The settings, for the seed and the window.
-
-    Returns:
-        An entry for each block in order of depth, for the total, and the average.
-    """
-    return {
-        "blocks": [
-            measurement_entry(layers.layers[name], config) | {"name": name}
-            for name in blocks.names
-        ],
-        "total": measurement_entry(layers.total, config),
-        "depth_average": {
-            "coupling": layers.average.coupling.matrix,
-            "mask": layers.average.coupling.mask,
-            "residual": layers.average.residual,
-            "windows": layers.average.windows,
-        },
-    }
-
-
-def format_conditions(found: dict[str, Any]) -> str:
-    """Writes the verdicts as a table, one row for each check.
-
-    Args:
-        found: The contents of ``conditions.json``.
-
-    Returns:
-        The table; what is undefined is "n/a".
-    """
-    rows = [["condition", "check", "number", "threshold", "verdict"]]
-    for name, title in TITLES.items():
-        for check in found[name]["verdict"]["checks"]:
-            number = check["number"]
-            defined = number is not None and np.isfinite(number)
-            rows.append(
-                [
-                    title,
-                    check["name"],
-                    f"{number:.3g}" if defined else "n/a",
-                    f"{check['relation']} {check['threshold']:.3g}",
-                    "holds" if check["holds"] else "fails",
-                ]
-            )
-    return aligned(rows)
-
-
-def write_conditions(folder: Path, found: dict[str, Any]) -> dict[str, Any]:
-    """Writes ``conditions.json``, whole or not at all.
-
-    Args:
-        folder: The folder.
-        found: The contents.
-
-    Returns:
-        The contents as they are read back, for the table and the figures.
-
-    Raises:
-        UserError: If the folder cannot be written.
-    """
-    records.write_json(folder / "conditions.json", found)
-    return records.read_json(folder / "conditions.json")

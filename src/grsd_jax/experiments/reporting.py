@@ -16,7 +16,10 @@ from typing import Any, NamedTuple
 import jinja2
 
 from grsd_jax.experiments import records
+from grsd_jax.experiments.condition_results import condition_rows
 from grsd_jax.experiments.config import UserError
+from grsd_jax.experiments.study_claims import read_study
+from grsd_jax.experiments.study_tables import study_tables
 from grsd_jax.experiments.tables import result_tables
 
 #: Keys of a results file that get tables of their own.
@@ -125,8 +128,7 @@ def render(title: str, sections: list[Section]) -> str:
 
 def _section(path: Path, results: Mapping[str, Any], workdir: Path) -> Section:
     tables = [_read_csv(file) for file in sorted(path.parent.glob("*.csv"))]
-    if "model" in results or "models" in results:
-        tables = [*result_tables(results), *tables]
+    tables = [*_tables(path, results), *tables]
     settings = {key: list(_flat(results[key])) for key in _SETTINGS if key in results}
     figures = sorted({*path.parent.glob("*.png"), *path.parent.glob("figures/*.png")})
     shown = {key: value for key, value in results.items() if key not in _SETTINGS}
@@ -137,6 +139,17 @@ def _section(path: Path, results: Mapping[str, Any], workdir: Path) -> Section:
         settings=settings,
         details=json.dumps(shown, indent=1),
     )
+
+
+def _tables(path: Path, results: Mapping[str, Any]) -> list[list[list[str]]]:
+    """Returns the tables that the kind of results has of its own."""
+    if "condition1" in results:
+        return [condition_rows(results)]
+    if path.name == "study.json":
+        return study_tables(read_study(path.parent))
+    if "model" in results or "models" in results:
+        return result_tables(results)
+    return []
 
 
 def _figure(path: Path) -> Figure:

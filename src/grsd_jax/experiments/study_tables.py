@@ -1,7 +1,7 @@
 """The tables of the study, from its files alone."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -9,6 +9,7 @@ from grsd_jax.experiments.config import TITLES
 from grsd_jax.experiments.study_claims import (
     CHOICES,
     CLAIMS,
+    Claim,
     Interval,
     Study,
     Verdict,
@@ -31,6 +32,25 @@ _SHOWN = {
 }
 
 
+def study_tables(study: Study) -> list[list[list[str]]]:
+    """Makes all tables of a study.
+
+    Args:
+        study: The study.
+
+    Returns:
+        Four tables of rows of cells, headings first: the numbers of the base, the
+        claims with their verdicts, the verdicts under every choice, and the controls.
+    """
+    found = verdicts(study)
+    return [
+        _numbers(study),
+        claim_rows(CLAIMS, found["base"], turned=partial(depends_on, found)),
+        _choices(found),
+        _controls(study),
+    ]
+
+
 def format_study(study: Study) -> str:
     """Writes all tables of a study.
 
@@ -38,17 +58,9 @@ def format_study(study: Study) -> str:
         study: The study.
 
     Returns:
-        Four tables, valid as Markdown: the numbers of the base, the claims with their
-        verdicts, the verdicts under every choice, and the controls.
+        The tables of `study_tables`, valid as Markdown.
     """
-    found = verdicts(study)
-    tables = (
-        _numbers(study),
-        _claims(found),
-        _choices(found),
-        _controls(study),
-    )
-    return "\n\n".join(aligned(rows) for rows in tables)
+    return "\n\n".join(aligned(rows) for rows in study_tables(study))
 
 
 def _numbers(study: Study) -> list[list[str]]:
@@ -65,15 +77,28 @@ def _numbers(study: Study) -> list[list[str]]:
     return rows
 
 
-def _claims(found: Mapping[str, Mapping[str, Verdict]]) -> list[list[str]]:
-    """The claims, one row for each check, the verdict beside the first."""
+def claim_rows(
+    claims: Sequence[Claim],
+    found: Mapping[str, Verdict],
+    *,
+    turned: Callable[[str], list[str]] = lambda _: [],
+) -> list[list[str]]:
+    """Lists claims, one row for each check, the verdict beside the first.
+
+    Args:
+        claims: The claims.
+        found: The verdicts by the names of the claims.
+        turned: From a claim's name to the choices that turn its verdict.
+
+    Returns:
+        Rows of cells, headings first.
+    """
     rows = [["claim", "number", "estimate [interval]", "to be", "verdict"]]
-    for claim in CLAIMS:
-        verdict = found["base"][claim.name]
+    for claim in claims:
+        verdict, choices = found[claim.name], turned(claim.name)
         word = verdict.word
-        turned = depends_on(found, claim.name)
-        if turned:
-            word += ", depends on: " + "; ".join(CHOICES[name] for name in turned)
+        if choices:
+            word += ", depends on: " + "; ".join(CHOICES[name] for name in choices)
         for index, (check, number) in enumerate(
             zip(claim.checks, verdict.numbers, strict=True)
         ):
@@ -122,61 +147,3 @@ def written(number: Interval) -> str:
     if not np.isfinite(number.estimate):
         return "n/a"
     return f"{number.estimate:.3f} [{number.low:.3f}, {number.high:.3f}]"
-
-
-def depth_table(sweep: Mapping[str, Any]) -> str:
-    """Writes how the coupling follows the depth, from the rows of a sweep.
-
-    Args:
-        sweep: The contents of ``sweep.json``.
-
-    Returns:
-        A table: the rank correlation with depth of the central Toeplitz residual, the
-        distance of the slope to 1 and R^2, each with the range over seeds.
-    """
-    columns = {
-        "central residual": lambda row: row["toeplitz_center"],
-        "|slope - 1|": lambda row: _minus_one(row["slope"]),
-        "R^2": lambda row: row["r_squared"],
-    }
-    rows = [["network", "depths", *(f"{name} with depth" for name in columns)]]
-    groups: dict[tuple[Any, Any], list[Mapping[str, Any]]] = {}
-    for row in sweep["rows"]:
-        groups.setdefault((row["model"], row["branch_scale"]), []).append(row)
-    for (model, scale), members in groups.items():
-        title = TITLES[model] + (f", s = {scale:g}" if scale else "")
-        depths = sorted({row["depth"] for row in members})
-        cells = []
-        for value in columns.values():
-            found = [
-                rank_correlation(
-                    [row["depth"] for row in members if row["seed"] == seed],
-                    [value(row) for row in members if row["seed"] == seed],
-                )
-                for seed in sorted({row["seed"] for row in members})
-            ]
-            mean = np.mean(found)
-            cells.append(f"{mean:+.2f} [{min(found):+.2f}, {max(found):+.2f}]")
-        rows.append([title, ", ".join(str(depth) for depth in depths), *cells])
-    return aligned(rows)
-
-
-def _minus_one(slope: float | None) -> float | None:
-    return None if slope is None else abs(slope - 1)
-
-
-def rank_correlation(x: list[Any], y: list[Any]) -> float:
-    """Returns Spearman's rank correlation of the pairs whose y is defined.
-
-    Args:
-        x: Numbers.
-        y: Numbers, or None.
-
-    Returns:
-        A number between -1 and 1; NaN with fewer than three pairs.
-    """
-    pairs = [(a, b) for a, b in zip(x, y, strict=True) if b is not None]
-    if len(pairs) < 3:
-        return float("nan")
-    ranks = np.argsort(np.argsort(np.array(pairs, np.float64), axis=0), axis=0)
-    return float(np.corrcoef(ranks.T)[0, 1])

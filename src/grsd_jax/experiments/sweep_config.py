@@ -78,7 +78,7 @@ class Cell(NamedTuple):
         """The cell in one word, for its file."""
         parts = [self.model, f"L{self.depth}", f"w{self.width}"]
         parts += [self.activation] if self.activation else []
-        parts += [f"s{self.branch_scale:g}"] if self.branch_scale else []
+        parts += [f"s{self.branch_scale}"] if self.branch_scale else []
         return "-".join([*parts, f"seed{self.seed}"])
 
 

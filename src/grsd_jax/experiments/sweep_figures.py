@@ -47,9 +47,10 @@ def write_sweep_figures(results: Any, folder: records.PathLike) -> list[Path]:
     """Draws the figures of a sweep, each as a PNG and a PDF.
 
     ``sweep_coupling`` (Toeplitz residual, slope and R^2 against depth),
-    ``sweep_increments`` (log-norm increments against depth: their mean, the variance of
-    their mean over depth, their sum's distance to normal) and ``sweep_mixing`` (the
-    correlation time of directions against depth and against branch scale).
+    ``sweep_increments`` (log-norm increments against depth: mean, variance, variance of
+    the mean over depth, distance of the sum to normal), ``sweep_mixing`` (correlation
+    time of directions against depth) and ``sweep_scale`` (all of these of the deepest
+    residual networks against the branch scale).
 
     Args:
         results: The contents of ``sweep.json``.
@@ -62,11 +63,14 @@ def write_sweep_figures(results: Any, folder: records.PathLike) -> list[Path]:
         UserError: If there are no rows, or the folder cannot be written.
     """
     rows = _rows(results)
-    by_depth, by_model = _lines(rows), _lines(rows, by_scale=False)
+    by_depth = _lines(rows)
+    deepest = max(row["depth"] for row in rows)
+    by_scale = _lines([row for row in rows if row["depth"] == deepest], by_scale=False)
     drawings: dict[str, Callable[[], Figure]] = {
         "sweep_coupling": lambda: _coupling(by_depth),
         "sweep_increments": lambda: _increments(by_depth),
-        "sweep_mixing": lambda: _mixing(by_depth, by_model),
+        "sweep_mixing": lambda: _mixing(by_depth),
+        "sweep_scale": lambda: _scale(by_scale, deepest),
     }
     return save_figures(drawings, folder)
 
@@ -187,44 +191,68 @@ def _coupling(lines: Sequence[_Line]) -> Figure:
     return figure
 
 
+#: Statistics of the increments, with the titles of their panels.
+_INCREMENTS = (
+    ("initial_increment_mean", "mean increment of the log-norm"),
+    ("initial_increment_variance", "variance of the increments"),
+    ("initial_variance_of_mean", "variance of the mean over depth"),
+    ("initial_normal_distance", "KS distance of the sum to normal"),
+)
+
+
 def _increments(lines: Sequence[_Line]) -> Figure:
-    figure = Figure(figsize=(PAGE_WIDTH, 2.9), layout="constrained")
-    axes = list(figure.subplots(1, 3))
-    panels = (
-        ("initial_increment_mean", "mean increment of the log-norm"),
-        ("initial_variance_of_mean", "variance of the mean over depth"),
-        ("initial_normal_distance", "KS distance of the sum to normal"),
-    )
-    for axis, (key, title) in zip(axes, panels, strict=True):
+    figure = Figure(figsize=(PAGE_WIDTH, 4.9), layout="constrained")
+    axes = list(figure.subplots(2, 2).flat)
+    for axis, (key, title) in zip(axes, _INCREMENTS, strict=True):
         _draw(axis, lines, "depth", key, title)
         _depth_axis(axis)
     axes[1].set_yscale("log")
+    axes[2].set_yscale("log")
     bands = [line.band("depth", "initial_variance_of_mean") for line in lines]
     bands = [band for band in bands if len(band) and band[0, 2] > 0]
     if bands:
         first = max(bands, key=lambda band: band[0, 2])
         guide = 1.5 * first[0, 2] * first[0, 0] / first[:, 0]
-        axes[1].plot(first[:, 0], guide, color="0.65", linestyle=":", label="1 / L")
+        axes[2].plot(first[:, 0], guide, color="0.65", linestyle=":", label="1 / L")
     _legend(figure, axes)
     return figure
 
 
-def _mixing(by_depth: Sequence[_Line], by_model: Sequence[_Line]) -> Figure:
-    figure = Figure(figsize=(PAGE_WIDTH, 2.9), layout="constrained")
-    axes = list(figure.subplots(1, 2))
+def _mixing(lines: Sequence[_Line]) -> Figure:
+    figure = Figure(figsize=(PAGE_WIDTH * 0.6, 3.2), layout="constrained")
+    axis = figure.subplots()
     title = "correlation time of directions, blocks"
-    _draw(axes[0], by_depth, "depth", "initial_correlation_time", title)
-    _depth_axis(axes[0])
-    axes[0].set_yscale("symlog", linthresh=1)  # a plain net's is 0
-    _draw(axes[1], by_model, "branch_scale", "initial_correlation_time", title)
-    axes[1].set_xlabel("branch scale s")
-    scales = [s for line in by_model for s in line.band("branch_scale", "depth")[:, 0]]
+    _draw(axis, lines, "depth", "initial_correlation_time", title)
+    _depth_axis(axis)
+    axis.set_yscale("symlog", linthresh=1)  # a plain net's is 0
+    _legend(figure, [axis])
+    return figure
+
+
+def _scale(lines: Sequence[_Line], depth: int) -> Figure:
+    """Networks of one depth, since a short one cannot show a long memory."""
+    figure = Figure(figsize=(PAGE_WIDTH, 4.9), layout="constrained")
+    axes = list(figure.subplots(2, 3).flat)
+    panels = (
+        *_INCREMENTS,
+        ("initial_variance_ratio", "L var(mean) / var"),
+        ("initial_correlation_time", "correlation time of directions"),
+    )
+    for axis, (key, title) in zip(axes, panels, strict=True):
+        _draw(axis, lines, "branch_scale", key, title)
+        axis.set(xscale="log", xlabel="branch scale s")
+    for axis in (*axes[1:3], axes[5]):
+        axis.set_yscale("log")
+    scales = [
+        scale
+        for line in lines
+        for scale in line.band("branch_scale", "initial_correlation_time")[:, 0]
+    ]
     if scales:
         grid = np.geomspace(min(scales), max(scales), 50)
         law = [2 / math.log1p(s**2) for s in grid]
         label = r"$2 / \log(1 + s^2)$, isotropic"
-        axes[1].plot(grid, law, color="0.65", linestyle=":", label=label)
-        axes[1].set_xscale("log")
-        axes[1].set_yscale("log")
+        axes[5].plot(grid, law, color="0.65", linestyle=":", label=label)
+    figure.suptitle(f"L = {depth} blocks, at initialisation", fontsize="medium")
     _legend(figure, axes)
     return figure

@@ -3,7 +3,7 @@
 Every finished cell is a file of its own, named by the cell and holding a fingerprint of
 all that went into it. A sweep that is started again takes such cells from there, so
 that it goes on after a kill and does nothing twice. ``sweep.json`` and ``sweep.csv``
-gather the rows of the grid.
+gather the rows of the grid, those that are there after every cell.
 """
 
 import csv
@@ -92,7 +92,15 @@ def run_sweep(dataset: Dataset, config: SweepConfig) -> dict[str, Any]:
     for cell in cells:
         cell_network(cell, dataset.num_classes, config.rho)  # complain before working
     optimizer = optax.sgd(config.learning_rate, momentum=config.momentum)
-    rows: list[Row] = []
+    results: dict[str, Any] = {
+        "config": dataclasses.asdict(config),
+        "environment": records.environment(precision=config.precision),
+        "data_fingerprint": dataset.fingerprint,
+        "error_fn": "softmax_error",
+        "direction": "minus the gradient of the mean cross-entropy, same batches",
+        "derivative": "exact",
+        "rows": [],
+    }
     with tqdm(cells, desc="sweep", unit="cell", disable=None) as progress:
         for cell in progress:
             progress.set_postfix_str(cell.name)
@@ -102,18 +110,10 @@ def run_sweep(dataset: Dataset, config: SweepConfig) -> dict[str, Any]:
             if row is None:
                 row = measure_cell(cell, dataset, config, optimizer)
                 records.write_json(path, {"fingerprint": mark, "row": row})
-            rows.append(row)
-    results = {
-        "config": dataclasses.asdict(config),
-        "environment": records.environment(precision=config.precision),
-        "data_fingerprint": dataset.fingerprint,
-        "error_fn": "softmax_error",
-        "direction": "minus the gradient of the mean cross-entropy, same batches",
-        "derivative": "exact",
-        "rows": rows,
-    }
-    write_table(folder / "sweep.csv", rows)
-    records.write_json(folder / "sweep.json", results)
+            results["rows"].append(row)
+            # After every cell, so that a killed sweep can be looked at.
+            write_table(folder / "sweep.csv", results["rows"])
+            records.write_json(folder / "sweep.json", results)
     return results
 
 

@@ -1,0 +1,216 @@
+"""From what was measured of each condition to numbers held against thresholds.
+
+Every check says how far off its number may be, where that is known, and whether the
+iterations behind it converged.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grsd_jax.coherence import BlockCoherence
+from grsd_jax.diagnostics import CouplingMeasurement
+from grsd_jax.influence import (
+    InfluenceProfile,
+    distance_maxima,
+    distance_totals,
+    smallest_band,
+)
+from grsd_jax.power_law import PowerLawFit
+from grsd_jax.stability import OperatorNorms, ProjectorDrift
+from grsd_jax.verdicts import Check, Thresholds
+
+#: Draws behind the error of an estimated band.
+_NUM_DRAWS = 200
+
+
+def locality_checks(
+    profiles: Sequence[InfluenceProfile], bands: Sequence[int], thresholds: Thresholds
+) -> tuple[Check, ...]:
+    """Holds the widest band of the influence against its threshold.
+
+    Args:
+        profiles: The influence at each point.
+        bands: The band of each.
+        thresholds: The thresholds.
+
+    Returns:
+        One check; undefined if an influence is not finite.
+    """
+    share, widest = thresholds.influence_share, thresholds.max_band
+    if widest is None:
+        widest = (profiles[0].influence.shape[0] - 1) // 2
+    name = f"band with {share:.0%} of the influence"
+    if not all(bool(jnp.isfinite(found.influence).all()) for found in profiles):
+        return (Check(name, float("nan"), float(widest)),)
+    band = max(bands)
+    error = _band_error(profiles[list(bands).index(band)], share)
+    return (Check(name, float(band), float(widest), error=error),)
+
+
+def _band_error(profile: InfluenceProfile, share: float) -> float:
+    """Returns the spread of the band when the influence varies by its errors.
+
+    Each entry by itself, though entries share their probes; 0 for the exact influence.
+    """
+    if profile.num_probes == 0:
+        return 0.0
+    mean, stderr = np.asarray(profile.influence), np.asarray(profile.stderr)
+    drawn = np.random.default_rng(0).normal(size=(_NUM_DRAWS, *mean.shape))
+    varied = jnp.asarray(mean + drawn * stderr, mean.dtype)
+    bands = jax.vmap(lambda one: smallest_band(distance_totals(one), share))(varied**2)
+    return float(jnp.std(bands.astype(varied.dtype)))
+
+
+def incoherence_checks(
+    coherence: BlockCoherence, thresholds: Thresholds, *, known: bool
+) -> tuple[Check, ...]:
+    """Holds the tail sum and the largest distant coherence against their thresholds.
+
+    Args:
+        coherence: The overlap of every two blocks.
+        thresholds: The thresholds.
+        known: Whether the network is finite there; if not, the checks are undefined.
+
+    Returns:
+        Two checks.
+    """
+    distant = thresholds.distant
+    # A residual is that of the square, so the root is off by half of it.
+    errors = np.asarray(
+        distance_maxima(coherence.coherence * coherence.residuals / 2), np.float64
+    )
+    profile = np.asarray(coherence.profile, np.float64)
+    worst = profile[distant:].max(initial=0.0) if known else np.nan
+    tail = float(coherence.tail_sum) if known else np.nan
+    converged = bool(jnp.all(coherence.converged))
+    return (
+        Check(
+            "tail sum of the coherence",
+            float(tail),
+            thresholds.max_tail_sum,
+            error=float(errors[1:].sum()),
+            converged=converged,
+        ),
+        Check(
+            f"largest coherence at distance >= {distant}",
+            float(worst),
+            thresholds.max_distant_coherence,
+            error=float(errors[distant:].max(initial=0.0)),
+            converged=converged,
+        ),
+    )
+
+
+def growth_checks(
+    norms: Sequence[OperatorNorms], thresholds: Thresholds
+) -> tuple[Check, ...]:
+    """Holds the growth of both operator norms along the path against its threshold.
+
+    Args:
+        norms: The norms at each point.
+        thresholds: The thresholds.
+
+    Returns:
+        Two checks; the growth of a norm that begins at zero is undefined.
+    """
+    return tuple(
+        _growth(
+            f"growth of the norm of {name}",
+            np.array([float(found[which]) for found in norms]),
+            np.array([float(found.residuals[which]) for found in norms]),
+            all(bool(found.converged[which]) for found in norms),
+            thresholds.max_growth,
+        )
+        for which, name in enumerate(("J", "Jdot"))
+    )
+
+
+def _growth(
+    name: str,
+    values: np.ndarray,
+    residuals: np.ndarray,
+    converged: bool,
+    threshold: float,
+) -> Check:
+    largest = int(np.argmax(values))
+    growth = float(values[largest] / values[0]) if values[0] > 0 else float("nan")
+    # The residuals are those of the squares; the growth of the first is 1 exactly.
+    relative = (residuals[0] + residuals[largest]) / 2 if largest else 0.0
+    error = float(growth * relative)
+    return Check(name, growth, threshold, error=error, converged=converged)
+
+
+def drift_check(
+    drifts: Sequence[ProjectorDrift],
+    measurements: Sequence[CouplingMeasurement],
+    num_leading: int,
+    thresholds: Thresholds,
+) -> Check:
+    """Holds the largest drift of the leading projector against its threshold.
+
+    Args:
+        drifts: The drift from each point to the next.
+        measurements: The measurement at each point.
+        num_leading: Eigenvectors of the projector.
+        thresholds: The thresholds.
+
+    Returns:
+        The check; undefined without two points, or if one is not finite, and not
+        converged if a leading pair is not resolved.
+    """
+    defined = drifts and all(bool(found.finite) for found in measurements)
+    largest = max(float(d.frobenius) for d in drifts) if defined else float("nan")
+    resolved = [jnp.all(found.resolved[:num_leading]) for found in measurements]
+    return Check(
+        f"drift of the leading {num_leading}",
+        largest,
+        thresholds.max_drift,
+        converged=all(bool(x) for x in resolved),
+    )
+
+
+def lipschitz_check(constants: Sequence[float], thresholds: Thresholds) -> Check:
+    """Holds the largest Lipschitz constant along the path against its threshold.
+
+    Args:
+        constants: The constant at each point.
+        thresholds: The thresholds.
+
+    Returns:
+        The check.
+    """
+    return Check(
+        "Lipschitz constant in log lambda",
+        float(np.max(constants)),
+        thresholds.max_lipschitz,
+    )
+
+
+def invariance_checks(
+    residual: float, fit: PowerLawFit, thresholds: Thresholds
+) -> tuple[Check, ...]:
+    """Holds the last point's residual, slope and R^2 against their thresholds.
+
+    Args:
+        residual: The renormalised coupling's Toeplitz residual at the centre.
+        fit: The fit of the diagonal.
+        thresholds: The thresholds.
+
+    Returns:
+        Three checks.
+    """
+    return (
+        Check("Toeplitz residual at the centre", residual, thresholds.max_residual),
+        Check(
+            "distance of the slope to 1",
+            abs(float(fit.exponent) - 1),
+            thresholds.max_slope_error,
+            error=float(fit.exponent_stderr),
+        ),
+        Check(
+            "R^2 of the diagonal", float(fit.r_squared), thresholds.min_r_squared, ">="
+        ),
+    )
