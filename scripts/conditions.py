@@ -62,6 +62,6 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    flags.define_flags(**DEFAULTS)
+    flags.define_flags(only=flags.all_but("protocol", "record_every"), **DEFAULTS)
     flags.define_threshold_flags()
     flags.run_main(main)

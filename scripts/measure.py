@@ -56,6 +56,6 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    flags.define_flags(protocol=("own",))
+    flags.define_flags(only=flags.all_but("record_every"), protocol=("own",))
     devices.define_flags()
     flags.run_main(main)

@@ -21,6 +21,9 @@ from grsd_jax.experiments.config import Config
 from grsd_jax.experiments.data import load_dataset
 from grsd_jax.experiments.tables import format_table
 
+#: What the two networks of the comparison do not take.
+FIXED = ("model", "depth", "branch_scale", "rho", "record_every")
+
 
 def main(config: Config) -> None:
     started = time.monotonic()
@@ -34,5 +37,5 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    flags.define_flags()
+    flags.define_flags(only=flags.all_but(*FIXED))
     flags.run_main(main)

@@ -10,10 +10,9 @@ Example:
 
 from pathlib import Path
 
-from tqdm import tqdm
-
 from grsd_jax.experiments import flags, records, solver_grid
 from grsd_jax.experiments.config import Config
+from grsd_jax.experiments.progress import progress_bar
 
 
 def main(config: Config) -> None:
@@ -23,7 +22,7 @@ def main(config: Config) -> None:
         points = solver_grid.grid()
         known = {tuple(row[name] for name in solver_grid.Point._fields) for row in done}
         left = [point for point in points if tuple(point) not in known]
-        for point in tqdm(left, unit="point", disable=None):
+        for point in progress_bar(left, unit="point"):
             records.append_jsonl(log, solver_grid.measure_point(point))
         rows = records.read_jsonl(log)
         environment = records.environment(precision=config.precision)

@@ -34,6 +34,8 @@ DEFAULTS = {
     "schedule": "cosine_decay_schedule",
     "num_batches": 4,
 }
+#: What the study sets by itself, and what its two networks do not take.
+FIXED = ("model", "seed", "protocol", "depth", "branch_scale", "rho", "record_every")
 SEEDS = absl_flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of the trainings.")
 REPORT_ONLY = absl_flags.DEFINE_bool(
     "report_only", False, "Make tables and figures of the study that is in WORKDIR."
@@ -64,5 +66,5 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    flags.define_flags(**DEFAULTS)
+    flags.define_flags(only=flags.all_but(*FIXED), **DEFAULTS)
     flags.run_main(main)

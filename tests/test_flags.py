@@ -69,6 +69,14 @@ def test_a_script_can_choose_fields_and_defaults():
         parse(layers=3)
 
 
+def test_fields_that_do_not_concern_a_script_can_be_left_out():
+    kept = flags.all_but("rho", "depth")
+    names = {field.name for field in dataclasses.fields(Config)}
+    assert set(kept) == names - {"rho", "depth"}
+    with pytest.raises(ValueError, match="all_but: expected fields of Config, got 'x"):
+        flags.all_but("x")
+
+
 def test_a_script_takes_the_others_flags_but_does_not_list_them():
     assert parse("--epochs=7", only=["width"]) == Config(epochs=7)
     values = absl_flags.FlagValues()

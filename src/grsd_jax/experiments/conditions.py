@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from grsd_jax import models
 from grsd_jax.additive import LayerMeasurements, measure_layers
@@ -25,6 +24,7 @@ from grsd_jax.experiments.config import TRAINING_FIELDS, Config, UserError
 from grsd_jax.experiments.data import Dataset, measured_batches
 from grsd_jax.experiments.networks import NETWORK_FIELDS, make_model
 from grsd_jax.experiments.pipeline import header, measurement_options
+from grsd_jax.experiments.progress import progress_bar
 from grsd_jax.experiments.steps import make_optimizer, state_template
 from grsd_jax.experiments.training import (
     check_same_run,
@@ -132,7 +132,7 @@ def _measured(
     shells = {"num_shells": config.num_shells, "window": config.window}
     coupling = measurement_options(config)
     reduction = coupling.pop("reduction")
-    with tqdm(total=len(points) + 3, disable=None, leave=False) as bar:
+    with progress_bar(total=len(points) + 3, leave=False) as bar:
 
         def progress(text: str) -> None:
             bar.set_description(text, refresh=True)

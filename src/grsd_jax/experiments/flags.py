@@ -44,6 +44,24 @@ def define_flags(
         _define(field, defaults.get(name, field.default), module, flag_values)
 
 
+def all_but(*names: str) -> list[str]:
+    """Returns the fields of `Config` without those that do not concern a script.
+
+    Args:
+        *names: The fields to leave out.
+
+    Returns:
+        The others, for ``only`` of `define_flags`.
+
+    Raises:
+        ValueError: If a name is not a field.
+    """
+    fields = [field.name for field in dataclasses.fields(Config)]
+    for name in set(names) - set(fields):
+        raise ValueError(f"all_but: expected fields of Config, got {name!r}.")
+    return [name for name in fields if name not in names]
+
+
 def config_from_flags(
     flag_values: flags.FlagValues = flags.FLAGS, *, settings: type = Config
 ) -> Any:

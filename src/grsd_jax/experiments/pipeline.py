@@ -13,7 +13,6 @@ from typing import Any
 import jax
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from tqdm import tqdm
 
 from grsd_jax import models
 from grsd_jax._typing import PyTree
@@ -30,6 +29,7 @@ from grsd_jax.experiments.entries import (
     measurement_entry,
 )
 from grsd_jax.experiments.networks import make_model
+from grsd_jax.experiments.progress import progress_bar
 from grsd_jax.experiments.training import evaluate, train
 from grsd_jax.experiments.weights import Weights, protocol_weights
 from grsd_jax.measurement import measure_coupling
@@ -144,8 +144,7 @@ def measure_weights(
     error_fn = models.linen_error_fn(model, state)
     if devices.writes():
         print(estimates.sentence(error_fn, weights.params, batches, config, mesh))
-    hidden = None if devices.writes() else True
-    with tqdm(desc=title, unit="step", disable=hidden, leave=False) as bar:
+    with progress_bar(desc=title, unit="step", leave=False) as bar:
 
         def progress(done: int) -> None:
             bar.update(done - bar.n)

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from tqdm import tqdm
 
 from grsd_jax.diagnostics import CouplingMeasurement
 from grsd_jax.experiments import pipeline, records
 from grsd_jax.experiments.config import Config, UserError
 from grsd_jax.experiments.data import Dataset, measured_batches
 from grsd_jax.experiments.networks import make_model
+from grsd_jax.experiments.progress import progress_bar
 from grsd_jax.experiments.study_cells import QUANTITIES, Cell, cell_of
 from grsd_jax.experiments.study_plan import (
     BINNINGS,
@@ -141,9 +141,7 @@ def _cells_of(
     """Returns the cells of one network and seed, from the folder or measured."""
     found = {}
     concerned = [v for v in VARIATIONS if network in v.networks]
-    for variation in tqdm(
-        concerned, desc=f"seed {config.seed} {network}", disable=None
-    ):
+    for variation in progress_bar(concerned, desc=f"seed {config.seed} {network}"):
         binnings = (None,)
         if variation is VARIATIONS[0]:
             binnings = (None, *BINNINGS, *CONTROLS)

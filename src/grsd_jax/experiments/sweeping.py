@@ -18,7 +18,6 @@ import jax
 import numpy as np
 import optax
 from flax import linen as nn
-from tqdm import tqdm
 
 from grsd_jax import models
 from grsd_jax._typing import PyTree
@@ -29,6 +28,7 @@ from grsd_jax.diagnostics import CouplingMeasurement
 from grsd_jax.experiments import records
 from grsd_jax.experiments.config import UserError
 from grsd_jax.experiments.data import Dataset, evaluation_batches
+from grsd_jax.experiments.progress import progress_bar
 from grsd_jax.experiments.steps import TrainState, init_state, train_step
 from grsd_jax.experiments.sweep_config import (
     Cell,
@@ -101,7 +101,7 @@ def run_sweep(dataset: Dataset, config: SweepConfig) -> dict[str, Any]:
         "derivative": "exact",
         "rows": [],
     }
-    with tqdm(cells, desc="sweep", unit="cell", disable=None) as progress:
+    with progress_bar(cells, desc="sweep", unit="cell") as progress:
         for cell in progress:
             progress.set_postfix_str(cell.name)
             path = folder / "cells" / f"{cell.name}.json"

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from tqdm import tqdm
 
 from grsd_jax._checks import check_at_least
 from grsd_jax._typing import PyTree
@@ -23,6 +22,7 @@ from grsd_jax.experiments import records
 from grsd_jax.experiments.checkpoints import Checkpoints
 from grsd_jax.experiments.config import TRAINING_FIELDS, Config, UserError
 from grsd_jax.experiments.data import Dataset
+from grsd_jax.experiments.progress import progress_bar
 from grsd_jax.experiments.steps import (
     Callback,
     TrainState,
@@ -294,8 +294,8 @@ class _Run:
     ) -> TrainState:
         """Does the steps after ``first``, with metrics and checkpoints."""
         config, pending = self.config, []
-        progress = tqdm(
-            total=self.total_steps, initial=first, desc=self.folder.name, disable=None
+        progress = progress_bar(
+            total=self.total_steps, initial=first, desc=self.folder.name
         )
         with progress:
             for step, images, labels in self._batches(first):
