@@ -289,6 +289,31 @@ def test_every_dot_is_at_highest_precision():
         assert re.search(r"precision = \[HIGHEST, HIGHEST\]", dot), dot
 
 
+@pytest.mark.parametrize(("width", "steps"), [(1, 30), (3, 1), (3, 9), (8, 5)])
+def test_ritz_pairs_are_those_of_the_whole_matrix(width, steps):
+    rng = np.random.default_rng(width)
+    size = width * steps
+    whole = np.zeros((size + width, size + width))
+    for j in range(steps):
+        at, following = (slice((j + i) * width, (j + 1 + i) * width) for i in (0, 1))
+        block = rng.normal(size=(width, width))
+        coupling = rng.normal(size=(width, width)) * (j != 4)  # a closed space
+        whole[at, at] = block + block.T
+        whole[following, at], whole[at, following] = coupling, coupling.T
+    projected = whole[:, :size]
+    for num_pairs in (1, min(7, size), size + 5):
+        values, rotation, residuals = eigenpairs._leading(projected, num_pairs, width)
+        expected = np.linalg.eigvalsh(projected[:size])[::-1][:num_pairs]
+        np.testing.assert_allclose(values, expected, atol=1e-12 * abs(expected[0]))
+        gram = rotation.T @ rotation
+        np.testing.assert_allclose(gram, np.eye(len(values)), atol=1e-12)
+        rest = projected @ rotation
+        rest[:size] -= values * rotation
+        np.testing.assert_allclose(
+            np.linalg.norm(rest, axis=0), residuals, atol=1e-11 * abs(expected[0])
+        )
+
+
 def test_bad_input_is_named():
     def call(start, num_pairs, **options):
         leading_eigenpairs(

@@ -2,8 +2,8 @@
 
 The kernel ``M = J J^T`` of any error function, its derivative along training, its
 spectrum by a float32-safe block Lanczos or exactly, and the couplings between
-logarithmic shells of that spectrum. Importing this package needs jax and numpy alone;
-the bundled Flax models are in `grsd_jax.models`.
+logarithmic shells of that spectrum. Importing this package needs jax, numpy and scipy
+alone; the bundled Flax models are in `grsd_jax.models`.
 """
 
 from importlib.metadata import version
