@@ -9,6 +9,7 @@ import pytest
 
 from grsd_jax import (
     block_lanczos,
+    lanczos,
     lanczos_block,
     lanczos_finish,
     lanczos_init,
@@ -236,3 +237,28 @@ def test_bad_input_is_named():
         block_lanczos(identity, jnp.ones((4, 2)), 1, key=key, driver="loop")
     with pytest.raises(ValueError, match="progress: expected driver='host'"):
         block_lanczos(identity, jnp.ones((4, 2)), 1, key=key, progress=print)
+
+
+@pytest.mark.parametrize(
+    ("size", "width"), [(257, 1), (513, 8), (1600, 32), (5000, 100), (300, 200)]
+)
+def test_tall_blocks_are_factorised_in_pieces(size, width):
+    block = jax.random.normal(jax.random.key(size), (size, width))
+    if width > 3:  # dependent columns, and pieces of zeros
+        block = block.at[:, 3].set(2 * block[:, 1]).at[:, 2].set(0)
+        block = block.at[: size // 2].set(0)
+    orthonormal, triangular = map(np.asarray, lanczos._tall_qr(block))
+    assert orthonormal.shape == (size, width)
+    eye = np.eye(width)
+    np.testing.assert_allclose(orthonormal.T @ orthonormal, eye, atol=3e-6)
+    scale = np.linalg.norm(block, 2)
+    np.testing.assert_allclose(orthonormal @ triangular, block, atol=1e-6 * scale)
+    np.testing.assert_array_equal(triangular, np.triu(triangular))
+
+
+@pytest.mark.parametrize("name", ["rank 10", "12-fold top", "power -4"])
+def test_hard_spectra_with_blocks_in_pieces(name, monkeypatch):
+    monkeypatch.setattr(lanczos, "_QR_ROWS", 48)
+    dense, _ = symmetric_with_spectrum(SPECTRA[name])
+    matrix = jnp.asarray(dense, jnp.float32)
+    check(jax.jit(lambda m: run(m, 8, 12))(matrix), dense, SPECTRA[name])
