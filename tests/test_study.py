@@ -206,11 +206,32 @@ def test_a_choice_that_turns_a_verdict_is_named():
         }
     )
     found = study_claims.verdicts(turned)
-    assert study_claims.depends_on(found, "diagonal") == ["lanczos"]
-    assert study_claims.depends_on(found, "toeplitz") == ["literal"]  # 0.8 to 0.7
-    assert study_claims.depends_on(found, "mixing") == []
+    other = "not reproduced"
+    assert study_claims.depends_on(found, "diagonal") == {other: ["lanczos"]}
+    assert study_claims.depends_on(found, "toeplitz") == {
+        other: ["literal"]
+    }  # 0.8, 0.7
+    assert study_claims.depends_on(found, "mixing") == {}
     text = study_tables.format_study(turned)
-    assert "reproduced, depends on: leading pairs by Lanczos" in text
+    told = "reproduced; depends on: not reproduced with leading pairs by Lanczos"
+    assert told in text
+
+
+def test_choices_that_decide_what_the_base_does_not_are_named():
+    words = {
+        "base": "undecided",
+        "shells_8": "reproduced",
+        "shells_16": "undecided",
+        "lanczos": "not reproduced",
+        "stack": "not reproduced",
+    }
+    found = {
+        name: {"x": study_claims.Verdict(word, ())} for name, word in words.items()
+    }
+    assert study_claims.depends_on(found, "x") == {
+        "reproduced": ["shells_8"],
+        "not reproduced": ["lanczos", "stack"],
+    }
 
 
 def test_intervals_cover_the_mean_over_seeds():
@@ -234,11 +255,11 @@ def test_tables_and_figures_come_from_the_files_alone(tmp_path):
     read = study_claims.read_study(tmp_path)
     assert study_tables.format_study(read) == study_tables.format_study(given)
     paths = study_figures.write_study_figures(read, tmp_path / "figures")
-    names = {"study_windows", "study_diagonal", "study_choices"}
+    names = {"study_windows", "study_diagonal", "study_choices", "study_verdicts"}
     assert {path.stem for path in paths} == names
     (section,) = reporting.find_sections(tmp_path)
     assert section.tables == study_tables.study_tables(given)
-    assert len(section.figures) == 3
+    assert len(section.figures) == 4
     (tmp_path / "study.json").write_text("{}")
     with pytest.raises(UserError, match="expected the cells of a study, got none"):
         study_claims.read_study(tmp_path)

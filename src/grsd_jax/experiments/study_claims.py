@@ -342,20 +342,23 @@ def verdicts(study: Study) -> dict[str, dict[str, Verdict]]:
     }
 
 
-def depends_on(found: Mapping[str, Mapping[str, Verdict]], claim: str) -> list[str]:
-    """Lists the choices that turn a claim's verdict into the opposite one.
+def depends_on(
+    found: Mapping[str, Mapping[str, Verdict]], claim: str
+) -> dict[str, list[str]]:
+    """Lists the choices that decide a claim otherwise than the base does.
 
     Args:
         found: The verdicts by choice and claim.
         claim: Name of the claim.
 
     Returns:
-        The choices under which a claim reproduced on the base is not, or the reverse.
+        The choices by their verdict. It is the opposite of the base's, or, where the
+        base leaves the claim undecided, either.
     """
     base = found["base"][claim].word
-    opposite = {"reproduced": "not reproduced", "not reproduced": "reproduced"}
-    return [
-        choice
-        for choice, by_claim in found.items()
-        if base in opposite and by_claim[claim].word == opposite[base]
-    ]
+    turned: dict[str, list[str]] = {}
+    for choice, by_claim in found.items():
+        word = by_claim[claim].word
+        if word not in (base, "undecided"):
+            turned.setdefault(word, []).append(choice)
+    return turned

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 from grsd_jax.experiments import records
@@ -12,10 +13,12 @@ from grsd_jax.experiments.config import TITLES
 from grsd_jax.experiments.figures import LOOKS, PAGE_WIDTH, save_figures
 from grsd_jax.experiments.study_claims import (
     CHOICES,
+    CLAIMS,
     Study,
     cell_arrays,
     draws_of,
     interval_of,
+    verdicts,
 )
 from grsd_jax.experiments.study_plan import CONTROLS, NETWORKS
 
@@ -24,8 +27,9 @@ def write_study_figures(study: Study, folder: records.PathLike) -> list[Path]:
     """Draws the figures of a study, each as a PNG and a PDF.
 
     ``study_windows`` (Toeplitz residual against window position, every seed),
-    ``study_diagonal`` (the diagonal of every seed with the slope 1) and
-    ``study_choices`` (slope, R^2 and residuals under every choice, with intervals).
+    ``study_diagonal`` (the diagonal of every seed with the slope 1), ``study_choices``
+    (slope, R^2 and residuals under every choice, with intervals) and ``study_verdicts``
+    (the verdict of every claim under every choice).
 
     Args:
         study: The study.
@@ -41,6 +45,7 @@ def write_study_figures(study: Study, folder: records.PathLike) -> list[Path]:
         "study_windows": lambda: _windows(study),
         "study_diagonal": lambda: _diagonal(study),
         "study_choices": lambda: _choices(study),
+        "study_verdicts": lambda: _verdicts(study),
     }
     return save_figures(drawings, folder)
 
@@ -111,9 +116,9 @@ def _choices(study: Study) -> Figure:
     shown = {
         "slope": "slope",
         "r_squared": "$R^2$",
-        "edge": "residual, edges",
-        "centre": "residual, centre",
-        "inter_over_intra": "neighbours / inside",
+        "edge": "edge residual",
+        "centre": "centre residual",
+        "inter_over_intra": "between/inside",
     }
     names = [*CHOICES, *(control.name for control in CONTROLS)]
     texts = [*CHOICES.values(), *(control.text for control in CONTROLS)]
@@ -135,11 +140,40 @@ def _choices(study: Study) -> Figure:
                 [n.estimate for n in numbers], place + offset, marker, color=color,
                 markersize=3.5, label=TITLES[network],
             )  # fmt: skip
-        axis.set_title(title)
+        axis.set_title(title, fontsize="medium")
         axis.grid(axis="x", color="0.92", linewidth=0.6)
         axis.axhline(len(CONTROLS) - 0.5, color="0.7", linewidth=0.8)
+    axes[-1].set_xlim(-0.1, 2.5)  # a ratio without end where its denominator is none
     axes[0].set_yticks(place, texts)
     axes[0].axvline(1, color="0.6", linewidth=0.8, zorder=0)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=2)
+    return figure
+
+
+def _verdicts(study: Study) -> Figure:
+    """A cell for every claim and choice, in words and colours."""
+    found = verdicts(study)
+    colors = {"reproduced": "#7fc7a9", "undecided": "0.93", "not reproduced": "#ecab85"}
+    words = list(colors)
+    figure = Figure(figsize=(PAGE_WIDTH, 0.22 * len(found) + 0.6), layout="constrained")
+    axis = figure.subplots()
+    cells = [
+        [words.index(by_claim[claim.name].word) for claim in CLAIMS]
+        for by_claim in found.values()
+    ]
+    axis.imshow(
+        cells, cmap=ListedColormap(list(colors.values())), vmin=0, vmax=2, aspect="auto"
+    )
+    for row, column in np.ndindex(len(cells), len(CLAIMS)):
+        word = words[cells[row][column]]
+        axis.text(column, row, word, ha="center", va="center", fontsize="small")
+    axis.set_xticks(range(len(CLAIMS)), [claim.name for claim in CLAIMS])
+    axis.set_yticks(range(len(found)), [CHOICES[choice] for choice in found])
+    axis.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
+    axis.spines[:].set_visible(False)
+    axis.set_xticks(np.arange(len(CLAIMS) + 1) - 0.5, minor=True)
+    axis.set_yticks(np.arange(len(found) + 1) - 0.5, minor=True)
+    axis.grid(which="minor", color="white", linewidth=1.5)
+    axis.tick_params(which="minor", length=0)
     return figure

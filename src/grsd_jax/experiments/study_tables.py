@@ -81,24 +81,25 @@ def claim_rows(
     claims: Sequence[Claim],
     found: Mapping[str, Verdict],
     *,
-    turned: Callable[[str], list[str]] = lambda _: [],
+    turned: Callable[[str], Mapping[str, list[str]]] = lambda _: {},
 ) -> list[list[str]]:
     """Lists claims, one row for each check, the verdict beside the first.
 
     Args:
         claims: The claims.
         found: The verdicts by the names of the claims.
-        turned: From a claim's name to the choices that turn its verdict.
+        turned: From a claim's name to other verdicts, and the choices behind them.
 
     Returns:
         Rows of cells, headings first.
     """
     rows = [["claim", "number", "estimate [interval]", "to be", "verdict"]]
     for claim in claims:
-        verdict, choices = found[claim.name], turned(claim.name)
+        verdict = found[claim.name]
         word = verdict.word
-        if choices:
-            word += ", depends on: " + "; ".join(CHOICES[name] for name in choices)
+        for other, choices in turned(claim.name).items():
+            named = ", ".join(CHOICES[choice] for choice in choices)
+            word += f"; depends on: {other} with {named}"
         for index, (check, number) in enumerate(
             zip(claim.checks, verdict.numbers, strict=True)
         ):
