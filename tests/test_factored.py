@@ -241,6 +241,44 @@ def test_gram_products_of_factors_are_those_of_their_rows():
     assert close(got, factors.inner(left.as_rows(), right.as_rows()))
 
 
+def outer(count, positions, inputs, outputs, q=2):
+    noise = np.random.default_rng(0)
+    return factors.Outer(
+        jnp.asarray(noise.normal(size=(count, positions, inputs))),
+        jnp.asarray(noise.normal(size=(count, q, positions, outputs))),
+    )
+
+
+@pytest.mark.parametrize(
+    ("sizes", "form"),
+    [
+        ((3, 2, 40, 5), "similarity"),  # 6 positions in all, 40 inputs
+        ((9, 1, 4, 5), "factors"),
+        ((3, 16, 5, 8), "rows"),
+    ],
+)
+def test_products_of_every_form_are_those_of_the_rows(sizes, form):
+    block = outer(*sizes)
+    ready = factors.for_products(block, multiplied=True)
+    chosen = {
+        "rows": isinstance(ready, factors.Rows),
+        "similarity": getattr(ready, "similarity", None) is not None,
+    }
+    assert chosen == {name: name == form for name in chosen}
+    columns = jnp.asarray(np.random.default_rng(1).normal(size=(sizes[0], 2, 4)))
+    whole = block.as_rows().rows.reshape(2 * sizes[0], -1)
+    expected = (whole @ whole.T @ columns.reshape(-1, 4)).reshape(columns.shape)
+    assert close(ready.multiply(columns), expected)
+    assert close(ready.push(ready.pull(columns)), expected)
+    pulled = factors.for_products(block)
+    assert getattr(pulled, "similarity", None) is None
+    costs = [
+        factors.product_cost(one)
+        for one in (block.as_rows(), block, block.with_similarity())
+    ]
+    assert factors.product_cost(ready) == min(costs)
+
+
 def test_layer_kernels_add_up_and_are_those_of_their_parameters():
     error_fn, params, batches, _ = make("shared")
     layers = layer_kernels(error_fn, params, batches, jacobian="factored")

@@ -4,6 +4,7 @@ import pytest
 
 import grsd_jax
 from grsd_jax import choose_solver, class_sums_vanish
+from grsd_jax.solvers import estimate_measurement
 from oracles import problem
 
 
@@ -21,6 +22,24 @@ def test_choice_follows_size_columns_and_memory():
     assert choose_solver(linear, *large, num_columns=100) == "lanczos"
     assert choose_solver(linear, *small, num_columns=200) == "dense"
     assert choose_solver(linear, *small, num_columns=200, max_bytes=10) == ("lanczos")
+
+
+def test_narrow_blocks_read_the_factors_more_often():
+    error_fn, params, batches, _ = problem("resnet18", jnp.float32)
+
+    def cost(block_size, jacobian):
+        found = estimate_measurement(
+            error_fn,
+            params,
+            batches,
+            num_columns=8,
+            block_size=block_size,
+            jacobian=jacobian,
+        )
+        return found["lanczos"].operations
+
+    assert cost(1, "factored") > 2 * cost(8, "factored")
+    assert cost(1, "plain") == cost(8, "plain")
 
 
 def test_networks_with_few_examples_are_dense():

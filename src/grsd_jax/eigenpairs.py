@@ -6,7 +6,7 @@ operator T is small, so its eigenvectors are found on the host, in float64.
 
 import functools
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -275,14 +275,14 @@ def _leading(
     band = np.zeros((min(2 * width, used), used))
     for offset, row in enumerate(band):
         row[: used - offset] = projected.diagonal(-offset)[: used - offset]
-    values, rotation = scipy.linalg.eig_banded(
+    found: Any = scipy.linalg.eig_banded(
         band,
         lower=True,
         select="i",
         select_range=(max(used - num_pairs, 0), used - 1),
         check_finite=False,
     )
-    values, rotation = values[::-1], rotation[:, ::-1]
+    values, rotation = found[0][::-1], found[1][:, ::-1]
     residuals = np.linalg.norm(projected[used:] @ rotation, axis=0)
     return values, rotation, residuals
 

@@ -110,7 +110,11 @@ class FactoredJacobian:
 
 
 def factorize(
-    error_fn: FactoredErrorFn, params: PyTree, batch: PyTree
+    error_fn: FactoredErrorFn,
+    params: PyTree,
+    batch: PyTree,
+    *,
+    multiplied: bool = False,
 ) -> FactoredJacobian:
     """Returns J of one batch as factors, each in the form that is cheaper to apply.
 
@@ -118,11 +122,12 @@ def factorize(
         error_fn: The error function.
         params: Parameters.
         batch: One batch.
+        multiplied: Whether products ``J J^T V`` will be taken, and not ``J^T V`` alone.
 
     Returns:
         The factored Jacobian, a pytree that crosses `jit` without retracing.
     """
-    blocks, basis = _product_blocks(error_fn, params, batch)
+    blocks, basis = _product_blocks(error_fn, params, batch, multiplied=multiplied)
     return _assemble(error_fn, params, batch, blocks, basis)
 
 
@@ -131,6 +136,8 @@ def factorize_by_groups(
     params: PyTree,
     batch: PyTree,
     groups: Sequence[Sequence[int]],
+    *,
+    multiplied: bool = False,
 ) -> list[FactoredJacobian]:
     """Returns the columns of J that belong to each group of parameter leaves.
 
@@ -139,11 +146,12 @@ def factorize_by_groups(
         params: Parameters.
         batch: One batch.
         groups: The positions of each group's leaves; no group is empty.
+        multiplied: As for `factorize`.
 
     Returns:
         A factored Jacobian for each group, from one set of factors.
     """
-    blocks, basis = _product_blocks(error_fn, params, batch)
+    blocks, basis = _product_blocks(error_fn, params, batch, multiplied=multiplied)
     return [
         _assemble(error_fn, params, batch, blocks, basis, group) for group in groups
     ]
@@ -205,12 +213,13 @@ def moving_blocks(
 Blocks = list[Factor | None]
 
 
-@jax.jit
+@partial(jax.jit, static_argnames="multiplied")
 def _product_blocks(
-    error_fn: FactoredErrorFn, params: PyTree, batch: PyTree
+    error_fn: FactoredErrorFn, params: PyTree, batch: PyTree, *, multiplied: bool
 ) -> tuple[Blocks, jax.Array]:
     blocks, basis = output_blocks(error_fn, params, batch)
-    return [block and for_products(block) for block in blocks], basis
+    ready = [block and for_products(block, multiplied=multiplied) for block in blocks]
+    return ready, basis
 
 
 @jax.jit
@@ -279,7 +288,7 @@ def _pull(jacobian: FactoredJacobian, columns: jax.Array) -> PyTree:
 def _multiply(jacobian: FactoredJacobian, columns: jax.Array) -> jax.Array:
     # Block by block, so that a block is still in the cache when it is read again.
     coordinates = _einsum("cq,ncb->nqb", jacobian.basis, columns)
-    pushed = [block.push(block.pull(coordinates)) for block in jacobian.blocks]
+    pushed = [block.multiply(coordinates) for block in jacobian.blocks]
     rest = None if jacobian.rest is None else jacobian.rest.multiply(columns)
     return _total(jacobian, pushed, rest)
 

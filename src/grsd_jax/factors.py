@@ -3,16 +3,19 @@
 A layer affine in its parameter, ``y = W^T a``, has for example i and output c the
 Jacobian row ``sum_x a_i[x] (x) delta_ic[x]``, the sum over positions x of the outer
 product of its input and of ``delta_ic = d e_ic / d y``. Three forms hold such a block
-``[N q, p]`` of J, with the same three operations:
+``[N q, p]`` of J:
 
 - `Rows`: the sum over positions carried out. Cheapest once there are more positions
   than outputs, and the only form of small parameters (scales, biases).
-- `Outer`: inputs and deltas as they are, for maps with few positions.
+- `Outer`: inputs and deltas as they are, for maps with few positions. Where they are
+  fewer in the whole batch than inputs, products ``J J^T V`` go by the inner products of
+  the inputs and never see the size of W.
 - `Lookup`: the same for an embedding, whose inputs are indices of rows of W.
 
-``q`` counts the outputs, or the directions of a basis of them. Columns of the error
-space are ``[N, q, b]`` here. The derivative of a block along a direction is a block of
-the same form, so Mdot needs no operation of its own.
+All three have `pull`, `push` and `multiply`. ``q`` counts the outputs, or the
+directions of a basis of them. Columns of the error space are ``[N, q, b]`` here. The
+derivative of a block along a direction is a block of the same form, so Mdot needs no
+operation of its own.
 """
 
 import dataclasses
@@ -51,13 +54,19 @@ class Rows:
         """Computes ``J G`` of what `pull` returns, as ``[N, q, b]``."""
         return _einsum("nqp,bp->nqb", self.rows, tangents)
 
+    def multiply(self, columns: jax.Array) -> jax.Array:
+        """Computes ``J J^T V`` of columns ``[N, q, b]``."""
+        return self.push(self.pull(columns))
+
     def derivative(self, tangent: "Rows") -> "Rows":
         """Returns the block's derivative, given the derivative of its arrays."""
         return tangent
 
 
 @partial(
-    jax.tree_util.register_dataclass, data_fields=["inputs", "deltas"], meta_fields=[]
+    jax.tree_util.register_dataclass,
+    data_fields=["inputs", "deltas", "similarity"],
+    meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class Outer:
@@ -66,20 +75,38 @@ class Outer:
     Attributes:
         inputs: a, ``[N, X, k]``.
         deltas: ``d e / d y``, ``[N, q, X, o]``.
+        similarity: ``a_i[x] . a_j[y]``, ``[N, X, N, X]``, by which `multiply` goes;
+            None where the way over W is cheaper.
     """
 
     inputs: jax.Array
     deltas: jax.Array
+    similarity: jax.Array | None = None
 
     def pull(self, columns: jax.Array) -> jax.Array:
         """Computes ``J^T V`` of columns ``[N, q, b]``, as ``[k, b, o]``."""
-        combined = _einsum("nqxo,nqb->nxbo", self.deltas, columns)
-        return _einsum("nxk,nxbo->kbo", self.inputs, combined)
+        return _einsum("nxk,nxbo->kbo", self.inputs, self._combined(columns))
 
     def push(self, tangents: jax.Array) -> jax.Array:
         """Computes ``J G`` of what `pull` returns, as ``[N, q, b]``."""
         moved = _einsum("nxk,kbo->nxbo", self.inputs, tangents)
         return _einsum("nqxo,nxbo->nqb", self.deltas, moved)
+
+    def multiply(self, columns: jax.Array) -> jax.Array:
+        """Computes ``J J^T V`` of columns ``[N, q, b]``."""
+        if self.similarity is None:
+            return self.push(self.pull(columns))
+        combined = self._combined(columns)
+        moved = _einsum("nxmy,mybo->nxbo", self.similarity, combined)
+        return _einsum("nqxo,nxbo->nqb", self.deltas, moved)
+
+    def _combined(self, columns: jax.Array) -> jax.Array:
+        return _einsum("nqxo,nqb->nxbo", self.deltas, columns)
+
+    def with_similarity(self) -> "Outer":
+        """Returns the same block with the inner products of its inputs."""
+        similarity = _einsum("nxk,myk->nxmy", self.inputs, self.inputs)
+        return Outer(self.inputs, self.deltas, similarity)
 
     def derivative(self, tangent: "Outer") -> "Outer":
         """Returns ``adot (x) delta + a (x) deltadot``, as twice as many positions."""
@@ -123,6 +150,10 @@ class Lookup:
     def push(self, tangents: jax.Array) -> jax.Array:
         """Computes ``J G`` of what `pull` returns, as ``[N, q, b]``."""
         return _einsum("nqxo,nxbo->nqb", self.deltas, tangents[self._rows_read()])
+
+    def multiply(self, columns: jax.Array) -> jax.Array:
+        """Computes ``J J^T V`` of columns ``[N, q, b]``."""
+        return self.push(self.pull(columns))
 
     def derivative(self, tangent: "Lookup") -> "Lookup":
         """Returns the block's derivative: indices do not move."""
@@ -201,10 +232,16 @@ def inner(left: Factor, right: Factor) -> jax.Array:
     return gram.reshape(rows, -1)
 
 
-def for_products(factor: Factor) -> Factor:
+def for_products(factor: Factor, *, multiplied: bool = False) -> Factor:
     """Returns the form whose products with columns are cheaper, see `product_cost`.
 
-    Rows are not taken if they need more than eight times the memory of the factors.
+    Args:
+        factor: The block.
+        multiplied: Whether it will be multiplied, and not pulled and pushed.
+
+    Returns:
+        The block. Rows are not taken if they need more than eight times the memory of
+        the factors; a similarity, where it is cheaper, is at most twice the inputs.
     """
     if not isinstance(factor, Outer):
         return factor
@@ -212,7 +249,9 @@ def for_products(factor: Factor) -> Factor:
     row_size = q * inputs * outputs
     factor_size = positions * (inputs + q * outputs)
     small = row_size <= _ROW_BYTES * factor_size
-    row_cost, factor_cost = _product_costs(factor)
+    row_cost, factor_cost, similar_cost = _product_costs(factor)
+    if multiplied and similar_cost < min(row_cost, factor_cost):
+        return factor.with_similarity()
     return factor.as_rows() if small and row_cost < factor_cost else factor
 
 
@@ -225,11 +264,21 @@ def for_gram(factor: Factor, num_examples: int) -> Factor:
 
 
 def product_cost(factor: Factor) -> float:
-    """Returns the operations of one column's pull and push, for one example.
+    """Returns the operations of one column's product, for one example.
 
-    ``4 q k o`` in rows, ``4 X (k + q) o`` as factors.
+    ``4 q k o`` in rows, ``4 X (k + q) o`` as factors, ``2 X (N X + 2 q) o`` by their
+    similarity.
+
+    Args:
+        factor: The block in the form that `for_products` chose.
+
+    Returns:
+        Operations.
     """
-    return min(_product_costs(factor)) if isinstance(factor, Outer) else _thin(factor)
+    if not isinstance(factor, Outer):
+        return _thin(factor)
+    _, factor_cost, similar_cost = _product_costs(factor)
+    return factor_cost if factor.similarity is None else similar_cost
 
 
 def gram_cost(factor: Factor, num_examples: int) -> float:
@@ -247,10 +296,15 @@ def gram_cost(factor: Factor, num_examples: int) -> float:
     return _thin(factor) / 2 * num_examples * q
 
 
-def _product_costs(factor: Outer) -> tuple[float, float]:
-    """Returns the cost of rows and of factors."""
+def _product_costs(factor: Outer) -> tuple[float, float, float]:
+    """Returns the cost of rows, of factors and of factors with their similarity."""
     positions, inputs, outputs, q = _sizes(factor)
-    return 4.0 * q * inputs * outputs, 4.0 * positions * (inputs + q) * outputs
+    everywhere = factor.inputs.shape[0] * positions
+    return (
+        4.0 * q * inputs * outputs,
+        4.0 * positions * (inputs + q) * outputs,
+        2.0 * positions * (everywhere + 2 * q) * outputs,
+    )
 
 
 def _gram_costs(factor: Outer, num_examples: int) -> tuple[float, float]:

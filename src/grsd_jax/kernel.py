@@ -186,7 +186,10 @@ def linearize_kernel(
     parts = split_batches(batches)
     jacobians: list[Jacobian]
     if uses_factors(error_fn, jacobian):
-        jacobians = [factorize(error_fn, params, batch) for batch in parts]
+        once = reduction == "mean"  # a stack pulls all batches before it pushes one
+        jacobians = [
+            factorize(error_fn, params, batch, multiplied=once) for batch in parts
+        ]
     else:
         jacobians = [linearize(error_fn, params, batch) for batch in parts]
     return LinearizedKernel(tuple(jacobians), error, reduction)
@@ -231,7 +234,17 @@ def linearize_block_kernels(
     by_batch: list[list[Jacobian]] = []
     for batch in split_batches(batches):
         if uses_factors(error_fn, jacobian):
-            by_batch.append([*factorize_by_groups(error_fn, params, batch, groups)])
+            by_batch.append(
+                [
+                    *factorize_by_groups(
+                        error_fn,
+                        params,
+                        batch,
+                        groups,
+                        multiplied=reduction == "mean",
+                    )
+                ]
+            )
         else:
             fn = as_pytree(error_fn)
             parts = [RestrictedErrorFn(fn, params, group) for group in groups]

@@ -154,6 +154,7 @@ def measure_coupling(
             batches,
             reduction=reduction,
             num_columns=min(block_size * num_steps, size),
+            block_size=block_size,
             jacobian=problem.jacobian,
             max_bytes=problem.max_bytes,
         )

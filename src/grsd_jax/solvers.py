@@ -10,8 +10,10 @@ With f the operations of one batch's forward pass, q the outputs differentiated 
 | Lanczos | ``4 f r`` | ``4 (1 + q) f`` and ``r`` times the blocks' `product_cost` |
 | and | ``6 f r`` | 1.5 times the same |
 
-Dense eigenvectors add ``70 n^3`` (they run at a small part of the products' rate), the
-basis of Lanczos ``6 n r^2``. The counts of rows and of factors are in `factors`.
+A factored product of b columns also reads all factors once, which takes as long as 30
+operations a byte. Dense eigenvectors add ``70 n^3`` (they run at a small part of the
+products' rate), the basis of Lanczos ``6 n r^2``. The counts of rows and of factors are
+in `factors`.
 """
 
 import functools
@@ -39,6 +41,10 @@ SOLVERS = ("auto", "dense", "lanczos")
 #: n x n arrays alive at once in the dense solver: M, Mdot, V, and work space.
 _DENSE_MATRICES = 8
 
+#: Operations in the time that a byte of factors takes to be read for one product: two
+#: cores took 45 ms and 5.2 ms a column with 230 MB of factors and 8e8 operations.
+_READ = 30.0
+
 #: Operations of the eigenvectors over n^3, at the rate of convolutions.
 _EIGENVECTORS = 70.0
 
@@ -64,6 +70,7 @@ class _Costs(NamedTuple):
         gram: The Gram product over one error space.
         column: One column's pull and push.
         held: Bytes that J ready for products takes.
+        read: Operations that reading J for one product is worth.
     """
 
     forward: float
@@ -71,6 +78,7 @@ class _Costs(NamedTuple):
     gram: float
     column: float
     held: int
+    read: float
 
 
 def estimate_measurement(
@@ -80,6 +88,7 @@ def estimate_measurement(
     *,
     reduction: Reduction = "mean",
     num_columns: int,
+    block_size: int = 8,
     jacobian: JacobianForm = "auto",
 ) -> dict[str, Estimate]:
     """Estimates what a measurement with exact derivative takes, from shapes alone.
@@ -93,6 +102,7 @@ def estimate_measurement(
         batches: A pytree with leading axes ``[K, N]``.
         reduction: ``"mean"`` or ``"stack"``.
         num_columns: The Krylov dimension r that Lanczos would have.
+        block_size: The columns b of one of its products.
         jacobian: ``"factored"``, ``"plain"`` or ``"auto"``.
 
     Returns:
@@ -106,6 +116,7 @@ def estimate_measurement(
     """
     check_choice("reduction", reduction, REDUCTIONS)
     check_at_least("num_columns", num_columns, 1)
+    check_at_least("block_size", block_size, 1)
     num_batches, num_examples = check_batches(batches)
     error = check_problem(error_fn, params, batches)
     copies = 1 if reduction == "mean" else num_batches
@@ -116,7 +127,8 @@ def estimate_measurement(
     item = error.dtype.itemsize
     width = tree_bytes(params)
     dense = num_batches * 3 * (costs.rows + costs.gram)
-    lanczos = num_batches * (4 * costs.rows + 2.5 * num_columns * costs.column)
+    product = costs.column + costs.read / block_size  # one column's share of it
+    lanczos = num_batches * (4 * costs.rows + 2.5 * num_columns * product)
     return {
         "dense": Estimate(
             dense + _EIGENVECTORS * size**3,
@@ -136,6 +148,7 @@ def choose_solver(
     *,
     reduction: Reduction = "mean",
     num_columns: int,
+    block_size: int = 8,
     jacobian: JacobianForm = "auto",
     max_bytes: int | None = None,
 ) -> Literal["dense", "lanczos"]:
@@ -150,6 +163,7 @@ def choose_solver(
         batches: A pytree with leading axes ``[K, N]``.
         reduction: ``"mean"`` or ``"stack"``.
         num_columns: The Krylov dimension r that Lanczos would have.
+        block_size: The columns b of one of its products.
         jacobian: ``"factored"``, ``"plain"`` or ``"auto"``.
         max_bytes: Memory that the dense solver may take; half of what is free if None.
 
@@ -168,6 +182,7 @@ def choose_solver(
         batches,
         reduction=reduction,
         num_columns=num_columns,
+        block_size=block_size,
         jacobian=jacobian,
     )
     dense, lanczos = estimates["dense"], estimates["lanczos"]
@@ -234,17 +249,23 @@ def _batch_costs(
             held=tree_bytes(
                 _residuals.eval_shape(as_pytree(error_fn), shapes, one_batch)
             ),
+            read=0.0,
         )
     found, basis = _blocks.eval_shape(error_fn, shapes, one_batch)
     blocks = [block for block in found if block is not None]
-    ready = jax.eval_shape(lambda parts: [for_products(part) for part in parts], blocks)
-    q = basis.shape[1]
+    multiplied = space_examples == num_examples
+    ready = jax.eval_shape(
+        lambda parts: [for_products(part, multiplied=multiplied) for part in parts],
+        blocks,
+    )
+    q, held = basis.shape[1], tree_bytes(ready)
     return _Costs(
         forward=forward,
         rows=(1 + q) * forward,
         gram=num_examples * sum(gram_cost(block, space_examples) for block in blocks),
         column=num_examples * sum(product_cost(block) for block in ready),
-        held=tree_bytes(ready),
+        held=held,
+        read=_READ * held,
     )
 
 

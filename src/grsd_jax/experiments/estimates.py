@@ -33,6 +33,7 @@ def sentence(
     options: dict[str, Any] = {"reduction": config.reduction}
     size = error_dimension(error_fn, params, batches, **options)
     options["num_columns"] = min(config.block_size * config.num_steps, size)
+    options["block_size"] = config.block_size
     found = estimate_measurement(error_fn, params, batches, **options)
     if mesh is not None:
         devices = mesh.size
