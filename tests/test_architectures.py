@@ -167,6 +167,27 @@ def test_state_space_norm_is_exact():
     np.testing.assert_allclose(singular, 0.49, rtol=1e-6)
 
 
+class ByName(nn.Module):
+    """A layer that is given its input by name."""
+
+    layer: nn.Module
+
+    @nn.compact
+    def __call__(self, x):
+        return self.layer(x=x)
+
+
+class EachExample(nn.Module):
+    """A normalisation mapped over the examples."""
+
+    @nn.compact
+    def __call__(self, x):
+        mapped = nn.vmap(
+            nn.LayerNorm, variable_axes={"params": None}, split_rngs={"params": False}
+        )
+        return mapped()(x)
+
+
 class Layers(nn.Module):
     """One layer that may couple examples or draw random numbers, and a Dense."""
 
@@ -188,6 +209,7 @@ class Layers(nn.Module):
         (nn.BatchNorm(use_running_average=False), "expected BatchNorm on stored"),
         (nn.LayerNorm(reduction_axes=(0, 1)), "reduction_axes without axis 0"),
         (nn.RMSNorm(reduction_axes=-2), "reduction_axes without axis 0"),
+        (ByName(nn.LayerNorm(reduction_axes=(0, 1))), "reduction_axes without axis 0"),
     ],
 )
 @pytest.mark.parametrize("jacobian", ["plain", "factored"])
@@ -214,6 +236,7 @@ def test_coupled_or_random_examples_are_refused(layer, message, jacobian):
         nn.Dropout(0.5, deterministic=True),
         nn.BatchNorm(use_running_average=True),
         nn.LayerNorm(),
+        EachExample(),
     ],
 )
 def test_the_same_layers_pass_where_examples_are_independent(layer):

@@ -314,6 +314,17 @@ def test_ritz_pairs_are_those_of_the_whole_matrix(width, steps):
         )
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_copies_split_by_rounding_are_all_found(seed):
+    rng = np.random.default_rng(seed)
+    noise = np.tril(np.triu(rng.normal(size=(120, 120)), -2), 2)
+    projected = np.vstack([np.eye(120) + 1e-17 * (noise + noise.T), np.zeros((2, 120))])
+    values, rotation, residuals = eigenpairs._leading(projected, 10, 2)
+    assert rotation.shape == (120, 10)
+    np.testing.assert_allclose(values, 1)
+    np.testing.assert_array_equal(residuals, 0)
+
+
 def test_bad_input_is_named():
     def call(start, num_pairs, **options):
         leading_eigenpairs(

@@ -31,6 +31,17 @@ def test_a_log_gets_whole_lines(monkeypatch):
     assert len(lines) >= 3
 
 
+def test_a_bar_within_a_bar_moves_no_cursor(monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0.0)
+    for _ in progress.progress_bar(range(2), desc="outer"):
+        for _ in progress.progress_bar(range(2), desc="inner"):
+            pass
+    assert "inner: 100%" in stream.getvalue()
+    assert chr(27) not in stream.getvalue()
+
+
 def test_short_work_leaves_no_line(monkeypatch):
     assert told(monkeypatch, seconds=60.0) == ""
 

@@ -271,6 +271,8 @@ def sweep_rows(model, scale, seeds):
         {
             "model": model,
             "branch_scale": scale,
+            "width": 16,
+            "activation": "gelu",
             "depth": depth,
             "seed": seed,
             "toeplitz_center": 1 / depth if falls else depth / 100,
@@ -309,6 +311,25 @@ def test_depth_is_told_by_ranks():
 def test_rank_correlation_leaves_out_what_is_undefined():
     assert study_depth.rank_correlation([1, 2, 3, 4], [4.0, None, 3.0, 2.0]) == -1
     assert np.isnan(study_depth.rank_correlation([1, 2, 3], [None, 1.0, 2.0]))
+    assert np.isnan(study_depth.rank_correlation([1, 2, 3], [0.5, 0.5, 0.5]))
+    assert study_depth.rank_correlation([2, 2, 4, 4], [1.0, 2.0, 1.0, 2.0]) == 0
+
+
+def test_a_seed_that_is_not_done_leaves_depth_undecided():
+    rows = sweep_rows("rescnn", 0.1, (True, True, True))
+    unfinished = [row for row in rows if row["seed"] < 2 or row["depth"] == 2]
+    told = study_depth.depth_rows({"rows": unfinished})
+    assert (told[1][2], told[1][4]) == ("n/a", "undecided")
+
+
+def test_widths_are_judged_apart():
+    rows = sweep_rows("rescnn", 0.1, (True, True, True))
+    rows += [
+        row | {"width": 8} for row in sweep_rows("rescnn", 0.1, (False, False, False))
+    ]
+    told = study_depth.depth_rows({"rows": rows})
+    assert ["w = 16" in told[1][0], "w = 8" in told[4][0]] == [True, True]
+    assert (told[1][4], told[4][4]) == ("reproduced", "not reproduced")
 
 
 @pytest.mark.slow
@@ -327,6 +348,7 @@ def test_a_small_study_runs_and_goes_on_where_it_was(tmp_path, monkeypatch):
         num_batches=1,
         num_shells=8,
         window=3,
+        solver="dense",
     )
     with jax.numpy_dtype_promotion("standard"):
         study.run_study(dataset, config, [3])
@@ -347,6 +369,8 @@ def test_a_small_study_runs_and_goes_on_where_it_was(tmp_path, monkeypatch):
         other = dataclasses.replace(config, window=4)
         with pytest.raises(UserError, match="--workdir: expected a study under these"):
             study.run_study(dataset, other, [3])
+        with pytest.raises(UserError, match="--solver: expected 'dense' or 'lanczos'"):
+            study.run_study(dataset, dataclasses.replace(config, solver="auto"), [3])
         small = dataclasses.replace(config, num_shells=6)
         with pytest.raises(UserError, match="--num_shells: expected at least 7"):
             study.run_study(dataset, small, [3])

@@ -153,7 +153,7 @@ def test_a_sweep_goes_on_after_a_kill_and_does_nothing_twice(swept, monkeypatch)
     def count(cell, *args):
         done.append(cell.name)
         with open(workdir / "sweep.csv", newline="") as file:
-            assert len(list(csv.DictReader(file))) == 3  # those before it
+            assert len(list(csv.DictReader(file))) == 3  # all but this one
         return results["rows"][3]
 
     monkeypatch.setattr(sweeping, "measure_cell", count)
@@ -230,6 +230,20 @@ def test_figures_show_means_in_bands_over_seeds(tmp_path, monkeypatch):
     assert "resmlp, s = 0.3" in table
     with pytest.raises(UserError, match="expected at least one row"):
         sweep_figures.format_sweep({})
+
+
+def test_widths_and_activations_are_lines_of_their_own():
+    rows = [
+        row | {"width": width, "activation": activation}
+        for row in fake_rows()
+        for width in (8, 16)
+        for activation in ("relu", "gelu")
+    ]
+    table = sweep_figures.format_sweep({"rows": rows})
+    assert "resmlp, s = 0.3, w = 16, gelu" in table
+    assert "mlp, w = 8, relu" in table
+    one = sweep_figures.format_sweep({"rows": fake_rows()})
+    assert "w = " not in one
 
 
 def test_flags_give_the_settings_and_name_what_is_wrong():

@@ -18,12 +18,29 @@ from grsd_jax.influence import (
     distance_totals,
     smallest_band,
 )
-from grsd_jax.power_law import PowerLawFit
 from grsd_jax.stability import OperatorNorms, ProjectorDrift
 from grsd_jax.verdicts import Check, Thresholds
 
 #: Draws behind the error of an estimated band.
 _NUM_DRAWS = 200
+
+#: Largest disagreement of M with matrix-free products at which it is believed; it is
+#: beyond that where an error function couples its examples.
+_MOST_DISAGREEMENT = 0.01
+
+
+def trusted(measured: CouplingMeasurement) -> bool:
+    """Whether a measurement is finite and its M that of matrix-free products.
+
+    Args:
+        measured: The measurement.
+
+    Returns:
+        False for an error function whose examples are not independent, of which every
+        path that takes J example by example says nothing.
+    """
+    agrees = measured.operator_disagreement <= _MOST_DISAGREEMENT
+    return bool(measured.finite) and bool(agrees)
 
 
 def locality_checks(
@@ -72,16 +89,18 @@ def incoherence_checks(
     Args:
         coherence: The overlap of every two blocks.
         thresholds: The thresholds.
-        known: Whether the network is finite there; if not, the checks are undefined.
+        known: Whether the network is finite there and its examples are independent; if
+            not, the checks are undefined.
 
     Returns:
         Two checks.
     """
     distant = thresholds.distant
-    # A residual is that of the square, so the root is off by half of it.
-    errors = np.asarray(
-        distance_maxima(coherence.coherence * coherence.residuals / 2), np.float64
-    )
+    # A residual is that of the square: G is off by half of it, and each norm, the root
+    # of its own G, by a quarter of its own.
+    own = jnp.diagonal(coherence.residuals) / 4
+    relative = coherence.residuals / 2 + own[:, None] + own[None, :]
+    errors = np.asarray(distance_maxima(coherence.coherence * relative), np.float64)
     profile = np.asarray(coherence.profile, np.float64)
     worst = profile[distant:].max(initial=0.0) if known else np.nan
     tail = float(coherence.tail_sum) if known else np.nan
@@ -158,10 +177,10 @@ def drift_check(
         thresholds: The thresholds.
 
     Returns:
-        The check; undefined without two points, or if one is not finite, and not
+        The check; undefined without two points, or if one is not `trusted`, and not
         converged if a leading pair is not resolved.
     """
-    defined = drifts and all(bool(found.finite) for found in measurements)
+    defined = drifts and all(map(trusted, measurements))
     largest = max(float(d.frobenius) for d in drifts) if defined else float("nan")
     resolved = [jnp.all(found.resolved[:num_leading]) for found in measurements]
     return Check(
@@ -172,45 +191,53 @@ def drift_check(
     )
 
 
-def lipschitz_check(constants: Sequence[float], thresholds: Thresholds) -> Check:
+def lipschitz_check(
+    constants: Sequence[float],
+    measurements: Sequence[CouplingMeasurement],
+    thresholds: Thresholds,
+) -> Check:
     """Holds the largest Lipschitz constant along the path against its threshold.
 
     Args:
         constants: The constant at each point.
+        measurements: The measurement at each point.
         thresholds: The thresholds.
 
     Returns:
-        The check.
+        The check; undefined if a measurement is not `trusted`.
     """
+    known = all(map(trusted, measurements))
     return Check(
         "Lipschitz constant in log lambda",
-        float(np.max(constants)),
+        float(np.max(constants)) if known else float("nan"),
         thresholds.max_lipschitz,
     )
 
 
 def invariance_checks(
-    residual: float, fit: PowerLawFit, thresholds: Thresholds
+    residual: float, measured: CouplingMeasurement, thresholds: Thresholds
 ) -> tuple[Check, ...]:
     """Holds the last point's residual, slope and R^2 against their thresholds.
 
     Args:
         residual: The renormalised coupling's Toeplitz residual at the centre.
-        fit: The fit of the diagonal.
+        measured: The measurement.
         thresholds: The thresholds.
 
     Returns:
-        Three checks.
+        Three checks; undefined if the measurement is not `trusted`.
     """
+    fit, nan = measured.diagonal_fit, float("nan")
+    slope_error, r_squared = abs(float(fit.exponent) - 1), float(fit.r_squared)
+    if not trusted(measured):
+        residual = slope_error = r_squared = nan
     return (
         Check("Toeplitz residual at the centre", residual, thresholds.max_residual),
         Check(
             "distance of the slope to 1",
-            abs(float(fit.exponent) - 1),
+            slope_error,
             thresholds.max_slope_error,
             error=float(fit.exponent_stderr),
         ),
-        Check(
-            "R^2 of the diagonal", float(fit.r_squared), thresholds.min_r_squared, ">="
-        ),
+        Check("R^2 of the diagonal", r_squared, thresholds.min_r_squared, ">="),
     )

@@ -66,7 +66,10 @@ class Problem(NamedTuple):
         """Returns the products with M: from a held Jacobian if it fits, else anew."""
         forms: tuple[JacobianForm, ...] = (self.jacobian, "plain")
         for jacobian in dict.fromkeys(forms):
-            if self._held_bytes(jacobian) > self.max_bytes:
+            held = self._held_bytes(
+                jacobian, multiplied=self.mesh is None and self.reduction == "mean"
+            )
+            if held > self.max_bytes:
                 continue
             options: dict[str, Any] = {
                 "reduction": self.reduction,
@@ -96,7 +99,8 @@ class Problem(NamedTuple):
             return kernel_derivative(*self[:4], vectors, **options)
         return sharded_kernel_derivative(*self[:4], vectors, self.mesh, **options)
 
-    def _held_bytes(self, jacobian: JacobianForm) -> int:
+    def _held_bytes(self, jacobian: JacobianForm, *, multiplied: bool = False) -> int:
         """Returns the bytes that one device holds of J ready for products."""
         devices = 1 if self.mesh is None else self.mesh.shape[self.mesh.axis_names[0]]
-        return held_bytes(*self[:3], jacobian=jacobian) // devices
+        held = held_bytes(*self[:3], jacobian=jacobian, multiplied=multiplied)
+        return held // devices

@@ -6,6 +6,7 @@ eigenvectors, and the average over depth is taken in those of M, where the proje
 derivatives ``v_i^T Mdot_l v_j`` add up.
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -22,6 +23,7 @@ from grsd_jax.diagnostics import (
     toeplitz_diagnostics,
 )
 from grsd_jax.factored import JacobianForm, uses_factors
+from grsd_jax.kernel import kernel_matmat
 from grsd_jax.measurement import diagonalize
 from grsd_jax.shells import Shells, shell_coupling
 
@@ -77,8 +79,9 @@ def measure_layers(
         num_bootstrap: Resamples behind the intervals of the fits; 0 for none.
 
     Returns:
-        `LayerMeasurements`. The matrix-free cross-checks of `measure_coupling` are not
-        made: both disagreements are NaN.
+        `LayerMeasurements`. Of the cross-checks of `measure_coupling` one is made: the
+        total's ``operator_disagreement``, by one matrix-free product with its leading
+        eigenvector. The other disagreements are NaN.
 
     Raises:
         ValueError: If a shape, tree, dtype, leading axis or choice does not fit.
@@ -115,12 +118,27 @@ def measure_layers(
 
     kernels, moved = (list(part) for part in zip(*matrices.values(), strict=True))
     total = measure(sum(kernels[1:], kernels[0]), sum(moved[1:], moved[0]))
+    total = dataclasses.replace(
+        total,
+        operator_disagreement=_disagreement(
+            kernel_matmat(
+                error_fn, params, batches, total.vectors[:, :1], reduction=reduction
+            ),
+            total.vectors[:, :1],
+            total.values[0],
+        ),
+    )
     average = _average(
         moved, total.vectors, total.values, total.shells,
         window=window, min_count=min_count,
     )  # fmt: skip
     layers = {name: measure(*pair) for name, pair in matrices.items()}
     return LayerMeasurements(layers, total, average)
+
+
+@jax.jit
+def _disagreement(product: jax.Array, vector: jax.Array, value: jax.Array) -> jax.Array:
+    return jnp.linalg.norm(product - value * vector) / jnp.where(value > 0, value, 1)
 
 
 @partial(jax.jit, static_argnames=("window", "min_count"))

@@ -21,6 +21,7 @@ from grsd_jax._condition_checks import (
     invariance_checks,
     lipschitz_check,
     locality_checks,
+    trusted,
 )
 from grsd_jax._typing import ErrorFn, PyTree, Reduction
 from grsd_jax.blocks import ParameterBlocks
@@ -211,18 +212,14 @@ def condition_report(
         ends, batches, blocks, keys[0], thresholds, reduction, num_probes
     )
     tell("condition 2: coherence")
-    incoherence = _incoherence(
-        block_coherence(
-            points[0].error_fn,
-            points[0].params,
-            batches,
-            blocks,
-            key=keys[1],
-            reduction=reduction,
-            **(coherence_options or {}),
-        ),
-        thresholds,
-        known=bool(jnp.isfinite(locality.profiles[0].influence).all()),
+    coherence = block_coherence(
+        points[0].error_fn,
+        points[0].params,
+        batches,
+        blocks,
+        key=keys[1],
+        reduction=reduction,
+        **(coherence_options or {}),
     )
     norms, measurements = [], []
     for number, point in enumerate(points):
@@ -238,11 +235,13 @@ def condition_report(
                 **(coupling_options or {}),
             )
         )
+    known = bool(jnp.isfinite(locality.profiles[0].influence).all())
+    known = known and trusted(measurements[0])
     return ConditionReport(
         times=[point.time for point in points],
         blocks=blocks,
         condition1=locality,
-        condition2=incoherence,
+        condition2=_incoherence(coherence, thresholds, known=known),
         condition3=_stability(norms, measurements, num_leading, thresholds),
         condition4=_shift_invariance(measurements, thresholds),
     )
@@ -286,7 +285,7 @@ def _locality(
 def _incoherence(
     coherence: BlockCoherence, thresholds: Thresholds, *, known: bool
 ) -> Incoherence:
-    """Judges the coherence, undefined if the network is not finite there."""
+    """Judges the coherence, undefined if the network cannot be trusted there."""
     matrix = np.asarray(coherence.coherence)
     far = np.triu(matrix > thresholds.max_distant_coherence, max(thresholds.distant, 1))
     flagged = [(int(i), int(j), float(matrix[i, j])) for i, j in np.argwhere(far)]
@@ -308,7 +307,7 @@ def _stability(
     checks = (
         *growth_checks(norms, thresholds),
         drift_check(leading, measurements, num_leading, thresholds),
-        lipschitz_check(lipschitz, thresholds),
+        lipschitz_check(lipschitz, measurements, thresholds),
     )
     return Stability(
         norms, leading, shell_drift(measurements), lipschitz, Verdict(checks)
@@ -319,8 +318,7 @@ def _shift_invariance(
     measurements: list[CouplingMeasurement], thresholds: Thresholds
 ) -> ShiftInvariance:
     central = [_central_residual(found.renormalized) for found in measurements]
-    fit = measurements[-1].diagonal_fit
-    checks = invariance_checks(central[-1], fit, thresholds)
+    checks = invariance_checks(central[-1], measurements[-1], thresholds)
     return ShiftInvariance(measurements, central, Verdict(checks))
 
 

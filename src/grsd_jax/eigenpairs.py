@@ -275,16 +275,28 @@ def _leading(
     band = np.zeros((min(2 * width, used), used))
     for offset, row in enumerate(band):
         row[: used - offset] = projected.diagonal(-offset)[: used - offset]
-    found: Any = scipy.linalg.eig_banded(
-        band,
-        lower=True,
-        select="i",
-        select_range=(max(used - num_pairs, 0), used - 1),
-        check_finite=False,
-    )
-    values, rotation = found[0][::-1], found[1][:, ::-1]
+    found = _band_pairs(band, min(num_pairs, used))
+    values, rotation = np.linalg.eigh(projected[:used]) if found is None else found
+    leading = slice(None, -num_pairs - 1, -1)
+    values, rotation = values[leading], rotation[:, leading]
     residuals = np.linalg.norm(projected[used:] @ rotation, axis=0)
     return values, rotation, residuals
+
+
+def _band_pairs(band: np.ndarray, wanted: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """Returns the largest values and their vectors; None if LAPACK does not find all.
+
+    Its bisection can lose one among copies of a value that rounding has split.
+    """
+    last = band.shape[1] - 1
+    try:
+        found: Any = scipy.linalg.eig_banded(
+            band, lower=True, select="i", select_range=(last + 1 - wanted, last)
+        )
+    except (np.linalg.LinAlgError, ValueError):
+        return None
+    values, rotation = found
+    return (values, rotation) if len(values) == wanted else None
 
 
 def _finish(state: LanczosState, check: _Check, num_columns: int) -> LeadingEigenpairs:

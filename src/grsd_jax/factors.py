@@ -25,6 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grsd_jax.memory import tree_bytes
+
 _einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 #: How much faster one large matrix product runs than the batched ones of `Outer`,
@@ -250,9 +252,10 @@ def for_products(factor: Factor, *, multiplied: bool = False) -> Factor:
     factor_size = positions * (inputs + q * outputs)
     small = row_size <= _ROW_BYTES * factor_size
     row_cost, factor_cost, similar_cost = _product_costs(factor)
-    if multiplied and similar_cost < min(row_cost, factor_cost):
+    rows = small and row_cost < factor_cost
+    if multiplied and similar_cost < (row_cost if rows else factor_cost):
         return factor.with_similarity()
-    return factor.as_rows() if small and row_cost < factor_cost else factor
+    return factor.as_rows() if rows else factor
 
 
 def for_gram(factor: Factor, num_examples: int) -> Factor:
@@ -279,6 +282,13 @@ def product_cost(factor: Factor) -> float:
         return _thin(factor)
     _, factor_cost, similar_cost = _product_costs(factor)
     return factor_cost if factor.similarity is None else similar_cost
+
+
+def product_bytes(factor: Factor) -> int:
+    """Returns the bytes that a product reads, of `for_products`' form."""
+    if isinstance(factor, Outer) and factor.similarity is not None:
+        return tree_bytes((factor.deltas, factor.similarity))
+    return tree_bytes(factor)
 
 
 def gram_cost(factor: Factor, num_examples: int) -> float:

@@ -354,18 +354,18 @@ def _tall_qr(block: jax.Array) -> tuple[jax.Array, jax.Array]:
         factorizations".
     """
     size, width = block.shape
-    number = -(-size // _QR_ROWS)
-    if number == 1 or 2 * width > _QR_ROWS:
+    if size <= _QR_ROWS or 2 * width > _QR_ROWS:
         return jnp.linalg.qr(block)
-    # Every number-th row, so that no piece is padded by more than one row of zeros; the
-    # reflections leave those zero even where a piece has dependent columns.
-    rows = -(-size // number)
-    padded = jnp.pad(block, ((0, rows * number - size), (0, 0)))
-    pieces = jnp.moveaxis(padded.reshape(rows, number, width), 1, 0)
-    inner, triangles = jnp.linalg.qr(pieces)
+    # The last piece is padded with zeros, which the reflections leave zero as long as
+    # it has no fewer rows of its own than columns.
+    candidates = range(_QR_ROWS, width, -1)
+    rows = next(r for r in candidates if (size - 1) % r + 1 >= width)
+    number = -(-size // rows)
+    padded = jnp.pad(block, ((0, number * rows - size), (0, 0)))
+    inner, triangles = jnp.linalg.qr(padded.reshape(number, rows, width))
     outer, triangular = _tall_qr(triangles.reshape(number * width, width))
     whole = _dot(inner, outer.reshape(number, width, width))
-    return jnp.moveaxis(whole, 0, 1).reshape(-1, width)[:size], triangular
+    return whole.reshape(-1, width)[:size], triangular
 
 
 def _project_out(basis: jax.Array, block: jax.Array) -> jax.Array:

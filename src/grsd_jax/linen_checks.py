@@ -43,7 +43,7 @@ def refuse_coupled_examples(next_fun: Any, args: Any, kwargs: Any, context: Any)
         elif isinstance(module, nn.BatchNorm):
             _check_batch_norm(module, args, kwargs)
         elif isinstance(module, _SLICED_NORMS):
-            _check_reduced_axes(module, args)
+            _check_reduced_axes(module, args[0] if args else kwargs.get("x"))
     return next_fun(*args, **kwargs)
 
 
@@ -68,11 +68,12 @@ def _check_batch_norm(module: nn.BatchNorm, args: Any, kwargs: Any) -> None:
         )
 
 
-def _check_reduced_axes(module: Any, args: Any) -> None:
+def _check_reduced_axes(module: Any, x: Any) -> None:
     axes = module.reduction_axes
-    if axes is None or not args:
+    # One axis is that of the features: of a parameter, or of one example under a vmap.
+    if axes is None or np.ndim(x) < 2:
         return
-    if any(int(axis) % args[0].ndim == 0 for axis in np.ravel(axes)):
+    if any(int(axis) % np.ndim(x) == 0 for axis in np.ravel(axes)):
         raise ValueError(
             "model: expected reduction_axes without axis 0, the examples, got "
             f"{axes} at {_place(module)}; it couples the examples, and each row of the "

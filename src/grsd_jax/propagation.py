@@ -12,6 +12,9 @@ import numpy as np
 
 from grsd_jax._checks import check_positive
 
+#: Relative rounding of the ratio of two logarithms.
+_ROUNDING = 1e-12
+
 
 class PropagationReport(NamedTuple):
     """Measured influence beside the bound of Proposition 2.
@@ -62,7 +65,8 @@ def interaction_range(constant: float, rho: float, epsilon: float) -> int | None
         check_positive(name, value)
     if rho >= 1:
         return None
-    return max(0, math.ceil(math.log(constant / epsilon) / math.log(1 / rho)))
+    ratio = math.log(constant / epsilon) / math.log(1 / rho)
+    return max(0, math.ceil(ratio * (1 - _ROUNDING)))
 
 
 def propagation_report(
@@ -80,7 +84,7 @@ def propagation_report(
         constant: c, from the norms of the local derivatives, never fitted to R.
         rho: The spectral radius.
         epsilon: The tolerance that defines the ranges.
-        rounding: Relative excess over the bound that counts as rounding.
+        rounding: Relative excess over the bound, or over eps, that counts as rounding.
 
     Returns:
         The comparison. ``rho >= 1`` is reported, not an error.
@@ -105,7 +109,7 @@ def propagation_report(
         ]
     )
     bound = constant * rho**distances
-    above = np.flatnonzero(~(profile <= epsilon))
+    above = np.flatnonzero(~(profile <= epsilon * (1 + rounding)))
     first = int(above[-1]) + 1 if len(above) else 0
     return PropagationReport(
         in_condition=rho < 1,

@@ -8,7 +8,7 @@ With f the operations of one batch's forward pass, q the outputs differentiated 
 | dense | ``6 C f`` | ``3 (1 + q) f`` |
 | and | ``6 n^2 P`` | three times the blocks' `gram_cost` |
 | Lanczos | ``4 f r`` | ``4 (1 + q) f`` and ``r`` times the blocks' `product_cost` |
-| and | ``6 f r`` | 1.5 times the same |
+| and | ``6 f r`` | 1.5 times the same, of pulls and pushes |
 
 A factored product of b columns also reads all factors once, which takes as long as 30
 operations a byte. Dense eigenvectors add ``70 n^3`` (they run at a small part of the
@@ -32,7 +32,13 @@ from grsd_jax.factored import (
     output_blocks,
     uses_factors,
 )
-from grsd_jax.factors import for_products, gram_cost, product_cost
+from grsd_jax.factors import (
+    Factor,
+    for_products,
+    gram_cost,
+    product_bytes,
+    product_cost,
+)
 from grsd_jax.kernel import REDUCTIONS
 from grsd_jax.memory import default_bytes, tree_bytes
 
@@ -61,24 +67,36 @@ class Estimate(NamedTuple):
     bytes: int
 
 
+class _Products(NamedTuple):
+    """What products of J ready for them take, of one batch.
+
+    Attributes:
+        column: Operations of one column's pull and push.
+        read: Operations that reading J once, for one product, is worth.
+        held: Bytes held.
+    """
+
+    column: float
+    read: float
+    held: int
+
+
 class _Costs(NamedTuple):
     """Operations and bytes of one batch.
 
     Attributes:
-        forward: The forward pass.
-        rows: What makes J ready: backward passes, written-out rows.
-        gram: The Gram product over one error space.
-        column: One column's pull and push.
-        held: Bytes that J ready for products takes.
-        read: Operations that reading J for one product is worth.
+        forward: Operations of the forward pass.
+        rows: Those of what makes J ready: backward passes, written-out rows.
+        gram: Those of the Gram product over one error space.
+        multiplied: Products ``J J^T V``.
+        pulled: Products of ``J^T V`` with another Jacobian, as for the derivative.
     """
 
     forward: float
     rows: float
     gram: float
-    column: float
-    held: int
-    read: float
+    multiplied: _Products
+    pulled: _Products
 
 
 def estimate_measurement(
@@ -127,16 +145,20 @@ def estimate_measurement(
     item = error.dtype.itemsize
     width = tree_bytes(params)
     dense = num_batches * 3 * (costs.rows + costs.gram)
-    product = costs.column + costs.read / block_size  # one column's share of it
-    lanczos = num_batches * (4 * costs.rows + 2.5 * num_columns * product)
+    products = costs.multiplied if reduction == "mean" else costs.pulled
+    column = sum(
+        factor * (kind.column + kind.read / block_size)  # a column's share of a read
+        for factor, kind in ((1.0, products), (1.5, costs.pulled))
+    )
+    lanczos = num_batches * (4 * costs.rows + num_columns * column)
     return {
         "dense": Estimate(
             dense + _EIGENVECTORS * size**3,
-            _DENSE_MATRICES * size**2 * item + 2 * costs.held,
+            _DENSE_MATRICES * size**2 * item + 2 * costs.pulled.held,
         ),
         "lanczos": Estimate(
             lanczos + 6.0 * size * num_columns**2,
-            3 * size * num_columns * item + num_batches * costs.held + 16 * width,
+            3 * size * num_columns * item + num_batches * products.held + 16 * width,
         ),
     }
 
@@ -201,14 +223,17 @@ def held_bytes(
     batches: PyTree,
     *,
     jacobian: JacobianForm = "auto",
+    multiplied: bool = False,
 ) -> int:
-    """Returns the bytes that `linearize_kernel` holds: factors, or residuals.
+    """Returns the bytes that J ready for products takes: factors, or residuals.
 
     Args:
         error_fn: ``error_fn(params, batch) -> [N, C]``.
         params: Parameters.
         batches: A pytree with leading axes ``[K, N]``.
         jacobian: ``"factored"``, ``"plain"`` or ``"auto"``.
+        multiplied: Whether for ``J J^T V`` on one device, as `linearize_kernel` does
+            for the mean, and not for ``J^T V`` alone.
 
     Returns:
         Bytes, for all K batches.
@@ -222,7 +247,7 @@ def held_bytes(
     num_batches, num_examples = check_batches(batches)
     num_outputs = check_problem(error_fn, params, batches).shape[1]
     costs = _batch_costs(error_fn, params, batches, num_examples, num_outputs, jacobian)
-    return num_batches * costs.held
+    return num_batches * (costs.multiplied if multiplied else costs.pulled).held
 
 
 def _batch_costs(
@@ -241,31 +266,38 @@ def _batch_costs(
     if not uses_factors(error_fn, jacobian):
         num_params = sum(np.size(leaf) for leaf in jax.tree.leaves(params))
         n = space_examples * num_outputs
+        held = tree_bytes(_residuals.eval_shape(as_pytree(error_fn), shapes, one_batch))
+        products = _Products(4 * forward, 0.0, held)
         return _Costs(
             forward=forward,
             rows=2 * num_outputs * forward,
             gram=2.0 * n * num_examples * num_outputs * num_params,
-            column=4 * forward,
-            held=tree_bytes(
-                _residuals.eval_shape(as_pytree(error_fn), shapes, one_batch)
-            ),
-            read=0.0,
+            multiplied=products,
+            pulled=products,
         )
     found, basis = _blocks.eval_shape(error_fn, shapes, one_batch)
-    blocks = [block for block in found if block is not None]
-    multiplied = space_examples == num_examples
+    blocks: list[Factor] = [block for block in found if block is not None]
+    gram = sum(gram_cost(block, space_examples) for block in blocks)
+    return _Costs(
+        forward=forward,
+        rows=(1 + basis.shape[1]) * forward,
+        gram=num_examples * gram,
+        multiplied=_factored_products(blocks, num_examples, multiplied=True),
+        pulled=_factored_products(blocks, num_examples, multiplied=False),
+    )
+
+
+def _factored_products(
+    blocks: list[Factor], num_examples: int, *, multiplied: bool
+) -> _Products:
     ready = jax.eval_shape(
         lambda parts: [for_products(part, multiplied=multiplied) for part in parts],
         blocks,
     )
-    q, held = basis.shape[1], tree_bytes(ready)
-    return _Costs(
-        forward=forward,
-        rows=(1 + q) * forward,
-        gram=num_examples * sum(gram_cost(block, space_examples) for block in blocks),
+    return _Products(
         column=num_examples * sum(product_cost(block) for block in ready),
-        held=held,
-        read=_READ * held,
+        read=_READ * sum(product_bytes(block) for block in ready),
+        held=tree_bytes(ready),
     )
 
 

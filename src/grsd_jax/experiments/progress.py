@@ -49,5 +49,6 @@ def progress_bar(iterable: Iterable[Any] | None = None, **options: Any) -> tqdm:
             "maxinterval": LOG_SECONDS,
             "ncols": 88,
             "leave": False,
+            "position": 0,  # a nested bar would move the cursor
         }
     return tqdm(iterable, **options)

@@ -55,6 +55,11 @@ def run_study(dataset: Dataset, config: Config, seeds: Sequence[int]) -> None:
             f"--num_shells: expected at least {widest}, the study's widest window, "
             f"got {config.num_shells}."
         )
+    if config.solver == "auto":
+        raise UserError(
+            "--solver: expected 'dense' or 'lanczos', so that the pairs do not change "
+            "with n by the way, got 'auto'."
+        )
     _check_settings(folder, dataset, config)
     accuracies, cells = {}, {}
     for position, seed in enumerate(seeds):
@@ -122,7 +127,11 @@ def _check_settings(folder: Path, dataset: Dataset, config: Config) -> None:
         for name, value in dataclasses.asdict(config).items()
         if name not in ("workdir", "data_dir", "seed", "model")
     }
-    told = json.dumps([settings, dataset.fingerprint, QUANTITIES], sort_keys=True)
+    plan = [choice._asdict() for choice in (*VARIATIONS, *BINNINGS, *CONTROLS)]
+    told = json.dumps(
+        [settings, dataset.fingerprint, QUANTITIES, NUM_REPLICATES, plan],
+        sort_keys=True,
+    )
     mark = hashlib.sha256(told.encode()).hexdigest()
     path = folder / "cells" / "settings.json"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -253,8 +253,9 @@ def draws_of(study: Study, choice: str, *, seed: int = 0) -> Draws:
         estimates = np.array([cell["quantities"][which] for cell in cells])
         spread = np.array([cell["replicates"][:, which] for cell in cells])
         spread = spread - np.nanmean(spread, axis=1, keepdims=True)
-        drawn = np.nanmean(estimates[picked] + spread[picked, halves], axis=1)
-        return np.concatenate([[np.nanmean(estimates)], drawn])
+        # Undefined for one seed is undefined; a half may have too few pairs.
+        drawn = np.mean(estimates[picked] + spread[picked, halves], axis=1)
+        return np.concatenate([[np.mean(estimates)], drawn])
 
     return draws
 
@@ -274,9 +275,9 @@ def cell_arrays(
         The arrays by name; those of the base if the choice does not concern the
         network.
     """
-    name = cell_name(seed, network, choice)
-    if name not in study.info["cells"]:
-        name = cell_name(seed, network, "base")
+    concerned = {v.name: v.networks for v in VARIATIONS} | {"literal": ()}
+    elsewhere = network not in concerned.get(choice, NETWORKS)
+    name = cell_name(seed, network, "base" if elsewhere else choice)
     return {
         key: study.arrays[f"{name}/{key}"]
         for key in ("quantities", "replicates", "windows", "values", "diagonal", "used")
@@ -314,7 +315,7 @@ def judge(claim: Claim, draws: Draws) -> Verdict:
 
 def _side(number: Interval, check: Check) -> str:
     """Says on which side of the threshold a whole interval lies, ``""`` if on both."""
-    if not np.isfinite(number.low):
+    if not np.isfinite(number).all() or number.low == number.high == check.threshold:
         return ""
     if check.at_most:
         low, high = number.low, number.high

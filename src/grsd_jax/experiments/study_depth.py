@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import scipy.stats
 
 from grsd_jax.experiments.config import RESIDUAL, TITLES
 from grsd_jax.experiments.study_claims import Check, Claim, Draws, judge
@@ -17,6 +18,9 @@ from grsd_jax.experiments.study_tables import claim_rows
 Row = Mapping[str, Any]
 
 _NUM_DRAWS = 4000
+
+#: What makes a network of a sweep, but for its depth and seed.
+_NETWORK = ("model", "branch_scale", "width", "activation")
 
 #: What should change with depth, and whether it should fall.
 _QUANTITIES: dict[str, tuple[str, Callable[[Row], float | None], bool]] = {
@@ -38,24 +42,29 @@ def depth_rows(sweep: Mapping[str, Any]) -> list[list[str]]:
         slope to 1 and R^2. The claim is about the residual networks; the verdict of
         the others says whether they do the same.
     """
-    groups: dict[tuple[str, float | None], list[Row]] = {}
+    groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in sweep["rows"]:
-        groups.setdefault((row["model"], row["branch_scale"]), []).append(row)
+        groups.setdefault(tuple(row[name] for name in _NETWORK), []).append(row)
+    several = [len({group[i] for group in groups}) > 1 for i in range(len(_NETWORK))]
     claims, found = [], {}
-    for (model, scale), members in groups.items():
-        claim = _claim(model, scale, sorted({row["depth"] for row in members}))
+    for group, members in groups.items():
+        model, scale, width, activation = group
+        title = TITLES[model] + (f", s = {scale:g}" if scale else "")
+        title += f", w = {width}" if several[2] else ""
+        title += f", {activation}" if several[3] and activation else ""
+        depths = sorted({row["depth"] for row in members})
+        claim = _claim(title, depths, claimed=model in RESIDUAL)
         claims.append(claim)
         found[claim.name] = judge(claim, _draws(members))
     return claim_rows(claims, found)
 
 
-def _claim(model: str, scale: float | None, depths: list[int]) -> Claim:
-    title = TITLES[model] + (f", s = {scale:g}" if scale else "")
+def _claim(title: str, depths: list[int], *, claimed: bool) -> Claim:
     told = ", ".join(str(depth) for depth in depths)
     return Claim(
         title,
         f"{title}: nearer to Condition 4 with depth {told}",
-        "Theorem 2" if model in RESIDUAL else "not claimed",
+        "Theorem 2" if claimed else "not claimed",
         tuple(
             Check(f"rank correlation, {text}", lambda q, n=name: q(n, ""), falls, 0.0)
             for name, (text, _, falls) in _QUANTITIES.items()
@@ -92,15 +101,20 @@ def _distance(slope: float | None) -> float | None:
 def rank_correlation(x: list[Any], y: list[Any]) -> float:
     """Returns Spearman's rank correlation of the pairs whose y is defined.
 
+    Equal numbers share the mean of their ranks.
+
     Args:
         x: Numbers.
         y: Numbers, or None.
 
     Returns:
-        A number between -1 and 1; NaN with fewer than three pairs.
+        A number between -1 and 1; NaN with fewer than three pairs, or if all x or all y
+        are equal.
     """
     pairs = [(a, b) for a, b in zip(x, y, strict=True) if b is not None]
     if len(pairs) < 3:
         return float("nan")
-    ranks = np.argsort(np.argsort(np.array(pairs, np.float64), axis=0), axis=0)
+    ranks = scipy.stats.rankdata(np.array(pairs, np.float64), axis=0)
+    if np.any(ranks.std(axis=0) == 0):
+        return float("nan")
     return float(np.corrcoef(ranks.T)[0, 1])

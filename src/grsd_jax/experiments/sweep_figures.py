@@ -1,8 +1,8 @@
 """The figures and the table of a sweep, from ``sweep.json`` alone.
 
-Every line is a network and a branch scale; it goes through the mean over seeds (and
-widths and activations, where there are several), in a band from the smallest to the
-largest. What a cell could not measure is left out.
+Every line is a network at one width, activation and branch scale; it goes through the
+mean over seeds, in a band from the smallest to the largest. What a cell could not
+measure is left out.
 """
 
 import math
@@ -21,12 +21,13 @@ from grsd_jax.experiments.results import finite
 from grsd_jax.experiments.tables import aligned
 
 _LINES = ("-", "--", ":", "-.")
+_FILLS = ("full", "none", "left", "top", "bottom")
 
 Row = Mapping[str, Any]
 
 
 class _Line(NamedTuple):
-    """One network at one branch scale."""
+    """One network, whatever its depth and seed."""
 
     label: str
     rows: list[Row]
@@ -124,17 +125,37 @@ def _rows(results: Any) -> list[Row]:
 
 
 def _lines(rows: Sequence[Row], *, by_scale: bool = True) -> list[_Line]:
-    groups: dict[tuple[str, float | None], list[Row]] = {}
+    """Groups the rows by all that makes a network but its depth and seed."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         scale = finite(row.get("branch_scale")) if by_scale else None
-        groups.setdefault((row["model"], scale), []).append(row)
-    scales = sorted({s for _, s in groups if s is not None})
+        kind = (row["model"], scale, row.get("width"), row.get("activation"))
+        groups.setdefault(kind, []).append(row)
+    scales = sorted({kind[1] for kind in groups if kind[1] is not None})
+    widths = sorted({kind[2] for kind in groups if kind[2] is not None})
+    activations = sorted({kind[3] for kind in groups if kind[3]})
     lines = []
-    for (model, scale), members in groups.items():
+    for (model, scale, width, activation), members in groups.items():
         color, marker, _ = LOOKS[model, "own"]
-        dash = _LINES[scales.index(scale) % len(_LINES)] if scale is not None else "-"
-        label = model if scale is None else f"{model}, s = {scale:g}"
-        look = {"color": color, "marker": marker, "linestyle": dash, "markersize": 3}
+        label, dash, alpha = model, "-", 1.0
+        if scale is not None:
+            label += f", s = {scale:g}"
+            dash = _LINES[scales.index(scale) % len(_LINES)]
+        if len(widths) > 1 and width is not None:
+            label += f", w = {width}"
+            alpha = 1 - 0.6 * widths.index(width) / len(widths)
+        fill = "full"
+        if len(activations) > 1 and activation:
+            label += f", {activation}"
+            fill = _FILLS[activations.index(activation) % len(_FILLS)]
+        look = {
+            "color": color,
+            "marker": marker,
+            "linestyle": dash,
+            "markersize": 3,
+            "alpha": alpha,
+            "fillstyle": fill,
+        }
         lines.append(_Line(label, members, look))
     return lines
 

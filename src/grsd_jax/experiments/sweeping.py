@@ -10,6 +10,7 @@ import csv
 import dataclasses
 import math
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -101,20 +102,30 @@ def run_sweep(dataset: Dataset, config: SweepConfig) -> dict[str, Any]:
         "derivative": "exact",
         "rows": [],
     }
+    paths = {cell: folder / "cells" / f"{cell.name}.json" for cell in cells}
+    marks = {
+        cell: cell_fingerprint(cell, config, dataset.fingerprint) for cell in cells
+    }
+    rows = {cell: _finished(paths[cell], marks[cell]) for cell in cells}
+    _write(folder, results, rows)
     with progress_bar(cells, desc="sweep", unit="cell") as progress:
         for cell in progress:
-            progress.set_postfix_str(cell.name)
-            path = folder / "cells" / f"{cell.name}.json"
-            mark = cell_fingerprint(cell, config, dataset.fingerprint)
-            row = _finished(path, mark)
-            if row is None:
-                row = measure_cell(cell, dataset, config, optimizer)
-                records.write_json(path, {"fingerprint": mark, "row": row})
-            results["rows"].append(row)
-            # After every cell, so that a killed sweep can be looked at.
-            write_table(folder / "sweep.csv", results["rows"])
-            records.write_json(folder / "sweep.json", results)
+            progress.set_postfix_str(cell.name, refresh=False)
+            if rows[cell] is None:
+                rows[cell] = measure_cell(cell, dataset, config, optimizer)
+                done = {"fingerprint": marks[cell], "row": rows[cell]}
+                records.write_json(paths[cell], done)
+                _write(folder, results, rows)
     return results
+
+
+def _write(
+    folder: Path, results: dict[str, Any], rows: Mapping[Cell, Row | None]
+) -> None:
+    """Writes both files with the rows that are there, so that a killed sweep shows."""
+    results["rows"] = [row for row in rows.values() if row is not None]
+    write_table(folder / "sweep.csv", results["rows"])
+    records.write_json(folder / "sweep.json", results)
 
 
 def measure_cell(
