@@ -191,7 +191,8 @@ def test_a_lanczos_step_keeps_the_basis_where_it_lies():
         held[count] = memory.argument_size_in_bytes
         gathered = re.findall(r"f32\[([\d,]+)\][^=]*all-gather\(", compiled.as_text())
         sizes = [np.prod([int(n) for n in shape.split(",")]) for shape in gathered]
-        assert all(found <= size * width for found in sizes), gathered
+        # Of the new block the triangles of its pieces, of the basis nothing.
+        assert all(found <= size // 256 * width**2 for found in sizes), gathered
     for count in (2, 4, 8):
         assert held[count] * count < 1.1 * held[1], held
         assert flops[count] * count < 1.3 * flops[1], flops
