@@ -48,7 +48,7 @@ class Binning(NamedTuple):
     control: str | None = None
 
 
-#: The first is the base, from which each other one differs in one choice.
+#: The first is the base, from which each other one but the last differs in one choice.
 VARIATIONS = (
     Variation("base", "as stated"),
     Variation(
@@ -74,6 +74,12 @@ VARIATIONS = (
     Variation("stack", "one stack of the batches", {"reduction": "stack"}),
     Variation("lanczos", "leading pairs by Lanczos", {"solver": "lanczos"}),
     Variation("training", "training images", training=True),
+    Variation(
+        "paper",
+        "the paper's three: weights, difference, Lanczos",
+        {"derivative": "finite_difference", "solver": "lanczos"},
+        protocol="shared",
+    ),
 )
 
 #: Made from the base measurement, without another.
