@@ -222,7 +222,7 @@ def test_coupled_or_random_examples_are_refused(layer, message, jacobian):
         params = state.pop("params")
         batches = {"image": x, "label": jnp.zeros((1, N), jnp.int32)}
         error_fn = models.linen_error_fn(model, state)
-        with pytest.raises(ValueError, match=f"model: .*{message}.*'layer'"):
+        with pytest.raises(ValueError, match=f"model: .*{message}.*'layer"):
             grsd_jax.kernel_dense(error_fn, params, batches, jacobian=jacobian)
         loss_fn = models.linen_loss_fn(model, state)
         with pytest.raises(ValueError, match=message):

@@ -133,7 +133,7 @@ sys.meta_path.insert(0, Blocker())
 """
 
 
-def test_import_needs_jax_and_numpy_alone_and_leaves_the_config_as_it_is():
+def test_import_needs_jax_numpy_and_scipy_alone_and_leaves_the_config_as_it_is():
     outcome = run_python(
         BLOCKER
         + """
@@ -165,8 +165,8 @@ def test_only_public_jax_is_used(path):
 
 
 @pytest.mark.parametrize("path", NUMERICAL, ids=lambda path: path.stem)
-def test_numerical_modules_import_jax_and_numpy_alone(path):
-    allowed = {"jax", "numpy", "grsd_jax", *sys.stdlib_module_names}
+def test_numerical_modules_import_jax_numpy_and_scipy_alone(path):
+    allowed = {"jax", "numpy", "scipy", "grsd_jax", *sys.stdlib_module_names}
     assert top_level(path) <= allowed
 
 

@@ -188,6 +188,7 @@ def fake_rows():
             for seed in (0, 1, 2):
                 row = dict.fromkeys(sweeping.COLUMNS, 0.5 + 0.1 * seed)
                 row |= {"model": model, "depth": depth, "branch_scale": scale}
+                row |= {"width": 16, "activation": "gelu"}
                 rows.append(row | {"seed": seed, "slope": depth + seed})
     rows[0]["slope"] = None  # what is undefined is left out
     return rows

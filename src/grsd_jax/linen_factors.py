@@ -210,6 +210,7 @@ def _record(
     The record travels in a variable collection, as lifted transforms need; a transform
     that does not pass it on leaves its layers unrecorded.
     """
+    num_examples = jax.tree.leaves(batch)[0].shape[0]
 
     def interceptor(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module
@@ -219,6 +220,8 @@ def _record(
         if own_params is not None and module.path in own_params[0]:
             return called_with(module, _at(own_params[1], module.path), args, kwargs)
         output = next_fun(*args, **kwargs)
+        if args and not _holds_examples(module, args[0], num_examples):
+            return output  # inside a vmap over the examples: left to the plain path
         inputs = reader(module, args, kwargs, output)
         if inputs is None:
             return output
@@ -234,6 +237,13 @@ def _record(
     with nn.intercept_methods(interceptor):
         error, recorded = error_fn.recording(params, batch, _RECORD)
     return error, dict(_calls(recorded))
+
+
+def _holds_examples(module: nn.Module, x: Any, num_examples: int) -> bool:
+    """Whether an input has an axis of examples, and features unless it is indices."""
+    shape = np.shape(x)
+    features = len(shape) > 1 or isinstance(module, nn.Embed)
+    return features and shape[:1] == (num_examples,)
 
 
 def _calls(
