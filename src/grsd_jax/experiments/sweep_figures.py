@@ -262,6 +262,11 @@ def _scale(lines: Sequence[_Line], depth: int) -> Figure:
     for axis, (key, title) in zip(axes, panels, strict=True):
         _draw(axis, lines, "branch_scale", key, title)
         axis.set(xscale="log", xlabel="branch scale s")
+        ticks = sorted(
+            {at for line in lines for at in line.band("branch_scale", key)[:, 0]}
+        )
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.minorticks_off()
     for axis in (*axes[1:3], axes[5]):
         axis.set_yscale("log")
     scales = [
