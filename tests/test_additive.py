@@ -83,6 +83,7 @@ def test_total_is_the_measurement_of_the_whole(mlp):
     for measured in got.layers.values():
         assert bool(measured.finite)
         assert np.isnan(measured.operator_disagreement)
+    assert got.total.operator_disagreement < 1e-5
 
 
 def test_layers_have_their_own_spectra(mlp):

@@ -118,16 +118,10 @@ def measure_layers(
 
     kernels, moved = (list(part) for part in zip(*matrices.values(), strict=True))
     total = measure(sum(kernels[1:], kernels[0]), sum(moved[1:], moved[0]))
-    total = dataclasses.replace(
-        total,
-        operator_disagreement=_disagreement(
-            kernel_matmat(
-                error_fn, params, batches, total.vectors[:, :1], reduction=reduction
-            ),
-            total.vectors[:, :1],
-            total.values[0],
-        ),
-    )
+    leading = total.vectors[:, :1]
+    product = kernel_matmat(error_fn, params, batches, leading, reduction=reduction)
+    disagreement = _disagreement(product, leading, total.values[0])
+    total = dataclasses.replace(total, operator_disagreement=disagreement)
     average = _average(
         moved, total.vectors, total.values, total.shells,
         window=window, min_count=min_count,
