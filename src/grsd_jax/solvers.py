@@ -85,14 +85,12 @@ class _Costs(NamedTuple):
     """Operations and bytes of one batch.
 
     Attributes:
-        forward: Operations of the forward pass.
-        rows: Those of what makes J ready: backward passes, written-out rows.
+        rows: Operations of what makes J ready: backward passes, written-out rows.
         gram: Those of the Gram product over one error space.
         multiplied: Products ``J J^T V``.
         pulled: Products of ``J^T V`` with another Jacobian, as for the derivative.
     """
 
-    forward: float
     rows: float
     gram: float
     multiplied: _Products
@@ -269,7 +267,6 @@ def _batch_costs(
         held = tree_bytes(_residuals.eval_shape(as_pytree(error_fn), shapes, one_batch))
         products = _Products(4 * forward, 0.0, held)
         return _Costs(
-            forward=forward,
             rows=2 * num_outputs * forward,
             gram=2.0 * n * num_examples * num_outputs * num_params,
             multiplied=products,
@@ -279,7 +276,6 @@ def _batch_costs(
     blocks: list[Factor] = [block for block in found if block is not None]
     gram = sum(gram_cost(block, space_examples) for block in blocks)
     return _Costs(
-        forward=forward,
         rows=(1 + basis.shape[1]) * forward,
         gram=num_examples * gram,
         multiplied=_factored_products(blocks, num_examples, multiplied=True),

@@ -114,7 +114,6 @@ def rank_correlation(x: list[Any], y: list[Any]) -> float:
     pairs = [(a, b) for a, b in zip(x, y, strict=True) if b is not None]
     if len(pairs) < 3:
         return float("nan")
-    ranks = scipy.stats.rankdata(np.array(pairs, np.float64), axis=0)
-    if np.any(ranks.std(axis=0) == 0):
+    if any(len(set(values)) == 1 for values in zip(*pairs, strict=True)):
         return float("nan")
-    return float(np.corrcoef(ranks.T)[0, 1])
+    return float(scipy.stats.spearmanr(pairs).statistic)
