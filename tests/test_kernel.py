@@ -88,16 +88,16 @@ def test_eager_products_take_the_columns_that_stay_in_the_caches(
         np.random.default_rng(0).normal(size=(kernel.dimension, 6)), jnp.float32
     )
     expected = jax.jit(lambda k, v: k.matmat(v))(kernel, block)
-    pulled, pull = [], _jacobian._pull
+    taken, multiply = [], _jacobian._multiply
 
     def spy(pullback, columns):
-        pulled.append(columns.shape[-1])
-        return pull(pullback, columns)
+        taken.append(columns.shape[-1])
+        return multiply(pullback, columns)
 
     monkeypatch.setattr(_jacobian, "_CACHED_BYTES", limit)
-    monkeypatch.setattr(_jacobian, "_pull", spy)
+    monkeypatch.setattr(_jacobian, "_multiply", spy)
     assert relative_error(kernel.matmat(block), expected) < 1e-5
-    assert pulled == [6 // products] * products * len(kernel.jacobians)
+    assert taken == [6 // products] * products * len(kernel.jacobians)
 
 
 def test_new_parameters_and_state_do_not_trace_the_error_again():

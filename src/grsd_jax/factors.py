@@ -54,6 +54,9 @@ class Rows:
 
     def push(self, tangents: jax.Array) -> jax.Array:
         """Computes ``J G`` of what `pull` returns, as ``[N, q, b]``."""
+        # Where XLA sees the pull as well, it has that write the layout which suits the
+        # push, at the price of a transposed copy of the rows.
+        tangents = jax.lax.optimization_barrier(tangents)
         return _einsum("nqp,bp->nqb", self.rows, tangents)
 
     def multiply(self, columns: jax.Array) -> jax.Array:

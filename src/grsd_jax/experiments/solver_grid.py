@@ -59,7 +59,7 @@ def grid() -> list[Point]:
         The grid; it straddles the crossing of the two solvers' times.
     """
     sizes = [("mlp", w, n) for w in (32, 256) for n in (16, 64, 160)]
-    sizes += [("resnet18", w, n) for w, n in ((2, 16), (2, 48), (6, 16))]
+    sizes += [("resnet18", w, n) for w, n in ((2, 16), (2, 48), (6, 16), (8, 64))]
     return [
         Point(*size, columns, jacobian)
         for size in sizes
