@@ -1,9 +1,7 @@
-import jax
 import jax.numpy as jnp
 import pytest
 
-import grsd_jax
-from grsd_jax import choose_solver, class_sums_vanish
+from grsd_jax import choose_solver
 from grsd_jax.solvers import estimate_measurement
 from oracles import problem
 
@@ -38,23 +36,13 @@ def test_narrow_blocks_read_the_factors_more_often():
         )
         return found["lanczos"].operations
 
-    assert cost(1, "factored") > 2 * cost(8, "factored")
-    assert cost(1, "plain") == cost(8, "plain")
+    steps_alone = cost(1, "plain") - cost(8, "plain")
+    assert cost(1, "factored") - cost(8, "factored") > steps_alone > 0
 
 
 def test_networks_with_few_examples_are_dense():
     error_fn, params, batches, _ = problem("resnet18", jnp.float32)
     assert choose_solver(error_fn, params, batches, num_columns=8) == "dense"
-
-
-@pytest.mark.parametrize(
-    ("error", "expected"),
-    [(grsd_jax.softmax_error, True), (grsd_jax.squared_error, False)],
-)
-def test_null_space_of_the_softmax_error_is_found(error, expected):
-    error_fn, params, batches, _ = problem("mlp", jnp.float32, error=error)
-    got = class_sums_vanish(error_fn, params, batches, jax.random.key(0))
-    assert bool(got) is expected
 
 
 def test_bad_input_is_named():

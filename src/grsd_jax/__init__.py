@@ -93,6 +93,7 @@ from grsd_jax.lanczos import (
     lanczos_step,
 )
 from grsd_jax.measurement import measure_coupling
+from grsd_jax.null_space import class_sums_vanish
 from grsd_jax.power_law import PowerLawFit, fit_power_law
 from grsd_jax.probe import Probe, make_probe
 from grsd_jax.propagation import (
@@ -113,7 +114,7 @@ from grsd_jax.shells import (
     log_shells,
     shell_coupling,
 )
-from grsd_jax.solvers import choose_solver, class_sums_vanish
+from grsd_jax.solvers import choose_solver
 from grsd_jax.spectrum import (
     RitzPairs,
     SpectralDensity,

@@ -192,20 +192,8 @@ def central_difference(
     if step is None:
         step = default_step(jnp.result_type(*jax.tree.leaves(params)))
     check_positive("step", step)
-    size, speed = _norm(params), _norm(direction)
-    usable = (size > 0) & (speed > 0)
-    h = step * jnp.where(usable, size, 1) / jnp.where(usable, speed, 1)
-
-    def at(sign: int) -> jax.Array:
-        return fn(
-            jax.tree.map(
-                lambda p, d: p + (sign * h).astype(p.dtype) * d.astype(p.dtype),
-                params,
-                direction,
-            )
-        )
-
-    forward, backward = at(1), at(-1)
+    h = step * _relative_length(params, direction)
+    forward, backward = (fn(_shifted(params, direction, by)) for by in (h, -h))
     return (forward - backward) / (2 * h).astype(forward.dtype)
 
 
@@ -318,6 +306,22 @@ def like_params(direction: PyTree, params: PyTree) -> PyTree:
     """Gives the leaves of ``direction`` the dtypes of ``params``."""
     return jax.tree.map(
         lambda d, p: jnp.asarray(d).astype(jnp.result_type(p)), direction, params
+    )
+
+
+# Jitted: an operation for each leaf, one by one, would cost more than the products.
+@jax.jit
+def _relative_length(params: PyTree, direction: PyTree) -> jax.Array:
+    """Computes ``|theta| / |d|``, 1 where one of them vanishes."""
+    size, speed = _norm(params), _norm(direction)
+    usable = (size > 0) & (speed > 0)
+    return jnp.where(usable, size, 1) / jnp.where(usable, speed, 1)
+
+
+@jax.jit
+def _shifted(params: PyTree, direction: PyTree, by: jax.Array) -> PyTree:
+    return jax.tree.map(
+        lambda p, d: p + by.astype(p.dtype) * d.astype(p.dtype), params, direction
     )
 
 

@@ -30,7 +30,8 @@ from grsd_jax.factored import JacobianForm, uses_factors
 from grsd_jax.kernel import REDUCTIONS, error_dimension
 from grsd_jax.lanczos import LanczosResult, block_lanczos
 from grsd_jax.memory import default_bytes, naming_what_to_lower
-from grsd_jax.solvers import SOLVERS, choose_solver, class_sums_vanish
+from grsd_jax.null_space import class_sums_vanish
+from grsd_jax.solvers import SOLVERS, choose_solver
 from grsd_jax.spectrum import RitzPairs, resolved_pairs, ritz_pairs, rounding_bound
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -345,6 +346,7 @@ def _problem_finite(problem: Problem) -> jax.Array:
     return _all_finite((errors, problem.params, problem.direction))
 
 
+@jax.jit
 def _all_finite(tree: PyTree) -> jax.Array:
     checks = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
     return jnp.all(jnp.stack(checks))

@@ -1,19 +1,23 @@
-"""Which solver is cheaper, by operations and memory; and null spaces.
+"""Which solver is cheaper, by operations and memory.
 
-With f the operations of one batch's forward pass, q the outputs differentiated (C, or
-``C - 1`` for a softmax error), and r Krylov columns, one batch takes, with derivative:
+A pass g through the network is its floating-point operations, and 7 for each byte that
+it accesses, by the compiler's count of both; small networks are bound by the latter.
+With q the outputs differentiated (C, or ``C - 1`` for a softmax error) and r Krylov
+columns, b at a time, one batch takes, with derivative:
 
 | | plain | factored |
 | :--- | :--- | :--- |
-| dense | ``6 C f`` | ``3 (1 + q) f`` |
-| and | ``6 n^2 P`` | three times the blocks' `gram_cost` |
-| Lanczos | ``4 f r`` | ``4 (1 + q) f`` and ``r`` times the blocks' `product_cost` |
-| and | ``6 f r`` | 1.5 times the same, of pulls and pushes |
+| dense | ``6 C g`` | ``4.5 (1 + q) g`` |
+| and | ``3 n^2 P`` | 1.5 times the blocks' `gram_cost` |
+| Lanczos | ``4 g r`` | ``6 (1 + q) g`` and ``r / 2`` times the blocks' `product_cost` |
+| and | ``6 g r`` | 1.5 times the latter, of pulls and pushes |
 
-A factored product of b columns also reads all factors once, which takes as long as 30
-operations a byte. Dense eigenvectors add ``70 n^3`` (they run at a small part of the
-products' rate), the basis of Lanczos ``6 n r^2``. The counts of rows and of factors are
-in `factors`.
+Large matrix products count half, since they run at twice the rate of a network. What is
+written or read of J counts by the byte: 150 where it is made (three times for the dense
+matrices, four for factors), 40 for each factored product. The dense eigenvectors add
+``20 n^3``, the basis of Lanczos ``6 n r^2 + 5000 n r`` and 1.5e8 for each step. These
+numbers were fitted to measured times (``scripts/solver_grid.py``); the counts of rows
+and of factors are in `factors`.
 """
 
 import functools
@@ -24,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grsd_jax._checks import check_at_least, check_batches, check_choice
-from grsd_jax._jacobian import as_pytree, check_problem, split_batches
+from grsd_jax._jacobian import as_pytree, check_problem
 from grsd_jax._typing import ErrorFn, PyTree, Reduction
 from grsd_jax.factored import (
     FactoredErrorFn,
@@ -47,12 +51,21 @@ SOLVERS = ("auto", "dense", "lanczos")
 #: n x n arrays alive at once in the dense solver: M, Mdot, V, and work space.
 _DENSE_MATRICES = 8
 
-#: Operations in the time that a byte of factors takes to be read for one product: two
-#: cores took 45 ms and 5.2 ms a column with 230 MB of factors and 8e8 operations.
-_READ = 30.0
+#: Operations that take as long as the eigenvectors, over n^3.
+_EIGENVECTORS = 20.0
 
-#: Operations of the eigenvectors over n^3, at the rate of convolutions.
-_EIGENVECTORS = 70.0
+#: As a step of Lanczos, and as an entry of its basis.
+_STEP, _ENTRY = 1.5e8, 5000.0
+
+#: As a byte that a pass through the network accesses, that is written of J, and that a
+#: factored product reads.
+_ACCESS, _WRITE, _READ = 7.0, 150.0, 40.0
+
+#: As one operation of a large matrix product.
+_PRODUCT = 0.5
+
+#: As one pass of those that make factors, which keep all they see.
+_KEPT_PASS = 1.5
 
 
 class Estimate(NamedTuple):
@@ -85,13 +98,15 @@ class _Costs(NamedTuple):
     """Operations and bytes of one batch.
 
     Attributes:
-        rows: Operations of what makes J ready: backward passes, written-out rows.
+        rows: Operations of what makes J: backward passes, and writing it down.
+        prepared: The same where J is made once for products; none if it is not held.
         gram: Those of the Gram product over one error space.
         multiplied: Products ``J J^T V``.
         pulled: Products of ``J^T V`` with another Jacobian, as for the derivative.
     """
 
     rows: float
+    prepared: float
     gram: float
     multiplied: _Products
     pulled: _Products
@@ -109,8 +124,8 @@ def estimate_measurement(
 ) -> dict[str, Estimate]:
     """Estimates what a measurement with exact derivative takes, from shapes alone.
 
-    The counts of operations are those of the module's docstring; the forward pass's
-    come from the compiler's own cost analysis.
+    The counts are those of the module's docstring; a pass's come from the compiler's
+    own cost analysis.
 
     Args:
         error_fn: ``error_fn(params, batch) -> [N, C]``.
@@ -148,14 +163,16 @@ def estimate_measurement(
         factor * (kind.column + kind.read / block_size)  # a column's share of a read
         for factor, kind in ((1.0, products), (1.5, costs.pulled))
     )
-    lanczos = num_batches * (4 * costs.rows + num_columns * column)
+    lanczos = num_batches * (4 * costs.prepared + num_columns * column)
+    basis = 6.0 * size * num_columns**2 + _ENTRY * size * num_columns
+    steps = -(-num_columns // block_size)
     return {
         "dense": Estimate(
             dense + _EIGENVECTORS * size**3,
             _DENSE_MATRICES * size**2 * item + 2 * costs.pulled.held,
         ),
         "lanczos": Estimate(
-            lanczos + 6.0 * size * num_columns**2,
+            lanczos + basis + _STEP * steps,
             3 * size * num_columns * item + num_batches * products.held + 16 * width,
         ),
     }
@@ -258,94 +275,45 @@ def _batch_costs(
 ) -> _Costs:
     """Counts one batch, in an error space of ``space_examples`` examples."""
     _, num_examples = check_batches(batches)
-    forward = _forward_flops(error_fn, params, batches)
+    forward = _pass_cost(error_fn, params, batches)
     one_batch = jax.tree.map(lambda leaf: _struct(leaf, drop=1), batches)
     shapes = jax.tree.map(_struct, params)
     if not uses_factors(error_fn, jacobian):
         num_params = sum(np.size(leaf) for leaf in jax.tree.leaves(params))
-        n = space_examples * num_outputs
+        n, rows = space_examples * num_outputs, num_examples * num_outputs
+        item = jax.tree.leaves(shapes)[0].dtype.itemsize
         held = tree_bytes(_residuals.eval_shape(as_pytree(error_fn), shapes, one_batch))
         products = _Products(4 * forward, 0.0, held)
         return _Costs(
-            rows=2 * num_outputs * forward,
-            gram=2.0 * n * num_examples * num_outputs * num_params,
+            rows=2 * num_outputs * forward + _WRITE * rows * num_params * item,
+            prepared=0.0,
+            gram=_PRODUCT * 2.0 * n * rows * num_params,
             multiplied=products,
             pulled=products,
         )
     found, basis = _blocks.eval_shape(error_fn, shapes, one_batch)
     blocks: list[Factor] = [block for block in found if block is not None]
     gram = sum(gram_cost(block, space_examples) for block in blocks)
+    pulled = _factored_products(blocks, num_examples, multiplied=False)
+    made = _KEPT_PASS * (1 + basis.shape[1]) * forward + _WRITE * pulled.held
     return _Costs(
-        rows=(1 + basis.shape[1]) * forward,
-        gram=num_examples * gram,
+        rows=made,
+        prepared=made,
+        gram=_PRODUCT * num_examples * gram,
         multiplied=_factored_products(blocks, num_examples, multiplied=True),
-        pulled=_factored_products(blocks, num_examples, multiplied=False),
+        pulled=pulled,
     )
 
 
 def _factored_products(
     blocks: list[Factor], num_examples: int, *, multiplied: bool
 ) -> _Products:
-    ready = jax.eval_shape(
-        lambda parts: [for_products(part, multiplied=multiplied) for part in parts],
-        blocks,
-    )
+    ready = _ready.eval_shape(blocks, multiplied=multiplied)
     return _Products(
-        column=num_examples * sum(product_cost(block) for block in ready),
+        column=_PRODUCT * num_examples * sum(product_cost(block) for block in ready),
         read=_READ * sum(product_bytes(block) for block in ready),
         held=tree_bytes(ready),
     )
-
-
-def class_sums_vanish(
-    error_fn: ErrorFn, params: PyTree, batches: PyTree, key: jax.Array
-) -> jax.Array:
-    """Finds out whether ``sum_c de_ic / dtheta = 0``, as for a softmax error.
-
-    Then the constant over classes is an exact null vector of M for every example. An
-    error function whose outputs lie in fewer directions says so itself. Else a random
-    tangent u decides it: ``sum_c (J u)_ic`` vanishes with probability one only if every
-    row sum does.
-
-    Args:
-        error_fn: ``error_fn(params, batch) -> [N, C]``.
-        params: Parameters.
-        batches: A pytree with leading axes ``[K, N]``; the first batch is used.
-        key: Consumed for the tangent.
-
-    Returns:
-        [] bool.
-
-    References:
-        Paper 7.1; the observation is ours.
-    """
-    if uses_factors(error_fn, "auto"):
-        num_outputs = check_problem(error_fn, params, batches).shape[1]
-        if error_fn.output_basis(num_outputs).shape[1] < num_outputs:
-            return jnp.asarray(True)
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(key, len(leaves))
-    tangent = [
-        jax.random.normal(k, np.shape(leaf), jnp.result_type(leaf))
-        for k, leaf in zip(keys, leaves, strict=True)
-    ]
-    return _class_sums_vanish(
-        as_pytree(error_fn),
-        params,
-        split_batches(batches)[0],
-        jax.tree.unflatten(tree, tangent),
-    )
-
-
-@jax.jit
-def _class_sums_vanish(
-    error_fn: ErrorFn, params: PyTree, batch: PyTree, tangent: PyTree
-) -> jax.Array:
-    # J u as the transpose of the pullback, which custom VJPs have and JVPs lack.
-    error, pullback = jax.vjp(lambda p: error_fn(p, batch), params)
-    moved = jax.linear_transpose(lambda u: pullback(u)[0], error)(tangent)[0]
-    tolerance = 100 * jnp.finfo(moved.dtype).eps * jnp.max(jnp.abs(moved))
-    return jnp.max(jnp.abs(jnp.sum(moved, axis=1))) <= tolerance
 
 
 # Jitted, so that the shapes of a problem are traced once.
@@ -359,25 +327,31 @@ def _blocks(error_fn: FactoredErrorFn, params: PyTree, batch: PyTree) -> Any:
     return output_blocks(error_fn, params, batch)
 
 
-def _forward_flops(error_fn: ErrorFn, params: PyTree, batches: PyTree) -> float:
-    """Returns the operations of one batch's error; 2 P N if the backend is silent."""
+@functools.partial(jax.jit, static_argnames="multiplied")
+def _ready(blocks: list[Factor], *, multiplied: bool) -> list[Factor]:
+    return [for_products(block, multiplied=multiplied) for block in blocks]
+
+
+def _pass_cost(error_fn: ErrorFn, params: PyTree, batches: PyTree) -> float:
+    """Returns the cost of one batch's error; 2 P N if the backend is silent."""
     one_batch = jax.tree.map(lambda leaf: _struct(leaf, drop=1), batches)
     arguments = (as_pytree(error_fn), jax.tree.map(_struct, params), one_batch)
     leaves, tree = jax.tree.flatten(jax.tree.map(_struct, arguments))
-    flops = _counted_flops(tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
-    if flops > 0:
-        return flops
+    counted = _counted(tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
+    if counted > 0:
+        return counted
     num_params = sum(np.size(leaf) for leaf in jax.tree.leaves(params))
     return 2.0 * num_params * check_batches(batches)[1]
 
 
 @functools.lru_cache(maxsize=64)
-def _counted_flops(tree: Any, avals: tuple[tuple[Any, Any], ...]) -> float:
+def _counted(tree: Any, avals: tuple[tuple[Any, Any], ...]) -> float:
     leaves = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in avals]
     error_fn, params, batch = jax.tree.unflatten(tree, leaves)
     lowered = jax.jit(lambda f, p, x: f(p, x)).lower(error_fn, params, batch)
     analysis = lowered.cost_analysis() or {}
-    return float(analysis.get("flops", 0.0))
+    flops, accessed = (analysis.get(key, 0.0) for key in ("flops", "bytes accessed"))
+    return float(flops) + _ACCESS * float(accessed)
 
 
 def _struct(leaf: Any, drop: int = 0) -> jax.ShapeDtypeStruct:
