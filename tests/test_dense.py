@@ -51,9 +51,13 @@ def test_the_bound_is_a_share_of_the_free_memory_by_default(mlp, monkeypatch):
     assert set(bounds) == {5}
 
 
-@pytest.mark.parametrize(("examples", "chunk"), [(5, 5), (32, 8), (160, 20), (512, 32)])
-def test_chunks_of_examples_by_default(mlp, monkeypatch, examples, chunk):
+@pytest.mark.parametrize(
+    ("examples", "small", "chunk"),
+    [(5, 0, 5), (32, 0, 8), (160, 0, 20), (512, 0, 32), (512, 2**30, 512)],
+)
+def test_chunks_of_examples_by_default(mlp, monkeypatch, examples, small, chunk):
     error_fn, params, batches, _ = mlp
+    monkeypatch.setattr(_dense_blocks, "_SMALL", small)
     sizes = []
 
     def chunked(batches, size):

@@ -328,3 +328,16 @@ def test_factors_are_refused_where_there_are_none():
         )
     with pytest.raises(ValueError, match="jacobian: expected one of"):
         kernel_dense(lambda p, b: b["x"] @ p["w"], params, batches, jacobian="fast")
+
+
+def test_products_by_rows_copy_no_rows():
+    # XLA would transpose the rows for a layout that suits the second product alone.
+    block = factors.Rows(jnp.ones((4, 3, 1024)))
+    columns = jnp.ones((4, 3, 2))
+    product = jax.jit(lambda block, columns: block.multiply(columns))
+    lowered = product.lower(block, columns)
+    assert "optimization_barrier" in lowered.as_text()
+    expected = block.push(block.pull(columns))
+    chex.assert_trees_all_close(product(block, columns), expected)
+    gradient = jax.grad(lambda v: jnp.sum(product(block, v) ** 2))(columns)
+    assert jnp.all(jnp.isfinite(gradient))

@@ -7,6 +7,7 @@ import pytest
 
 import grsd_jax
 from grsd_jax import _jacobian, kernel_dense, kernel_matmat, linearize_kernel
+from grsd_jax.memory import tree_bytes
 from oracles import dense_kernel, problem, relative_error
 
 TOLERANCE = {jnp.float32: 1e-5, jnp.float64: 1e-11}
@@ -78,7 +79,7 @@ def test_linearized_kernel_crosses_jit_without_retracing():
         assert relative_error(apply(kernel, block), expected) < 1e-5
 
 
-@pytest.mark.parametrize(("limit", "products"), [(1, 6), (2**30, 1)])
+@pytest.mark.parametrize(("limit", "products"), [("none", 6), ("three", 2), ("all", 1)])
 def test_eager_products_take_the_columns_that_stay_in_the_caches(
     monkeypatch, limit, products
 ):
@@ -94,7 +95,9 @@ def test_eager_products_take_the_columns_that_stay_in_the_caches(
         taken.append(columns.shape[-1])
         return multiply(pullback, columns)
 
-    monkeypatch.setattr(_jacobian, "_CACHED_BYTES", limit)
+    column = tree_bytes(kernel.jacobians[0].pullback) + tree_bytes(params)
+    room = {"none": 1, "three": 3 * column, "all": 6 * column}[limit]
+    monkeypatch.setattr(_jacobian, "_CACHED_BYTES", room)
     monkeypatch.setattr(_jacobian, "_multiply", spy)
     assert relative_error(kernel.matmat(block), expected) < 1e-5
     assert taken == [6 // products] * products * len(kernel.jacobians)

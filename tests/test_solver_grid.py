@@ -1,12 +1,15 @@
 """The grid of the two solvers, on the smallest of its points."""
 
 import json
+from pathlib import Path
 
 import jax
 import pytest
 
 from grsd_jax.experiments import solver_grid
 from grsd_jax.experiments.solver_grid import Point
+
+RECORDED = Path(__file__).parents[1] / "docs/results/solver_grid/solver_grid.json"
 
 ROW = {
     "network": "mlp",
@@ -35,6 +38,20 @@ def test_the_grid_has_both_forms_and_no_point_twice():
     assert len(set(points)) == len(points)
     assert {point.jacobian for point in points} == {"plain", "factored"}
     assert {point.network for point in points} == {"mlp", "resnet18"}
+
+
+def test_the_recorded_run_is_of_this_model_and_within_its_bound():
+    rows = json.loads(RECORDED.read_text())["rows"]
+    points = [Point(*(row[name] for name in Point._fields)) for row in rows]
+    assert points == solver_grid.grid()
+    assert max(solver_grid.loss_of_choice(row) for row in rows) <= 1.15
+    for point, row in zip(points, rows, strict=True):
+        if point.network == "mlp":  # those that are traced in no time
+            with jax.numpy_dtype_promotion("standard"):
+                predicted = solver_grid.predict_point(point)
+            assert predicted.pop("chosen") == row["chosen"]
+            for name, value in predicted.items():
+                assert value == pytest.approx(row[name], rel=0.02)
 
 
 def test_the_figure_is_drawn(tmp_path):

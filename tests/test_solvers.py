@@ -1,7 +1,7 @@
 import jax.numpy as jnp
 import pytest
 
-from grsd_jax import choose_solver
+from grsd_jax import choose_solver, solvers
 from grsd_jax.solvers import estimate_measurement
 from oracles import problem
 
@@ -19,7 +19,34 @@ def test_choice_follows_size_columns_and_memory():
     large, small = sized(2000, 5, 10), sized(20, 5, 10)
     assert choose_solver(linear, *large, num_columns=100) == "lanczos"
     assert choose_solver(linear, *small, num_columns=200) == "dense"
-    assert choose_solver(linear, *small, num_columns=200, max_bytes=10) == ("lanczos")
+    assert choose_solver(linear, *small, num_columns=200, max_bytes=10) == "lanczos"
+
+
+@pytest.mark.parametrize(("reduction", "copies"), [("mean", 1), ("stack", 2)])
+def test_the_plain_path_costs_what_the_module_says(monkeypatch, reduction, copies):
+    batches, examples, inputs, outputs, columns = 2, 7, 5, 3, 10
+    params = {"w": jnp.ones((inputs, outputs))}
+    data = {"x": jnp.ones((batches, examples, inputs))}
+    monkeypatch.setattr(solvers, "_counted", lambda *_: (1000.0, 10.0))
+    found = estimate_measurement(
+        linear, params, data, reduction=reduction, num_columns=columns, block_size=4
+    )
+    g, rows, n = 1070.0, examples * outputs, copies * examples * outputs
+    num_params = inputs * outputs
+    dense = (
+        6 * outputs * g + 3 * n * rows * num_params + 3 * 150 * rows * 4 * num_params
+    )
+    assert found["dense"].operations == pytest.approx(batches * dense + 20 * n**3)
+    basis = 6 * n * columns**2 + 5000 * n * columns + 3 * 1.5e8
+    lanczos = batches * 10 * g * columns + basis
+    assert found["lanczos"].operations == pytest.approx(lanczos, rel=1e-12)
+
+
+def test_a_pass_counts_what_it_accesses():
+    params, batches = sized(20, 5, 10)
+    flops, accessed = 2 * 20 * 5 * 10, 4 * (20 * 5 + 5 * 10 + 20 * 10)
+    cost = solvers._pass_cost(linear, params, batches)
+    assert cost == pytest.approx(flops + 7 * accessed, rel=0.1)
 
 
 def test_narrow_blocks_read_the_factors_more_often():

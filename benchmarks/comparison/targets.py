@@ -26,6 +26,11 @@ _RATES = (
     ("resnet18_w16_n32", "block_32"),
     ("resnet18_w64_n16", "block_8"),
 )
+_PAIR_GOALS = {
+    "columns": "fewer operator columns than SciPy eigsh",
+    "seconds": "less time than SciPy eigsh, by the same blocks",
+    "best seconds": "less time than SciPy eigsh, by the best blocks",
+}
 _PAIR_PROBLEMS = ("mlp_w256_n32", "resnet18_w16_n32", "resnet18_w64_n32")
 
 
@@ -83,7 +88,7 @@ def outcomes(rows: list[Record]) -> list[Outcome]:
         *(
             _pairs(rows, problem, quantity)
             for problem in _PAIR_PROBLEMS
-            for quantity in ("columns", "seconds")
+            for quantity in _PAIR_GOALS
         ),
     ]
 
@@ -125,16 +130,28 @@ def _rate(rows: list[Record], problem: str, task: str) -> Outcome:
 
 
 def _pairs(rows: list[Record], problem: str, quantity: str) -> Outcome:
-    word = "operator columns" if quantity == "columns" else "time"
-    goal = f"{'fewer' if quantity == 'columns' else 'less'} {word} than SciPy eigsh"
-    ours = best(rows, problem, "eigenpairs", "grsd_jax")
+    """Compares with SciPy's best setting: with one block width both, or the time alone.
+
+    The width is that of the fewest columns; the last quantity is the best width's time.
+    """
+    goal = _PAIR_GOALS[quantity]
+    fastest = best(rows, problem, "eigenpairs", "grsd_jax")
     theirs = best(rows, problem, "eigenpairs", "scipy_eigsh")
-    if ours is None or theirs is None:
+    if fastest is None or theirs is None:
         return Outcome(problem, "eigenpairs", goal, None, None)
+    ours = fastest
+    if quantity != "best seconds":
+        ours = min(_agreeing(rows, fastest), key=lambda row: row["details"]["columns"])
     if quantity == "columns":
         left, right = (row["details"]["columns"] for row in (ours, theirs))
-        measured = f"{left} against {right}"
+        measured = f"{left} against {right} ({ours['variant']})"
     else:
         left, right = cost(ours), cost(theirs)
-        measured = f"{left:.2f} s against {right:.2f} s"
+        measured = f"{left:.3f} s against {right:.3f} s ({ours['variant']})"
     return Outcome(problem, "eigenpairs", goal, measured, left < right)
+
+
+def _agreeing(rows: list[Record], like: Record) -> list[Record]:
+    """Returns the variants of a row's measurement whose results agree."""
+    names = ("problem", "task", "peer", "device", "status")
+    return [row for row in rows if all(row[name] == like[name] for name in names)]

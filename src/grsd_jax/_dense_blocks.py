@@ -6,7 +6,7 @@ stays under a bound; Gram products add up over the leaves: ``M = sum_l J_l J_l^T
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -33,6 +33,9 @@ Matrices = dict[str, tuple[jax.Array, ...]]
 #: Chunks of examples by default, and the fewest and most examples of one.
 _CHUNKS, _CHUNK_RANGE = 8, (8, 32)
 
+#: Bytes of blocks that one chunk may hold whatever its examples.
+_SMALL = 16 * 2**20
+
 _einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -42,7 +45,7 @@ class DenseOptions(NamedTuple):
     Attributes:
         reduction: ``"mean"`` or ``"stack"``.
         example_chunk: Examples differentiated together; if None, an eighth of all,
-            within bounds.
+            within bounds, or all if their blocks are small.
         max_jacobian_bytes: Bytes of blocks of J held at a time; if None, a quarter of
             the memory that is free, since what makes them takes as much again.
         jacobian: ``"auto"``, ``"plain"`` or ``"factored"``.
@@ -103,20 +106,20 @@ def accumulate(
         batches = jax.tree.map(
             lambda leaf: leaf.reshape(1, num_examples, *leaf.shape[2:]), batches
         )
-    chunk_size = options.example_chunk
-    if chunk_size is None:
-        chunk_size = int(np.clip(num_examples // _CHUNKS, *_CHUNK_RANGE))
-    check_at_least("example_chunk", chunk_size, 1)
+    if options.example_chunk is not None:
+        check_at_least("example_chunk", options.example_chunk, 1)
     basis = np.eye(error.shape[1])
     if factored:
         basis = error_fn.output_basis(error.shape[1])
     basis = jnp.asarray(basis, error.dtype)
-    blocks_of = partial(
-        _blocks, fn, params, direction, basis, num_examples, factored=factored
-    )
+    problem = (fn, params, direction, basis, num_examples)
+    blocks_of = partial(_blocks, *problem, factored=factored)
+    shapes_of = partial(_blocks.eval_shape, *problem, factored=factored)
+    bytes_of = partial(_leaf_bytes, shapes_of, len(labels))
+    chunk_size = options.example_chunk or _default_chunk(bytes_of, batches)
     total: Matrices = {}
     for chunks in _chunked(batches, chunk_size):
-        sizes = _leaf_bytes(blocks_of, len(labels), chunks)
+        sizes = bytes_of(chunks)
         for group in _leaf_groups(sizes, max_bytes):
             held: list[_Blocks] = [blocks_of(chunk, group=group) for chunk in chunks]
             names = tuple(labels[index] for index in group)
@@ -145,10 +148,23 @@ def _finish(matrix: jax.Array, basis: jax.Array, scale: int) -> jax.Array:
     return (full + full.T) / (2 * scale)
 
 
-def _leaf_bytes(blocks_of: Any, num_leaves: int, chunks: list[PyTree]) -> list[int]:
+def _default_chunk(
+    bytes_of: Callable[[list[PyTree]], list[int]], batches: PyTree
+) -> int:
+    """Returns the examples of a chunk: an eighth of all, or all if they are small."""
+    num_examples = check_batches(batches)[1]
+    size = min(int(np.clip(num_examples // _CHUNKS, *_CHUNK_RANGE)), num_examples)
+    one = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape[2:]), leaf.dtype), batches
+    )
+    small = sum(bytes_of([one])) * num_examples <= _SMALL * size
+    return num_examples if small else size
+
+
+def _leaf_bytes(shapes_of: Any, num_leaves: int, chunks: list[PyTree]) -> list[int]:
     """Returns the bytes that each leaf's blocks take over all chunks."""
     group = tuple(range(num_leaves))
-    shapes = jax.eval_shape(partial(blocks_of, group=group), chunks[0])
+    shapes = shapes_of(chunks[0], group=group)
     kernel = [tree_bytes(block) for block in shapes.kernel]
     moved = [tree_bytes(block) for block in shapes.moved] or [0] * num_leaves
     return [len(chunks) * (a + b) for a, b in zip(kernel, moved, strict=True)]

@@ -267,7 +267,7 @@ def _cached_parts(pullback: Any, columns: jax.Array) -> list[jax.Array]:
         column = jax.ShapeDtypeStruct(columns.shape[:-1], columns.dtype)
         pulled = _pull_one.eval_shape(pullback, column)
         held = tree_bytes(pullback) + tree_bytes(pulled)
-        wanted = max(1, _CACHED_BYTES // held)
+        wanted = max(1, _CACHED_BYTES // max(held, 1))
         # A divisor of the width: one program for all parts.
         taken = max(d for d in range(1, width + 1) if width % d == 0 and d <= wanted)
     return [columns[..., start : start + taken] for start in range(0, width, taken)]

@@ -192,7 +192,8 @@ def central_difference(
     if step is None:
         step = default_step(jnp.result_type(*jax.tree.leaves(params)))
     check_positive("step", step)
-    h = step * _relative_length(params, direction)
+    size, speed = _usable_norms(params, direction)
+    h = step * size / speed
     forward, backward = (fn(_shifted(params, direction, by)) for by in (h, -h))
     return (forward - backward) / (2 * h).astype(forward.dtype)
 
@@ -311,11 +312,11 @@ def like_params(direction: PyTree, params: PyTree) -> PyTree:
 
 # Jitted: an operation for each leaf, one by one, would cost more than the products.
 @jax.jit
-def _relative_length(params: PyTree, direction: PyTree) -> jax.Array:
-    """Computes ``|theta| / |d|``, 1 where one of them vanishes."""
+def _usable_norms(params: PyTree, direction: PyTree) -> tuple[jax.Array, jax.Array]:
+    """Computes ``(|theta|, |d|)``, ones if either vanishes."""
     size, speed = _norm(params), _norm(direction)
     usable = (size > 0) & (speed > 0)
-    return jnp.where(usable, size, 1) / jnp.where(usable, speed, 1)
+    return jnp.where(usable, size, 1), jnp.where(usable, speed, 1)
 
 
 @jax.jit

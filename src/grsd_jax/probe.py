@@ -97,6 +97,7 @@ class Probe:
                 batches,
                 reduction="stack",
                 num_columns=min(4 * num_pairs, size),
+                block_size=min(self.finder.block_size, size),
                 jacobian="factored" if uses_factors(fn, jacobian) else "plain",
             )
         basis, num_values = {}, size

@@ -1,25 +1,27 @@
 """Which solver is cheaper, by operations and memory.
 
 A pass g through the network is its floating-point operations, and 7 for each byte that
-it accesses, by the compiler's count of both; small networks are bound by the latter.
-With q the outputs differentiated (C, or ``C - 1`` for a softmax error) and r Krylov
-columns, b at a time, one batch takes, with derivative:
+it accesses, as the compiler counts both for a CPU before it fuses anything; small
+networks are bound by the latter. With q the outputs differentiated (C, or ``C - 1`` for
+a softmax error) and r Krylov columns, b at a time, one batch takes, with derivative:
 
 | | plain | factored |
 | :--- | :--- | :--- |
 | dense | ``6 C g`` | ``4.5 (1 + q) g`` |
-| and | ``3 n^2 P`` | 1.5 times the blocks' `gram_cost` |
+| and | ``3 n N C P`` | 1.5 times the blocks' `gram_cost` |
 | Lanczos | ``4 g r`` | ``6 (1 + q) g`` and ``r / 2`` times the blocks' `product_cost` |
-| and | ``6 g r`` | 1.5 times the latter, of pulls and pushes |
+| and | ``6 g r`` | ``0.75 r`` times the same, of pulls and pushes |
 
-Large matrix products count half, since they run at twice the rate of a network. What is
-written or read of J counts by the byte: 150 where it is made (three times for the dense
-matrices, four for factors), 40 for each factored product. The dense eigenvectors add
-``20 n^3``, the basis of Lanczos ``6 n r^2 + 5000 n r`` and 1.5e8 for each step. These
-numbers were fitted to measured times (``scripts/solver_grid.py``); the counts of rows
-and of factors are in `factors`.
+A stack has pulls and pushes only. Matrix products count half, since they run at twice
+the rate of a network. A byte of J counts 150 where it is made: three times for the
+dense matrices, four times for factors that serve Lanczos. A byte read by a factored
+product counts 40, of the derivative 60. The dense eigenvectors add ``20 n^3``, the
+basis of Lanczos ``6 n r^2 + 5000 n r`` and each step 1.5e8. These numbers were fitted
+to measured times (``scripts/solver_grid.py``); the counts of rows and of factors, those
+of one example, are in `factors`.
 """
 
+import contextlib
 import functools
 from typing import Any, Literal, NamedTuple
 
@@ -51,20 +53,22 @@ SOLVERS = ("auto", "dense", "lanczos")
 #: n x n arrays alive at once in the dense solver: M, Mdot, V, and work space.
 _DENSE_MATRICES = 8
 
-#: Operations that take as long as the eigenvectors, over n^3.
+# What follows is in operations: those of a pass that take as long.
+
+#: The eigenvectors of a dense matrix, over n^3.
 _EIGENVECTORS = 20.0
 
-#: As a step of Lanczos, and as an entry of its basis.
+#: A step of Lanczos, and an entry of its basis.
 _STEP, _ENTRY = 1.5e8, 5000.0
 
-#: As a byte that a pass through the network accesses, that is written of J, and that a
-#: factored product reads.
+#: A byte that a pass through the network accesses, a byte that is written of J, and a
+#: byte that a factored product reads.
 _ACCESS, _WRITE, _READ = 7.0, 150.0, 40.0
 
-#: As one operation of a large matrix product.
+#: An operation of a matrix product.
 _PRODUCT = 0.5
 
-#: As one pass of those that make factors, which keep all they see.
+#: A pass that makes factors, and so keeps all it sees.
 _KEPT_PASS = 1.5
 
 
@@ -72,7 +76,7 @@ class Estimate(NamedTuple):
     """What one solver's measurement will take.
 
     Attributes:
-        operations: Floating-point operations, weighed by how fast they run.
+        operations: Its time, in that of one floating-point operation of a pass.
         bytes: Memory held at once, beyond parameters and batches.
     """
 
@@ -173,7 +177,9 @@ def estimate_measurement(
         ),
         "lanczos": Estimate(
             lanczos + basis + _STEP * steps,
-            3 * size * num_columns * item + num_batches * products.held + 16 * width,
+            3 * size * num_columns * item
+            + num_batches * products.held
+            + 2 * block_size * width,
         ),
     }
 
@@ -191,7 +197,7 @@ def choose_solver(
 ) -> Literal["dense", "lanczos"]:
     """Chooses between the dense solver and Lanczos, from shapes alone.
 
-    The one with fewer operations by `estimate_measurement`; Lanczos if the dense one's
+    The one that costs less by `estimate_measurement`; Lanczos if the dense one's
     matrices do not fit; dense if Lanczos would span the whole space.
 
     Args:
@@ -281,11 +287,10 @@ def _batch_costs(
     if not uses_factors(error_fn, jacobian):
         num_params = sum(np.size(leaf) for leaf in jax.tree.leaves(params))
         n, rows = space_examples * num_outputs, num_examples * num_outputs
-        item = jax.tree.leaves(shapes)[0].dtype.itemsize
         held = tree_bytes(_residuals.eval_shape(as_pytree(error_fn), shapes, one_batch))
         products = _Products(4 * forward, 0.0, held)
         return _Costs(
-            rows=2 * num_outputs * forward + _WRITE * rows * num_params * item,
+            rows=2 * num_outputs * forward + _WRITE * rows * tree_bytes(shapes),
             prepared=0.0,
             gram=_PRODUCT * 2.0 * n * rows * num_params,
             multiplied=products,
@@ -337,21 +342,31 @@ def _pass_cost(error_fn: ErrorFn, params: PyTree, batches: PyTree) -> float:
     one_batch = jax.tree.map(lambda leaf: _struct(leaf, drop=1), batches)
     arguments = (as_pytree(error_fn), jax.tree.map(_struct, params), one_batch)
     leaves, tree = jax.tree.flatten(jax.tree.map(_struct, arguments))
-    counted = _counted(tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
-    if counted > 0:
-        return counted
+    flops, accessed = _counted(tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
+    if flops > 0:
+        return flops + _ACCESS * accessed
     num_params = sum(np.size(leaf) for leaf in jax.tree.leaves(params))
     return 2.0 * num_params * check_batches(batches)[1]
 
 
 @functools.lru_cache(maxsize=64)
-def _counted(tree: Any, avals: tuple[tuple[Any, Any], ...]) -> float:
+def _counted(tree: Any, avals: tuple[tuple[Any, Any], ...]) -> tuple[float, float]:
+    """Returns the operations and the bytes accessed, zeros where nobody counts."""
     leaves = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in avals]
     error_fn, params, batch = jax.tree.unflatten(tree, leaves)
-    lowered = jax.jit(lambda f, p, x: f(p, x)).lower(error_fn, params, batch)
-    analysis = lowered.cost_analysis() or {}
-    flops, accessed = (analysis.get(key, 0.0) for key in ("flops", "bytes accessed"))
-    return float(flops) + _ACCESS * float(accessed)
+    with _on_host():
+        lowered = jax.jit(lambda f, p, x: f(p, x)).lower(error_fn, params, batch)
+        found = lowered.cost_analysis() or {}
+    flops, accessed = (found.get(key, 0.0) for key in ("flops", "bytes accessed"))
+    return float(flops), max(float(accessed), 0.0)
+
+
+def _on_host() -> contextlib.AbstractContextManager[Any]:
+    """Returns a context for the CPU, if JAX has it: accelerators count nothing."""
+    try:
+        return jax.default_device(jax.local_devices(backend="cpu")[0])
+    except RuntimeError:
+        return contextlib.nullcontext()
 
 
 def _struct(leaf: Any, drop: int = 0) -> jax.ShapeDtypeStruct:

@@ -91,16 +91,10 @@ def measure_point(point: Point) -> dict[str, Any]:
     """
     error_fn, params, batches, direction = _problem(point)
     options: dict[str, Any] = {"jacobian": point.jacobian}
-    found = estimate_measurement(
-        error_fn, params, batches, num_columns=point.num_columns, **options
-    )
-    chosen = choose_solver(
-        error_fn, params, batches, num_columns=point.num_columns, **options
-    )
     row: dict[str, Any] = point._asdict() | {
         "n": point.num_examples * _CLASSES,
         "num_params": sum(leaf.size for leaf in jax.tree.leaves(params)),
-        "chosen": chosen,
+        **predict_point(point),
     }
     for solver in _SOLVERS:
         options |= {"solver": solver, "block_size": _BLOCK, "num_shells": 8}
@@ -115,9 +109,31 @@ def measure_point(point: Point) -> dict[str, Any]:
             num_bootstrap=0,
             **options,
         )
-        row[f"{solver}_operations"] = found[solver].operations
         row[f"{solver}_seconds"] = _timed(run)
     return row
+
+
+def predict_point(point: Point) -> dict[str, Any]:
+    """Estimates both solvers on one point, and chooses, from shapes alone.
+
+    Args:
+        point: The point.
+
+    Returns:
+        What `choose_solver` says, ``chosen``, and each solver's ``operations`` by
+        `estimate_measurement`.
+    """
+    error_fn, params, batches, _ = _problem(point)
+    options: dict[str, Any] = {
+        "num_columns": point.num_columns,
+        "block_size": _BLOCK,
+        "jacobian": point.jacobian,
+    }
+    found = estimate_measurement(error_fn, params, batches, **options)
+    return {
+        "chosen": choose_solver(error_fn, params, batches, **options),
+        **{f"{solver}_operations": found[solver].operations for solver in _SOLVERS},
+    }
 
 
 def loss_of_choice(row: Mapping[str, Any]) -> float:
