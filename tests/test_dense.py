@@ -53,7 +53,14 @@ def test_the_bound_is_a_share_of_the_free_memory_by_default(mlp, monkeypatch):
 
 @pytest.mark.parametrize(
     ("examples", "small", "chunk"),
-    [(5, 0, 5), (32, 0, 8), (160, 0, 20), (512, 0, 32), (512, 2**30, 512)],
+    [
+        (5, 0, 5),
+        (32, 0, 8),
+        (160, 0, 20),
+        (512, 0, 32),
+        (32, 2**30, 32),
+        (160, 2**30, 32),
+    ],
 )
 def test_chunks_of_examples_by_default(mlp, monkeypatch, examples, small, chunk):
     error_fn, params, batches, _ = mlp

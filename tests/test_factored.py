@@ -330,7 +330,7 @@ def test_factors_are_refused_where_there_are_none():
         kernel_dense(lambda p, b: b["x"] @ p["w"], params, batches, jacobian="fast")
 
 
-def test_products_by_rows_copy_no_rows():
+def test_products_by_rows_are_kept_apart():
     # XLA would transpose the rows for a layout that suits the second product alone.
     block = factors.Rows(jnp.ones((4, 3, 1024)))
     columns = jnp.ones((4, 3, 2))
@@ -341,3 +341,18 @@ def test_products_by_rows_copy_no_rows():
     chex.assert_trees_all_close(product(block, columns), expected)
     gradient = jax.grad(lambda v: jnp.sum(product(block, v) ** 2))(columns)
     assert jnp.all(jnp.isfinite(gradient))
+
+
+@pytest.mark.parametrize(("left", "right"), [(1, 1), (1, 2), (2, 2)])
+def test_few_positions_are_contracted_as_many(monkeypatch, left, right):
+    def block(num_examples, positions, seed):
+        rng = np.random.default_rng(seed)
+        inputs = rng.normal(size=(num_examples, positions, 6))
+        deltas = rng.normal(size=(num_examples, 3, positions, 4))
+        return factors.Outer(jnp.asarray(inputs), jnp.asarray(deltas))
+
+    a, b = block(5, left, 0), block(2, right, 1)
+    rows = factors.inner(a.as_rows(), b.as_rows())
+    chex.assert_trees_all_close(factors.inner(a, b), rows, rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(factors, "_FEW_POSITIONS", 0)
+    chex.assert_trees_all_close(factors.inner(a, b), rows, rtol=1e-5, atol=1e-5)

@@ -1,5 +1,6 @@
 import jax.numpy as jnp
 import pytest
+from jax import extend
 
 from grsd_jax import choose_solver, solvers
 from grsd_jax.solvers import estimate_measurement
@@ -47,6 +48,17 @@ def test_a_pass_counts_what_it_accesses():
     flops, accessed = 2 * 20 * 5 * 10, 4 * (20 * 5 + 5 * 10 + 20 * 10)
     cost = solvers._pass_cost(linear, params, batches)
     assert cost == pytest.approx(flops + 7 * accessed, rel=0.1)
+
+
+def test_what_no_cpu_can_lower_costs_its_parameters():
+    only_elsewhere = extend.core.Primitive("only_elsewhere")
+    only_elsewhere.def_abstract_eval(lambda x: x)
+
+    def error_fn(params, batch):
+        return only_elsewhere.bind(batch["x"] @ params["w"])
+
+    params, batches = sized(20, 5, 10)
+    assert solvers._pass_cost(error_fn, params, batches) == 2 * 50 * 20
 
 
 def test_narrow_blocks_read_the_factors_more_often():

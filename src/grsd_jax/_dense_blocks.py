@@ -33,7 +33,7 @@ Matrices = dict[str, tuple[jax.Array, ...]]
 #: Chunks of examples by default, and the fewest and most examples of one.
 _CHUNKS, _CHUNK_RANGE = 8, (8, 32)
 
-#: Bytes of blocks that one chunk may hold whatever its examples.
+#: Bytes of all blocks up to which a chunk takes the most examples.
 _SMALL = 16 * 2**20
 
 _einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
@@ -45,7 +45,7 @@ class DenseOptions(NamedTuple):
     Attributes:
         reduction: ``"mean"`` or ``"stack"``.
         example_chunk: Examples differentiated together; if None, an eighth of all,
-            within bounds, or all if their blocks are small.
+            within bounds, or 32 if the blocks of all are small.
         max_jacobian_bytes: Bytes of blocks of J held at a time; if None, a quarter of
             the memory that is free, since what makes them takes as much again.
         jacobian: ``"auto"``, ``"plain"`` or ``"factored"``.
@@ -151,14 +151,15 @@ def _finish(matrix: jax.Array, basis: jax.Array, scale: int) -> jax.Array:
 def _default_chunk(
     bytes_of: Callable[[list[PyTree]], list[int]], batches: PyTree
 ) -> int:
-    """Returns the examples of a chunk: an eighth of all, or all if they are small."""
+    """Returns the examples of a chunk: an eighth of all, or the most if small."""
     num_examples = check_batches(batches)[1]
-    size = min(int(np.clip(num_examples // _CHUNKS, *_CHUNK_RANGE)), num_examples)
+    most = min(_CHUNK_RANGE[1], num_examples)
+    size = min(int(np.clip(num_examples // _CHUNKS, *_CHUNK_RANGE)), most)
     one = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape[2:]), leaf.dtype), batches
     )
     small = sum(bytes_of([one])) * num_examples <= _SMALL * size
-    return num_examples if small else size
+    return most if small else size
 
 
 def _leaf_bytes(shapes_of: Any, num_leaves: int, chunks: list[PyTree]) -> list[int]:

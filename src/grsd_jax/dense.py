@@ -38,8 +38,8 @@ def kernel_dense(
         batches: A pytree with leading axes ``[K, N]``.
         reduction: ``"mean"`` or ``"stack"``.
         example_chunk: Examples differentiated together; bounds the activations held. If
-            None, all if their blocks of J take at most 16 MiB, else an eighth of them,
-            but no fewer than 8 and no more than 32:
+            None, an eighth of the examples, but no fewer than 8 and no more than 32,
+            and 32 if all blocks of J take at most 16 MiB:
             small chunks stay in the caches, and make more products of smaller blocks.
         max_jacobian_bytes: Bytes of blocks of J held at a time; a quarter of the memory
             that is free if None. If they need more, the backward passes are repeated

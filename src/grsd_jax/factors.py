@@ -315,7 +315,7 @@ def gram_cost(factor: Factor, num_examples: int) -> float:
     ``n = num_examples q``. As factors it costs ``2 X Y k`` for the inputs,
     ``2 X Y q o`` for the sum over x and ``2 n q X o`` for the rest, where Y counts the
     positions of all examples; these count three times, since they run in small batched
-    products.
+    products. Of few positions it takes less than that, see `inner`.
     """
     if isinstance(factor, Outer):
         return min(_gram_costs(factor, num_examples))
