@@ -17,12 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from grsd_jax import models
-from grsd_jax.experiments import records
-from grsd_jax.experiments.config import Config
-from grsd_jax.experiments.data import evaluation_batches, load_dataset
-from grsd_jax.experiments.networks import make_model
-from grsd_jax.experiments.tracking import LAMBDA_RANGE
-from grsd_jax.experiments.weights import load_weights
+from grsd_jax.experiments.common import records
+from grsd_jax.experiments.common.config import Config
+from grsd_jax.experiments.common.data import evaluation_batches, load_dataset
+from grsd_jax.experiments.common.networks import make_model
+from grsd_jax.experiments.common.weights import load_weights
+from grsd_jax.experiments.track.run import LAMBDA_RANGE
 
 STEPS = {"float64": (1e-3, 1e-4, 1e-6, 1e-8), "float32": (1e-3, 1e-4, 1e-5)}
 

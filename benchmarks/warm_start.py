@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from grsd_jax import models
-from grsd_jax.experiments import records
-from grsd_jax.experiments.data import evaluation_batches, synthetic_textures
-from grsd_jax.snapshots import start_block
+from grsd_jax.dynamics.snapshot import start_block
+from grsd_jax.experiments.common import records
+from grsd_jax.experiments.common.data import evaluation_batches, synthetic_textures
 
 NUM_PAIRS, TOLERANCE, RATE, RECORDS = 32, 1e-3, 0.05, 6
 

@@ -15,8 +15,9 @@ from pathlib import Path
 
 from absl import flags as absl_flags
 
-from grsd_jax.experiments import benchmarking, flags, records
-from grsd_jax.experiments.config import Config, UserError
+from grsd_jax.experiments.benchmark import run as benchmarking
+from grsd_jax.experiments.common import flags, records
+from grsd_jax.experiments.common.config import Config, UserError
 
 FIELDS = (
     "workdir",

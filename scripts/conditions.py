@@ -17,15 +17,12 @@ from pathlib import Path
 
 from absl import flags as absl_flags
 
-from grsd_jax.experiments import (
-    condition_figures,
-    condition_results,
-    conditions,
-    flags,
-    records,
-)
-from grsd_jax.experiments.config import Config
-from grsd_jax.experiments.data import load_dataset
+from grsd_jax.experiments.common import flags, records
+from grsd_jax.experiments.common.config import Config
+from grsd_jax.experiments.common.data import load_dataset
+from grsd_jax.experiments.conditions import figures as condition_figures
+from grsd_jax.experiments.conditions import results as condition_results
+from grsd_jax.experiments.conditions import run as conditions
 
 DEFAULTS = {
     "workdir": "runs/conditions",

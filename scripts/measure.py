@@ -15,10 +15,11 @@ Examples:
 
 from pathlib import Path
 
-from grsd_jax.experiments import devices, flags, pipeline
-from grsd_jax.experiments.config import Config, UserError
-from grsd_jax.experiments.data import load_dataset
-from grsd_jax.experiments.tables import format_table
+from grsd_jax.experiments.common import devices, flags
+from grsd_jax.experiments.common.config import Config, UserError
+from grsd_jax.experiments.common.data import load_dataset
+from grsd_jax.experiments.reproduce import pipeline
+from grsd_jax.experiments.reproduce.tables import format_table
 
 
 def main(config: Config) -> None:

@@ -13,8 +13,10 @@ Examples:
 
 from pathlib import Path
 
-from grsd_jax.experiments import figures, flags, records, tracking_figures
-from grsd_jax.experiments.config import Config
+from grsd_jax.experiments.common import flags, records
+from grsd_jax.experiments.common.config import Config
+from grsd_jax.experiments.reproduce import figures
+from grsd_jax.experiments.track import figures as tracking_figures
 
 
 def main(config: Config) -> None:

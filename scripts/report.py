@@ -8,8 +8,8 @@ Examples:
   python scripts/report.py --workdir=runs/default
 """
 
-from grsd_jax.experiments import flags, reporting
-from grsd_jax.experiments.config import Config
+from grsd_jax.experiments.common import flags, reporting
+from grsd_jax.experiments.common.config import Config
 
 
 def main(config: Config) -> None:

@@ -16,10 +16,11 @@ Examples:
 import time
 from pathlib import Path
 
-from grsd_jax.experiments import figures, flags, pipeline, records
-from grsd_jax.experiments.config import Config
-from grsd_jax.experiments.data import load_dataset
-from grsd_jax.experiments.tables import format_table
+from grsd_jax.experiments.common import flags, records
+from grsd_jax.experiments.common.config import Config
+from grsd_jax.experiments.common.data import load_dataset
+from grsd_jax.experiments.reproduce import figures, pipeline
+from grsd_jax.experiments.reproduce.tables import format_table
 
 #: What the two networks of the comparison do not take.
 FIXED = ("model", "depth", "branch_scale", "rho", "record_every")

@@ -10,9 +10,10 @@ Example:
 
 from pathlib import Path
 
-from grsd_jax.experiments import flags, records, solver_grid
-from grsd_jax.experiments.config import Config
-from grsd_jax.experiments.progress import progress_bar
+from grsd_jax.experiments.benchmark import solver_grid
+from grsd_jax.experiments.common import flags, records
+from grsd_jax.experiments.common.config import Config
+from grsd_jax.experiments.common.progress import progress_bar
 
 
 def main(config: Config) -> None:

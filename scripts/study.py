@@ -16,14 +16,15 @@ from pathlib import Path
 
 from absl import flags as absl_flags
 
-from grsd_jax.experiments import flags, records, study
-from grsd_jax.experiments.config import Config, UserError
-from grsd_jax.experiments.data import load_dataset
-from grsd_jax.experiments.study_claims import read_study
-from grsd_jax.experiments.study_depth import depth_rows
-from grsd_jax.experiments.study_figures import write_study_figures
-from grsd_jax.experiments.study_tables import format_study
-from grsd_jax.experiments.tables import aligned
+from grsd_jax.experiments.claims import run as study
+from grsd_jax.experiments.claims.claims import read_study
+from grsd_jax.experiments.claims.depth import depth_rows
+from grsd_jax.experiments.claims.figures import write_study_figures
+from grsd_jax.experiments.claims.tables import format_study
+from grsd_jax.experiments.common import flags, records
+from grsd_jax.experiments.common.config import Config, UserError
+from grsd_jax.experiments.common.data import load_dataset
+from grsd_jax.experiments.reproduce.tables import aligned
 
 DEFAULTS = {
     "dataset": "cifar10",

@@ -16,9 +16,11 @@ from pathlib import Path
 
 from absl import flags as absl_flags
 
-from grsd_jax.experiments import flags, records, sweep_figures, sweeping
-from grsd_jax.experiments.data import load_dataset
-from grsd_jax.experiments.sweep_config import SweepConfig
+from grsd_jax.experiments.common import flags, records
+from grsd_jax.experiments.common.data import load_dataset
+from grsd_jax.experiments.sweep import figures as sweep_figures
+from grsd_jax.experiments.sweep import run as sweeping
+from grsd_jax.experiments.sweep.config import SweepConfig
 
 FIGURES_ONLY = absl_flags.DEFINE_bool(
     "figures_only", False, "Draw the figures of the sweep.json that is in WORKDIR."

@@ -19,10 +19,11 @@ from pathlib import Path
 
 from absl import flags as absl_flags
 
-from grsd_jax.experiments import flags, records, tracking
-from grsd_jax.experiments.config import MODELS, TRAINING_FLAGS, Config
-from grsd_jax.experiments.data import load_dataset
-from grsd_jax.experiments.tracking_figures import write_tracking_figures
+from grsd_jax.experiments.common import flags, records
+from grsd_jax.experiments.common.config import MODELS, TRAINING_FLAGS, Config
+from grsd_jax.experiments.common.data import load_dataset
+from grsd_jax.experiments.track import run as tracking
+from grsd_jax.experiments.track.figures import write_tracking_figures
 
 FIELDS = {*TRAINING_FLAGS, *tracking.SETTINGS} - {"model"}
 NETWORKS = absl_flags.DEFINE_multi_enum(

@@ -13,11 +13,11 @@ Examples:
       --width=16 --train_batch_size=128 --epochs=10 --schedule=cosine_decay_schedule
 """
 
-from grsd_jax.experiments import flags
-from grsd_jax.experiments.config import TRAINING_FLAGS, Config
-from grsd_jax.experiments.data import load_dataset
-from grsd_jax.experiments.networks import make_model
-from grsd_jax.experiments.training import train
+from grsd_jax.experiments.common import flags
+from grsd_jax.experiments.common.config import TRAINING_FLAGS, Config
+from grsd_jax.experiments.common.data import load_dataset
+from grsd_jax.experiments.common.networks import make_model
+from grsd_jax.experiments.common.training import train
 
 
 def main(config: Config) -> None:

@@ -5,9 +5,9 @@ import functools
 import jax
 import numpy as np
 
-from grsd_jax.power_law import fit_power_law
-from grsd_jax.shells import log_shells, shell_coupling
-from grsd_jax.toeplitz import (
+from grsd_jax.shells.binning import log_shells, shell_coupling
+from grsd_jax.shells.power_law import fit_power_law
+from grsd_jax.shells.toeplitz import (
     toeplitz_residual,
     windowed_toeplitz_degrees_of_freedom,
     windowed_toeplitz_residual,

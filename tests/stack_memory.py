@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 import grsd_jax
-from grsd_jax import memory, models
+from grsd_jax import _memory as memory
+from grsd_jax import models
 
 NUM_EXAMPLES, NUM_CLASSES, SIDE = 50, 10, 16
 

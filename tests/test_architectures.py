@@ -7,8 +7,8 @@ import pytest
 from flax import linen as nn
 
 import grsd_jax
-from grsd_jax import architectures, models
-from grsd_jax.architectures import (
+from grsd_jax import models
+from grsd_jax.models.chains import (
     MLP,
     ConvNet,
     LinearStateSpace,
@@ -272,7 +272,7 @@ def test_bad_arguments_are_named():
 
 
 def test_modules_are_public():
-    assert set(architectures.__all__) == {
+    assert set(models.__all__) == {
         "MLP",
         "ConvNet",
         "LinearStateSpace",

@@ -1,8 +1,8 @@
 import jax
 import pytest
 
-from grsd_jax.experiments import benchmarking
-from grsd_jax.experiments.config import Config
+from grsd_jax.experiments.benchmark import run as benchmarking
+from grsd_jax.experiments.common.config import Config
 
 
 @pytest.mark.slow

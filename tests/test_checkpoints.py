@@ -7,9 +7,9 @@ import optax
 import pytest
 
 from grsd_jax import models
-from grsd_jax.experiments.checkpoints import Checkpoints, restore_latest
-from grsd_jax.experiments.config import Config, UserError
-from grsd_jax.experiments.steps import make_optimizer, state_template
+from grsd_jax.experiments.common.checkpoints import Checkpoints, restore_latest
+from grsd_jax.experiments.common.config import Config, UserError
+from grsd_jax.experiments.common.steps import make_optimizer, state_template
 
 
 class State(NamedTuple):

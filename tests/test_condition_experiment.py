@@ -19,16 +19,12 @@ from grsd_jax import (
     measure_layers,
     partition_by_prefix,
 )
-from grsd_jax.experiments import (
-    condition_figures,
-    condition_results,
-    conditions,
-    flags,
-    records,
-    reporting,
-)
-from grsd_jax.experiments.config import TRAINING_FIELDS, Config, UserError
-from grsd_jax.experiments.data import synthetic_textures
+from grsd_jax.experiments.common import flags, records, reporting
+from grsd_jax.experiments.common.config import TRAINING_FIELDS, Config, UserError
+from grsd_jax.experiments.common.data import synthetic_textures
+from grsd_jax.experiments.conditions import figures as condition_figures
+from grsd_jax.experiments.conditions import results as condition_results
+from grsd_jax.experiments.conditions import run as conditions
 from oracles import problem
 
 CONFIG = Config(num_shells=4, window=3)

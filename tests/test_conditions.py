@@ -16,7 +16,7 @@ from grsd_jax import (
     partition_by_prefix,
     smallest_band,
 )
-from grsd_jax._condition_checks import locality_checks
+from grsd_jax.conditions.checks import locality_checks
 from oracles import problem
 
 KEY = jax.random.key(0)

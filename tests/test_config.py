@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from grsd_jax.experiments.config import (
+from grsd_jax.experiments.common.config import (
     TRAINING_FIELDS,
     Config,
     UserError,

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from grsd_jax.experiments import data
-from grsd_jax.experiments.config import Config, UserError
+from grsd_jax.experiments.common import data
+from grsd_jax.experiments.common.config import Config, UserError
 
 
 def prepared_cifar10():

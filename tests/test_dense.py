@@ -3,12 +3,12 @@ import jax.numpy as jnp
 import pytest
 
 from grsd_jax import (
-    _dense_blocks,
     gradient_flow_direction,
     kernel_dense,
     kernel_derivative_dense,
     kernel_with_derivative_dense,
 )
+from grsd_jax.kernel import dense_blocks as _dense_blocks
 from oracles import dense_kernel, problem, relative_error
 
 

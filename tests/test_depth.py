@@ -15,7 +15,7 @@ from grsd_jax import (
     increment_statistics,
     state_increments,
 )
-from grsd_jax.architectures import MLP, linen_chain
+from grsd_jax.models.chains import MLP, linen_chain
 from oracles import cast
 
 

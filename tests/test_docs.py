@@ -72,7 +72,7 @@ def test_relative_links_lead_to_files(page):
 
 
 def test_readme_documents_every_flag_with_its_default():
-    config = pytest.importorskip("grsd_jax.experiments.config")
+    config = pytest.importorskip("grsd_jax.experiments.common.config")
     page = (ROOT / "README.md").read_text()
     rows = re.findall(r"^\| `--(\w+)` \| (?:`([^`]*)`)? ?\|", page, re.M)
     expected = {}

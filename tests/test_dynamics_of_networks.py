@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import grsd_jax
-from grsd_jax._jacobian import as_pytree
+from grsd_jax.jacobian.autodiff import as_pytree
 from oracles import problem
 
 NUM_SHELLS = 5

@@ -9,7 +9,6 @@ from flax import linen as nn
 
 import grsd_jax
 from grsd_jax import (
-    factors,
     kernel_dense,
     kernel_derivative,
     kernel_matmat,
@@ -17,7 +16,8 @@ from grsd_jax import (
     layer_kernels,
     linearize_kernel,
 )
-from grsd_jax.models import PlainNet18, ResNet, ResNet18, linen_error_fn
+from grsd_jax.jacobian import factors
+from grsd_jax.models.resnet import PlainNet18, ResNet, ResNet18, linen_error_fn
 
 K, N = 2, 3
 

@@ -14,8 +14,9 @@ import pytest
 from matplotlib.figure import Figure
 
 import example_results
-from grsd_jax.experiments import figures, records
-from grsd_jax.experiments.config import Config, UserError
+from grsd_jax.experiments.common import records
+from grsd_jax.experiments.common.config import Config, UserError
+from grsd_jax.experiments.reproduce import figures
 
 NAMES = (
     "figure1_diagonal_scaling",

@@ -5,8 +5,8 @@ import jax
 import pytest
 from absl import flags as absl_flags
 
-from grsd_jax.experiments import flags
-from grsd_jax.experiments.config import Config, UserError
+from grsd_jax.experiments.common import flags
+from grsd_jax.experiments.common.config import Config, UserError
 
 
 def parse(*arguments, **options):

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 import grsd_jax
-from grsd_jax import _jacobian, kernel_dense, kernel_matmat, linearize_kernel
-from grsd_jax.memory import tree_bytes
+from grsd_jax import kernel_dense, kernel_matmat, linearize_kernel
+from grsd_jax._memory import tree_bytes
+from grsd_jax.jacobian import autodiff as _jacobian
 from oracles import dense_kernel, problem, relative_error
 
 TOLERANCE = {jnp.float32: 1e-5, jnp.float64: 1e-11}

@@ -9,13 +9,13 @@ import pytest
 
 from grsd_jax import (
     block_lanczos,
-    lanczos,
     lanczos_block,
     lanczos_finish,
     lanczos_init,
     lanczos_step,
     ritz_pairs,
 )
+from grsd_jax.linalg import lanczos
 from oracles import symmetric_with_spectrum
 
 SIZE = 200

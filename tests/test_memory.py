@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grsd_jax import memory
-from grsd_jax.memory import (
+from grsd_jax import _memory as memory
+from grsd_jax._memory import (
     default_bytes,
     free_bytes,
     naming_what_to_lower,
@@ -35,7 +35,7 @@ def peak(num_batches, max_bytes):
 
 def test_the_peak_of_a_process_leaves_out_the_one_that_started_it():
     here = np.ones(2**27)
-    code = "from grsd_jax import memory; print(memory.peak_bytes())"
+    code = "from grsd_jax import _memory as memory; print(memory.peak_bytes())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
     assert 2**24 < int(done.stdout) < here.nbytes < memory.peak_bytes()
 

@@ -8,11 +8,19 @@ import numpy as np
 import pytest
 
 from grsd_jax import models
-from grsd_jax.experiments import condition_results, conditions, pipeline
-from grsd_jax.experiments.config import CHAINS, MODELS, RESIDUAL, Config, UserError
-from grsd_jax.experiments.data import synthetic_textures
-from grsd_jax.experiments.networks import make_model
-from grsd_jax.experiments.training import train
+from grsd_jax.experiments.common.config import (
+    CHAINS,
+    MODELS,
+    RESIDUAL,
+    Config,
+    UserError,
+)
+from grsd_jax.experiments.common.data import synthetic_textures
+from grsd_jax.experiments.common.networks import make_model
+from grsd_jax.experiments.common.training import train
+from grsd_jax.experiments.conditions import results as condition_results
+from grsd_jax.experiments.conditions import run as conditions
+from grsd_jax.experiments.reproduce import pipeline
 
 TINY = Config(
     width=4,

@@ -4,11 +4,12 @@ import jax
 import numpy as np
 import pytest
 
-from grsd_jax.experiments import figures, pipeline, records, results
-from grsd_jax.experiments.config import Config, UserError
-from grsd_jax.experiments.data import synthetic_textures
-from grsd_jax.experiments.tables import format_table
-from grsd_jax.experiments.weights import load_weights
+from grsd_jax.experiments.common import records
+from grsd_jax.experiments.common.config import Config, UserError
+from grsd_jax.experiments.common.data import synthetic_textures
+from grsd_jax.experiments.common.weights import load_weights
+from grsd_jax.experiments.reproduce import figures, pipeline, results
+from grsd_jax.experiments.reproduce.tables import format_table
 
 ENTRY_KEYS = {
     "n",

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grsd_jax import power_law
+from grsd_jax.shells import power_law
 
 fit_power_law = jax.jit(
     power_law.fit_power_law, static_argnames=("num_bootstrap", "confidence")

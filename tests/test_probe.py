@@ -7,7 +7,7 @@ import pytest
 
 import grsd_jax as grsd
 import oracles
-from grsd_jax.probe import make_probe
+from grsd_jax.dynamics.probe import make_probe
 
 KEY = jax.random.key(0)
 SMALL = {"num_shells": 5, "num_values": 6, "num_bootstrap": 20}

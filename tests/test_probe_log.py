@@ -9,8 +9,8 @@ import pytest
 
 import grsd_jax as grsd
 import oracles
-from grsd_jax.experiments.config import UserError
-from grsd_jax.experiments.probe_log import ProbeLog
+from grsd_jax.experiments.common.config import UserError
+from grsd_jax.experiments.track.probe_log import ProbeLog
 
 CLOCK = ("seconds", "gradient_seconds", "cost")
 

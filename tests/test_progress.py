@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from grsd_jax.experiments import devices, progress
+from grsd_jax.experiments.common import devices, progress
 
 
 class Terminal(io.StringIO):

@@ -12,7 +12,7 @@ from grsd_jax import (
     models,
     propagation_report,
 )
-from grsd_jax.architectures import LinearStateSpace
+from grsd_jax.models.chains import LinearStateSpace
 
 C, DEPTH, N = 2, 13, 2
 

@@ -95,7 +95,7 @@ def test_public_name_has_a_docstring(name):
 
 def test_contract_is_kept():
     assert set(grsd_jax.__all__) >= CONTRACT
-    models = importlib.import_module("grsd_jax.models")
+    models = importlib.import_module("grsd_jax.models.resnet")
     assert all(hasattr(models, name) for name in MODELS_CONTRACT)
 
 
@@ -143,7 +143,7 @@ import grsd_jax
 after = dict(jax.config.values)
 changed = [name for name in before if before[name] != after[name]]
 assert not changed, changed
-assert "grsd_jax.models" not in sys.modules
+assert "grsd_jax.models.resnet" not in sys.modules
 assert not [name for name in sys.modules if name.startswith("grsd_jax.experiments")]
 """
     )
@@ -151,7 +151,7 @@ assert not [name for name in sys.modules if name.startswith("grsd_jax.experiment
 
 
 def test_models_without_flax_say_what_to_install():
-    outcome = run_python(BLOCKER + "import grsd_jax.models")
+    outcome = run_python(BLOCKER + "import grsd_jax.models.resnet")
     assert outcome.returncode != 0
     assert "pip install 'grsd-jax[models]'" in outcome.stderr
 
@@ -175,7 +175,7 @@ def test_library_does_not_import_experiments_or_models(path):
     upward = [
         name
         for name in imports(path)
-        if name.startswith(("grsd_jax.experiments", "grsd_jax.models"))
+        if name.startswith(("grsd_jax.experiments", "grsd_jax.models.resnet"))
     ]
     assert not upward
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grsd_jax.experiments import records
-from grsd_jax.experiments.config import UserError
+from grsd_jax.experiments.common import records
+from grsd_jax.experiments.common.config import UserError
 
 
 def files_of(folder):
@@ -94,7 +94,7 @@ def test_a_real_limit_on_file_size_is_one_sentence(tmp_path):
     records.write_npz(path, {"x": np.ones(3)})
     program = f"""
         import resource, signal, numpy as np
-        from grsd_jax.experiments import records
+        from grsd_jax.experiments.common import records
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, {resource.RLIM_INFINITY}))
         try:

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from example_results import one_model, several_models
-from grsd_jax.experiments import figures, records, reporting
-from grsd_jax.experiments.config import UserError
+from grsd_jax.experiments.common import records, reporting
+from grsd_jax.experiments.common.config import UserError
+from grsd_jax.experiments.reproduce import figures
 
 BROWSER = next(
     filter(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from grsd_jax.experiments import records
+from grsd_jax.experiments.common import records
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 

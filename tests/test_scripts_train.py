@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from grsd_jax import models
-from grsd_jax.experiments import records
-from grsd_jax.experiments.checkpoints import restore_latest
-from grsd_jax.experiments.config import Config
-from grsd_jax.experiments.steps import make_optimizer, state_template
+from grsd_jax.experiments.common import records
+from grsd_jax.experiments.common.checkpoints import restore_latest
+from grsd_jax.experiments.common.config import Config
+from grsd_jax.experiments.common.steps import make_optimizer, state_template
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train.py"
 TINY = ("--width=1", "--epochs=1", "--train_batch_size=128", "--log_every=2")

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grsd_jax import shells as module
-from grsd_jax import toeplitz
-from grsd_jax.shells import Shells
+from grsd_jax.shells import binning as module
+from grsd_jax.shells import toeplitz
+from grsd_jax.shells.binning import Shells
 
 log_shells = jax.jit(module.log_shells, static_argnums=1)
 toeplitz_residual = jax.jit(toeplitz.toeplitz_residual)

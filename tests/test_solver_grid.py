@@ -6,8 +6,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from grsd_jax.experiments import solver_grid
-from grsd_jax.experiments.solver_grid import Point
+from grsd_jax.experiments.benchmark import solver_grid
+from grsd_jax.experiments.benchmark.solver_grid import Point
 
 RECORDED = Path(__file__).parents[1] / "docs/results/solver_grid/solver_grid.json"
 

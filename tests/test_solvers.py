@@ -2,8 +2,9 @@ import jax.numpy as jnp
 import pytest
 from jax import extend
 
-from grsd_jax import choose_solver, solvers
-from grsd_jax.solvers import estimate_measurement
+from grsd_jax import choose_solver
+from grsd_jax.kernel import solver as solvers
+from grsd_jax.kernel.solver import estimate_measurement
 from oracles import problem
 
 

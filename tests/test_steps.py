@@ -5,8 +5,8 @@ import optax
 import pytest
 from flax import linen as nn
 
-from grsd_jax.experiments.config import Config, UserError
-from grsd_jax.experiments.steps import (
+from grsd_jax.experiments.common.config import Config, UserError
+from grsd_jax.experiments.common.steps import (
     init_state,
     make_optimizer,
     make_schedule,

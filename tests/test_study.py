@@ -10,29 +10,27 @@ import numpy as np
 import pytest
 
 from grsd_jax import fit_power_law, log_shells, shell_coupling
-from grsd_jax.experiments import (
-    reporting,
-    study,
-    study_claims,
-    study_depth,
-    study_figures,
-    study_tables,
-)
-from grsd_jax.experiments.config import Config, UserError
-from grsd_jax.experiments.data import synthetic_textures
-from grsd_jax.experiments.study_cells import (
+from grsd_jax.experiments.claims import claims as study_claims
+from grsd_jax.experiments.claims import depth as study_depth
+from grsd_jax.experiments.claims import figures as study_figures
+from grsd_jax.experiments.claims import run as study
+from grsd_jax.experiments.claims import tables as study_tables
+from grsd_jax.experiments.claims.cells import (
     QUANTITIES,
     cell_of,
     controlled,
     inter_over_intra,
 )
-from grsd_jax.experiments.study_plan import (
+from grsd_jax.experiments.claims.plan import (
     BINNINGS,
     CONTROLS,
     NETWORKS,
     VARIATIONS,
     cell_name,
 )
+from grsd_jax.experiments.common import reporting
+from grsd_jax.experiments.common.config import Config, UserError
+from grsd_jax.experiments.common.data import synthetic_textures
 
 KEY = jax.random.key(0)
 SHELLS = {"num_shells": 8, "window": 3}

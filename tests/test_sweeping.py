@@ -16,10 +16,12 @@ from absl import flags as absl_flags
 
 import grsd_jax
 from grsd_jax import models
-from grsd_jax.experiments import flags, records, sweep_figures, sweeping
-from grsd_jax.experiments.config import CHAINS, UserError
-from grsd_jax.experiments.data import evaluation_batches, synthetic_textures
-from grsd_jax.experiments.sweep_config import (
+from grsd_jax.experiments.common import flags, records
+from grsd_jax.experiments.common.config import CHAINS, UserError
+from grsd_jax.experiments.common.data import evaluation_batches, synthetic_textures
+from grsd_jax.experiments.sweep import figures as sweep_figures
+from grsd_jax.experiments.sweep import run as sweeping
+from grsd_jax.experiments.sweep.config import (
     SweepConfig,
     cell_fingerprint,
     cell_network,

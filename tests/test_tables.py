@@ -6,8 +6,8 @@ import json
 import pytest
 
 import example_results
-from grsd_jax.experiments.config import UserError
-from grsd_jax.experiments.tables import edge_and_centre, format_table
+from grsd_jax.experiments.common.config import UserError
+from grsd_jax.experiments.reproduce.tables import edge_and_centre, format_table
 
 
 def cells(table):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grsd_jax import toeplitz as module
+from grsd_jax.shells import toeplitz as module
 
 toeplitz_approximation = jax.jit(module.toeplitz_approximation)
 toeplitz_degrees_of_freedom = jax.jit(module.toeplitz_degrees_of_freedom)

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 
-from grsd_jax.experiments import data, records, tracking, tracking_figures, training
-from grsd_jax.experiments.config import Config, UserError
+from grsd_jax.experiments.common import data, records, training
+from grsd_jax.experiments.common.config import Config, UserError
+from grsd_jax.experiments.track import figures as tracking_figures
+from grsd_jax.experiments.track import run as tracking
 
 
 class TinyNet(nn.Module):

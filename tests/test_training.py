@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from grsd_jax.experiments import data, records, training
-from grsd_jax.experiments.checkpoints import Checkpoints
-from grsd_jax.experiments.config import Config, UserError
+from grsd_jax.experiments.common import data, records, training
+from grsd_jax.experiments.common.checkpoints import Checkpoints
+from grsd_jax.experiments.common.config import Config, UserError
 
 
 class TinyNet(nn.Module):

@@ -111,7 +111,7 @@ def measure(
 def peak_mib() -> float:
     """Returns the peak resident memory of this process so far.
 
-    As `grsd_jax.memory.peak_bytes`, which the peers' environments lack: the resource
+    As `grsd_jax._memory.peak_bytes`, which the peers' environments lack: the resource
     module's maximum would count the process that started this one too.
     """
     status = Path("/proc/self/status").read_text()

@@ -6,7 +6,7 @@ from typing import Any
 import grsd_jax
 import jax
 import numpy as np
-from grsd_jax.eigenpairs import leading_eigenpairs
+from grsd_jax.linalg.eigenpairs import leading_eigenpairs
 
 from comparison.grid import NUM_PAIRS, PAIR_TOLERANCE, Problem, block_width
 from comparison.harness import Case, Inputs

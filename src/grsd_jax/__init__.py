@@ -3,21 +3,33 @@
 The kernel ``M = J J^T`` of any error function, its derivative along training, its
 spectrum by a float32-safe block Lanczos or exactly, and the couplings between
 logarithmic shells of that spectrum. Importing this package needs jax, numpy and scipy
-alone; the bundled Flax models are in `grsd_jax.models`.
+alone; the bundled Flax models are in `grsd_jax.models.resnet`.
 """
 
 from importlib.metadata import version
 
-from grsd_jax.additive import LayerMeasurements, measure_layers
-from grsd_jax.blocks import (
-    ParameterBlocks,
-    partition,
-    partition_by_prefix,
-    restrict_to_block,
+from grsd_jax.conditions.depth import (
+    IncrementStatistics,
+    StateIncrements,
+    correlation_time,
+    direction_memory,
+    increment_statistics,
+    state_increments,
 )
-from grsd_jax.closure import ClosureError, EdgeCrossings, closure_error, edge_crossings
-from grsd_jax.coherence import BlockCoherence, block_coherence
-from grsd_jax.conditions import (
+from grsd_jax.conditions.incoherence import BlockCoherence, block_coherence
+from grsd_jax.conditions.locality import (
+    InfluenceProfile,
+    distance_maxima,
+    distance_totals,
+    influence_profile,
+    smallest_band,
+)
+from grsd_jax.conditions.propagation import (
+    PropagationReport,
+    interaction_range,
+    propagation_report,
+)
+from grsd_jax.conditions.report import (
     ConditionReport,
     Incoherence,
     Locality,
@@ -26,103 +38,7 @@ from grsd_jax.conditions import (
     Stability,
     condition_report,
 )
-from grsd_jax.dense import (
-    kernel_dense,
-    kernel_derivative_dense,
-    kernel_with_derivative_dense,
-    layer_kernels,
-    layer_kernels_with_derivative,
-)
-from grsd_jax.depth import (
-    IncrementStatistics,
-    StateIncrements,
-    correlation_time,
-    direction_memory,
-    increment_statistics,
-    state_increments,
-)
-from grsd_jax.derivative import (
-    central_difference,
-    gradient_flow_direction,
-    kernel_derivative,
-)
-from grsd_jax.diagnostics import CouplingMeasurement, ToeplitzDiagnostics
-from grsd_jax.dynamics import (
-    BasisRotation,
-    ShellDynamics,
-    basis_rotation,
-    eigenvalue_drift,
-    shell_dynamics,
-)
-from grsd_jax.eigenpairs import LeadingEigenpairs, leading_eigenpairs
-from grsd_jax.errors import (
-    half_squared_loss,
-    softmax_cross_entropy,
-    softmax_error,
-    squared_error,
-)
-from grsd_jax.flow import (
-    CovarianceCheck,
-    covariance_check,
-    effective_time,
-    flow_step,
-    integrate_flow,
-)
-from grsd_jax.influence import (
-    InfluenceProfile,
-    distance_maxima,
-    distance_totals,
-    influence_profile,
-    smallest_band,
-)
-from grsd_jax.kernel import (
-    LinearizedKernel,
-    error_dimension,
-    kernel_matmat,
-    linearize_block_kernels,
-    linearize_derivative,
-    linearize_kernel,
-)
-from grsd_jax.lanczos import (
-    LanczosResult,
-    LanczosState,
-    block_lanczos,
-    lanczos_block,
-    lanczos_finish,
-    lanczos_init,
-    lanczos_step,
-)
-from grsd_jax.measurement import measure_coupling
-from grsd_jax.null_space import class_sums_vanish
-from grsd_jax.power_law import PowerLawFit, fit_power_law
-from grsd_jax.probe import Probe, make_probe
-from grsd_jax.propagation import (
-    PropagationReport,
-    interaction_range,
-    propagation_report,
-)
-from grsd_jax.sharding import (
-    ShardedKernel,
-    shard_batches,
-    sharded_kernel,
-    sharded_kernel_derivative,
-)
-from grsd_jax.shells import (
-    ShellCoupling,
-    Shells,
-    assign_shells,
-    log_shells,
-    shell_coupling,
-)
-from grsd_jax.solvers import choose_solver
-from grsd_jax.spectrum import (
-    RitzPairs,
-    SpectralDensity,
-    resolved_pairs,
-    ritz_pairs,
-    spectral_density,
-)
-from grsd_jax.stability import (
+from grsd_jax.conditions.stability import (
     OperatorNorms,
     ProjectorDrift,
     ShellDrift,
@@ -132,16 +48,105 @@ from grsd_jax.stability import (
     projector_drift,
     shell_drift,
 )
-from grsd_jax.toeplitz import (
+from grsd_jax.conditions.verdicts import Check, Thresholds, Verdict
+from grsd_jax.dynamics.balance import (
+    BasisRotation,
+    ShellDynamics,
+    basis_rotation,
+    eigenvalue_drift,
+    shell_dynamics,
+)
+from grsd_jax.dynamics.closure import (
+    ClosureError,
+    EdgeCrossings,
+    closure_error,
+    edge_crossings,
+)
+from grsd_jax.dynamics.flow import (
+    CovarianceCheck,
+    covariance_check,
+    effective_time,
+    flow_step,
+    integrate_flow,
+)
+from grsd_jax.dynamics.probe import Probe, make_probe
+from grsd_jax.dynamics.record import ProbeRecord, ProbeState
+from grsd_jax.dynamics.velocity import VelocityFit, velocity_fit
+from grsd_jax.errors import (
+    half_squared_loss,
+    softmax_cross_entropy,
+    softmax_error,
+    squared_error,
+)
+from grsd_jax.kernel.dense import (
+    kernel_dense,
+    kernel_derivative_dense,
+    kernel_with_derivative_dense,
+    layer_kernels,
+    layer_kernels_with_derivative,
+)
+from grsd_jax.kernel.derivative import (
+    central_difference,
+    gradient_flow_direction,
+    kernel_derivative,
+)
+from grsd_jax.kernel.null_space import class_sums_vanish
+from grsd_jax.kernel.operator import (
+    LinearizedKernel,
+    error_dimension,
+    kernel_matmat,
+    linearize_block_kernels,
+    linearize_derivative,
+    linearize_kernel,
+)
+from grsd_jax.kernel.sharded import (
+    ShardedKernel,
+    shard_batches,
+    sharded_kernel,
+    sharded_kernel_derivative,
+)
+from grsd_jax.kernel.solver import choose_solver
+from grsd_jax.linalg.eigenpairs import LeadingEigenpairs, leading_eigenpairs
+from grsd_jax.linalg.lanczos import (
+    LanczosResult,
+    LanczosState,
+    block_lanczos,
+    lanczos_block,
+    lanczos_finish,
+    lanczos_init,
+    lanczos_step,
+)
+from grsd_jax.linalg.ritz import (
+    RitzPairs,
+    SpectralDensity,
+    resolved_pairs,
+    ritz_pairs,
+    spectral_density,
+)
+from grsd_jax.parameter_blocks import (
+    ParameterBlocks,
+    partition,
+    partition_by_prefix,
+    restrict_to_block,
+)
+from grsd_jax.shells.binning import (
+    ShellCoupling,
+    Shells,
+    assign_shells,
+    log_shells,
+    shell_coupling,
+)
+from grsd_jax.shells.diagnostics import CouplingMeasurement, ToeplitzDiagnostics
+from grsd_jax.shells.layers import LayerMeasurements, measure_layers
+from grsd_jax.shells.measurement import measure_coupling
+from grsd_jax.shells.power_law import PowerLawFit, fit_power_law
+from grsd_jax.shells.toeplitz import (
     toeplitz_approximation,
     toeplitz_degrees_of_freedom,
     toeplitz_residual,
     windowed_toeplitz_degrees_of_freedom,
     windowed_toeplitz_residual,
 )
-from grsd_jax.transport import ProbeRecord, ProbeState
-from grsd_jax.velocity import VelocityFit, velocity_fit
-from grsd_jax.verdicts import Check, Thresholds, Verdict
 
 __version__ = version("grsd-jax")
 

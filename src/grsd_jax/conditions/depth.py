@@ -1,0 +1,233 @@
+r"""The mechanism behind residual nets: increments of the log-norm over depth.
+
+A chain ``h_{l+1} = F_l(h_l)``, residual where ``F_l(h) = h + s G_l(h)``, carries a
+direction ``u_0`` of its first state along, ``u_{l+1} = F_l'(h_l) u_l``. Theorem 2 rests
+on two of its properties: the increments of ``log|u_l|`` average themselves out over
+depth, and the direction ``u_l / |u_l|`` forgets where it began (paper 4.2 and A.3).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.special import ndtr, ndtri
+
+from grsd_jax._checks import check_at_least, check_floating
+
+
+class StateIncrements(NamedTuple):
+    r"""What the state Jacobians of a chain do to random directions.
+
+    Attributes:
+        increments: ``[L, R, N]``, ``log(|u_{l+1}| / |u_l|)`` for R directions of each
+            of N examples.
+        overlap: ``[L + 1, L + 1]``, the cosine between ``u_l`` and ``u_m``, in the mean
+            over directions and examples; 1 on the diagonal.
+    """
+
+    increments: jax.Array
+    overlap: jax.Array
+
+
+class IncrementStatistics(NamedTuple):
+    """How the increments of a chain add up over its depth.
+
+    Attributes:
+        mean: [], of the increments.
+        variance: [], of the increments, over blocks and paths.
+        variance_of_mean: [], over paths, of each path's mean over the L blocks. It
+            falls as ``1 / L`` where the increments average themselves out.
+        variance_ratio: [], ``L variance_of_mean`` over the mean variance of one block's
+            increments: 1 for uncorrelated ones, L for those that repeat.
+        normal_distance: [], the Kolmogorov-Smirnov distance of each path's sum to the
+            normal law of the same mean and variance; about ``0.6 / sqrt(paths)`` for
+            independent normal sums, and NaN where the sums do not vary.
+        wasserstein: [], the 1-Wasserstein distance of the standardised sums to the
+            standard normal law.
+        num_paths: Directions times examples.
+    """
+
+    mean: jax.Array
+    variance: jax.Array
+    variance_of_mean: jax.Array
+    variance_ratio: jax.Array
+    normal_distance: jax.Array
+    wasserstein: jax.Array
+    num_paths: int
+
+
+def state_increments(
+    maps: Sequence[Callable[[jax.Array], jax.Array]],
+    state: jax.Array,
+    *,
+    key: jax.Array,
+    num_directions: int = 16,
+) -> StateIncrements:
+    r"""Follows random directions through the state Jacobians of a chain.
+
+    .. math:: u_{l+1} = F_l'(h_l)\, u_l, \qquad
+              x_l = \log \frac{|u_{l+1}|}{|u_l|}
+                  = \log \frac{|(I + s\,G_l'(h_l))\, u_l|}{|u_l|}
+
+    along the forward trajectory ``h_l``, by forward differentiation; norms are taken in
+    each example. Directions begin isotropic, and are normalised after every block.
+
+    Args:
+        maps: The L maps from ``h_l`` to ``h_{l+1}``, of one shape and in which examples
+            are independent; `grsd_jax.models.chains.linen_chain` gives those of a
+            network.
+        state: ``h_0``, with leading axis N.
+        key: Consumed for the directions.
+        num_directions: R.
+
+    Returns:
+        The increments, ``-inf`` where a block maps a direction to zero, and the overlap
+        of the directions at every two depths.
+
+    Raises:
+        ValueError: If there is no map, a shape changes, or R is below 1.
+
+    References:
+        Paper A.3.2, "Markov-additive structure of log-spectral increments".
+    """
+    check_floating("state", state)
+    check_at_least("num_directions", num_directions, 1)
+    if not maps:
+        raise ValueError("maps: expected at least one map, got none.")
+    shape = (num_directions, *state.shape)
+    direction, _ = _normalized(jax.random.normal(key, shape, state.dtype))
+    directions, increments = [direction], []
+    for advance in maps:
+        new, push = jax.linearize(advance, state)
+        if new.shape != state.shape:
+            raise ValueError(
+                f"maps: expected states of shape {list(state.shape)} throughout, "
+                f"got {list(new.shape)}."
+            )
+        direction, norm = _normalized(jax.vmap(push)(direction))
+        directions.append(direction)
+        increments.append(jnp.log(norm))
+        state = new
+    flat = jnp.stack(directions).reshape(len(directions), -1)
+    overlap = jnp.matmul(flat, flat.T, precision=jax.lax.Precision.HIGHEST)
+    paths = num_directions * state.shape[0]
+    return StateIncrements(jnp.stack(increments), overlap / paths)
+
+
+def increment_statistics(increments: jax.typing.ArrayLike) -> IncrementStatistics:
+    r"""Summarises increments: do they average themselves out, and become normal?
+
+    With the sums :math:`S = \sum_l x_l` of every path, standardised as z, the distances
+    to the normal law :math:`\Phi` are
+
+    .. math:: D = \sup_t |\hat F_z(t) - \Phi(t)|, \qquad
+              W_1 = \int |\hat F_z^{-1}(q) - \Phi^{-1}(q)|\, dq
+
+    Args:
+        increments: ``[L, ...]``; further axes are paths. Paths through one network
+            share its weights: only over several networks are they independent.
+
+    Returns:
+        The statistics.
+
+    Raises:
+        ValueError: If there is no block, or there are fewer than two paths.
+
+    References:
+        Paper A.3.3, "Self-averaging"; the statistics are ours.
+    """
+    check_floating("increments", increments)
+    increments = jnp.asarray(increments)
+    depth = increments.shape[0] if increments.ndim else 0
+    check_at_least("increments: blocks", depth, 1)
+    increments = increments.reshape(depth, -1)
+    num_paths = increments.shape[1]
+    check_at_least("increments: paths", num_paths, 2)
+    means = jnp.mean(increments, axis=0)
+    variance_of_mean = jnp.var(means)
+    single = jnp.mean(jnp.var(increments, axis=1))
+    spread = jnp.sqrt(variance_of_mean)
+    ordered = jnp.sort((means - jnp.mean(means)) / spread)
+    ranks = jnp.arange(num_paths, dtype=jnp.int32).astype(ordered.dtype)
+    lower, upper = ranks / num_paths, (ranks + 1) / num_paths
+    normal = ndtr(ordered)
+    gaps = jnp.maximum(jnp.abs(upper - normal), jnp.abs(lower - normal))
+    quantiles = ndtri((lower + upper) / 2)
+    return IncrementStatistics(
+        mean=jnp.mean(increments),
+        variance=jnp.var(increments),
+        variance_of_mean=variance_of_mean,
+        variance_ratio=depth * variance_of_mean / single,
+        normal_distance=jnp.max(gaps),
+        wasserstein=jnp.mean(jnp.abs(ordered - quantiles)),
+        num_paths=num_paths,
+    )
+
+
+def correlation_time(overlap: jax.typing.ArrayLike) -> jax.Array:
+    r"""The number of blocks over which directions keep their memory.
+
+    .. math:: \tau = -1 / \log \bar c, \qquad
+              \bar c = \operatorname{mean}_l \langle \hat u_l, \hat u_{l+1} \rangle
+
+    so that the memory after k blocks is ``exp(-k / tau)`` for a Markov chain of
+    directions. Independent isotropic branches ``s G`` of unit gain have
+    ``c = (1 + s^2)^{-1/2}``, ``tau = 2 / log(1 + s^2)``: about ``2 / s^2`` blocks.
+
+    Args:
+        overlap: ``[L + 1, L + 1]``, of `StateIncrements`.
+
+    Returns:
+        [], in blocks: infinite if no direction moves, 0 if the mean cosine of
+        neighbours is zero or less.
+
+    Raises:
+        ValueError: If it is not a square matrix of at least two rows.
+
+    References:
+        Paper A.3.4, "Directional mixing".
+    """
+    overlap = _overlap(overlap)
+    cosine = jnp.mean(jnp.diagonal(overlap, offset=1))
+    safe = jnp.where(cosine > 0, jnp.minimum(cosine, 1), 0.5)
+    return jnp.where(cosine > 0, -1 / jnp.log(safe), 0)
+
+
+def direction_memory(overlap: jax.typing.ArrayLike) -> jax.Array:
+    """The mean cosine between directions k blocks apart, for every k.
+
+    Args:
+        overlap: ``[L + 1, L + 1]``, of `StateIncrements`.
+
+    Returns:
+        ``[L + 1]``, 1 at ``k = 0``.
+
+    Raises:
+        ValueError: As for `correlation_time`.
+
+    References:
+        Paper A.3.4.
+    """
+    overlap = _overlap(overlap)
+    means = [jnp.mean(jnp.diagonal(overlap, offset=k)) for k in range(len(overlap))]
+    return jnp.stack(means)
+
+
+def _overlap(overlap: jax.typing.ArrayLike) -> jax.Array:
+    check_floating("overlap", overlap)
+    overlap = jnp.asarray(overlap)
+    if overlap.ndim != 2 or overlap.shape[0] != overlap.shape[1] or len(overlap) < 2:
+        raise ValueError(
+            "overlap: expected a square matrix of at least two rows, got shape "
+            f"{list(overlap.shape)}."
+        )
+    return overlap
+
+
+def _normalized(directions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns unit directions ``[R, N, ...]``, example by example, and the norms."""
+    axes = tuple(range(2, directions.ndim))
+    norm = jnp.sqrt(jnp.sum(directions**2, axis=axes, keepdims=True))
+    unit = directions / jnp.where(norm > 0, norm, 1)
+    return unit, norm.reshape(directions.shape[:2])

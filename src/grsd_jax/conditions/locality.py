@@ -1,0 +1,226 @@
+"""Condition 1: how the motion of one block of parameters changes another's Jacobian.
+
+The paper asks that ``Jdot_l`` involve a bounded neighbourhood of blocks alone (3.2, 5.1
+and equation 11). What can be measured is the influence ``R_lm``, the part of ``Jdot_l``
+that the motion of block m causes, and how it falls with the distance ``|l - m|``.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grsd_jax._arrays import as_floating
+from grsd_jax._checks import check_at_least, check_choice, check_same_tree
+from grsd_jax._typing import ErrorFn, PyTree, Reduction
+from grsd_jax.jacobian.autodiff import (
+    PlainDerivative,
+    as_pytree,
+    check_problem,
+    split_batches,
+)
+from grsd_jax.kernel.operator import REDUCTIONS
+from grsd_jax.parameter_blocks import ParameterBlocks, check_blocks, restrict_to_block
+
+
+class InfluenceProfile(NamedTuple):
+    """What the motion of each block does to the Jacobian of each other.
+
+    Attributes:
+        influence: R, ``[L, L]``: row l changes because column m moves.
+        stderr: ``[L, L]``, the standard error of each entry; zeros if exact.
+        num_probes: Random probes behind an estimate; 0 says that it is exact.
+    """
+
+    influence: jax.Array
+    stderr: jax.Array
+    num_probes: int
+
+
+def influence_profile(
+    error_fn: ErrorFn,
+    params: PyTree,
+    batches: PyTree,
+    direction: PyTree,
+    blocks: ParameterBlocks,
+    *,
+    key: jax.Array | None = None,
+    num_probes: int | None = 16,
+    reduction: Reduction = "mean",
+    column_chunk: int = 8,
+) -> InfluenceProfile:
+    r"""Measures ``R_lm = |D_{theta_m} J_l [d_m]|_F`` for every pair of blocks.
+
+    .. math:: R_{lm}^2 = \frac1K \sum_k \Bigl\| \frac{d}{ds}
+              J_{kl}(\theta + s\, d_m) \Bigr\|_F^2
+              = \mathbb{E}_u \frac1K \sum_k
+              \Bigl| \Bigl( \frac{d}{ds} J_{kl} \Bigr)^{\!\top} u_k \Bigr|^2
+
+    with ``d_m`` the direction inside block m and zero elsewhere, and u of independent
+    random signs (Hutchinson). One JVP of a VJP takes one probe and one m to every l.
+    With ``num_probes=None`` the n unit vectors replace the probes, and R is exact.
+
+    Args:
+        error_fn: ``error_fn(params, batch) -> [N, C]``.
+        params: Parameters, a pytree of floating arrays.
+        batches: A pytree with leading axes ``[K, N]``.
+        direction: The tangent d, a tree like ``params``: how training moves them.
+        blocks: The partition, L blocks.
+        key: Consumed for the probes; not needed if exact.
+        num_probes: Probes, at least 2, or None for the exact profile.
+        reduction: ``"mean"`` (the average over K above) or ``"stack"`` (the sum).
+        column_chunk: Probes taken at a time, which bounds memory.
+
+    Returns:
+        An `InfluenceProfile`, in units of J per unit of s.
+
+    Raises:
+        ValueError: If a shape, tree, dtype, leading axis or choice does not fit, or a
+            key is missing.
+
+    References:
+        Paper 3.2 (Condition 1) and A.2; Hutchinson (1990). The profile is ours.
+    """
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_at_least("column_chunk", column_chunk, 1)
+    check_same_tree("direction", direction, params, "params")
+    check_blocks(blocks, params)
+    error = check_problem(error_fn, params, batches)
+    parts = split_batches(batches)
+    probes = _probes(error, len(parts), key, num_probes)
+    scale = len(parts) if reduction == "mean" else 1
+    fn = as_pytree(error_fn)
+    squares = jnp.stack(
+        [
+            sum(
+                _block_squares(
+                    PlainDerivative(fn, params, batch, moving),
+                    columns,
+                    blocks,
+                    column_chunk,
+                )
+                for batch, columns in zip(parts, probes, strict=True)
+            )
+            / scale
+            for block in range(len(blocks.names))
+            for moving in [restrict_to_block(direction, blocks, block)]
+        ],
+        axis=-1,
+    )  # [probes, L, L]
+    if num_probes is None:
+        influence = jnp.sqrt(jnp.sum(squares, axis=0))
+        return InfluenceProfile(influence, jnp.zeros_like(influence), 0)
+    influence = jnp.sqrt(jnp.mean(squares, axis=0))
+    spread = jnp.std(squares, axis=0, ddof=1) / num_probes**0.5
+    positive = influence > 0
+    stderr = spread / jnp.where(positive, 2 * influence, 1)
+    return InfluenceProfile(influence, jnp.where(positive, stderr, 0), num_probes)
+
+
+def distance_totals(matrix: jax.typing.ArrayLike) -> jax.Array:
+    """Adds up the entries of a matrix over each distance ``|l - m|``.
+
+    Args:
+        matrix: ``[L, L]``.
+
+    Returns:
+        ``[L]``, the sums at the distances 0 to ``L - 1``.
+
+    Raises:
+        ValueError: If ``matrix`` is not a floating square matrix.
+    """
+    matrix = as_floating("matrix", matrix, [None, None])
+    size = matrix.shape[0]
+    matrix = as_floating("matrix", matrix, [size, size])
+    return jax.ops.segment_sum(matrix.reshape(-1), _distances(size), size)
+
+
+def distance_maxima(matrix: jax.typing.ArrayLike) -> jax.Array:
+    """Returns the largest entry of a matrix at each distance ``|l - m|``.
+
+    Args:
+        matrix: ``[L, L]``.
+
+    Returns:
+        ``[L]``, the maxima at the distances 0 to ``L - 1``.
+
+    Raises:
+        ValueError: If ``matrix`` is not a floating square matrix.
+    """
+    matrix = as_floating("matrix", matrix, [None, None])
+    size = matrix.shape[0]
+    matrix = as_floating("matrix", matrix, [size, size])
+    return jax.ops.segment_max(matrix.reshape(-1), _distances(size), size)
+
+
+def smallest_band(profile: jax.typing.ArrayLike, share: float) -> jax.Array:
+    """Returns the smallest w whose distances 0 to w hold a share of the total.
+
+    Args:
+        profile: ``[L]``, non-negative amounts at the distances 0 to ``L - 1``.
+        share: The share, in (0, 1].
+
+    Returns:
+        [] int32; 0 for a profile of zeros.
+
+    Raises:
+        ValueError: If ``profile`` is not a floating vector or the share out of range.
+    """
+    profile = as_floating("profile", profile, [None])
+    if not 0 < share <= 1:
+        raise ValueError(f"share: expected a number in (0, 1], got {share!r}.")
+    held = jnp.cumsum(profile)
+    # Rounding of the sums must not ask for one more distance when the share is 1.
+    enough = share * (1 - profile.shape[0] * float(jnp.finfo(profile.dtype).eps))
+    return jnp.sum(held < enough * held[-1], dtype=jnp.int32)
+
+
+def _distances(size: int) -> np.ndarray:
+    index = np.arange(size)
+    return np.abs(index[:, None] - index[None, :]).reshape(-1)
+
+
+def _probes(
+    error: jax.ShapeDtypeStruct,
+    num_batches: int,
+    key: jax.Array | None,
+    num_probes: int | None,
+) -> list[jax.Array]:
+    """Returns ``[N, C, probes]`` for each batch: random signs, or unit vectors."""
+    if num_probes is None:
+        size = int(np.prod(error.shape))
+        units = jnp.eye(size, dtype=error.dtype).reshape(*error.shape, size)
+        return [units] * num_batches
+    check_at_least("num_probes", num_probes, 2)
+    if key is None:
+        raise ValueError("key: expected a key for random probes, got None.")
+    shape = (*error.shape, num_probes)
+    return [
+        jax.random.rademacher(k, shape, error.dtype)
+        for k in jax.random.split(key, num_batches)
+    ]
+
+
+def _block_squares(
+    derivative: PlainDerivative,
+    columns: jax.Array,
+    blocks: ParameterBlocks,
+    column_chunk: int,
+) -> jax.Array:
+    """Returns ``|Jdot_l^T u|^2`` of every probe and block, ``[probes, L]``."""
+    count = columns.shape[-1]
+    chunks = [
+        _sum_squares(derivative.pull(columns[..., i : i + column_chunk]), blocks)
+        for i in range(0, count, column_chunk)
+    ]
+    return jnp.concatenate(chunks)
+
+
+@jax.jit
+def _sum_squares(tangents: PyTree, blocks: ParameterBlocks) -> jax.Array:
+    """Returns the squared norms of each block of params trees, ``[b, L]``."""
+    leaves = [leaf.reshape(leaf.shape[0], -1) for leaf in jax.tree.leaves(tangents)]
+    squares = jnp.stack([jnp.sum(leaf**2, axis=1) for leaf in leaves])
+    owners = np.asarray(blocks.index)
+    return jax.ops.segment_sum(squares, owners, len(blocks.names)).T

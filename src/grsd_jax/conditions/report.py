@@ -1,0 +1,333 @@
+"""The four conditions of the theory, measured along a training path in one call.
+
+Conditions 1 to 3 make a shell description exist and stay stable; Condition 4 makes it
+free of scale (paper 3.2, 5). Each is measured by a module of its own; here they are put
+together and held against thresholds.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grsd_jax._checks import check_at_least
+from grsd_jax._typing import ErrorFn, PyTree, Reduction
+from grsd_jax.conditions.checks import (
+    drift_check,
+    growth_checks,
+    incoherence_checks,
+    invariance_checks,
+    lipschitz_check,
+    locality_checks,
+    trusted,
+)
+from grsd_jax.conditions.incoherence import BlockCoherence, block_coherence
+from grsd_jax.conditions.locality import (
+    InfluenceProfile,
+    distance_totals,
+    influence_profile,
+    smallest_band,
+)
+from grsd_jax.conditions.stability import (
+    OperatorNorms,
+    ProjectorDrift,
+    ShellDrift,
+    coupling_exponent,
+    operator_norms,
+    projector_drift,
+    shell_drift,
+)
+from grsd_jax.conditions.verdicts import Thresholds, Verdict
+from grsd_jax.parameter_blocks import ParameterBlocks
+from grsd_jax.shells.diagnostics import CouplingMeasurement, ToeplitzDiagnostics
+from grsd_jax.shells.measurement import measure_coupling
+
+
+class PathPoint(NamedTuple):
+    """One point of a training path.
+
+    Attributes:
+        time: When, in steps or in any other unit; for the record.
+        error_fn: ``error_fn(params, batch) -> [N, C]``, with the state of that time.
+        params: Parameters.
+        direction: How training moves them, such as the gradient flow.
+    """
+
+    time: float
+    error_fn: ErrorFn
+    params: PyTree
+    direction: PyTree
+
+
+class Locality(NamedTuple):
+    """Condition 1.
+
+    Attributes:
+        times: Where on the path the influence was measured.
+        profiles: The influence there.
+        shares: ``[L]`` each, the share of the squared influence at each distance.
+        bands: The smallest band at each time that holds the share of the thresholds.
+        verdict: The widest band against its threshold.
+    """
+
+    times: list[float]
+    profiles: list[InfluenceProfile]
+    shares: list[jax.Array]
+    bands: list[int]
+    verdict: Verdict
+
+
+class Incoherence(NamedTuple):
+    """Condition 2, at the first point of the path.
+
+    Attributes:
+        coherence: The overlap of every two blocks.
+        flagged: ``(l, m, coherence)`` of the distant blocks that are too coherent.
+        verdict: The tail sum and the largest distant coherence.
+    """
+
+    coherence: BlockCoherence
+    flagged: list[tuple[int, int, float]]
+    verdict: Verdict
+
+
+class Stability(NamedTuple):
+    """Condition 3, along the whole path.
+
+    Attributes:
+        norms: ``|J|_op`` and ``|Jdot|_op`` at each point.
+        leading_drift: Drift of the leading projector, from each point to the next.
+        shell_drift: Drift of each shell's projector, from each point to the next.
+        lipschitz: Of the root of the diagonal renormalised coupling, at each point.
+        verdict: Growth of both norms, largest leading drift, largest exponent.
+    """
+
+    norms: list[OperatorNorms]
+    leading_drift: list[ProjectorDrift]
+    shell_drift: ShellDrift
+    lipschitz: list[float]
+    verdict: Verdict
+
+
+class ShiftInvariance(NamedTuple):
+    """Condition 4, at each point; the verdict is that of the last.
+
+    Attributes:
+        measurements: The shell coupling at each point.
+        central_residuals: The renormalised coupling's Toeplitz residual in the windows
+            nearest to the centre, at each point.
+        verdict: Residual, slope and R^2 at the last point.
+    """
+
+    measurements: list[CouplingMeasurement]
+    central_residuals: list[float]
+    verdict: Verdict
+
+
+class ConditionReport(NamedTuple):
+    """All four conditions of one training path.
+
+    Attributes:
+        times: The T points.
+        blocks: The partition of the parameters.
+        condition1: Locality of the Jacobian's motion.
+        condition2: Incoherence of the blocks at the first point.
+        condition3: Stability along the path.
+        condition4: Log-shift invariance along the path.
+    """
+
+    times: list[float]
+    blocks: ParameterBlocks
+    condition1: Locality
+    condition2: Incoherence
+    condition3: Stability
+    condition4: ShiftInvariance
+
+    @property
+    def verdicts(self) -> dict[str, Verdict]:
+        """The verdicts by the names of the conditions."""
+        return {
+            "condition1": self.condition1.verdict,
+            "condition2": self.condition2.verdict,
+            "condition3": self.condition3.verdict,
+            "condition4": self.condition4.verdict,
+        }
+
+
+def condition_report(
+    points: Sequence[PathPoint],
+    batches: PyTree,
+    blocks: ParameterBlocks,
+    *,
+    key: jax.Array,
+    thresholds: Thresholds | None = None,
+    reduction: Reduction = "mean",
+    num_probes: int | None = 16,
+    num_leading: int = 8,
+    coherence_options: dict[str, Any] | None = None,
+    coupling_options: dict[str, Any] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> ConditionReport:
+    """Measures all four conditions along a training path, with verdicts.
+
+    Condition 1 at the first and the last point; Condition 2 at the first, which should
+    be the initialisation; Conditions 3 and 4 at all of them.
+
+    Args:
+        points: The path, in order of time; at least two points for Condition 3 to speak
+            of drift, which is NaN, and fails, with one.
+        batches: A pytree with leading axes ``[K, N]``, the same at every point.
+        blocks: The partition of the parameters by depth.
+        key: Consumed for probes, start vectors and bootstraps.
+        thresholds: What the numbers are held against; the defaults of `Thresholds` if
+            None.
+        reduction: ``"mean"`` or ``"stack"``.
+        num_probes: Of `influence_profile`; None for the exact influence.
+        num_leading: Eigenvectors of the leading projector, whose drift is measured.
+        coherence_options: Further options of `block_coherence`.
+        coupling_options: Further options of `measure_coupling`.
+        progress: Called with what comes next, in words.
+
+    Returns:
+        A `ConditionReport`.
+
+    Raises:
+        ValueError: If there is no point, or a shape, tree, dtype, leading axis,
+            partition or option does not fit.
+
+    References:
+        Paper 3.2, 5 and A.2; how each condition is made a number is ours.
+    """
+    check_at_least("len(points)", len(points), 1)
+    check_at_least("num_leading", num_leading, 1)
+    thresholds = Thresholds() if thresholds is None else thresholds
+    tell = progress or (lambda _: None)
+    keys = jax.random.split(key, 4)
+    ends = list(points) if len(points) == 1 else [points[0], points[-1]]
+    tell("condition 1: influence")
+    locality = _locality(
+        ends, batches, blocks, keys[0], thresholds, reduction, num_probes
+    )
+    tell("condition 2: coherence")
+    coherence = block_coherence(
+        points[0].error_fn,
+        points[0].params,
+        batches,
+        blocks,
+        key=keys[1],
+        reduction=reduction,
+        **(coherence_options or {}),
+    )
+    norms, measurements = [], []
+    for number, point in enumerate(points):
+        tell(f"conditions 3 and 4: time {point.time:g}")
+        norms_key, coupling_key = (jax.random.fold_in(k, number) for k in keys[2:])
+        problem = (point.error_fn, point.params, batches, point.direction)
+        norms.append(operator_norms(*problem, key=norms_key, reduction=reduction))
+        measurements.append(
+            measure_coupling(
+                *problem,
+                key=coupling_key,
+                reduction=reduction,
+                **(coupling_options or {}),
+            )
+        )
+    known = bool(jnp.isfinite(locality.profiles[0].influence).all())
+    known = known and trusted(measurements[0])
+    return ConditionReport(
+        times=[point.time for point in points],
+        blocks=blocks,
+        condition1=locality,
+        condition2=_incoherence(coherence, thresholds, known=known),
+        condition3=_stability(norms, measurements, num_leading, thresholds),
+        condition4=_shift_invariance(measurements, thresholds),
+    )
+
+
+def _locality(
+    points: Sequence[PathPoint],
+    batches: PyTree,
+    blocks: ParameterBlocks,
+    key: jax.Array,
+    thresholds: Thresholds,
+    reduction: Reduction,
+    num_probes: int | None,
+) -> Locality:
+    profiles = [
+        influence_profile(
+            point.error_fn,
+            point.params,
+            batches,
+            point.direction,
+            blocks,
+            key=jax.random.fold_in(key, number),
+            num_probes=num_probes,
+            reduction=reduction,
+        )
+        for number, point in enumerate(points)
+    ]
+    totals = [distance_totals(profile.influence**2) for profile in profiles]
+    bands = [int(smallest_band(t, thresholds.influence_share)) for t in totals]
+    return Locality(
+        times=[point.time for point in points],
+        profiles=profiles,
+        shares=[
+            total / jnp.where(jnp.sum(total) > 0, jnp.sum(total), 1) for total in totals
+        ],
+        bands=bands,
+        verdict=Verdict(locality_checks(profiles, bands, thresholds)),
+    )
+
+
+def _incoherence(
+    coherence: BlockCoherence, thresholds: Thresholds, *, known: bool
+) -> Incoherence:
+    """Judges the coherence, undefined if the network cannot be trusted there."""
+    matrix = np.asarray(coherence.coherence)
+    far = np.triu(matrix > thresholds.max_distant_coherence, max(thresholds.distant, 1))
+    flagged = [(int(i), int(j), float(matrix[i, j])) for i, j in np.argwhere(far)]
+    verdict = Verdict(incoherence_checks(coherence, thresholds, known=known))
+    return Incoherence(coherence, flagged, verdict)
+
+
+def _stability(
+    norms: list[OperatorNorms],
+    measurements: list[CouplingMeasurement],
+    num_leading: int,
+    thresholds: Thresholds,
+) -> Stability:
+    leading = [
+        projector_drift(a.vectors[:, :num_leading], b.vectors[:, :num_leading])
+        for a, b in itertools.pairwise(measurements)
+    ]
+    lipschitz = [float(coupling_exponent(measured)) for measured in measurements]
+    checks = (
+        *growth_checks(norms, thresholds),
+        drift_check(leading, measurements, num_leading, thresholds),
+        lipschitz_check(lipschitz, measurements, thresholds),
+    )
+    return Stability(
+        norms, leading, shell_drift(measurements), lipschitz, Verdict(checks)
+    )
+
+
+def _shift_invariance(
+    measurements: list[CouplingMeasurement], thresholds: Thresholds
+) -> ShiftInvariance:
+    central = [_central_residual(found.renormalized) for found in measurements]
+    checks = invariance_checks(central[-1], measurements[-1], thresholds)
+    return ShiftInvariance(measurements, central, Verdict(checks))
+
+
+def _central_residual(diagnostics: ToeplitzDiagnostics) -> float:
+    """Returns the mean residual of the defined windows nearest to the centre."""
+    residuals = np.asarray(diagnostics.windows, np.float64)
+    defined = np.asarray(diagnostics.degrees_of_freedom) > 0
+    if not defined.any():
+        return float("nan")
+    offset = np.abs(np.arange(len(residuals)) - (len(residuals) - 1) / 2)
+    nearest = defined & (offset == offset[defined].min())
+    return float(residuals[nearest].mean())

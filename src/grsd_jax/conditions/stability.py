@@ -1,0 +1,276 @@
+"""Condition 3: how large J and its derivative are, and how the spectrum reorganises.
+
+The paper asks for ``|J|_op`` and ``|Jdot|_op`` bounded along the training path,
+spectral projectors that do not change abruptly, and shell statistics that are Lipschitz
+in ``log lambda`` (3.2, 5.3 and equation 13).
+"""
+
+import itertools
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from grsd_jax._arrays import as_floating, as_mask
+from grsd_jax._checks import check_at_least, check_same_tree
+from grsd_jax._typing import ErrorFn, PyTree, Reduction
+from grsd_jax.jacobian.factored import JacobianForm
+from grsd_jax.kernel.operator import (
+    LinearizedKernel,
+    linearize_derivative,
+    linearize_kernel,
+)
+from grsd_jax.linalg.eigenpairs import leading_eigenpairs
+from grsd_jax.shells.binning import log_shells
+from grsd_jax.shells.diagnostics import CouplingMeasurement
+
+_matmul = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+
+class OperatorNorms(NamedTuple):
+    """How large the Jacobian and its derivative are.
+
+    Attributes:
+        jacobian: [], ``|J|_op``.
+        derivative: [], ``|Jdot|_op``, per unit of s.
+        residuals: [2], the relative residuals of their squares as eigenvalues.
+        converged: [2] bool, residuals within the tolerance.
+    """
+
+    jacobian: jax.Array
+    derivative: jax.Array
+    residuals: jax.Array
+    converged: jax.Array
+
+
+def operator_norms(
+    error_fn: ErrorFn,
+    params: PyTree,
+    batches: PyTree,
+    direction: PyTree,
+    *,
+    key: jax.Array,
+    reduction: Reduction = "mean",
+    jacobian: JacobianForm = "auto",
+    block_size: int = 4,
+    tolerance: float = 1e-3,
+    max_steps: int | None = None,
+) -> OperatorNorms:
+    """Measures ``|J|_op`` and ``|Jdot|_op``, neither of which is formed.
+
+    They are the roots of the largest eigenvalues of ``J J^T`` and ``Jdot Jdot^T``, by
+    block Lanczos; see `leading_eigenpairs`. Call it eagerly.
+
+    Args:
+        error_fn: ``error_fn(params, batch) -> [N, C]``.
+        params: Parameters, a pytree of floating arrays.
+        batches: A pytree with leading axes ``[K, N]``.
+        direction: The tangent of Jdot, a tree like ``params``.
+        key: Consumed for the start blocks.
+        reduction: ``"mean"`` (``J = K^{-1/2} [J_1 .. J_K]``) or ``"stack"``.
+        jacobian: ``"factored"``, ``"plain"`` or ``"auto"``, for the products with J.
+        block_size: Columns b of a Lanczos block; n if that is less.
+        tolerance: Largest residual of the eigenvalues, relative.
+        max_steps: Products at most, for each of the two; see `leading_eigenpairs`.
+
+    Returns:
+        `OperatorNorms`.
+
+    Raises:
+        ValueError: If a shape, tree, dtype, leading axis or choice does not fit.
+
+    References:
+        Paper 3.2, Condition 3.
+    """
+    check_at_least("block_size", block_size, 1)
+    check_same_tree("direction", direction, params, "params")
+    operators = (
+        linearize_kernel(
+            error_fn, params, batches, reduction=reduction, jacobian=jacobian
+        ),
+        linearize_derivative(error_fn, params, batches, direction, reduction=reduction),
+    )
+    found = [
+        _leading(operator, k, block_size, tolerance, max_steps)
+        for operator, k in zip(operators, jax.random.split(key), strict=True)
+    ]
+    values, residuals, converged = map(jnp.stack, zip(*found, strict=True))
+    norms = jnp.sqrt(jnp.maximum(values, 0))
+    relative = residuals / jnp.where(values > 0, values, 1)
+    return OperatorNorms(norms[0], norms[1], relative, converged)
+
+
+def _leading(
+    operator: LinearizedKernel,
+    key: jax.Array,
+    block_size: int,
+    tolerance: float,
+    max_steps: int | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the largest eigenvalue, its residual and whether it has converged."""
+    start_key, key = jax.random.split(key)
+    size = operator.dimension
+    width = min(block_size, size)
+    start = jax.random.normal(start_key, (size, width), operator.dtype)
+    found = leading_eigenpairs(
+        operator.matmat, start, 1, key=key, tolerance=tolerance, max_steps=max_steps
+    )
+    return found.values[0], found.residuals[0], found.converged[0]
+
+
+class ProjectorDrift(NamedTuple):
+    """How far two subspaces are apart, each measure in [0, 1].
+
+    Attributes:
+        operator: [], ``|P - Q|_op``, the sine of the largest angle; 1 if the dimensions
+            differ.
+        frobenius: [], ``|P - Q|_F / (dim P + dim Q)^{1/2}``, a mean over the angles; 0
+            for two empty subspaces.
+    """
+
+    operator: jax.Array
+    frobenius: jax.Array
+
+
+def projector_drift(
+    vectors: jax.typing.ArrayLike,
+    others: jax.typing.ArrayLike,
+    *,
+    chosen: jax.typing.ArrayLike | None = None,
+    others_chosen: jax.typing.ArrayLike | None = None,
+) -> ProjectorDrift:
+    """Measures ``|P - Q|`` for the projectors on the spans of chosen columns.
+
+    Args:
+        vectors: V, ``[n, r]``, orthonormal columns, such as eigenvectors at one time.
+        others: W, ``[n, s]``, orthonormal columns, those at another time.
+        chosen: ``[r]`` bool, the columns of V that span P's subspace. Default: all.
+        others_chosen: ``[s]`` bool, those of W. Default: all.
+
+    Returns:
+        A `ProjectorDrift`.
+
+    Raises:
+        ValueError: If a shape or dtype does not fit.
+
+    References:
+        Paper 3.2, Condition 3; Golub and Van Loan (2013), "Matrix Computations", 2.5.
+    """
+    vectors = as_floating("vectors", vectors, [None, None])
+    others = as_floating("others", others, [vectors.shape[0], None])
+    left = as_mask("chosen", chosen, [vectors.shape[1]])
+    right = as_mask("others_chosen", others_chosen, [others.shape[1]])
+    v = jnp.where(left[None], vectors, 0)
+    w = jnp.where(right[None], others, 0)
+    # What lies outside the other subspace keeps small angles accurate, where the root
+    # of one less a squared cosine would not.
+    outside = (v - _matmul(w, _matmul(w.T, v)), w - _matmul(v, _matmul(v.T, w)))
+    largest = jnp.maximum(*(jnp.linalg.norm(part, 2) for part in outside))
+    squares = sum(jnp.sum(part**2) for part in outside)
+    count = jnp.sum(left, dtype=v.dtype) + jnp.sum(right, dtype=v.dtype)
+    mean = jnp.sqrt(squares / jnp.maximum(count, 1))
+    return ProjectorDrift(jnp.minimum(largest, 1), jnp.minimum(mean, 1))
+
+
+def log_lipschitz(
+    statistic: jax.typing.ArrayLike,
+    centers: jax.typing.ArrayLike,
+    mask: jax.typing.ArrayLike | None = None,
+) -> jax.Array:
+    r"""Estimates the Lipschitz constant of a shell statistic in log-log coordinates.
+
+    .. math:: \max_a \frac{|\log f_{a+1} - \log f_a|}{|s_{a+1} - s_a|},
+              \qquad s = \log \lambda
+
+    over neighbouring shells that are both valid: the largest local exponent of
+    ``f(lambda)``, free of the scale of f.
+
+    Args:
+        statistic: f, ``[S]``, positive where valid.
+        centers: ``[S]``, the shells' lambda, positive.
+        mask: ``[S]`` bool, the valid shells. Default: all. Values that are not
+            positive count as masked.
+
+    Returns:
+        [], NaN where no two neighbours are valid.
+
+    Raises:
+        ValueError: If a shape or dtype does not fit.
+
+    References:
+        Paper 3.2, Condition 3; the estimate is ours.
+    """
+    statistic = as_floating("statistic", statistic, [None])
+    centers = as_floating("centers", centers, statistic.shape)
+    valid = as_mask("mask", mask, statistic.shape) & (statistic > 0)
+    logs = jnp.log(jnp.where(valid, statistic, 1))
+    both = valid[1:] & valid[:-1]
+    slopes = jnp.abs(jnp.diff(logs)) / jnp.abs(jnp.diff(jnp.log(centers)))
+    largest = jnp.max(jnp.where(both, slopes, 0), initial=0.0)
+    return jnp.where(jnp.any(both), largest, jnp.nan)
+
+
+class ShellDrift(NamedTuple):
+    """How far the projector on each shell moves between neighbouring measurements.
+
+    Attributes:
+        edges: ``[S + 1]``, shells of lambda common to all T measurements.
+        drift: ``[T - 1, S]`` in [0, 1], ``|P - Q|_F / (dim P + dim Q)^{1/2}``; NaN
+            where a shell is empty at both times.
+    """
+
+    edges: jax.Array
+    drift: jax.Array
+
+
+def shell_drift(measurements: Sequence[CouplingMeasurement]) -> ShellDrift:
+    """Measures the drift of shell projectors along a path, on common shells.
+
+    A mode that crosses an edge counts as drift, as one that turns does.
+
+    Args:
+        measurements: At least one, with as many pairs and shells each; resolved pairs
+            alone are used.
+
+    Returns:
+        A `ShellDrift`.
+
+    Raises:
+        ValueError: If there is no measurement.
+
+    References:
+        Paper 3.2, Condition 3.
+    """
+    check_at_least("len(measurements)", len(measurements), 1)
+    num_shells = measurements[0].shells.counts.shape[0]
+    values = jnp.stack([measured.values for measured in measurements])
+    resolved = jnp.stack([measured.resolved for measured in measurements])
+    shells = log_shells(values.reshape(-1), num_shells, mask=resolved.reshape(-1))
+    index = shells.index.reshape(values.shape)
+    drift = jnp.full((len(measurements) - 1, num_shells), jnp.nan, values.dtype)
+    for step, (before, after) in enumerate(itertools.pairwise(measurements)):
+        for shell in range(num_shells):
+            chosen, later = index[step] == shell, index[step + 1] == shell
+            found = projector_drift(
+                before.vectors, after.vectors, chosen=chosen, others_chosen=later
+            )
+            empty = ~(jnp.any(chosen) | jnp.any(later))
+            entry = jnp.where(empty, jnp.nan, found.frobenius)
+            drift = drift.at[step, shell].set(entry)
+    return ShellDrift(shells.edges, drift)
+
+
+def coupling_exponent(measured: CouplingMeasurement) -> jax.Array:
+    """Returns `log_lipschitz` of ``sqrt(Khat_aa)``, the shells' relative rates.
+
+    Args:
+        measured: A measurement.
+
+    Returns:
+        [], NaN where no two neighbouring shells are valid.
+    """
+    matrix, mask = measured.renormalized.coupling
+    rates = jnp.sqrt(jnp.diag(matrix))
+    return log_lipschitz(rates, measured.shells.centers, jnp.diag(mask))

@@ -1,0 +1,233 @@
+"""Gradient flow: a small integrator, its effective time, and its covariance (Lemma 1).
+
+The identities of the shell dynamics hold for the flow ``theta_dot = -grad L``. This is
+the flow itself for small problems, accurate enough to test them, and the time in which
+a training run with a learning-rate schedule follows it (paper 3.3, Remark 1, and A.2).
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from grsd_jax._checks import check_at_least, check_positive
+from grsd_jax._typing import ErrorFn, LossFn, PyTree
+from grsd_jax.jacobian.autodiff import as_pytree
+from grsd_jax.kernel.dense import kernel_dense
+from grsd_jax.kernel.derivative import gradient_flow_direction
+
+#: ``field(params) -> tangent``, an autonomous vector field.
+Field = Callable[[PyTree], PyTree]
+
+
+class CovarianceCheck(NamedTuple):
+    """The eigenvalues along two flows, of the loss and of the scaled loss.
+
+    Attributes:
+        times: [T], t of the scaled flow.
+        scaled: [T, n], ``lambda^(a)(t)``, ascending: of ``a M`` along the flow of
+            ``a L``.
+        expected: [T, n], ``a lambda(a t)``, ascending, of the flow of L.
+        error: [], the largest difference over the largest expected value.
+    """
+
+    times: jax.Array
+    scaled: jax.Array
+    expected: jax.Array
+    error: jax.Array
+
+
+def flow_step(field: Field, params: PyTree, step: jax.typing.ArrayLike) -> PyTree:
+    """Takes one step of the classical Runge-Kutta method of fourth order.
+
+    Args:
+        field: ``field(params) -> tangent``, a tree like ``params``.
+        params: Parameters, a pytree of floating arrays.
+        step: [], the time step h.
+
+    Returns:
+        The parameters h later, with an error of order ``h^5``.
+
+    References:
+        Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, II.1.
+    """
+
+    def ahead(tangent: PyTree, share: float) -> PyTree:
+        def move(p: jax.Array, t: jax.Array) -> jax.Array:
+            return p + (share * jnp.asarray(step)).astype(p.dtype) * t
+
+        return jax.tree.map(move, params, tangent)
+
+    first = field(params)
+    second = field(ahead(first, 0.5))
+    third = field(ahead(second, 0.5))
+    fourth = field(ahead(third, 1.0))
+    mean = jax.tree.map(
+        lambda a, b, c, d: (a + 2 * b + 2 * c + d) / 6, first, second, third, fourth
+    )
+    return ahead(mean, 1.0)
+
+
+def integrate_flow(
+    field: Field,
+    params: PyTree,
+    *,
+    step: jax.typing.ArrayLike,
+    num_steps: int,
+    substeps: int = 1,
+) -> PyTree:
+    """Follows ``theta_dot = field(theta)`` by `flow_step`, in one ``lax.scan``.
+
+    Args:
+        field: ``field(params) -> tangent``, a tree like ``params``.
+        params: Parameters at time 0, a pytree of floating arrays.
+        step: [], the time between the points that are returned.
+        num_steps: How many points after the first.
+        substeps: Steps of the integrator from one point to the next.
+
+    Returns:
+        A tree like ``params`` with a leading axis ``[num_steps + 1]``, times 0,
+        ``step``, 2 ``step`` and so on.
+
+    Raises:
+        ValueError: If ``num_steps`` or ``substeps`` is not an integer >= 1.
+    """
+    check_at_least("num_steps", num_steps, 1)
+    check_at_least("substeps", substeps, 1)
+
+    def point(current: PyTree, _: None) -> tuple[PyTree, PyTree]:
+        def inner(state: PyTree, _: None) -> tuple[PyTree, None]:
+            return flow_step(field, state, jnp.asarray(step) / substeps), None
+
+        following, _ = jax.lax.scan(inner, current, length=substeps)
+        return following, following
+
+    params = jax.tree.map(jnp.asarray, params)
+    _, later = jax.lax.scan(point, params, length=num_steps)
+    return jax.tree.map(
+        lambda first, rest: jnp.concatenate([first[None], rest]), params, later
+    )
+
+
+def effective_time(
+    schedule: Callable[[jax.Array], jax.typing.ArrayLike],
+    num_steps: int,
+    *,
+    first_step: int = 0,
+) -> jax.Array:
+    r"""Returns the time of the flow that each step of a training run has reached.
+
+    .. math:: \tau(t) = \sum_{s = 0}^{t - 1} \eta(s)
+
+    so that a step of plain gradient descent with rate ``eta`` moves the parameters by
+    ``eta`` times the flow's velocity. Momentum without dampening, once
+    settled, goes ``1 / (1 - momentum)`` times as far; an adaptive optimiser does not
+    follow the flow.
+
+    Args:
+        schedule: ``schedule(step) -> learning rate``, such as any optax schedule. It
+            must be traceable in its integer argument.
+        num_steps: T, the steps taken.
+        first_step: The first step, for a run that goes on.
+
+    Returns:
+        [T+1], starting with 0, in the schedule's dtype: float32 or float64. Where the
+        rate is 0 the time stands still.
+
+    Raises:
+        ValueError: If ``num_steps`` or ``first_step`` is not an integer >= 0, or the
+            schedule does not give a single number.
+
+    References:
+        Paper 3.3, Remark 1.
+    """
+    check_at_least("num_steps", num_steps, 0)
+    check_at_least("first_step", first_step, 0)
+    steps = first_step + jnp.arange(num_steps, dtype=jnp.int32)
+    # A schedule is the caller's code, and optax's mix dtypes.
+    with jax.numpy_dtype_promotion("standard"):
+        rates = jax.vmap(lambda step: jnp.asarray(schedule(step)))(steps)
+    if rates.ndim != 1:
+        raise ValueError(
+            f"schedule: expected one number for each step, got shape "
+            f"{list(rates.shape[1:])}."
+        )
+    if not jnp.issubdtype(rates.dtype, jnp.floating):
+        rates = rates.astype(jnp.result_type(float))
+    return jnp.concatenate([jnp.zeros(1, rates.dtype), jnp.cumsum(rates)])
+
+
+def covariance_check(
+    error_fn: ErrorFn,
+    loss_fn: LossFn,
+    params: PyTree,
+    batches: PyTree,
+    *,
+    scale: float,
+    time: float,
+    num_steps: int,
+) -> CovarianceCheck:
+    r"""Runs the flows of L and of ``a L`` and compares their eigenvalues: Lemma 1.
+
+    .. math:: \lambda^{(a)}(t) = a \, \lambda(a t)
+
+    with ``lambda^(a)`` of the operator ``a M`` that drives the error under ``a L``. The
+    two flows are integrated with steps of different length, so that they agree to the
+    integrator's accuracy and not by construction. For small problems: ``M`` is dense,
+    at every point of time, in the ``stack`` of the batches.
+
+    Args:
+        error_fn: ``error_fn(params, batch) -> [N, C]``, examples independent.
+        loss_fn: ``loss_fn(params, batch) -> []``, the mean loss of one batch.
+        params: Parameters at time 0, a pytree of floating arrays.
+        batches: A pytree with leading axes ``[K, N]``.
+        scale: a, above 0.
+        time: How far the scaled flow runs; the other one runs to ``a`` times that.
+        num_steps: Points of time, and steps of the scaled flow's integrator.
+
+    Returns:
+        Both trajectories and their largest relative difference.
+
+    Raises:
+        ValueError: If ``scale`` or ``time`` is not a finite number above zero,
+            ``num_steps`` is not an integer >= 1, or the problem does not fit together.
+
+    References:
+        Paper A.2, Lemma 1 and equation (33).
+    """
+    check_positive("scale", scale)
+    check_positive("time", time)
+    check_at_least("num_steps", num_steps, 1)
+    error_fn, loss_fn = as_pytree(error_fn), as_pytree(loss_fn)
+
+    def field(p: PyTree) -> PyTree:
+        return gradient_flow_direction(loss_fn, p, batches)
+
+    def scaled_field(p: PyTree) -> PyTree:
+        return jax.tree.map(lambda leaf: scale * leaf, field(p))
+
+    def spectrum(p: PyTree) -> jax.Array:
+        return jnp.linalg.eigvalsh(
+            kernel_dense(error_fn, p, batches, reduction="stack")
+        )
+
+    step = time / num_steps
+    along = integrate_flow(scaled_field, params, step=step, num_steps=num_steps)
+    reference = integrate_flow(
+        field,
+        params,
+        step=scale * step,
+        num_steps=num_steps,
+        substeps=math.ceil(scale) + 1,
+    )
+    scaled = scale * jax.lax.map(spectrum, along)
+    expected = scale * jax.lax.map(spectrum, reference)
+    largest = jnp.max(jnp.abs(expected))
+    return CovarianceCheck(
+        times=step * jnp.arange(num_steps + 1).astype(scaled.dtype),
+        scaled=scaled,
+        expected=expected,
+        error=jnp.max(jnp.abs(scaled - expected)) / jnp.where(largest > 0, largest, 1),
+    )

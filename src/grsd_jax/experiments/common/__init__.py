@@ -1,0 +1,1 @@
+"""What every study shares: data, training, runs, flags and files."""

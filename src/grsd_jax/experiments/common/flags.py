@@ -1,0 +1,221 @@
+"""From `Config` to command-line flags and back, and the frame around every script."""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Collection
+from typing import Any
+
+import jax
+from absl import app, flags, logging
+
+from grsd_jax.conditions.verdicts import Thresholds
+from grsd_jax.experiments.common.config import Config, UserError, check_field
+
+
+def define_flags(
+    *,
+    only: Collection[str] | None = None,
+    settings: type = Config,
+    flag_values: flags.FlagValues = flags.FLAGS,
+    **defaults: Any,
+) -> None:
+    """Defines one absl flag for every field of the settings.
+
+    Args:
+        only: The fields that concern the script, all of them by default. It takes the
+            others too, so that one set of flags serves all scripts, but ``--help``
+            leaves them to ``--helpfull``.
+        settings: The dataclass of the settings, `Config` or one like it.
+        flag_values: Where to define them.
+        **defaults: Defaults of this script that differ from the dataclass's.
+
+    Raises:
+        ValueError: If a name is not a field of the settings.
+    """
+    fields = {field.name: field for field in dataclasses.fields(settings)}
+    for name in {*defaults, *(only or ())} - set(fields):
+        raise ValueError(
+            f"define_flags: expected fields of {settings.__name__}, got {name!r}."
+        )
+    for name, field in fields.items():
+        # As if the script itself had defined it: --help lists the script's own flags.
+        concerns = only is None or name in only
+        module = sys.argv[0] if concerns else "shared flags without effect here"
+        _define(field, defaults.get(name, field.default), module, flag_values)
+
+
+def all_but(*names: str) -> list[str]:
+    """Returns the fields of `Config` without those that do not concern a script.
+
+    Args:
+        *names: The fields to leave out.
+
+    Returns:
+        The others, for ``only`` of `define_flags`.
+
+    Raises:
+        ValueError: If a name is not a field.
+    """
+    fields = [field.name for field in dataclasses.fields(Config)]
+    for name in set(names) - set(fields):
+        raise ValueError(f"all_but: expected fields of Config, got {name!r}.")
+    return [name for name in fields if name not in names]
+
+
+def config_from_flags(
+    flag_values: flags.FlagValues = flags.FLAGS, *, settings: type = Config
+) -> Any:
+    """Returns the settings that the flags say; fields without a flag keep defaults.
+
+    Args:
+        flag_values: Parsed flags.
+        settings: The dataclass of the settings.
+
+    Returns:
+        The settings, checked.
+
+    Raises:
+        UserError: If a setting is out of range.
+    """
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(settings):
+        if field.name in flag_values:
+            values[field.name] = _parsed(field, flag_values[field.name].value)
+    return settings(**values)
+
+
+#: What each field of `Thresholds` is, for ``--help``.
+_THRESHOLD_HELP = {
+    "influence_share": "Condition 1: share of the influence that the band must hold.",
+    "max_band": "Condition 1: widest band, in blocks; by default (L - 1) // 2.",
+    "max_tail_sum": "Condition 2: largest tail sum of the coherence profile.",
+    "max_distant_coherence": "Condition 2: largest coherence of two distant blocks.",
+    "distant": "Condition 2: distance from which blocks count as distant.",
+    "max_growth": "Condition 3: largest growth of |J| and |Jdot| along the path.",
+    "max_drift": "Condition 3: largest drift of the leading projector in one stretch.",
+    "max_lipschitz": "Condition 3: largest local exponent of a shell statistic.",
+    "max_residual": "Condition 4: largest Toeplitz residual in the central windows.",
+    "max_slope_error": "Condition 4: largest distance of the diagonal's slope to 1.",
+    "min_r_squared": "Condition 4: smallest R^2 of the diagonal's fit.",
+}
+
+
+def define_threshold_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
+    """Defines one absl flag for every field of `Thresholds`.
+
+    Args:
+        flag_values: Where to define them.
+    """
+    for name, default in Thresholds()._asdict().items():
+        define = flags.DEFINE_float
+        if Thresholds.__annotations__[name] is not float:
+            define = flags.DEFINE_integer
+        help_text = _THRESHOLD_HELP[name]
+        options = {"flag_values": flag_values, "module_name": sys.argv[0]}
+        define(name, default, help_text, lower_bound=0, **options)
+
+
+def thresholds_from_flags(flag_values: flags.FlagValues = flags.FLAGS) -> Thresholds:
+    """Returns the thresholds that the flags say.
+
+    Args:
+        flag_values: Parsed flags.
+
+    Returns:
+        The thresholds.
+    """
+    values: dict[str, Any] = {n: flag_values[n].value for n in Thresholds._fields}
+    return Thresholds(**values)
+
+
+def run_main(
+    main: Callable[[Any], None],
+    *,
+    settings: type = Config,
+    positional: str | None = None,
+) -> None:
+    """Parses the flags, sets the matmul precision and calls ``main(config)``.
+
+    An expected error (`UserError`, or a check of the library, whose sentences all read
+    "argument: expected ..., got ...") is printed as one sentence, without a traceback,
+    and the process exits with status 1.
+
+    Args:
+        main: The body of the script.
+        settings: The dataclass of the settings.
+        positional: A field that may also be given as the one argument without a flag.
+    """
+
+    def wrapped(argv: list[str]) -> None:
+        try:
+            if positional is not None and len(argv) == 2:
+                setattr(flags.FLAGS, positional, argv.pop())
+            if len(argv) > 1:
+                raise UserError(f"arguments: expected only --flags, got {argv[1]!r}.")
+            if not flags.FLAGS["verbosity"].present:
+                logging.set_verbosity(logging.ERROR)  # Orbax tells every step
+            config = config_from_flags(settings=settings)
+            if config.precision != "default":
+                jax.config.update("jax_default_matmul_precision", config.precision)
+            main(config)
+        except (ValueError, MemoryError) as error:
+            told = isinstance(error, UserError | MemoryError)
+            if not told and ": expected " not in str(error):
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(1)
+        except KeyboardInterrupt:
+            print("error: interrupted.", file=sys.stderr)
+            sys.exit(130)
+
+    app.run(wrapped)
+
+
+def _define(
+    field: dataclasses.Field,
+    default: Any,
+    module: str,
+    flag_values: flags.FlagValues,
+) -> None:
+    """Defines the flag of one field, checked while the command line is parsed."""
+    help_text = field.metadata["help"]
+    options: dict[str, Any] = {"flag_values": flag_values, "module_name": module}
+    if "choices" in field.metadata:
+        flags.DEFINE_enum(
+            field.name, default, field.metadata["choices"], help_text, **options
+        )
+        return
+    kinds: dict[type, Callable[..., Any]] = {
+        int: flags.DEFINE_integer,
+        float: flags.DEFINE_float,
+        tuple: flags.DEFINE_list,
+    }
+    define = kinds.get(type(default), flags.DEFINE_string)
+    default = list(default) if isinstance(default, tuple) else default
+    define(field.name, default, help_text, **options)
+
+    def check(value: Any) -> bool:
+        try:
+            check_field(field, _parsed(field, value))
+        except UserError as error:
+            sentence = str(error).removeprefix(f"--{field.name}: ")  # absl names it
+            raise flags.ValidationError(sentence) from None
+        return True
+
+    flags.register_validator(field.name, check, flag_values=flag_values)
+
+
+def _parsed(field: dataclasses.Field, value: Any) -> Any:
+    """Returns a list as a tuple of entries like the field's default ones."""
+    if not isinstance(value, list):
+        return value
+    default: Any = field.default
+    kind = type(default[0])
+    try:
+        return tuple(kind(entry) for entry in value)
+    except ValueError:
+        listed = ",".join(value)
+        raise UserError(
+            f"--{field.name}: expected a list of {kind.__name__} numbers, "
+            f"got {listed!r}."
+        ) from None

@@ -1,0 +1,1 @@
+"""The conditions over the checkpoints of a run."""

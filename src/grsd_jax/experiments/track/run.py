@@ -1,0 +1,185 @@
+"""Training with the probe on: one JSON line a record, written as it goes.
+
+The probe's state travels with the training's checkpoints, and lines after the newest
+one are dropped when a run resumes, so that a killed run leaves the same records as one
+that was never interrupted.
+"""
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+
+from grsd_jax import models
+from grsd_jax.dynamics.probe import make_probe
+from grsd_jax.dynamics.record import ProbeState
+from grsd_jax.experiments.common import records
+from grsd_jax.experiments.common.config import Config
+from grsd_jax.experiments.common.data import Dataset, measured_batches
+from grsd_jax.experiments.common.networks import make_model
+from grsd_jax.experiments.common.steps import TrainState, make_schedule
+from grsd_jax.experiments.common.training import train
+from grsd_jax.experiments.reproduce import pipeline
+from grsd_jax.experiments.track.probe_log import ProbeLog
+
+#: The settings that decide what is recorded; a run resumes only under the same.
+SETTINGS = (
+    "record_every",
+    "batch_size",
+    "num_batches",
+    "num_shells",
+    "solver",
+    "block_size",
+    "num_steps",
+)
+
+#: The outer edges of the shells. The spectrum of a fresh network says little of that of
+#: a trained one, whose largest value is some hundred or ten thousand times as large.
+LAMBDA_RANGE = (1e-2, 1e5)
+
+#: What a line says of the clock, and so the only things in it that no run repeats.
+CLOCK = ("seconds", "gradient_seconds", "cost", "train_step_seconds", "cost_in_steps")
+
+
+class Tracker:
+    """A `Callback` that writes the probe's records to a file of JSON lines.
+
+    Args:
+        model: The linen module that is trained.
+        dataset: The data; the probe measures on batches of its test set.
+        config: The settings.
+        path: The file.
+    """
+
+    def __init__(self, model: nn.Module, dataset: Dataset, config: Config, path: Path):
+        self._model, self._log = model, ProbeLog(path)
+        self.settings = {name: getattr(config, name) for name in SETTINGS}
+        batches = measured_batches(dataset, config)
+        epoch_steps = len(dataset.train_images) // config.train_batch_size
+        schedule = make_schedule(config, total_steps=epoch_steps * config.epochs)
+        self._key = jax.random.key(config.seed)
+        self._probe = make_probe(
+            models.linen_error_fn(model, {}),
+            models.linen_loss_fn(model, {}),
+            batches,
+            every=config.record_every,
+            solver=config.solver,  # pyrefly: ignore[bad-argument-type]
+            edges=tuple(np.geomspace(*LAMBDA_RANGE, config.num_shells + 1)),
+            num_pairs=config.block_size * config.num_steps,
+            block_size=config.block_size,
+            # Momentum mu without dampening moves 1 / (1 - mu) times as far.
+            schedule=lambda step: schedule(step) / (1 - config.momentum),
+        )
+        self._since, self._steps = time.perf_counter(), 0
+
+    def init(self, state: TrainState) -> ProbeState:
+        """Returns the probe's state before its first record."""
+        error_fn, _ = self._functions(state)
+        return self._probe.init(self._key, state.params, error_fn=error_fn)
+
+    def rewind(self, step: int) -> None:
+        """Drops the lines after ``step``, and a last one that was cut short."""
+        self._log.rewind(step)
+
+    def update(self, own: ProbeState, state: TrainState, step: int) -> ProbeState:
+        """Takes a record if one is due, and appends its line."""
+        self._steps += 1
+        if step % self._probe.every:
+            return own
+        jax.block_until_ready(state.params)
+        passed = time.perf_counter() - self._since
+        step_seconds = passed / self._steps if step else float("nan")
+        error_fn, loss_fn = self._functions(state)
+        own, record = self._probe.update(
+            own,
+            state.params,
+            step,
+            error_fn=error_fn,
+            loss_fn=loss_fn,
+            step_seconds=step_seconds,
+        )
+        if record is not None:
+            self._log.append(record, train_step_seconds=step_seconds)
+        self._since, self._steps = time.perf_counter(), 0
+        return own
+
+    def _functions(self, state: TrainState) -> tuple[Any, Any]:
+        collections = {"batch_stats": state.batch_stats}
+        return (
+            models.linen_error_fn(self._model, collections),
+            models.linen_loss_fn(self._model, collections),
+        )
+
+
+def track(
+    dataset: Dataset, config: Config, names: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+    """Trains networks with the probe on, or resumes or returns what is there already.
+
+    Args:
+        dataset: The data.
+        config: The settings.
+        names: The networks, of `config.MODELS`.
+
+    Returns:
+        The contents of ``results.json``, and the records of each network.
+
+    Raises:
+        UserError: As for `train`.
+    """
+    entries, lines = {}, {}
+    for name in names:
+        folder = Path(config.workdir) / name
+        model = make_model(name, dataset.num_classes, config)
+        settings = dataclasses.replace(config, model=name)
+        tracker = Tracker(model, dataset, settings, folder / "records.jsonl")
+        result = train(
+            model, dataset, settings, config.workdir, name=name, callback=tracker
+        )
+        lines[name] = records.read_jsonl(folder / "records.jsonl")
+        metrics = records.read_jsonl(folder / "metrics.jsonl")
+        entries[name] = summary(lines[name]) | {
+            "test_accuracy": result.test_accuracy,
+            "train_seconds": metrics[-1]["seconds"],
+            "error_fn": "softmax_error",
+            "direction": "minus the gradient of the mean cross-entropy, same batches",
+            "effective_time": "sum of learning rate / (1 - momentum) over the steps",
+            "data_fingerprint": dataset.fingerprint,
+        }
+    return pipeline.header(config) | {"tracks": entries}, lines
+
+
+def summary(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Summarises the records of one network.
+
+    Args:
+        lines: The records, in order.
+
+    Returns:
+        Counts, the last exponent, and medians of the closure error, of the share
+        between shells that are not neighbours, and of the probe's cost, the first two
+        records left out of the cost because they compile.
+    """
+    return {
+        "num_records": len(lines),
+        "finite": all(line["finite"] for line in lines),
+        "num_resolved": lines[-1]["num_resolved"],
+        "exponent": lines[-1]["exponent"],
+        "exponent_interval": lines[-1]["exponent_interval"],
+        "closure_error_median": _median(lines, "closure_error"),
+        "non_adjacent_share_median": _median(lines, "non_adjacent_share"),
+        "record_seconds_median": _median(lines[2:], "seconds"),
+        "train_step_seconds_median": _median(lines[2:], "train_step_seconds"),
+        "cost_in_steps_median": _median(lines[2:], "cost_in_steps"),
+        "cost_in_gradients_median": _median(lines[2:], "cost"),
+    }
+
+
+def _median(lines: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    found = [line[name] for line in lines if line.get(name) is not None]
+    return float(np.median(found)) if found else None

@@ -1,0 +1,1 @@
+"""How the Jacobian of the error is applied: plain differentiation, or factors."""

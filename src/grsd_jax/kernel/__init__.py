@@ -1,0 +1,1 @@
+"""The kernel ``M = J J^T`` and its derivative: products, dense matrices, solvers."""

@@ -1,0 +1,329 @@
+"""Accumulation of the dense kernel, block of J by block, chunk by chunk.
+
+Examples are independent, so row block i of J depends on example i alone. Parameter
+leaves are taken in groups and examples in chunks, so that what is held of J at a time
+stays under a bound; Gram products add up over the leaves: ``M = sum_l J_l J_l^T``.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grsd_jax._checks import check_at_least, check_batches, check_choice
+from grsd_jax._memory import default_bytes, tree_bytes
+from grsd_jax._typing import ErrorFn, PyTree, Reduction
+from grsd_jax.jacobian.autodiff import as_pytree, check_problem
+from grsd_jax.jacobian.factored import (
+    JacobianForm,
+    moving_blocks,
+    output_blocks,
+    uses_factors,
+)
+from grsd_jax.jacobian.factors import Factor, Rows, for_gram, inner, like
+from grsd_jax.kernel.operator import REDUCTIONS
+
+#: ``(M,)`` or ``(M, Mdot)`` under each label.
+Matrices = dict[str, tuple[jax.Array, ...]]
+
+#: Chunks of examples by default, and the fewest and most examples of one.
+_CHUNKS, _CHUNK_RANGE = 8, (8, 32)
+
+#: Bytes of all blocks up to which a chunk takes the most examples.
+_SMALL = 16 * 2**20
+
+_einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
+
+class DenseOptions(NamedTuple):
+    """How a dense kernel is accumulated.
+
+    Attributes:
+        reduction: ``"mean"`` or ``"stack"``.
+        example_chunk: Examples differentiated together; if None, an eighth of all,
+            within bounds, or 32 if the blocks of all are small.
+        max_jacobian_bytes: Bytes of blocks of J held at a time; if None, a quarter of
+            the memory that is free, since what makes them takes as much again.
+        jacobian: ``"auto"``, ``"plain"`` or ``"factored"``.
+    """
+
+    reduction: Reduction
+    example_chunk: int | None
+    max_jacobian_bytes: int | None
+    jacobian: JacobianForm
+
+
+class _Blocks(NamedTuple):
+    """The blocks of J, and of Jdot, of some leaves and examples.
+
+    Attributes:
+        kernel: The blocks of J.
+        moved: Those of Jdot, none if no derivative is wanted.
+    """
+
+    kernel: tuple[Factor, ...]
+    moved: tuple[Factor, ...]
+
+
+def accumulate(
+    error_fn: ErrorFn,
+    params: PyTree,
+    batches: PyTree,
+    direction: PyTree | None,
+    labels: Sequence[str],
+    options: DenseOptions,
+) -> Matrices:
+    """Sums the leaves' kernels, and their derivatives, under each leaf's label.
+
+    Args:
+        error_fn: The error function, examples independent.
+        params: Parameters.
+        batches: A pytree with leading axes ``[K, N]``.
+        direction: The tangent of Mdot, or None for M alone.
+        labels: One for each leaf of ``params``.
+        options: How to go about it.
+
+    Returns:
+        ``(M_l,)``, or ``(M_l, Mdot_l)``, for each label l.
+
+    Raises:
+        ValueError: If a shape, dtype, leading axis or choice does not fit.
+    """
+    check_choice("reduction", options.reduction, REDUCTIONS)
+    max_bytes = options.max_jacobian_bytes
+    max_bytes = default_bytes() // 2 if max_bytes is None else max_bytes
+    check_at_least("max_jacobian_bytes", max_bytes, 1)
+    num_batches, num_examples = check_batches(batches)
+    error = check_problem(error_fn, params, batches)
+    factored = uses_factors(error_fn, options.jacobian)
+    fn = as_pytree(error_fn)
+    if options.reduction == "stack":
+        num_examples *= num_batches
+        batches = jax.tree.map(
+            lambda leaf: leaf.reshape(1, num_examples, *leaf.shape[2:]), batches
+        )
+    if options.example_chunk is not None:
+        check_at_least("example_chunk", options.example_chunk, 1)
+    basis = np.eye(error.shape[1])
+    if factored:
+        basis = error_fn.output_basis(error.shape[1])
+    basis = jnp.asarray(basis, error.dtype)
+    problem = (fn, params, direction, basis, num_examples)
+    blocks_of = partial(_blocks, *problem, factored=factored)
+    shapes_of = partial(_blocks.eval_shape, *problem, factored=factored)
+    bytes_of = partial(_leaf_bytes, shapes_of, len(labels))
+    chunk_size = options.example_chunk or _default_chunk(bytes_of, batches)
+    total: Matrices = {}
+    for chunks in _chunked(batches, chunk_size):
+        sizes = bytes_of(chunks)
+        for group in _leaf_groups(sizes, max_bytes):
+            held: list[_Blocks] = [blocks_of(chunk, group=group) for chunk in chunks]
+            names = tuple(labels[index] for index in group)
+            for label, matrices in _gram(held, names).items():
+                earlier = total.get(label)
+                total[label] = matrices if earlier is None else _add(earlier, matrices)
+    scale = num_batches if options.reduction == "mean" else 1
+    return {
+        label: tuple(_finish(matrix, basis, scale) for matrix in matrices)
+        for label, matrices in total.items()
+    }
+
+
+def _add(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    return tuple(x + y for x, y in zip(a, b, strict=True))
+
+
+@partial(jax.jit, static_argnames="scale")
+def _finish(matrix: jax.Array, basis: jax.Array, scale: int) -> jax.Array:
+    """Turns ``[N q, N q]`` into the symmetric ``[N C, N C]``, scaled."""
+    num_outputs, q = basis.shape
+    examples = matrix.shape[0] // q
+    split = matrix.reshape(examples, q, examples, q)
+    full = _einsum("cq,nqmr,dr->ncmd", basis, split, basis)
+    full = full.reshape(examples * num_outputs, -1)
+    return (full + full.T) / (2 * scale)
+
+
+def _default_chunk(
+    bytes_of: Callable[[list[PyTree]], list[int]], batches: PyTree
+) -> int:
+    """Returns the examples of a chunk: an eighth of all, or the most if small."""
+    num_examples = check_batches(batches)[1]
+    most = min(_CHUNK_RANGE[1], num_examples)
+    size = min(int(np.clip(num_examples // _CHUNKS, *_CHUNK_RANGE)), most)
+    one = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape[2:]), leaf.dtype), batches
+    )
+    small = sum(bytes_of([one])) * num_examples <= _SMALL * size
+    return most if small else size
+
+
+def _leaf_bytes(shapes_of: Any, num_leaves: int, chunks: list[PyTree]) -> list[int]:
+    """Returns the bytes that each leaf's blocks take over all chunks."""
+    group = tuple(range(num_leaves))
+    shapes = shapes_of(chunks[0], group=group)
+    kernel = [tree_bytes(block) for block in shapes.kernel]
+    moved = [tree_bytes(block) for block in shapes.moved] or [0] * num_leaves
+    return [len(chunks) * (a + b) for a, b in zip(kernel, moved, strict=True)]
+
+
+def _leaf_groups(sizes: Sequence[int], max_bytes: int) -> list[tuple[int, ...]]:
+    """Groups the leaves' indices so that a group stays under the bound."""
+    groups: list[tuple[int, ...]] = []
+    held = 0
+    for index, size in enumerate(sizes):
+        if groups and held + size <= max_bytes:
+            groups[-1], held = (*groups[-1], index), held + size
+        else:
+            groups.append((index,))
+            held = size
+    return groups
+
+
+def _chunked(batches: PyTree, example_chunk: int) -> Iterator[list[PyTree]]:
+    """Yields each batch as a list of chunks of almost equal numbers of examples."""
+    num_batches, num_examples = check_batches(batches)
+    num_chunks = -(-num_examples // example_chunk)
+    bounds = [num_examples * i // num_chunks for i in range(num_chunks + 1)]
+    for k in range(num_batches):
+        yield [
+            jax.tree.map(lambda leaf, k=k, i=i, j=j: leaf[k, i:j], batches)
+            for i, j in itertools.pairwise(bounds)
+        ]
+
+
+@partial(jax.jit, static_argnames=("num_examples", "group", "factored"))
+def _blocks(
+    error_fn: Any,
+    params: PyTree,
+    direction: PyTree | None,
+    basis: jax.Array,
+    num_examples: int,
+    chunk: PyTree,
+    *,
+    group: tuple[int, ...],
+    factored: bool,
+) -> _Blocks:
+    """Returns the blocks of a group of leaves and a chunk of examples.
+
+    A factored block takes the form whose Gram product over all ``num_examples``
+    examples is cheaper.
+    """
+    if not factored:
+        rows, moved_rows = _row_blocks(error_fn, params, direction, group, chunk)
+        return _Blocks(tuple(rows), tuple(moved_rows))
+    if direction is None:
+        found, motions = output_blocks(error_fn, params, chunk)[0], []
+    else:
+        found, motions, _ = moving_blocks(error_fn, params, chunk, direction)
+    missing = tuple(index for index in group if found[index] is None)
+    rows, moved_rows = [], []
+    if missing:
+        rows, moved_rows = _row_blocks(error_fn, params, direction, missing, chunk)
+    plain = dict(zip(missing, _in_basis(rows, basis), strict=True))
+    plain_moved = dict(zip(missing, _in_basis(moved_rows, basis), strict=False))
+    kernel: list[Factor] = []
+    moved: list[Factor] = []
+    for index in group:
+        block = found[index]
+        kernel.append(plain[index] if block is None else for_gram(block, num_examples))
+        if motions:
+            motion = motions[index]
+            moved.append(
+                plain_moved[index] if motion is None else like(motion, kernel[-1])
+            )
+    return _Blocks(tuple(kernel), tuple(moved))
+
+
+def _in_basis(blocks: list[Rows], basis: jax.Array) -> list[Rows]:
+    """Turns rows of all C outputs into rows of the q directions of the basis."""
+    return [Rows(_einsum("ncp,cq->nqp", block.rows, basis)) for block in blocks]
+
+
+def _row_blocks(
+    error_fn: ErrorFn,
+    params: PyTree,
+    direction: PyTree | None,
+    group: tuple[int, ...],
+    chunk: PyTree,
+) -> tuple[list[Rows], list[Rows]]:
+    """Returns the rows ``[c, C, p]`` of J and Jdot by the plain path.
+
+    Args:
+        error_fn: The error function, a pytree.
+        params: Parameters.
+        direction: The tangent of Jdot, or None.
+        group: Indices of the parameter leaves to differentiate with respect to.
+        chunk: Examples, leading axis ``[c]``.
+    """
+
+    def jacobian(p: PyTree) -> list[Rows]:
+        leaves, tree = jax.tree.flatten(p)
+
+        def error(selected: Sequence[Any], example: PyTree) -> jax.Array:
+            merged = list(leaves)
+            for index, leaf in zip(group, selected, strict=True):
+                merged[index] = leaf
+            batch = jax.tree.map(lambda leaf: leaf[None], example)
+            return error_fn(jax.tree.unflatten(tree, merged), batch)[0]
+
+        selected = [leaves[index] for index in group]
+        per_example = jax.vmap(jax.jacrev(error), in_axes=(None, 0))(selected, chunk)
+        return [
+            Rows(rows.reshape(*rows.shape[:2], leaf.size))
+            for rows, leaf in zip(per_example, selected, strict=True)
+        ]
+
+    if direction is None:
+        return jacobian(params), []
+    return jax.jvp(jacobian, (params,), (direction,))
+
+
+def _gram(chunks: list[_Blocks], labels: tuple[str, ...]) -> Matrices:
+    """Returns ``J J^T``, and ``Jdot J^T + J Jdot^T`` if wanted, for each label.
+
+    Two programs, blocks first, run faster than one: XLA schedules the joint one worse.
+    Tiles below the diagonal are the transposes of those above.
+    """
+    count = len(chunks)
+    upper = {
+        (i, j): _gram_tile(chunks[i], chunks[j], labels, diagonal=i == j)
+        for i in range(count)
+        for j in range(i, count)
+    }
+
+    def tile(i: int, j: int, label: str, which: int) -> jax.Array:
+        if i <= j:
+            return upper[i, j][label][which]
+        return upper[j, i][label][which].T
+
+    size = 2 if chunks[0].moved else 1
+    return {
+        label: tuple(
+            jnp.block(
+                [[tile(i, j, label, which) for j in range(count)] for i in range(count)]
+            )
+            for which in range(size)
+        )
+        for label in dict.fromkeys(labels)
+    }
+
+
+@partial(jax.jit, static_argnames=("labels", "diagonal"))
+def _gram_tile(
+    left: _Blocks, right: _Blocks, labels: tuple[str, ...], *, diagonal: bool
+) -> Matrices:
+    total: Matrices = {}
+    for index, label in enumerate(labels):
+        a, b = left.kernel[index], right.kernel[index]
+        found = (inner(a, b),)
+        if left.moved:
+            half = inner(left.moved[index], b)
+            other = half.T if diagonal else inner(a, right.moved[index])
+            found = (*found, half + other)
+        total[label] = _add(total[label], found) if label in total else found
+    return total

@@ -1,0 +1,118 @@
+"""How examples and the rows of error vectors lie on the devices of a mesh."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from grsd_jax._checks import check_batches, check_choice, check_shape
+from grsd_jax._typing import ErrorFn, PyTree, Reduction
+from grsd_jax.jacobian.autodiff import check_problem
+from grsd_jax.kernel.operator import REDUCTIONS
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How examples and rows lie on the mesh; static.
+
+    Attributes:
+        mesh: The mesh.
+        axis: The name of its axis over which the examples are spread.
+        error: Shape ``[N, C]`` and dtype of one batch's error.
+        num_batches: K.
+        reduction: ``"mean"`` or ``"stack"``.
+    """
+
+    mesh: Mesh
+    axis: str
+    error: jax.ShapeDtypeStruct
+    num_batches: int
+    reduction: Reduction
+
+    @property
+    def copies(self) -> int:
+        """How many error spaces of one batch make up the whole."""
+        return self.num_batches if self.reduction == "stack" else 1
+
+    @property
+    def dimension(self) -> int:
+        """The dimension n of the error space."""
+        return self.copies * int(np.prod(self.error.shape))
+
+    @property
+    def local_error(self) -> jax.ShapeDtypeStruct:
+        """Shape ``[N / D, C]`` and dtype of a device's share of one batch's error."""
+        num_examples, num_outputs = self.error.shape
+        share = num_examples // self.mesh.shape[self.axis]
+        return jax.ShapeDtypeStruct((share, num_outputs), self.error.dtype)
+
+    @property
+    def by_rows(self) -> PartitionSpec:
+        """The first axis spread over the devices."""
+        return PartitionSpec(self.axis)
+
+    @property
+    def row_sharding(self) -> NamedSharding:
+        """The sharding of columns ``[n, b]``, by rows."""
+        return NamedSharding(self.mesh, self.by_rows)
+
+    def check_columns(self, name: str, columns: jax.Array) -> None:
+        """Raises ValueError unless ``columns`` are ``[n, any]``, of the right dtype."""
+        check_shape(name, columns, [self.dimension, None])
+        if jnp.result_type(columns) != self.error.dtype:
+            raise ValueError(
+                f"{name}: expected dtype {self.error.dtype}, that of the error, "
+                f"got {jnp.result_type(columns)}."
+            )
+
+    def on_devices(
+        self, fn: Callable[..., Any], in_specs: Any, out_specs: Any
+    ) -> Callable[..., Any]:
+        """Returns ``fn`` written for one device, run by every device on its share."""
+        # Unchecked, because the check refuses error functions with a `lax.scan` whose
+        # carry starts as a constant.
+        return jax.shard_map(
+            fn, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+        )
+
+
+def make_layout(
+    error_fn: ErrorFn,
+    params: PyTree,
+    batches: PyTree,
+    mesh: Mesh,
+    axis: str | None,
+    reduction: Reduction,
+) -> Layout:
+    """Checks the problem and the mesh, and returns the layout."""
+    check_choice("reduction", reduction, REDUCTIONS)
+    error = check_problem(error_fn, params, batches)
+    axis = check_mesh(batches, mesh, axis)
+    return Layout(mesh, axis, error, check_batches(batches)[0], reduction)
+
+
+def check_mesh(batches: PyTree, mesh: Mesh, axis: str | None) -> str:
+    """Returns the axis, the first if None, over which the examples can be spread.
+
+    Raises:
+        ValueError: If there is no such axis, or N is not a multiple of its devices.
+    """
+    axis = mesh.axis_names[0] if axis is None else axis
+    check_choice("axis", axis, mesh.axis_names)
+    kind = mesh.axis_types[mesh.axis_names.index(axis)]
+    if kind != AxisType.Auto:
+        raise ValueError(
+            f"mesh: expected the axis {axis!r} to be of type Auto, as in "
+            f"jax.make_mesh(shape, names, axis_types=(AxisType.Auto,)), got {kind}."
+        )
+    num_examples, num_devices = check_batches(batches)[1], mesh.shape[axis]
+    if num_examples % num_devices:
+        raise ValueError(
+            f"batches: expected N to be a multiple of the {num_devices} devices along "
+            f"{axis!r}, got N = {num_examples}."
+        )
+    return axis

@@ -1,0 +1,1 @@
+"""Symmetric eigenproblems by block Lanczos: a product in, arrays out."""

@@ -1,0 +1,331 @@
+"""The leading eigenpairs of an operator, from as few of its columns as they need.
+
+The steps are those of `grsd_jax.linalg.lanczos`; what is added is when to stop. The projected
+operator T is small, so its eigenvectors are found on the host, in float64.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
+
+from grsd_jax._checks import (
+    check_at_least,
+    check_choice,
+    check_positive,
+    check_shape,
+)
+from grsd_jax._typing import Matmat
+from grsd_jax.linalg.lanczos import (
+    LanczosState,
+    lanczos_block,
+    lanczos_init,
+    lanczos_step,
+)
+from grsd_jax.linalg.ritz import default_floor, rounding_bound
+
+REFERENCES = ("value", "largest")
+
+#: Columns for which there is room at first, and at most, for each pair asked for.
+_FIRST_COLUMNS, _MOST_COLUMNS = 4, 20
+
+
+class LeadingEigenpairs(NamedTuple):
+    """The leading eigenpairs ``M v = theta v`` and what they cost.
+
+    Attributes:
+        values: theta, ``[num_pairs]``, descending.
+        vectors: V, ``[n, num_pairs]``, orthonormal columns.
+        residuals: ``[num_pairs]``, bounds of ``|M v - theta v|``, rounding included;
+            each bounds the distance of theta to the spectrum.
+        converged: ``[num_pairs]`` bool, pairs that meet the tolerance; none do if a
+            product was not finite, or if the run ended before a new random direction
+            could show whether larger values are missing.
+        num_columns: Columns that were multiplied by M, b for each product.
+        orthogonality: [], the largest entry of ``|V^T V - I|``.
+        asymmetry: [], how far the projected blocks were from symmetric, over ``|M|``;
+            far above epsilon it tells of low-precision products or a wrong operator.
+        finite: [] bool, whether every product was finite. If not, the run stopped at
+            the next check; nothing in it is a NaN, and nothing in it is of use.
+    """
+
+    values: jax.Array
+    vectors: jax.Array
+    residuals: jax.Array
+    converged: jax.Array
+    num_columns: int
+    orthogonality: jax.Array
+    asymmetry: jax.Array
+    finite: jax.Array
+
+
+class _Check(NamedTuple):
+    """The leading Ritz pairs so far, in NumPy."""
+
+    values: np.ndarray  # [num_pairs]
+    rotation: np.ndarray  # [r, num_pairs]
+    bounds: np.ndarray  # [num_pairs]
+    converged: np.ndarray  # [num_pairs]
+
+
+def leading_eigenpairs(
+    matmat: Matmat,
+    start_block: jax.Array,
+    num_pairs: int,
+    *,
+    key: jax.Array,
+    tolerance: float = 1e-4,
+    relative_to: Literal["value", "largest"] = "value",
+    max_steps: int | None = None,
+    check_every: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> LeadingEigenpairs:
+    """Runs block Lanczos until its leading Ritz pairs have converged.
+
+    After j steps ``T = S Theta S^T``, ``V = Q S``, and the residual
+    ``|M v_i - theta_i v_i| = |B_j S[last block rows, i]|`` is free. A pair has
+    converged once that is at most
+
+    - ``tolerance theta_i``, or ``tolerance theta_1`` with ``relative_to="largest"``;
+    - or ``eps |M|``, since no product is more accurate;
+    - or ten eps of ``|M|``, for a value of at most that: it is noise, as good as zero.
+
+    The run ends when all leading pairs have converged. A Krylov space that has closed,
+    ``|B_j| <= sqrt(eps) |M|``, goes on from random directions until those bring no
+    larger value, so copies of repeated values are found for the identity or an operator
+    of low rank. *In a spectrum too rich for the space to close, a value repeated more
+    than b times is found about b times*, and the pairs in its place count as converged:
+    choose b no smaller than the multiplicity expected. Values closer to each other than
+    the tolerance may be found as one.
+
+    Narrow blocks need the fewest columns; wide ones may make a column cheaper. Nothing
+    is restarted, so no column is spent twice, and all blocks are kept: n numbers a
+    column. The room is doubled when it is used up, from 4 to at most 20 columns a
+    pair; the step is compiled once for each size.
+
+    Args:
+        matmat: ``M V`` for a block ``[n, b]``; linear, symmetric positive semidefinite,
+            of the block's dtype. It is called eagerly: jit it.
+        start_block: ``[n, b]``, orthonormalised here; Gaussian, to miss no eigenvector.
+        num_pairs: The number of pairs, at most n.
+        key: Consumed for the random replacements of dead directions.
+        tolerance: Largest residual of a converged pair, relative to its value as in
+            `ritz_pairs`, or to the largest value.
+        relative_to: ``"value"`` or ``"largest"``. The latter stops earlier, and then
+            values near ``tolerance theta_1`` and below are not to be trusted.
+        max_steps: Products at most; if None, enough for ``min(n, 20 num_pairs)``
+            columns. With n columns everything has converged.
+        check_every: Steps between two checks, each of which takes the eigenvectors of T
+            and waits for the device. If None, a check is followed by the next after a
+            third of the steps that a column for each missing pair would make.
+        progress: Called with the number of steps done.
+
+    Returns:
+        `LeadingEigenpairs`. What has not converged in ``max_steps`` is returned as it
+        is, and marked.
+
+    Raises:
+        ValueError: If ``num_pairs`` exceeds n or the columns of ``max_steps`` blocks,
+            the start block is not finite, a shape or dtype does not fit, or an option
+            is out of range.
+
+    References:
+        Paper 7.2 and B.3; Parlett (1998), "The Symmetric Eigenvalue Problem", 13.
+    """
+    check_shape("start_block", start_block, [None, None])
+    size, width = start_block.shape
+    check_at_least("start_block.shape[1]", width, 1)
+    check_at_least("num_pairs", num_pairs, 1)
+    if num_pairs > size:
+        raise ValueError(f"num_pairs: expected at most n = {size}, got {num_pairs}.")
+    check_positive("tolerance", tolerance)
+    check_choice("relative_to", relative_to, REFERENCES)
+    fewest = _blocks(num_pairs, width)
+    if max_steps is None:
+        max_steps = _blocks(min(size, _MOST_COLUMNS * num_pairs), width)
+    check_at_least("max_steps", max_steps, fewest)
+    if check_every is not None:
+        check_at_least("check_every", check_every, 1)
+    if not np.all(np.isfinite(start_block)):
+        raise ValueError("start_block: expected finite numbers, got others.")
+
+    room = min(max_steps, _blocks(_FIRST_COLUMNS * num_pairs, width))
+    state, block = _start(start_block, room, key)
+    done, due = 0, fewest
+    while True:
+        while done < due:
+            if done == room:
+                room = min(max_steps, 2 * room)
+                state = _enlarge(state, room, width)
+            state, block = _advance(state, matmat(block))
+            done += 1
+            if progress is not None:
+                jax.block_until_ready(state.step)
+                progress(done)
+        check = _check(state, done, width, num_pairs, tolerance, relative_to)
+        missing = num_pairs - int(np.sum(check.converged))
+        if missing == 0 or done == max_steps or not state.finite:
+            break
+        due = min(max_steps, done + (check_every or max(1, missing // (3 * width))))
+    return _finish(state, check, done * width)
+
+
+def _blocks(columns: int, width: int) -> int:
+    return -(-columns // width)
+
+
+@functools.partial(jax.jit, static_argnames="num_steps")
+def _start(
+    start_block: jax.Array, num_steps: int, key: jax.Array
+) -> tuple[LanczosState, jax.Array]:
+    state = lanczos_init(start_block, num_steps, key=key)
+    return state, lanczos_block(state, start_block.shape[1])
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def _advance(state: LanczosState, product: jax.Array) -> tuple[LanczosState, jax.Array]:
+    # One program, and a basis that grows in place: it is dispatch that costs.
+    state = lanczos_step(state, product)
+    return state, lanczos_block(state, product.shape[1])
+
+
+def _enlarge(state: LanczosState, num_steps: int, width: int) -> LanczosState:
+    """Returns the state with room for m steps."""
+    steps = num_steps + 1 - len(state.live_counts)
+    columns = steps * width
+    return state._replace(
+        basis=jnp.pad(state.basis, ((0, 0), (0, columns))),
+        tridiagonal=jnp.pad(state.tridiagonal, (0, columns)),
+        live_counts=jnp.pad(state.live_counts, (0, steps)),
+        # Under the number of a step to come, the old key has served the start.
+        key=jax.random.fold_in(state.key, num_steps),
+    )
+
+
+def _check(
+    state: LanczosState,
+    done: int,
+    width: int,
+    num_pairs: int,
+    tolerance: float,
+    relative_to: str,
+) -> _Check:
+    """Computes the leading Ritz pairs after j steps, and which have converged."""
+    # Past n dimensions the columns of the basis are zero and not part of the problem.
+    used = min(done * width, state.basis.shape[0])
+    projected = np.asarray(state.tridiagonal, np.float64)[: used + width, :used]
+    values, rotation, residuals = _leading(projected, num_pairs, width)
+
+    norm = max(float(state.scale), values[0])
+    eps = float(jnp.finfo(state.basis.dtype).eps)
+    floor = default_floor(state.basis.dtype) * norm
+
+    def accurate(values: np.ndarray, errors: np.ndarray) -> np.ndarray:
+        reference = values if relative_to == "value" else values[0]
+        rounding = np.where(values > floor, eps * norm, floor)
+        return errors <= np.maximum(tolerance * reference, rounding)
+
+    converged = accurate(values, residuals) & bool(state.finite)
+    complete = used == state.basis.shape[0] or not converged.all()
+    if not complete:
+        complete = _is_complete(projected, values, accurate, eps**0.5 * norm)
+    return _Check(
+        values,
+        rotation,
+        bounds=residuals + rounding_bound(used, state.basis.dtype) * norm,
+        converged=converged & complete,
+    )
+
+
+def _is_complete(
+    projected: np.ndarray,
+    values: np.ndarray,
+    accurate: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    weak: float,
+) -> bool:
+    """Returns whether the last random directions have had their chance to bring more.
+
+    A closed Krylov space holds at most b copies of a repeated value. The random block
+    that follows it begins a run of its own, whose part of T is nearly decoupled: a
+    coupling ``weak = sqrt(eps) |M|`` counts in values by its square.
+    """
+    used = projected.shape[1]
+    width = len(projected) - used
+    couplings = [
+        np.linalg.norm(projected[end : end + width, end - width : end])
+        for end in range(width, used + 1, width)
+    ]
+    start = width * max(np.flatnonzero(np.array(couplings[:-1]) <= weak) + 1, default=0)
+    if couplings[-1] > weak:  # the last run is open: has it at least seen its own top?
+        top, _, residual = _leading(projected[start:, start:], 1, width)
+        return bool(accurate(top, residual)[0])
+    before, _, _ = _leading(projected[:start, :start], len(values), width)
+    enough = len(before) == len(values)
+    return enough and bool(accurate(values, values - before).all())
+
+
+def _leading(
+    projected: np.ndarray, num_pairs: int, width: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns values, vectors and residuals of T, given it with the rows of ``B_j``.
+
+    As of a band matrix, which T is: LAPACK's dense solvers leave the threads of
+    OpenBLAS spinning for tens of milliseconds, and the next product pays for it.
+    """
+    used = projected.shape[1]
+    band = np.zeros((min(2 * width, used), used))
+    for offset, row in enumerate(band):
+        row[: used - offset] = projected.diagonal(-offset)[: used - offset]
+    found = _band_pairs(band, min(num_pairs, used))
+    values, rotation = np.linalg.eigh(projected[:used]) if found is None else found
+    leading = slice(None, -num_pairs - 1, -1)
+    values, rotation = values[leading], rotation[:, leading]
+    residuals = np.linalg.norm(projected[used:] @ rotation, axis=0)
+    return values, rotation, residuals
+
+
+def _band_pairs(band: np.ndarray, wanted: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """Returns the largest values and their vectors; None if LAPACK does not find all.
+
+    Its bisection can lose one among copies of a value that rounding has split.
+    """
+    last = band.shape[1] - 1
+    try:
+        found: Any = scipy.linalg.eig_banded(
+            band, lower=True, select="i", select_range=(last + 1 - wanted, last)
+        )
+    except (np.linalg.LinAlgError, ValueError):
+        return None
+    values, rotation = found
+    return (values, rotation) if len(values) == wanted else None
+
+
+def _finish(state: LanczosState, check: _Check, num_columns: int) -> LeadingEigenpairs:
+    dtype = state.basis.dtype
+    # Padded to the columns of the basis, for one program a size and not one a length.
+    used, num_pairs = check.rotation.shape
+    rotation = np.zeros((state.basis.shape[1], num_pairs), dtype)
+    rotation[:used] = check.rotation
+    vectors, orthogonality = _vectors(state.basis, rotation)
+    return LeadingEigenpairs(
+        values=jnp.asarray(check.values, dtype),
+        vectors=vectors,
+        residuals=jnp.asarray(check.bounds, dtype),
+        converged=jnp.asarray(check.converged),
+        num_columns=num_columns,
+        orthogonality=orthogonality,
+        asymmetry=state.asymmetry,
+        finite=state.finite,
+    )
+
+
+@jax.jit
+def _vectors(basis: jax.Array, rotation: jax.Array) -> tuple[jax.Array, jax.Array]:
+    precision = jax.lax.Precision.HIGHEST
+    vectors = jnp.matmul(basis, rotation, precision=precision)
+    gram = jnp.matmul(vectors.T, vectors, precision=precision)
+    return vectors, jnp.max(jnp.abs(gram - jnp.eye(gram.shape[0], dtype=gram.dtype)))

@@ -1,0 +1,1 @@
+"""Logarithmic shells of a spectrum, their couplings, and the fits and residuals."""

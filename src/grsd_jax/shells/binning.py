@@ -1,0 +1,248 @@
+"""Log-spectral shells, and the coupling between them (paper 2.1, 3.2 and 7.3).
+
+Shells cut the axis ``s = log lambda`` into ``S`` intervals of equal width. The matrix
+of a projected operator derivative, averaged over pairs of shells, is what the
+diagnostics of :mod:`grsd_jax.shells.toeplitz` and :mod:`grsd_jax.shells.power_law` look at.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from grsd_jax._arrays import as_floating, as_mask
+from grsd_jax._checks import check_at_least, check_shape
+
+
+class Shells(NamedTuple):
+    """Shells of equal width in ``log lambda``, index 0 at the smallest ``lambda``.
+
+    Attributes:
+        edges: [S+1], increasing; shell a holds ``edges[a] <= lambda < edges[a+1]``,
+            and the last shell its upper edge too.
+        centers: [S], the geometric mean of each shell's two edges.
+        index: [r] int32, the shell of each value, -1 where it is masked.
+        counts: [S] int32, how many values each shell holds.
+    """
+
+    edges: jax.Array
+    centers: jax.Array
+    index: jax.Array
+    counts: jax.Array
+
+
+class ShellCoupling(NamedTuple):
+    """The coupling between shells.
+
+    Attributes:
+        matrix: [S, S], the mean over each pair of shells. An entry that ``mask`` leaves
+            out holds 0, which is a placeholder and not a measurement.
+        mask: [S, S] bool, True where both shells hold enough values.
+    """
+
+    matrix: jax.Array
+    mask: jax.Array
+
+
+def log_shells(
+    values: jax.typing.ArrayLike,
+    num_shells: int,
+    *,
+    mask: jax.typing.ArrayLike | None = None,
+) -> Shells:
+    r"""Cuts the positive values into shells of equal width in ``log lambda``.
+
+    .. math:: s_a = s_{\min} + a h, \qquad h = (s_{\max} - s_{\min}) / S,
+              \qquad s = \log \lambda
+
+    between the smallest and the largest unmasked value, which lie in the first and the
+    last shell. Values that are not finite and positive (subnormal ones included) have
+    no logarithm to use and count as masked. Values that agree to rounding cannot be
+    cut: the shells are then as narrow as the precision allows, around them. With every
+    value masked the edges are finite, the counts 0 and the index -1.
+
+    Args:
+        values: [r], in any order.
+        num_shells: S, at least 1.
+        mask: [r] bool, True for the values to use. Default: all.
+
+    Returns:
+        The shells: ``edges`` [S+1], ``centers`` [S], ``index`` [r], ``counts`` [S].
+
+    Raises:
+        ValueError: If ``num_shells`` is not an integer of at least 1, ``values`` not a
+            floating [r] array, or ``mask`` not a bool [r] array.
+
+    References:
+        Paper 2.1 and 7.3.
+    """
+    check_at_least("num_shells", num_shells, 1)
+    values = as_floating("values", values, [None])
+    info = jnp.finfo(values.dtype)
+    usable = as_mask("mask", mask, values.shape)
+    usable &= jnp.isfinite(values) & (values >= info.tiny)
+
+    edges = _log_edges(*_extremes(values, usable), num_shells)
+    return _assign(values, edges, usable)
+
+
+def assign_shells(
+    values: jax.typing.ArrayLike,
+    edges: jax.typing.ArrayLike,
+    *,
+    mask: jax.typing.ArrayLike | None = None,
+    open_ends: bool = False,
+) -> Shells:
+    """Puts the values into given shells, such as those of an earlier moment.
+
+    Shell a holds ``edges[a] <= lambda < edges[a+1]``, the last one its upper edge too.
+    What lies beyond the outer edges is in no shell, unless the ends are open.
+
+    Args:
+        values: [r], in any order.
+        edges: [S+1], positive and increasing.
+        mask: [r] bool, True for the values to use. Default: all. Values that are not
+            finite count as masked.
+        open_ends: Whether the first shell also holds everything below it, and the last
+            one everything above. Their widths stay those of the edges.
+
+    Returns:
+        The shells, with the given edges.
+
+    Raises:
+        ValueError: If ``values`` is not a floating [r] array, ``edges`` not a floating
+            array of at least two, ``mask`` not a bool [r] array, or ``open_ends`` not a
+            bool.
+
+    References:
+        Paper 2.1; shells fixed in time are ours.
+    """
+    if not isinstance(open_ends, bool):
+        raise ValueError(f"open_ends: expected True or False, got {open_ends!r}.")
+    values = as_floating("values", values, [None])
+    edges = as_floating("edges", edges, [None]).astype(values.dtype)
+    check_at_least("len(edges)", edges.shape[0], 2)
+    usable = as_mask("mask", mask, values.shape) & jnp.isfinite(values)
+    if not open_ends:
+        usable &= (values >= edges[0]) & (values <= edges[-1])
+    return _assign(values, edges, usable)
+
+
+def shell_coupling(
+    coupling: jax.typing.ArrayLike,
+    values: jax.typing.ArrayLike,
+    shells: Shells,
+    *,
+    renormalize: bool,
+    min_count: int = 1,
+) -> ShellCoupling:
+    r"""Averages the squared coupling of modes over pairs of shells.
+
+    .. math:: K_{ab} = \operatorname{mean}_{i \in S_a, j \in S_b} |\dot M_{ij}|^2,
+              \qquad
+              \hat K_{ab} = \operatorname{mean}_{i \in S_a, j \in S_b}
+              \frac{|\dot M_{ij}|^2}{\lambda_i \lambda_j}
+
+    The first, literal, form (``renormalize=False``) grows with the eigenvalues and so
+    cannot depend on ``a - b`` alone over several decades; the second, renormalised, is
+    the one that Condition 4 can hold for. Nothing is said of masked modes, whatever
+    their entries hold; a non-finite entry between unmasked modes makes the result NaN.
+
+    Args:
+        coupling: [r, r], the projected operator derivative ``Mdot_ij``.
+        values: [r], the eigenvalues ``lambda_i`` the shells were made from.
+        shells: The shells of ``values``.
+        renormalize: Whether to divide by ``lambda_i lambda_j``.
+        min_count: A shell with fewer values than this is masked. At least 1.
+
+    Returns:
+        ``matrix`` [S, S] and ``mask`` [S, S].
+
+    Raises:
+        ValueError: If the shapes do not fit together, an array is not floating,
+            ``renormalize`` is not a bool, or ``min_count`` not an integer >= 1.
+
+    References:
+        Paper 3.2 (Condition 4), 7.3 and B.6.
+    """
+    if not isinstance(renormalize, bool):
+        raise ValueError(f"renormalize: expected True or False, got {renormalize!r}.")
+    check_at_least("min_count", min_count, 1)
+    values = as_floating("values", values, [None])
+    num_values, num_shells = values.shape[0], shells.counts.shape[0]
+    coupling = as_floating("coupling", coupling, [num_values, num_values])
+    check_shape("shells.index", shells.index, [num_values])
+    dtype = jnp.promote_types(coupling.dtype, values.dtype)
+
+    inside = shells.index >= 0
+    pairs = inside[:, None] & inside[None, :]
+    amplitude = jnp.where(pairs, coupling.astype(dtype), 0)
+    if renormalize:
+        # Divided before it is squared: the squares of small couplings underflow.
+        scale = jax.lax.rsqrt(jnp.where(inside, values.astype(dtype), 1))
+        amplitude = amplitude * scale[:, None] * scale[None, :]
+    matrix = _mean_over_shells(jnp.square(amplitude), shells.index, num_shells)
+    enough = shells.counts >= min_count
+    mask = enough[:, None] & enough[None, :]
+    return ShellCoupling(jnp.where(mask, matrix, 0), mask)
+
+
+def _assign(values: jax.Array, edges: jax.Array, usable: jax.Array) -> Shells:
+    """Puts the usable values into the shells between the edges, both ends open."""
+    num_shells = len(edges) - 1
+    # Compared with the stored edges themselves, so that index and edges never disagree.
+    above = values[:, None] >= edges[None, 1:-1]
+    index = jnp.sum(above, axis=1, dtype=jnp.int32)
+    index = jnp.where(usable, index, jnp.int32(-1))
+    member = index[:, None] == jnp.arange(num_shells, dtype=jnp.int32)[None, :]
+    return Shells(
+        edges=edges,
+        centers=jnp.sqrt(edges[:-1]) * jnp.sqrt(edges[1:]),
+        index=index,
+        counts=jnp.sum(member, axis=0, dtype=jnp.int32),
+    )
+
+
+def _extremes(values: jax.Array, usable: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the smallest and the largest usable value, 1 and 1 if there is none."""
+    largest = float(jnp.finfo(values.dtype).max)
+    low = jnp.min(values, where=usable, initial=largest)
+    high = jnp.max(values, where=usable, initial=0.0)
+    any_usable = jnp.any(usable)
+    return jnp.where(any_usable, low, 1), jnp.where(any_usable, high, 1)
+
+
+def _log_edges(low: jax.Array, high: jax.Array, num_shells: int) -> jax.Array:
+    """Returns [S+1] edges, evenly spaced in the logarithm from ``low`` to ``high``.
+
+    Both ends are met exactly, unless a shell would be narrower than the rounding of
+    the logarithm: then the interval is widened about its middle until it is not.
+    """
+    dtype = low.dtype
+    info = jnp.finfo(dtype)
+    log_low, log_high = jnp.log(low), jnp.log(high)
+    magnitude = jnp.maximum(jnp.maximum(jnp.abs(log_low), jnp.abs(log_high)), 1)
+    least = num_shells * 8 * float(info.eps) * magnitude
+    too_narrow = log_high - log_low < least
+    middle = (log_low + log_high) / 2
+    log_low = jnp.where(too_narrow, middle - least / 2, log_low)
+    log_high = jnp.where(too_narrow, middle + least / 2, log_high)
+
+    low = jnp.where(too_narrow, jnp.exp(log_low), low)
+    high = jnp.where(too_narrow, jnp.exp(log_high), high)
+    low, high = jnp.maximum(low, info.tiny), jnp.minimum(high, info.max)
+    fractions = jnp.arange(1, num_shells, dtype=dtype) / num_shells
+    inner = jnp.exp(log_low + (log_high - log_low) * fractions)
+    return jnp.concatenate([low[None], jnp.clip(inner, low, high), high[None]])
+
+
+def _mean_over_shells(
+    squares: jax.Array, index: jax.Array, num_shells: int
+) -> jax.Array:
+    """Returns the [S, S] means of the [r, r] entries, 0 for the empty shells."""
+    member = index[:, None] == jnp.arange(num_shells, dtype=index.dtype)[None, :]
+    counts = jnp.sum(member, axis=0, dtype=squares.dtype)
+    weights = member.astype(squares.dtype) / jnp.maximum(counts, 1)[None, :]
+    highest = jax.lax.Precision.HIGHEST
+    columns = jnp.matmul(squares, weights, precision=highest)
+    return jnp.matmul(weights.T, columns, precision=highest)
