@@ -16,13 +16,13 @@ import grsd_jax as grsd
 import jax
 import jax.numpy as jnp
 import numpy as np
-from grsd_jax import models
 from grsd_jax.experiments.common import records
 from grsd_jax.experiments.common.config import Config
 from grsd_jax.experiments.common.data import evaluation_batches, load_dataset
-from grsd_jax.experiments.common.networks import make_model
-from grsd_jax.experiments.common.weights import load_weights
+from grsd_jax.experiments.common.networks import load_weights, make_model
+from grsd_jax.experiments.common.runs import environment
 from grsd_jax.experiments.track.run import LAMBDA_RANGE
+from grsd_jax.models import linen_outputs
 
 STEPS = {"float64": (1e-3, 1e-4, 1e-6, 1e-8), "float32": (1e-3, 1e-4, 1e-5)}
 
@@ -35,13 +35,12 @@ def closure_errors(model, weights, batches, dtype):
         return jnp.asarray(leaf, dtype if leaf.dtype.kind == "f" else leaf.dtype)
 
     params, stats, batches = jax.tree.map(cast, (*weights, batches))
-    state = {"batch_stats": stats}
+    outputs_fn = linen_outputs(model, {"batch_stats": stats})
+    problem = grsd.Problem(outputs_fn, batches)
     found = {}
     for step in STEPS[np.dtype(dtype).name]:
         probe = grsd.make_probe(
-            models.linen_error_fn(model, state),
-            models.linen_loss_fn(model, state),
-            batches,
+            problem,
             every=1,
             solver="dense",
             edges=tuple(np.geomspace(*LAMBDA_RANGE, 13)),
@@ -71,8 +70,8 @@ def main(arguments: argparse.Namespace) -> None:
             rows.append(row | {"closure_error": errors})
             print(rows[-1], flush=True)
     if arguments.out:
-        environment = records.environment(precision="default")
-        records.write_json(arguments.out, {"rows": rows, "environment": environment})
+        results = {"rows": rows, "environment": environment(precision="default")}
+        records.write_json(arguments.out, results)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,6 @@ import argparse
 import hashlib
 import json
 import os
-import platform
-import resource
 import subprocess
 import sys
 import time
@@ -31,12 +29,14 @@ from comparison.grid import (
     PEERS,
     PLAN,
     TASKS,
-    Problem,
+    ProblemSpec,
     entrants,
     parse_problem,
+    task_kind,
     variants,
     why_not,
 )
+from comparison.machine import describe_machine, others_seconds
 from environments import FOLDER, interpreter, requirements
 
 HERE = Path(__file__).resolve().parent
@@ -58,22 +58,20 @@ def main() -> None:
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=15.0)
-    parser.add_argument("--time-limit", type=float, default=TIME_LIMIT)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--environments", type=Path, default=FOLDER)
     options = parser.parse_args()
     try:
-        problems = [parse_problem(name) for name in options.problems]
+        specs = [parse_problem(name) for name in options.problems]
     except ValueError as error:
         parser.error(str(error))
     (options.out / "measurements").mkdir(parents=True, exist_ok=True)
-    for problem in problems:
-        tasks = options.tasks or PLAN.get(problem.name, TASKS)
-        about = export(problem, tasks, options)
+    for spec in specs:
+        tasks = options.tasks or PLAN.get(spec.name, TASKS)
+        about = export(spec, tasks, options)
         for task in tasks:
             for peer in filter(options.peers.__contains__, entrants(task)):
-                for row in measure_task(peer, problem, task, about, options):
+                for row in measure_task(peer, spec, task, about, options):
                     write_row(options.out, row)
                     print(summary(row), flush=True)
     path = options.out / "results.json"
@@ -84,43 +82,43 @@ def main() -> None:
 
 
 def export(
-    problem: Problem, tasks: tuple[str, ...], options: argparse.Namespace
+    spec: ProblemSpec, tasks: tuple[str, ...], options: argparse.Namespace
 ) -> Record:
     """Writes inputs and reference of a problem, unless they are there.
 
     Returns:
         What `export.py` tells about the problem.
     """
-    folder = problem_folder(problem, options)
-    derivative = any(task.startswith(("derivative", "measurement")) for task in tasks)
+    folder = problem_folder(spec, options)
+    derivative = any(task_kind(t) in ("derivative", "measurement") for t in tasks)
     told = folder / "problem.json"
     if told.exists():
         about = json.loads(told.read_text())
         if about["derivative"] or not derivative:
             return about
-    print(f"{problem.name}: inputs and reference ...", flush=True)
-    command = [interpreter("grsd_jax", options.environments), HERE / "export.py"]
-    arguments = [problem.name, folder, *(["--derivative"] if derivative else [])]
+    print(f"{spec.name}: inputs and reference ...", flush=True)
+    python = interpreter("grsd_jax", options.environments)
+    command = [python, HERE / "export.py", spec.name, folder]
+    command += ["--derivative"] if derivative else []
     environ = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    subprocess.run([str(part) for part in command + arguments], check=True, env=environ)
+    subprocess.run([str(part) for part in command], check=True, env=environ)
     return json.loads(told.read_text())
 
 
 def measure_task(
     peer: str,
-    problem: Problem,
+    spec: ProblemSpec,
     task: str,
     about: Record,
     options: argparse.Namespace,
 ) -> Iterator[Record]:
     """Yields the rows of a peer on a task, one for each variant, as they come."""
-    row = {"peer": peer, "problem": problem.name, "task": task}
-    row["device"] = options.device
-    reason = why_not(peer, problem, task)
+    row = {"peer": peer, "problem": spec.name, "task": task, "device": options.device}
+    reason = why_not(peer, spec, task)
     if reason is not None:
         yield {**row, "variant": None, "status": reason[0], "reason": reason[1]}
         return
-    for variant in variants(peer, problem, task):
+    for variant in variants(peer, spec, task):
         named = {**row, "variant": variant}
         named["identity"] = identity(named, about, options)
         old = read_row(options.out, named) or {"identity": None}
@@ -128,7 +126,7 @@ def measure_task(
         if current and old["status"] != "busy":
             yield old
         else:
-            yield run_measurement(named, problem, options)
+            yield run_measurement(named, spec, options)
 
 
 def identity(row: Record, about: Record, options: argparse.Namespace) -> str:
@@ -140,10 +138,15 @@ def identity(row: Record, about: Record, options: argparse.Namespace) -> str:
     peer = PEERS[row["peer"]]
     files = [requirements(peer.environment), HERE / "run_peer.py"]
     files += sorted((HERE / "peers").glob("*.py"))
-    files += [HERE / "comparison" / f"{name}.py" for name in ("harness", "agreement")]
+    names = ["harness", "agreement"]
     if peer.environment == "grsd_jax":
-        files += sorted((HERE.parent / "src" / "grsd_jax").glob("*.py"))
-    told = [about["inputs"], options.repeats, options.seconds, options.threads]
+        names.append("inputs")
+        source = HERE.parent / "src" / "grsd_jax"
+        files += sorted(
+            set(source.rglob("*.py")) - set(source.glob("experiments/**/*"))
+        )
+    files += [HERE / "comparison" / f"{name}.py" for name in names]
+    told = [about["inputs"], options.repeats, options.seconds, os.cpu_count()]
     total = hashlib.sha256(repr([row, *told]).encode())
     for file in files:
         total.update(file.read_bytes())
@@ -151,35 +154,30 @@ def identity(row: Record, about: Record, options: argparse.Namespace) -> str:
 
 
 def run_measurement(
-    row: Record, problem: Problem, options: argparse.Namespace
+    row: Record, spec: ProblemSpec, options: argparse.Namespace
 ) -> Record:
     """Runs one measurement in a process of its own, and checks its result."""
-    folder = problem_folder(problem, options)
+    folder = problem_folder(spec, options)
     out = options.out / "measurements" / "current"
     python = interpreter(PEERS[row["peer"]].environment, options.environments)
     command = [str(python), str(HERE / "run_peer.py")]
     for name in ("peer", "problem", "task", "variant", "device"):
         command += [f"--{name}", row[name]]
-    for name in ("threads", "repeats", "seconds"):
+    for name in ("repeats", "seconds"):
         command += [f"--{name}", str(getattr(options, name))]
     command += ["--folder", str(folder), "--out", str(out)]
-    platforms = {"cpu": "cpu", "gpu": "cuda"}[options.device]
     environ = {
         **os.environ,
-        "JAX_PLATFORMS": platforms,
+        "JAX_PLATFORMS": {"cpu": "cpu", "gpu": "cuda"}[options.device],
         "JAX_TRACEBACK_FILTERING": "off",  # the last line names the error
     }
     started, before = time.perf_counter(), others_seconds()
     try:
         done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=options.time_limit,
-            env=environ,
+            command, capture_output=True, text=True, timeout=TIME_LIMIT, env=environ
         )
     except subprocess.TimeoutExpired:
-        return {**row, "status": "timeout", "reason": f"over {options.time_limit:g} s"}
+        return {**row, "status": "timeout", "reason": f"over {TIME_LIMIT:g} s"}
     if done.returncode:
         print(done.stderr, file=sys.stderr)
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -187,64 +185,45 @@ def run_measurement(
         return {**row, "status": "failed", "reason": reason}
     elapsed = time.perf_counter() - started
     others = (others_seconds() - before) / (elapsed * (os.cpu_count() or 1))
-    record = json.loads(out.with_suffix(".json").read_text())
-    with np.load(out.with_suffix(".npz")) as file:
-        result = dict(file)
+    told = {"others": others, "process_seconds": elapsed}
+    return {**row, **told, **judged(row["task"], folder, out, others)}
+
+
+def judged(task: str, folder: Path, out: Path, others: float) -> Record:
+    """Returns what a process recorded, with its status and its error.
+
+    Args:
+        task: What was measured.
+        folder: That of the inputs and the reference.
+        out: Where the process wrote, without the suffix.
+        others: The share of the machine that other processes took.
+    """
     with (
+        np.load(out.with_suffix(".npz")) as result,
         np.load(folder / "inputs.npz") as inputs,
         np.load(folder / "reference.npz") as reference,
     ):
-        error = disagreement(row["task"], result, inputs, reference)
-    status = "ok" if error <= tolerance(row["task"]) else "disagrees"
+        error = disagreement(task, result, inputs, reference)
+    status = "ok" if error <= tolerance(task) else "disagrees"
     if status == "ok" and others > OTHERS:
         status = "busy"
     return {
-        **row,
         "status": status,
-        "others": others,
         "error": error if np.isfinite(error) else None,
-        "tolerance": tolerance(row["task"]),
-        "process_seconds": elapsed,
-        **record,
+        "tolerance": tolerance(task),
+        **json.loads(out.with_suffix(".json").read_text()),
     }
-
-
-def others_seconds() -> float:
-    """Returns the CPU seconds of the machine that no child of this process took.
-
-    Zero where the system does not tell, which is not Linux.
-    """
-    path = Path("/proc/stat")
-    if not path.exists():
-        return 0.0
-    user, nice, system = (int(t) for t in path.read_text().split()[1:4])
-    own = resource.getrusage(resource.RUSAGE_CHILDREN)
-    total = (user + nice + system) / os.sysconf("SC_CLK_TCK")
-    return total - own.ru_utime - own.ru_stime
 
 
 def environment(options: argparse.Namespace) -> Record:
     """Describes the machine and the settings."""
-    cpu = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            cpu = line.partition(":")[2].strip()
-            break
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "memory_gib": round(pages / 2**30, 1),
-        "system": f"{platform.system()} {platform.machine()}",
-        "threads": options.threads,
-        "repeats": options.repeats,
-        "seconds": options.seconds,
-    }
+    settings = {"repeats": options.repeats, "seconds": options.seconds}
+    return {**describe_machine(), "threads": os.cpu_count(), **settings}
 
 
-def problem_folder(problem: Problem, options: argparse.Namespace) -> Path:
+def problem_folder(spec: ProblemSpec, options: argparse.Namespace) -> Path:
     """Returns the folder of a problem's inputs and reference."""
-    return options.out / "problems" / problem.name
+    return options.out / "problems" / spec.name
 
 
 def row_path(out: Path, row: Record) -> Path:
@@ -270,25 +249,21 @@ def write_row(out: Path, row: Record) -> None:
 
 def collect(out: Path) -> Record:
     """Returns the problems and the rows in a folder, in the order of the grid."""
-    order = {
-        "problem": list(PLAN),
-        "task": list(TASKS),
-        "peer": list(PEERS),
-    }
+    order = {"problem": list(PLAN), "task": list(TASKS), "peer": list(PEERS)}
 
     def place(row: Record) -> tuple[Any, ...]:
-        parts = []
-        for name, known in order.items():
-            value = row[name]
-            parts.append((known.index(value) if value in known else len(known), value))
-        return (*parts, str(row["variant"]))
+        places = [
+            (known.index(row[name]) if row[name] in known else len(known), row[name])
+            for name, known in order.items()
+        ]
+        return (*places, str(row["variant"]))
 
     files = sorted((out / "measurements").glob("*-*.json"))
-    rows = [json.loads(path.read_text()) for path in files]
     told = {
         path.parent.name: json.loads(path.read_text())
         for path in sorted((out / "problems").glob("*/problem.json"))
     }
+    rows = [json.loads(path.read_text()) for path in files]
     return {"problems": told, "rows": sorted(rows, key=place)}
 
 

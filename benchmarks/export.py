@@ -23,16 +23,16 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--derivative", action="store_true")
     options = parser.parse_args()
-    problem = parse_problem(options.problem)
+    spec = parse_problem(options.problem)
     options.folder.mkdir(parents=True, exist_ok=True)
-    inputs = make_inputs(problem)
-    reference = make_reference(problem, inputs, derivative=options.derivative)
+    inputs = make_inputs(spec)
+    reference = make_reference(spec, inputs, derivative=options.derivative)
     np.savez(options.folder / "inputs.npz", **inputs)
     np.savez(options.folder / "reference.npz", **reference)
     parameters = [v for k, v in inputs.items() if k.startswith("params/")]
     about = {
         "inputs": digest(inputs),
-        "dimension": problem.size,
+        "dimension": spec.size,
         "parameters": sum(array.size for array in parameters),
         "derivative": options.derivative,
     }

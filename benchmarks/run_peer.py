@@ -10,28 +10,14 @@ Example:
 
 import argparse
 import importlib
-import importlib.metadata
 import json
-import platform
 from pathlib import Path
 
 import numpy as np
 
 from comparison.grid import PEERS, parse_problem
-from comparison.harness import measure
-
-_PACKAGES = (
-    "curvlinops-for-pytorch",
-    "flax",
-    "grsd-jax",
-    "jax",
-    "jaxlib",
-    "matfree",
-    "neural-tangents",
-    "numpy",
-    "scipy",
-    "torch",
-)
+from comparison.harness import Job, measure
+from comparison.machine import installed_versions
 
 
 def main() -> None:
@@ -44,23 +30,25 @@ def main() -> None:
     parser.add_argument("--folder", required=True, type=Path)
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--device", default="cpu", choices=("cpu", "gpu"))
-    parser.add_argument("--threads", default=1, type=int)
     parser.add_argument("--repeats", default=5, type=int)
     parser.add_argument("--seconds", default=15.0, type=float)
     options = parser.parse_args()
 
-    peer = importlib.import_module(f"peers.{PEERS[options.peer].module}")
     with np.load(options.folder / "inputs.npz") as file:
         inputs = dict(file)
-    case = peer.make_case(
-        parse_problem(options.problem), options.task, options.variant, inputs, options
+    job = Job(
+        peer=options.peer,
+        spec=parse_problem(options.problem),
+        task=options.task,
+        variant=options.variant,
+        device=options.device,
+        inputs=inputs,
+        folder=options.folder,
     )
+    peer = importlib.import_module(f"peers.{PEERS[options.peer].module}")
+    case = peer.make_case(job)
     record, arrays = measure(case, repeats=options.repeats, seconds=options.seconds)
-    installed = {d.name.lower() for d in importlib.metadata.distributions()}
-    record["versions"] = {
-        "python": platform.python_version(),
-        **{n: importlib.metadata.version(n) for n in _PACKAGES if n in installed},
-    }
+    record["versions"] = installed_versions()
     np.savez(options.out.with_suffix(".npz"), **arrays)
     options.out.with_suffix(".json").write_text(json.dumps(record))
 

@@ -16,10 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from grsd_jax import models
 from grsd_jax.dynamics.snapshot import start_block
 from grsd_jax.experiments.common import records
 from grsd_jax.experiments.common.data import evaluation_batches, synthetic_textures
+from grsd_jax.experiments.common.runs import environment
+from grsd_jax.linalg import leading_eigenpairs
+from grsd_jax.models import linen_outputs
 
 NUM_PAIRS, TOLERANCE, RATE, RECORDS = 32, 1e-3, 0.05, 6
 
@@ -36,7 +38,7 @@ class Network(nn.Module):
         return nn.Dense(10)(x)
 
 
-class Problem:
+class Training:
     """The network, its batches, and a training that repeats itself."""
 
     def __init__(self):
@@ -44,19 +46,19 @@ class Problem:
         model = Network()
         example = self.data.train_images[:1]
         self.params = model.init(jax.random.key(0), example)["params"]
-        self.error_fn = models.linen_error_fn(model, {})
-        loss_fn = models.linen_loss_fn(model, {})
-        self.batches = evaluation_batches(
+        batches = evaluation_batches(
             self.data.test_images,
             self.data.test_labels,
             num_batches=1,
             batch_size=40,
             seed=0,
         )
+        self.problem = problem = grsd.Problem(linen_outputs(model, {}), batches)
 
         @jax.jit
         def step(params, batch):
-            gradient = jax.grad(loss_fn)(params, batch)
+            batches = jax.tree.map(lambda leaf: leaf[None], batch)
+            gradient = jax.grad(problem.replace(batches=batches).loss)(params)
             return jax.tree.map(lambda p, g: p - RATE * g, params, gradient)
 
         self.step = step
@@ -72,24 +74,23 @@ class Problem:
 
     def kernel(self, params):
         """Returns the kernel, and its eigenvalues from the dense matrix, descending."""
-        arguments = (self.error_fn, params, self.batches)
-        dense = grsd.kernel_dense(*arguments, reduction="stack")
+        dense = grsd.kernel_dense(self.problem, params)
         values = np.linalg.eigvalsh(np.asarray(dense, np.float64))[::-1]
-        return grsd.linearize_kernel(*arguments, reduction="stack"), values
+        return grsd.linearize_kernel(self.problem, params), values
 
 
-def compare(problem: Problem, width: int, every: int) -> dict[str, float]:
+def compare(training: Training, width: int, every: int) -> dict[str, float]:
     """Returns mean columns and largest errors of cold and warm starts."""
     columns, errors = {"cold": [], "warm": []}, {"cold": [], "warm": []}
-    params, vectors = problem.train(problem.params, 0, 50), None
+    params, vectors = training.train(training.params, 0, 50), None
     for record in range(RECORDS):
         key = jax.random.fold_in(jax.random.key(1), record)
-        kernel, exact = problem.kernel(params)
+        kernel, exact = training.kernel(params)
         cold = jnp.zeros((kernel.dimension, NUM_PAIRS), kernel.dtype)
         starts = {"cold": cold} | ({} if vectors is None else {"warm": vectors})
         for name, basis in starts.items():
             block = start_block(basis, key, name == "warm", width=width)
-            found = grsd.leading_eigenpairs(
+            found = leading_eigenpairs(
                 kernel.matmat, block, NUM_PAIRS, key=key, tolerance=TOLERANCE
             )
             assert found.converged.all()
@@ -99,7 +100,7 @@ def compare(problem: Problem, width: int, every: int) -> dict[str, float]:
                 errors[name].append(error.max())
             latest = found.vectors
         vectors = latest
-        params = problem.train(params, 50 + record * every, every)
+        params = training.train(params, 50 + record * every, every)
     means = {f"{name}_columns": float(np.mean(columns[name])) for name in columns}
     worst = {f"{name}_error": float(np.max(errors[name])) for name in errors}
     return {"block_size": width, "every": every} | means | worst
@@ -107,15 +108,15 @@ def compare(problem: Problem, width: int, every: int) -> dict[str, float]:
 
 def main(out: str | None) -> None:
     """Measures every combination, prints the rows and writes them."""
-    problem, rows = Problem(), []
+    training, rows = Training(), []
     for width in (4, 8):
         for every in (1, 10, 50):
-            rows.append(compare(problem, width, every))
+            rows.append(compare(training, width, every))
             print(rows[-1], flush=True)
     if out:
         options = {"num_pairs": NUM_PAIRS, "tolerance": TOLERANCE, "n": 400}
-        environment = records.environment(precision="default")
-        results = {"config": options, "environment": environment, "rows": rows}
+        results = {"config": options, "rows": rows}
+        results["environment"] = environment(precision="default")
         records.write_json(out, results)
 
 

@@ -21,7 +21,8 @@ exclude_patterns = ["_build"]
 nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(?!grsd_jax(\.[A-Za-z]|$)).*"),
-    (r"py:class", r"grsd_jax\.snapshots\..*"),  # fields of a probe, not its interface
+    # Types of fields that are not part of the interface.
+    (r"py:class", r"grsd_jax\.(problem|jacobian|kernel\.mesh|dynamics\.snapshot)\..*"),
 ]
 default_role = "py:obj"
 

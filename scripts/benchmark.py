@@ -18,6 +18,7 @@ from absl import flags as absl_flags
 from grsd_jax.experiments.benchmark import run as benchmarking
 from grsd_jax.experiments.common import flags, records
 from grsd_jax.experiments.common.config import Config, UserError
+from grsd_jax.experiments.common.runs import environment, workdir_lock
 
 FIELDS = (
     "workdir",
@@ -41,7 +42,7 @@ def main(config: Config) -> None:
     if CASE.value:
         print(json.dumps(benchmarking.run_case(CASE.value, config)))
         return
-    with records.workdir_lock(Path(config.workdir)) as folder:
+    with workdir_lock(Path(config.workdir)) as folder:
         rows = []
         for name in benchmarking.CASES:
             print(f"{name} ...", file=sys.stderr)
@@ -53,10 +54,10 @@ def main(config: Config) -> None:
                 )
             rows.append(json.loads(done.stdout.splitlines()[-1]))
         settings = {name: getattr(config, name) for name in FIELDS}
-        environment = records.environment(precision=config.precision)
+        made_on = environment(precision=config.precision)
         records.write_json(
             folder / "benchmark.json",
-            {"config": settings, "environment": environment, "rows": rows},
+            {"config": settings, "environment": made_on, "rows": rows},
         )
     print(benchmarking.format_benchmark(rows))
 

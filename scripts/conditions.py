@@ -17,12 +17,13 @@ from pathlib import Path
 
 from absl import flags as absl_flags
 
-from grsd_jax.experiments.common import flags, records
+from grsd_jax.experiments.common import flags
 from grsd_jax.experiments.common.config import Config
 from grsd_jax.experiments.common.data import load_dataset
-from grsd_jax.experiments.conditions import figures as condition_figures
-from grsd_jax.experiments.conditions import results as condition_results
-from grsd_jax.experiments.conditions import run as conditions
+from grsd_jax.experiments.common.runs import workdir_lock
+from grsd_jax.experiments.conditions.analyse import format_conditions
+from grsd_jax.experiments.conditions.figures import write_condition_page
+from grsd_jax.experiments.conditions.run import Options, run_conditions
 
 DEFAULTS = {
     "workdir": "runs/conditions",
@@ -37,24 +38,19 @@ NUM_PROBES = absl_flags.DEFINE_integer(
 NUM_POINTS = absl_flags.DEFINE_integer(
     "num_points", 5, "Points of the path at most, the initialisation included.", 2
 )
-METHOD = absl_flags.DEFINE_enum(
-    "method", "auto", ["auto", "dense", "power_iteration"], "Of the coherence."
-)
 
 
 def main(config: Config) -> None:
-    options = conditions.Options(
+    options = Options(
         thresholds=flags.thresholds_from_flags(),
         num_probes=NUM_PROBES.value or None,
         num_points=NUM_POINTS.value,
-        method=METHOD.value,
     )
-    found = conditions.measure_conditions(load_dataset(config), config, options)
     folder = Path(config.workdir) / config.model
-    with records.workdir_lock(folder):
-        found = condition_results.write_conditions(folder, found)
-        paths = condition_figures.write_condition_page(found, folder / "figures")
-    print(condition_results.format_conditions(found))
+    found = run_conditions(load_dataset(config), config, options)
+    with workdir_lock(folder):
+        paths = write_condition_page(found, folder / "figures")
+    print(format_conditions(found))
     print(f"{folder / 'conditions.json'}, {paths[0]}, {found['seconds']:.0f} s")
 
 

@@ -3,9 +3,9 @@
 Reads the checkpoint that train.py left in WORKDIR/MODEL (of the ResNet-18 if the plain
 network is measured under another --protocol) and writes results.json and arrays.npz to
 WORKDIR/MODEL; plot.py --workdir=WORKDIR/MODEL draws them. Give the settings of the
-network (--width, --activation, --dataset) as in training. Where there are several
-devices, they share the examples of each batch; --distributed joins several processes,
-which must all see WORKDIR, and of which the first writes.
+network (--width, --activation, --dataset) as in training; --reduction=mean measures as
+reproduce.py does. Several devices share the examples of each batch. --distributed joins
+several processes: all must see WORKDIR, and the first writes.
 
 Examples:
   python scripts/measure.py --workdir=runs/quick
@@ -15,11 +15,12 @@ Examples:
 
 from pathlib import Path
 
-from grsd_jax.experiments.common import devices, flags
+from grsd_jax.experiments.common import flags, runs
 from grsd_jax.experiments.common.config import Config, UserError
 from grsd_jax.experiments.common.data import load_dataset
-from grsd_jax.experiments.reproduce import pipeline
-from grsd_jax.experiments.reproduce.tables import format_table
+from grsd_jax.experiments.common.measurement import header
+from grsd_jax.experiments.reproduce.analyse import format_table
+from grsd_jax.experiments.reproduce.run import measure, write_results
 
 
 def main(config: Config) -> None:
@@ -34,29 +35,27 @@ def main(config: Config) -> None:
             f"--protocol: expected own for --model={config.model}, got {protocol}; the "
             "others are of --model=plainnet18."
         )
-    mesh = devices.join()
+    mesh = runs.join_processes()
     if not Path(config.workdir).is_dir():
         raise UserError(
             "--workdir: expected a folder in which train.py trained, got "
             f"'{config.workdir}', which does not exist."
         )
-    with devices.workdir_lock(Path(config.workdir) / config.model) as folder:
+    with runs.workdir_lock(Path(config.workdir) / config.model) as folder:
         dataset = load_dataset(config)
-        entry, arrays = pipeline.measure(
-            config.model, protocol, dataset, config, mesh=mesh
-        )
-        if not devices.writes():
+        entry, arrays = measure(config.model, protocol, dataset, config, mesh=mesh)
+        if not runs.writes():
             return
-        results = pipeline.header(config) | {
+        results = header(config) | {
             "model": entry | {"name": config.model, "arrays": config.model}
         }
         arrays = {f"{config.model}/{key}": array for key, array in arrays.items()}
-        pipeline.write_results(folder, results, arrays)
+        write_results(folder, results, arrays)
     print(format_table(results))
     print(f"written to {folder}")
 
 
 if __name__ == "__main__":
     flags.define_flags(only=flags.all_but("record_every"), protocol=("own",))
-    devices.define_flags()
+    runs.define_process_flags()
     flags.run_main(main)

@@ -8,12 +8,13 @@ Examples:
   python scripts/report.py --workdir=runs/default
 """
 
-from grsd_jax.experiments.common import flags, reporting
+from grsd_jax.experiments.common import flags
 from grsd_jax.experiments.common.config import Config
+from grsd_jax.experiments.report.page import write_report
 
 
 def main(config: Config) -> None:
-    print(reporting.write_report(config.workdir))
+    print(write_report(config.workdir))
 
 
 if __name__ == "__main__":

@@ -16,11 +16,13 @@ Examples:
 import time
 from pathlib import Path
 
-from grsd_jax.experiments.common import flags, records
+from grsd_jax.experiments.common import flags
 from grsd_jax.experiments.common.config import Config
 from grsd_jax.experiments.common.data import load_dataset
-from grsd_jax.experiments.reproduce import figures, pipeline
-from grsd_jax.experiments.reproduce.tables import format_table
+from grsd_jax.experiments.common.runs import workdir_lock
+from grsd_jax.experiments.reproduce.analyse import format_table
+from grsd_jax.experiments.reproduce.figures import write_figures
+from grsd_jax.experiments.reproduce.run import reproduce, write_results
 
 #: What the two networks of the comparison do not take.
 FIXED = ("model", "depth", "branch_scale", "rho", "record_every")
@@ -28,15 +30,16 @@ FIXED = ("model", "depth", "branch_scale", "rho", "record_every")
 
 def main(config: Config) -> None:
     started = time.monotonic()
-    with records.workdir_lock(Path(config.workdir)) as folder:
-        results, arrays = pipeline.reproduce(load_dataset(config), config)
-        pipeline.write_results(folder, results, arrays)
-        paths = figures.write_figures(results, arrays, folder / "figures")
+    with workdir_lock(Path(config.workdir)) as folder:
+        results, arrays = reproduce(load_dataset(config), config)
+        write_results(folder, results, arrays)
+        paths = write_figures(results, arrays, folder / "figures")
     print(format_table(results))
     print(f"{len(paths)} figures in {folder / 'figures'}")
     print(f"{time.monotonic() - started:.0f} s")
 
 
 if __name__ == "__main__":
-    flags.define_flags(only=flags.all_but(*FIXED))
+    # The paper averages the kernels of the batches.
+    flags.define_flags(only=flags.all_but(*FIXED), reduction="mean")
     flags.run_main(main)

@@ -22,6 +22,7 @@ from absl import flags as absl_flags
 from grsd_jax.experiments.common import flags, records
 from grsd_jax.experiments.common.config import MODELS, TRAINING_FLAGS, Config
 from grsd_jax.experiments.common.data import load_dataset
+from grsd_jax.experiments.common.runs import workdir_lock
 from grsd_jax.experiments.track import run as tracking
 from grsd_jax.experiments.track.figures import write_tracking_figures
 
@@ -32,7 +33,7 @@ NETWORKS = absl_flags.DEFINE_multi_enum(
 
 
 def main(config: Config) -> None:
-    with records.workdir_lock(Path(config.workdir)) as folder:
+    with workdir_lock(Path(config.workdir)) as folder:
         results, lines = tracking.track(load_dataset(config), config, NETWORKS.value)
         records.write_json(folder / "results.json", results)
         paths = write_tracking_figures(lines, folder / "figures")

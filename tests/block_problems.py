@@ -1,10 +1,13 @@
-"""Error functions over blocks whose influence and overlap are known in closed form."""
+"""Problems over blocks whose influence and overlap are known in closed form.
+
+Each function returns ``(problem, params, blocks)``.
+"""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grsd_jax import partition
+from grsd_jax import Problem, partition
 
 
 def in_order(num_blocks):
@@ -19,13 +22,12 @@ def branches_error(params, batch):
     return jnp.concatenate(parts, axis=1)
 
 
-def branches(num_blocks=4, dtype=jnp.float32):
+def branches(num_blocks=4, *, error_fn=branches_error, reduction="stack"):
     keys = jax.random.split(jax.random.key(0), num_blocks + 1)
-    params = {
-        f"b{i}": jax.random.normal(keys[i], (3, 2), dtype) for i in range(num_blocks)
-    }
-    batches = {"x": jax.random.normal(keys[-1], (2, 4, 3), dtype)}
-    return branches_error, params, batches, in_order(num_blocks)(params)
+    params = {f"b{i}": jax.random.normal(keys[i], (3, 2)) for i in range(num_blocks)}
+    batches = {"x": jax.random.normal(keys[-1], (2, 4, 3))}
+    problem = Problem.from_error(error_fn, batches, reduction=reduction)
+    return problem, params, in_order(num_blocks)(params)
 
 
 def planted_error(params, batch):
@@ -34,10 +36,9 @@ def planted_error(params, batch):
     return jnp.concatenate([parts[0] + parts[-1], *parts[1:-1]], axis=1)
 
 
-def planted_pair(num_blocks=5):
+def planted_pair(num_blocks=5, *, reduction="stack"):
     """Returns a problem with one coherent pair: coherence 1 between both ends."""
-    _, params, batches, blocks = branches(num_blocks)
-    return planted_error, params, batches, blocks
+    return branches(num_blocks, error_fn=planted_error, reduction=reduction)
 
 
 def chain_error(params, batch):
@@ -50,7 +51,8 @@ def chain(weights=(0.5, -2.0, 1.5, 0.8)):
     """Returns the chain, whose ``J_l = e / w_l``."""
     params = {f"b{i}": jnp.asarray(w, jnp.float32) for i, w in enumerate(weights)}
     x = np.random.default_rng(0).normal(size=(1, 6, 1)).astype(np.float32)
-    return chain_error, params, {"x": jnp.asarray(x)}, in_order(len(weights))(params)
+    problem = Problem.from_error(chain_error, {"x": jnp.asarray(x)})
+    return problem, params, in_order(len(weights))(params)
 
 
 def layers_error(params, batch):
@@ -72,17 +74,27 @@ def orthogonal_layers(num_blocks=4, width=5):
     }
     x = rng.normal(size=(1, 1, width))
     batches = {"x": jnp.asarray(x / np.linalg.norm(x), "float32")}
-    return layers_error, params, batches, in_order(num_blocks)(params)
+    problem = Problem.from_error(layers_error, batches)
+    return problem, params, in_order(num_blocks)(params)
 
 
-def block_jacobians(error_fn, params, batches, blocks, reduction="mean"):
+def batches_of(problem):
+    """Returns the K batches one by one."""
+    num_batches = jax.tree.leaves(problem.batches)[0].shape[0]
+    return [
+        jax.tree.map(lambda leaf, k=k: leaf[k], problem.batches)
+        for k in range(num_batches)
+    ]
+
+
+def block_jacobians(problem, params, blocks):
     """Returns ``[J_1, .., J_L]`` with ``J J^T = M``, dense, in float64."""
+    rows_of = jax.jit(jax.jacrev(lambda p, x: problem.error(p, x).reshape(-1)))
     parts = []
-    num_batches = jax.tree.leaves(batches)[0].shape[0]
-    for k in range(num_batches):
-        batch = jax.tree.map(lambda leaf, k=k: leaf[k], batches)
-        jacobian = jax.jacrev(lambda p, b=batch: error_fn(p, b).reshape(-1))(params)
-        leaves = [np.asarray(x, np.float64) for x in jax.tree.leaves(jacobian)]
+    for batch in batches_of(problem):
+        leaves = [
+            np.asarray(x, np.float64) for x in jax.tree.leaves(rows_of(params, batch))
+        ]
         leaves = [leaf.reshape(leaf.shape[0], -1) for leaf in leaves]
         parts.append(
             [
@@ -90,11 +102,11 @@ def block_jacobians(error_fn, params, batches, blocks, reduction="mean"):
                 for block in range(len(blocks.names))
             ]
         )
-    if reduction == "stack":
+    if problem.reduction == "stack":
         return [
             np.concatenate(of_block, axis=0) for of_block in zip(*parts, strict=True)
         ]
-    scale = num_batches**-0.5
+    scale = len(parts) ** -0.5
     return [
         scale * np.concatenate(of_block, axis=1)
         for of_block in zip(*parts, strict=True)

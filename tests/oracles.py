@@ -1,12 +1,15 @@
 """Dense oracles and small problems that several test files share."""
 
+import dataclasses
+import functools
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-import grsd_jax
-from grsd_jax import models
+from grsd_jax import Problem, models
 
 
 class MLP(nn.Module):
@@ -35,8 +38,10 @@ def cast(tree, dtype):
     return jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
 
 
-def problem(name, dtype, *, activation="gelu", error=grsd_jax.softmax_error):
-    """Returns ``(error_fn, params, batches, loss_fn)`` of a small network."""
+def network_problem(
+    name, dtype, *, activation="gelu", loss="softmax_cross_entropy", reduction="stack"
+):
+    """Returns ``(problem, params)`` of a small linen network with known layers."""
     if name == "mlp":
         model, shape, num_classes = MLP(activation), (4,), 3
         batches = random_batches(2, 5, shape, num_classes, dtype)
@@ -48,37 +53,45 @@ def problem(name, dtype, *, activation="gelu", error=grsd_jax.softmax_error):
     variables = model.init(jax.random.key(0), batches["image"][0].astype(jnp.float32))
     variables = cast(dict(variables), dtype)
     params = variables.pop("params")
-    loss = {
-        grsd_jax.softmax_error: grsd_jax.softmax_cross_entropy,
-        grsd_jax.squared_error: grsd_jax.half_squared_loss,
-    }[error]
-    return (
-        models.linen_error_fn(model, variables, error=error),
-        params,
-        batches,
-        models.linen_loss_fn(model, variables, loss=loss),
-    )
+    outputs_fn = models.linen_outputs(model, variables)
+    return Problem(outputs_fn, batches, loss=loss, reduction=reduction), params
 
 
-def dense_jacobians(error_fn, params, batches):
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["outputs_fn"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class _Opaque:
+    outputs_fn: Callable
+
+    def __call__(self, params, batch):
+        return self.outputs_fn(params, batch)
+
+
+def plain(problem):
+    """Returns the same problem with its layers hidden, so that AD differentiates it."""
+    return problem.replace(outputs_fn=_Opaque(problem.objective.outputs_fn))
+
+
+def dense_jacobians(problem, params):
     """Returns J of every batch, ``[K, n, P]``, by plain reverse mode."""
 
     def one(batch):
-        jacobian = jax.jacrev(lambda p: error_fn(p, batch).reshape(-1))(params)
+        jacobian = jax.jacrev(lambda p: problem.error(p, batch).reshape(-1))(params)
         rows = [leaf.reshape(leaf.shape[0], -1) for leaf in jax.tree.leaves(jacobian)]
         return jnp.concatenate(rows, axis=1)
 
-    num_batches = jax.tree.leaves(batches)[0].shape[0]
+    num_batches = jax.tree.leaves(problem.batches)[0].shape[0]
     return [
-        one(jax.tree.map(lambda leaf, k=k: leaf[k], batches))
+        one(jax.tree.map(lambda leaf, k=k: leaf[k], problem.batches))
         for k in range(num_batches)
     ]
 
 
-def dense_kernel(error_fn, params, batches, reduction):
-    """Returns M from `dense_jacobians`."""
-    jacobians = dense_jacobians(error_fn, params, batches)
-    if reduction == "stack":
+def dense_kernel(problem, params):
+    """Returns M from `dense_jacobians`, by the problem's reduction."""
+    jacobians = dense_jacobians(problem, params)
+    if problem.reduction == "stack":
         jacobians = [jnp.concatenate(jacobians)]
     grams = [jnp.matmul(j, j.T, precision="highest") for j in jacobians]
     return sum(grams[1:], grams[0]) / len(grams)

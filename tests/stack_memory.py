@@ -1,7 +1,8 @@
 """Prints the peak memory of one measurement in this process, as JSON.
 
 Run as ``python stack_memory.py NUM_BATCHES MAX_BYTES``: the stack of batches of 50
-images through a small convolutional network, by Lanczos on the plain path.
+images through a small convolutional network, by Lanczos on the plain path, which holds
+the residuals of all batches if they fit in MAX_BYTES.
 """
 
 import json
@@ -12,8 +13,9 @@ import jax
 import jax.numpy as jnp
 
 import grsd_jax
+from grsd_jax import Binning, Lanczos, Problem
 from grsd_jax import _memory as memory
-from grsd_jax import models
+from grsd_jax.kernel import products
 
 NUM_EXAMPLES, NUM_CLASSES, SIDE = 50, 10, 16
 
@@ -27,6 +29,7 @@ class Network(nn.Module):
 
 
 def main(num_batches, max_bytes):
+    products.default_bytes = lambda: max_bytes
     model = Network()
     leading = (num_batches, NUM_EXAMPLES)
     keys = jax.random.split(jax.random.key(0), 3)
@@ -35,24 +38,19 @@ def main(num_batches, max_bytes):
         "label": jax.random.randint(keys[1], leading, 0, NUM_CLASSES),
     }
     params = model.init(keys[2], batches["image"][0])["params"]
-    loss_fn = models.linen_loss_fn(model, {})
+
+    def outputs_fn(params, batch):
+        return model.apply({"params": params}, batch["image"])
+
     measured = grsd_jax.measure_coupling(
-        models.linen_error_fn(model, {}),
+        Problem(outputs_fn, batches),
         params,
-        batches,
-        grsd_jax.gradient_flow_direction(loss_fn, params, batches),
         key=keys[0],
-        reduction="stack",
-        solver="lanczos",
-        jacobian="plain",
-        block_size=8,
-        num_steps=2,
-        num_shells=4,
-        window=2,
-        num_bootstrap=0,
-        max_bytes=max_bytes,
+        solver=Lanczos(block_size=8, num_steps=2),
+        shells=Binning(num_shells=4, window=2, num_bootstrap=0),
     )
     jax.block_until_ready(measured)
+    assert measured.jacobian == "plain"
     peak_mib = memory.peak_bytes() / 2**20
     print(json.dumps({"n": measured.vectors.shape[0], "peak_mib": peak_mib}))
 

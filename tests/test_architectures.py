@@ -6,8 +6,14 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-import grsd_jax
-from grsd_jax import models
+from grsd_jax import (
+    Problem,
+    gradient_flow_direction,
+    kernel_dense,
+    linearize_kernel,
+    models,
+)
+from grsd_jax.jacobian.factored import output_blocks
 from grsd_jax.models.chains import (
     MLP,
     ConvNet,
@@ -15,6 +21,7 @@ from grsd_jax.models.chains import (
     Transformer,
     linen_chain,
 )
+from oracles import cast, plain
 
 K, N, C = 2, 3, 3
 MODELS = {
@@ -36,7 +43,7 @@ def _float64():
 
 
 def make(name, shape=(6, 6, 3)):
-    """Returns the error function, parameters without zeros, batches, a direction."""
+    """Returns a problem, parameters without zeros and a direction."""
     keys = jax.random.split(jax.random.key(0), 3)
     image = jax.random.normal(keys[0], (K, N, *shape))
     model = MODELS[name]
@@ -48,7 +55,7 @@ def make(name, shape=(6, 6, 3)):
 
     params, direction = jax.tree.map(draw, shapes), jax.tree.map(draw, shapes)
     batches = {"image": image, "label": jax.random.randint(keys[2], (K, N), 0, C)}
-    return models.linen_error_fn(model, {}), params, batches, direction
+    return Problem(models.linen_outputs(model, {}), batches), params, direction
 
 
 def close(got, expected):
@@ -64,23 +71,16 @@ def close(got, expected):
     ],
 )
 def test_factored_jacobian_covers_every_layer_and_agrees_with_the_plain_path(name):
-    error_fn, params, batches, direction = make(name)
-    batch = jax.tree.map(lambda leaf: leaf[0], batches)
-    blocks = error_fn.jacobian_factors(params, batch, jnp.asarray(np.eye(C)))
+    problem, params, direction = make(name)
+    batch = jax.tree.map(lambda leaf: leaf[0], problem.batches)
+    blocks, _ = jax.eval_shape(output_blocks, problem.objective, params, batch)
     assert all(block is not None for block in blocks)
-    kernel, moved = grsd_jax.kernel_with_derivative_dense(
-        error_fn, params, batches, direction, jacobian="plain"
-    )
-    got = grsd_jax.kernel_with_derivative_dense(
-        error_fn, params, batches, direction, jacobian="factored"
-    )
+    kernel, moved = kernel_dense(plain(problem), params, direction)
+    got = kernel_dense(problem, params, direction)
     assert close(got[0], kernel)
     assert close(got[1], moved)
     block = jnp.asarray(np.random.default_rng(1).normal(size=(len(kernel), 2)))
-    linearized = grsd_jax.linearize_kernel(
-        error_fn, params, batches, jacobian="factored"
-    )
-    assert close(linearized.matmat(block), kernel @ block)
+    assert close(linearize_kernel(problem, params).matmat(block), kernel @ block)
 
 
 @pytest.mark.usefixtures("_float64")
@@ -96,10 +96,11 @@ def test_factored_jacobian_of_a_sequence():
         "image": jax.random.normal(jax.random.key(0), (1, N, 5, 2)),
         "label": jnp.zeros((1, N), jnp.int32),
     }
-    variables = model.init(jax.random.key(1), batches["image"][0])
-    error_fn, params = models.linen_error_fn(model, {}), variables["params"]
-    got = grsd_jax.kernel_dense(error_fn, params, batches, jacobian="factored")
-    assert close(got, grsd_jax.kernel_dense(error_fn, params, batches))
+    params = model.init(jax.random.key(1), batches["image"][0])["params"]
+    params = cast(params, jnp.float64)
+    problem = Problem(models.linen_outputs(model, {}), batches)
+    got = kernel_dense(problem, params)
+    assert close(got, kernel_dense(plain(problem), params))
     # The state-space model takes a sequence [N, L, features] as its pieces.
     x = batches["image"][0]
     np.testing.assert_array_equal(LinearStateSpace(depth=5).pieces(x), x)
@@ -107,8 +108,8 @@ def test_factored_jacobian_of_a_sequence():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_blocks_are_ordered_by_depth_and_states_chain_to_the_outputs(name):
-    error_fn, params, batches, _ = make(name)
-    model, x = error_fn.model, batches["image"][0]
+    problem, params, _ = make(name)
+    model, x = MODELS[name], problem.batches["image"][0]
     blocks = models.depth_blocks(model, params)
     inner = [f"block{i + 1}" for i in range(model.depth)]
     outer = [] if name == "state space" else ["stem", "head"]
@@ -212,8 +213,8 @@ class Layers(nn.Module):
         (ByName(nn.LayerNorm(reduction_axes=(0, 1))), "reduction_axes without axis 0"),
     ],
 )
-@pytest.mark.parametrize("jacobian", ["plain", "factored"])
-def test_coupled_or_random_examples_are_refused(layer, message, jacobian):
+@pytest.mark.parametrize("layers_known", [True, False])
+def test_coupled_or_random_examples_are_refused(layer, message, layers_known):
     x = jax.random.normal(jax.random.key(0), (1, N, 4))
     model = Layers(layer)
     keys = {"params": jax.random.key(1), "dropout": jax.random.key(2)}
@@ -221,12 +222,12 @@ def test_coupled_or_random_examples_are_refused(layer, message, jacobian):
         state = dict(model.init(keys, x[0]))
         params = state.pop("params")
         batches = {"image": x, "label": jnp.zeros((1, N), jnp.int32)}
-        error_fn = models.linen_error_fn(model, state)
+        problem = Problem(models.linen_outputs(model, state), batches)
+        problem = problem if layers_known else plain(problem)
         with pytest.raises(ValueError, match=f"model: .*{message}.*'layer"):
-            grsd_jax.kernel_dense(error_fn, params, batches, jacobian=jacobian)
-        loss_fn = models.linen_loss_fn(model, state)
+            kernel_dense(problem, params)
         with pytest.raises(ValueError, match=message):
-            grsd_jax.gradient_flow_direction(loss_fn, params, batches)
+            gradient_flow_direction(problem, params)
 
 
 @pytest.mark.parametrize(
@@ -246,8 +247,8 @@ def test_the_same_layers_pass_where_examples_are_independent(layer):
         state = dict(model.init(jax.random.key(1), x[0]))
         params = state.pop("params")
         batches = {"image": x, "label": jnp.zeros((1, N), jnp.int32)}
-        error_fn = models.linen_error_fn(model, state)
-        kernel = grsd_jax.kernel_dense(error_fn, params, batches)
+        problem = Problem(models.linen_outputs(model, state), batches)
+        kernel = kernel_dense(problem, params)
     assert np.all(np.isfinite(kernel))
 
 
@@ -273,9 +274,16 @@ def test_bad_arguments_are_named():
 
 def test_modules_are_public():
     assert set(models.__all__) == {
+        "ACTIVATIONS",
         "MLP",
         "ConvNet",
         "LinearStateSpace",
+        "LinenOutputs",
+        "PlainNet18",
+        "ResNet",
+        "ResNet18",
         "Transformer",
+        "depth_blocks",
         "linen_chain",
+        "linen_outputs",
     }

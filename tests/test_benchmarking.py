@@ -1,13 +1,19 @@
 import jax
-import pytest
 
 from grsd_jax.experiments.benchmark import run as benchmarking
 from grsd_jax.experiments.common.config import Config
 
 
-@pytest.mark.slow
 def test_every_case_runs_and_says_what_it_measured():
-    config = Config(width=2, batch_size=2, num_batches=1, block_size=2, num_steps=10)
+    config = Config(
+        model="mlp",
+        width=2,
+        depth=1,
+        batch_size=2,
+        num_batches=1,
+        block_size=2,
+        num_steps=10,
+    )
     with jax.numpy_dtype_promotion("standard"):
         rows = [benchmarking.run_case(name, config) for name in benchmarking.CASES]
     for row in rows:
@@ -16,4 +22,5 @@ def test_every_case_runs_and_says_what_it_measured():
         assert row["peak_mib"] > 1
     table = benchmarking.format_benchmark(rows)
     assert table.count("\n") == len(rows) + 1
+    assert "in_bare_products" in table
     assert rows[-1]["solver"] == "dense"

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import oracles
+from grsd_jax.jacobian.factored import has_factors
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -22,6 +23,7 @@ compare = importlib.import_module("compare")
 grid = importlib.import_module("comparison.grid")
 harness = importlib.import_module("comparison.harness")
 inputs_of = importlib.import_module("comparison.inputs")
+machine = importlib.import_module("comparison.machine")
 targets = importlib.import_module("comparison.targets")
 
 SMALL = "mlp_w4_n12"
@@ -111,9 +113,9 @@ def test_blocks_are_orthonormal_and_vectors_are_neither_zero_nor_one(inputs):
 
 
 def test_loaded_problem_evaluates_the_softmax_error(problem, inputs):
-    loaded = inputs_of.load_problem(problem, inputs)
-    batch = jax.tree.map(lambda leaf: leaf[0], loaded["batches"])
-    error = loaded["error_fn"](loaded["params"], batch)
+    loaded = inputs_of.load(problem, inputs)
+    batch = jax.tree.map(lambda leaf: leaf[0], loaded.batches)
+    error = loaded.problem().error(loaded.params, batch)
     jax_network = importlib.import_module("peers.jax_network")
     params = {k: jnp.asarray(v) for k, v in harness.subtree(inputs, "params").items()}
     with jax.numpy_rank_promotion("allow"):  # a peer's code keeps its own habits
@@ -126,10 +128,9 @@ def test_loaded_problem_evaluates_the_softmax_error(problem, inputs):
 def test_resnet_of_the_peers_is_that_of_the_package():
     problem = grid.parse_problem("resnet18_w2_n2")
     inputs = inputs_of.make_inputs(problem)
-    loaded = inputs_of.load_problem(problem, inputs)
-    error_fn = loaded["error_fn"]
-    variables = {**error_fn.state, "params": loaded["params"]}
-    expected = error_fn.model.apply(variables, inputs["images"])
+    loaded = inputs_of.load(problem, inputs)
+    variables = {**loaded.state, "params": loaded.params}
+    expected = loaded.model.apply(variables, inputs["images"])
     jax_network = importlib.import_module("peers.jax_network")
     statistics = harness.subtree(inputs, "batch_stats")
     assert all(np.all(statistics[name] != 0) for name in statistics)
@@ -145,23 +146,56 @@ def test_reference_is_that_of_the_whole_jacobian(problem, inputs, reference, x64
         name: array.astype(np.float64) if array.dtype == np.float32 else array
         for name, array in inputs.items()
     }
-    loaded = inputs_of.load_problem(problem, double)
-    names = ("error_fn", "params", "batches")
-    arguments = [loaded[name] for name in names]
-    expected = oracles.dense_kernel(*arguments, "mean")
-    np.testing.assert_allclose(reference["kernel"], expected, rtol=1e-9, atol=1e-11)
+    loaded = inputs_of.load(problem, double)
 
+    @jax.jit
     def moved(step):
         params = jax.tree.map(
-            lambda p, d: p + step * d, loaded["params"], loaded["direction"]
+            lambda p, d: p + step * d, loaded.params, loaded.direction
         )
-        error_fn, batches = loaded["error_fn"], loaded["batches"]
-        return oracles.dense_kernel(error_fn, params, batches, "mean")
+        return oracles.dense_kernel(loaded.problem(), params)
 
+    expected = moved(0.0)
+    np.testing.assert_allclose(reference["kernel"], expected, rtol=1e-9, atol=1e-11)
     h = 1e-6
     difference = (moved(h) - moved(-h)) / (2 * h)
     scale = np.max(np.abs(difference))
     np.testing.assert_allclose(reference["derivative"], difference, atol=1e-5 * scale)
+
+
+# Our own columns
+
+
+def test_the_plain_path_sees_no_layers(problem, inputs):
+    loaded = inputs_of.load(problem, inputs)
+    for plain in (False, True):
+        point = loaded.problem(plain=plain).at(loaded.params)
+        assert has_factors(point) is not plain
+
+
+@pytest.mark.parametrize(
+    ("peer", "task", "variant"),
+    [
+        ("grsd_jax", "dense", "exact"),
+        ("grsd_jax", "block_8", "prepared"),
+        ("grsd_jax", "eigenpairs", "b = 4"),
+        ("grsd_jax_plain", "block_8", "prepared"),
+        ("grsd_jax_plain", "derivative_8", "exact"),
+        pytest.param("grsd_jax", "derivative_8", "exact", marks=pytest.mark.slow),
+        pytest.param("grsd_jax", "measurement", "auto", marks=pytest.mark.slow),
+    ],
+)
+def test_our_results_agree_with_the_reference(
+    peer, task, variant, problem, inputs, reference, tmp_path
+):
+    job = harness.Job(peer, problem, task, variant, "cpu", inputs, tmp_path)
+    case = importlib.import_module("peers.grsd").make_case(job)
+    record, result = harness.measure(case, repeats=1, seconds=1.0)
+    error = agreement.disagreement(task, result, inputs, reference)
+    assert error <= agreement.tolerance(task)
+    assert record["recompilations"] == 0
+    for name in ("beside_seconds", "details"):
+        assert bool(record.get(name)) is bool(getattr(case, name.partition("_")[0]))
 
 
 # Agreement
@@ -317,8 +351,6 @@ def options(tmp_path):
         device="cpu",
         repeats=2,
         seconds=1.0,
-        threads=2,
-        time_limit=60.0,
     )
 
 
@@ -381,10 +413,10 @@ def test_a_time_taken_on_a_busy_machine_does_not_count_and_is_taken_again(
 
 
 def test_others_are_the_machine_without_the_children(monkeypatch):
-    everyone = compare.others_seconds()
+    everyone = machine.others_seconds()
     children = Namespace(ru_utime=1e4, ru_stime=1e3)
-    monkeypatch.setattr(compare.resource, "getrusage", lambda _: children)
-    assert compare.others_seconds() < everyone - 1e4
+    monkeypatch.setattr(machine.resource, "getrusage", lambda _: children)
+    assert machine.others_seconds() < everyone - 1e4
 
 
 def test_a_failing_peer_is_told_and_not_raised(problem, options, monkeypatch):
@@ -396,7 +428,7 @@ def test_a_failing_peer_is_told_and_not_raised(problem, options, monkeypatch):
     done = compare.run_measurement({**row, "device": "cpu"}, problem, options)
     assert done["status"] == "failed"
     assert "seconds" not in done
-    options.time_limit = 1e-3
+    monkeypatch.setattr(compare, "TIME_LIMIT", 1e-3)
     done = compare.run_measurement({**row, "device": "cpu"}, problem, options)
     assert done["status"] == "timeout"
 

@@ -1,3 +1,4 @@
+import signal
 from typing import NamedTuple
 
 import jax
@@ -8,8 +9,8 @@ import pytest
 
 from grsd_jax import models
 from grsd_jax.experiments.common.checkpoints import Checkpoints, restore_latest
-from grsd_jax.experiments.common.config import Config, UserError
-from grsd_jax.experiments.common.steps import make_optimizer, state_template
+from grsd_jax.experiments.common.config import UserError
+from grsd_jax.experiments.common.networks import weights_template
 
 
 class State(NamedTuple):
@@ -162,6 +163,21 @@ def test_an_older_step_is_not_written_over(saved):
     assert contents(saved) == before
 
 
+def test_an_interrupt_waits_until_the_checkpoint_is_whole(saved, monkeypatch):
+    with Checkpoints(saved) as checkpoints:
+        save = checkpoints._manager.save
+
+        def interrupted(*args, **options):
+            signal.raise_signal(signal.SIGINT)
+            return save(*args, **options)
+
+        monkeypatch.setattr(checkpoints._manager, "save", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.save(3, make_state(3))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert_same(restore_latest(saved, make_state()), make_state(3))
+
+
 def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match="checkpoint: expected a folder"):
@@ -169,10 +185,8 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
 
 
 def test_a_checkpoint_of_one_network_loads_into_the_other(tmp_path):
-    optimizer = make_optimizer(Config(), total_steps=1)
-    image = np.zeros((32, 32, 3), np.float32)
     resnet, plain = (
-        state_template(model(num_classes=10, width=1), optimizer, image)
+        weights_template(model(num_classes=10, width=1), (32, 32, 3))
         for model in (models.ResNet18, models.PlainNet18)
     )
     leaves, treedef = jax.tree.flatten(resnet)
@@ -183,4 +197,4 @@ def test_a_checkpoint_of_one_network_loads_into_the_other(tmp_path):
     assert_same(restore_latest(tmp_path, plain), state)
     wider = models.PlainNet18(num_classes=10, width=2)
     with pytest.raises(UserError, match=r"'params/.* of shape \[16, 10\]"):
-        restore_latest(tmp_path, state_template(wider, optimizer, image))
+        restore_latest(tmp_path, weights_template(wider, (32, 32, 3)))

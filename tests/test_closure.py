@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import grsd_jax
+from grsd_jax import dynamics, shells
 
 
 def test_closure_error_by_hand():
-    found = grsd_jax.closure_error(
+    found = dynamics.closure_error(
         jnp.asarray([1.0, -2.0, 0.0, 3.0]),
         jnp.asarray([4.0, 5.0, 6.0, 7.0]),
         jnp.asarray([4.5, 4.5, 6.0, 5.5]),
@@ -24,7 +24,7 @@ def test_closure_error_by_hand():
 @pytest.mark.parametrize("elapsed", [0.0, np.nan, np.inf])
 def test_no_step_or_none_that_is_finite_defines_nothing(elapsed):
     ones = jnp.ones(3)
-    found = grsd_jax.closure_error(ones, ones, 2 * ones, elapsed)
+    found = dynamics.closure_error(ones, ones, 2 * ones, elapsed)
     assert not found.defined
     for field in (found.measured_rate, found.shell_errors, found.total_error):
         assert np.max(np.abs(field)) == 0
@@ -34,15 +34,15 @@ def test_no_step_or_none_that_is_finite_defines_nothing(elapsed):
 def test_energies_and_rates_that_are_not_finite_define_nothing(place):
     given = [jnp.ones(3), jnp.ones(3), 2 * jnp.ones(3)]
     given[place] = given[place].at[1].set(jnp.nan)
-    found = grsd_jax.closure_error(*given, 0.1)
+    found = dynamics.closure_error(*given, 0.1)
     assert not found.defined
     assert all(np.all(np.isfinite(leaf)) for leaf in found)
 
 
 def test_a_predicted_change_that_did_not_happen_is_infinitely_wrong():
     ones = jnp.ones(2)
-    assert np.isinf(grsd_jax.closure_error(ones, ones, ones, 1.0).total_error)
-    still = grsd_jax.closure_error(0 * ones, ones, ones, 1.0)
+    assert np.isinf(dynamics.closure_error(ones, ones, ones, 1.0).total_error)
+    still = dynamics.closure_error(0 * ones, ones, ones, 1.0)
     assert still.total_error == 0
     assert still.defined
 
@@ -54,9 +54,9 @@ def test_crossings_complete_the_change_of_fixed_shells():
     before = np.exp(rng.uniform(np.log(0.1), np.log(10), 40))
     after = np.clip(before * np.exp(rng.normal(size=40)), 0.1, 10)
     g_before, g_after = rng.normal(size=(2, 40))
-    passed = grsd_jax.edge_crossings(*map(jnp.asarray, (before, after, g_after, edges)))
-    old = np.asarray(grsd_jax.assign_shells(jnp.asarray(before), edges).index)
-    new = np.asarray(grsd_jax.assign_shells(jnp.asarray(after), edges).index)
+    passed = dynamics.edge_crossings(*map(jnp.asarray, (before, after, g_after, edges)))
+    old = np.asarray(shells.assign_shells(jnp.asarray(before), edges).index)
+    new = np.asarray(shells.assign_shells(jnp.asarray(after), edges).index)
 
     def energies(index, squares):
         return np.bincount(index, weights=squares, minlength=5)
@@ -80,7 +80,7 @@ def test_a_mode_of_known_motion_crosses_at_its_time():
     edges = jnp.asarray([0.1, edge, 9.0])
     ratio = (target / start - 1) / (target / (edge / 2) - 1)
     crossing = np.log(ratio) / (2 * target)
-    passed = jax.vmap(grsd_jax.edge_crossings, (0, 0, 0, None))(
+    passed = jax.vmap(dynamics.edge_crossings, (0, 0, 0, None))(
         2 * a[:-1, None], 2 * a[1:, None], (a - target)[1:, None], edges
     )
     (when,) = np.flatnonzero(passed.up[:, 1])
@@ -97,11 +97,11 @@ def test_crossings_leave_out_masked_and_broken_pairs():
     after = jnp.asarray([5.0, 5.0, jnp.nan, 1.0, 0.5])
     mask = jnp.asarray([True, False, True, True, True])
     edges = jnp.asarray([1.0, 2.0, 5.0])
-    passed = grsd_jax.edge_crossings(before, after, 2 * jnp.ones(5), edges, mask=mask)
+    passed = dynamics.edge_crossings(before, after, 2 * jnp.ones(5), edges, mask=mask)
     # A pair at an edge lies above it, at the last edge below it.
     np.testing.assert_array_equal(passed.up, [1, 1, 0])
     np.testing.assert_array_equal(passed.down, [1, 1, 0])
     np.testing.assert_allclose(passed.energy_up, [4, 4, 0])
     np.testing.assert_allclose(passed.energy_down, [4, 4, 0])
     with pytest.raises(ValueError, match="values_after: expected shape"):
-        grsd_jax.edge_crossings(before, after[:3], before, edges)
+        dynamics.edge_crossings(before, after[:3], before, edges)

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from grsd_jax import (
+from grsd_jax.conditions import (
     correlation_time,
     direction_memory,
-    fit_power_law,
     increment_statistics,
     state_increments,
 )
-from grsd_jax.models.chains import MLP, linen_chain
+from grsd_jax.models import MLP, linen_chain
+from grsd_jax.shells import fit_power_law
 from oracles import cast
 
 

@@ -3,38 +3,34 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import grsd_jax
-from grsd_jax import (
-    central_difference,
-    gradient_flow_direction,
-    kernel_derivative,
-    kernel_derivative_dense,
-)
-from oracles import dense_kernel, problem, relative_error
+from grsd_jax import Problem, gradient_flow_direction, kernel_dense, kernel_derivative
+from grsd_jax.kernel import central_difference
+from oracles import dense_kernel, network_problem, relative_error
+
+reductions = pytest.mark.parametrize("reduction", ["mean", "stack"])
 
 
 def with_direction(name, dtype, **options):
-    error_fn, params, batches, loss_fn = problem(name, dtype, **options)
-    direction = gradient_flow_direction(loss_fn, params, batches)
-    return error_fn, params, batches, direction
+    problem, params = network_problem(name, dtype, **options)
+    return problem, params, gradient_flow_direction(problem, params)
 
 
 def columns(size, count, dtype):
     return jax.random.normal(jax.random.key(5), (size, count), dtype)
 
 
+@reductions
 @pytest.mark.usefixtures("x64")
-def test_direction_is_minus_the_gradient_of_the_mean_loss():
-    _, params, batches, loss_fn = problem("mlp", jnp.float64)
+def test_direction_is_minus_the_gradient_of_the_mean_loss(reduction):
+    problem, params = network_problem("mlp", jnp.float64, reduction=reduction)
+    outputs_fn, batches = problem.objective.outputs_fn, problem.batches
 
     def mean_loss(p):
-        losses = [
-            loss_fn(p, jax.tree.map(lambda leaf, k=k: leaf[k], batches))
-            for k in range(2)
-        ]
-        return sum(losses) / 2
+        images = batches["image"].reshape(10, 4)
+        log_p = jax.nn.log_softmax(outputs_fn(p, {"image": images}))
+        return -jnp.mean(log_p[jnp.arange(10), batches["label"].reshape(10)])
 
-    got = gradient_flow_direction(loss_fn, params, batches)
+    got = gradient_flow_direction(problem, params)
     expected = jax.grad(mean_loss)(params)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, -b, rtol=1e-12), got, expected
@@ -48,41 +44,30 @@ networks = [
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("reduction", ["mean", "stack"])
+@reductions
 @pytest.mark.parametrize("name", ["mlp", *networks])
 def test_exact_equals_central_differences_for_a_smooth_activation(name, reduction):
-    error_fn, params, batches, direction = with_direction(name, jnp.float64)
-    size = error_size(error_fn, params, batches, reduction)
+    arguments = with_direction(name, jnp.float64, reduction=reduction)
+    size = arguments[0].dimension(arguments[1])
     vectors, _ = jnp.linalg.qr(columns(size, 4, jnp.float64))
     exact, difference = (
-        kernel_derivative(
-            error_fn,
-            params,
-            batches,
-            direction,
-            vectors,
-            method=method,
-            step=1e-6,
-            reduction=reduction,
-        )
+        kernel_derivative(*arguments, vectors, method=method, step=1e-6)
         for method in ("exact", "finite_difference")
     )
     assert relative_error(difference, exact) < 1e-8
 
 
-def error_size(error_fn, params, batches, reduction):
-    return grsd_jax.error_dimension(error_fn, params, batches, reduction=reduction)
-
-
 @pytest.mark.usefixtures("x64")
 def test_difference_falls_as_the_square_of_the_step():
-    error_fn, params, batches, direction = with_direction("mlp", jnp.float64)
+    arguments = with_direction("mlp", jnp.float64, reduction="mean")
     vectors = columns(15, 4, jnp.float64)
-    arguments = (error_fn, params, batches, direction, vectors)
-    exact = kernel_derivative(*arguments)
+    exact = kernel_derivative(*arguments, vectors)
     errors = [
         relative_error(
-            kernel_derivative(*arguments, method="finite_difference", step=step), exact
+            kernel_derivative(
+                *arguments, vectors, method="finite_difference", step=step
+            ),
+            exact,
         )
         for step in (4e-3, 2e-3, 1e-3)
     ]
@@ -93,70 +78,55 @@ def test_difference_falls_as_the_square_of_the_step():
 @pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_piecewise_linear_networks_differ_by_their_flips():
-    error_fn, params, batches, direction = with_direction(
-        "resnet18", jnp.float64, activation="relu"
+    arguments = with_direction(
+        "resnet18", jnp.float64, activation="relu", reduction="mean"
     )
     vectors = columns(9, 4, jnp.float64)
-    arguments = (error_fn, params, batches, direction, vectors)
-    exact = kernel_derivative(*arguments)
-    far = kernel_derivative(*arguments, method="finite_difference", step=1e-1)
-    near = kernel_derivative(*arguments, method="finite_difference", step=1e-9)
+    exact, far, near = (
+        kernel_derivative(*arguments, vectors, **options)
+        for options in (
+            {},
+            {"method": "finite_difference", "step": 1e-1},
+            {"method": "finite_difference", "step": 1e-9},
+        )
+    )
     assert relative_error(near, exact) < 1e-4 < 1e-2 < relative_error(far, exact)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "mlp",
-        pytest.param("resnet18", marks=pytest.mark.slow),
-        pytest.param("plainnet18", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("name", ["mlp", *networks])
 def test_exact_dense_and_projected_agree_in_float32(name):
-    error_fn, params, batches, direction = with_direction(name, jnp.float32)
     for reduction in ("mean", "stack") if name == "mlp" else ("mean",):
-        dense = kernel_derivative_dense(
-            error_fn, params, batches, direction, reduction=reduction
+        problem, params, direction = with_direction(
+            name, jnp.float32, reduction=reduction
         )
+        _, dense = kernel_dense(problem, params, direction)
         oracle = jax.jvp(
-            lambda p, reduction=reduction: dense_kernel(
-                error_fn, p, batches, reduction
-            ),
+            lambda p, problem=problem: dense_kernel(problem, p),
             (params,),
             (direction,),
         )[1]
         identity = jnp.eye(dense.shape[0])
-        projected = kernel_derivative(
-            error_fn, params, batches, direction, identity, reduction=reduction
-        )
+        projected = kernel_derivative(problem, params, direction, identity)
         assert relative_error(dense, oracle) < 1e-4
         assert relative_error(projected, oracle) < 1e-4
         assert relative_error(projected.T, projected) == 0
 
 
-@pytest.mark.parametrize("reduction", ["mean", "stack"])
+@reductions
 def test_column_chunks_change_nothing_eagerly_or_traced(reduction):
-    error_fn, params, batches, direction = with_direction("mlp", jnp.float32)
-    size = error_size(error_fn, params, batches, reduction)
-    vectors = columns(size, 7, jnp.float32)
+    problem, params, direction = with_direction("mlp", jnp.float32, reduction=reduction)
+    vectors = columns(problem.dimension(params), 7, jnp.float32)
 
     def chunked(p, chunk):
-        return kernel_derivative(
-            error_fn,
-            p,
-            batches,
-            direction,
-            vectors,
-            reduction=reduction,
-            column_chunk=chunk,
-        )
+        return kernel_derivative(problem, p, direction, vectors, column_chunk=chunk)
 
     whole = chunked(params, None)
     assert relative_error(chunked(params, 3), whole) < 1e-5
     assert relative_error(jax.jit(lambda p: chunked(p, 3))(params), whole) < 1e-5
 
 
-def test_custom_vjp_functions_work():
+@reductions
+def test_custom_vjp_functions_work(reduction):
     @jax.custom_vjp
     def cube(x):
         return x**3
@@ -168,12 +138,17 @@ def test_custom_vjp_functions_work():
     def custom(params, batch):
         return cube(batch["x"] @ params["w"])
 
-    def plain(params, batch):
+    def same(params, batch):
         return (batch["x"] @ params["w"]) ** 3
 
-    arguments = (params, batches, params, jnp.eye(15))
-    expected = kernel_derivative(plain, *arguments)
-    assert relative_error(kernel_derivative(custom, *arguments), expected) < 1e-5
+    got, expected = (
+        kernel_derivative(problem, params, params, jnp.eye(problem.dimension(params)))
+        for problem in (
+            Problem.from_error(error_fn, batches, reduction=reduction)
+            for error_fn in (custom, same)
+        )
+    )
+    assert relative_error(got, expected) < 1e-5
 
 
 def test_central_difference_is_exact_for_a_quadratic_and_safe_at_zero():
@@ -188,26 +163,23 @@ def test_central_difference_is_exact_for_a_quadratic_and_safe_at_zero():
 
 
 def test_bad_input_is_named():
-    error_fn, params, batches, direction = with_direction("mlp", jnp.float32)
+    problem, params, direction = with_direction("mlp", jnp.float32, reduction="mean")
     vectors = jnp.ones((15, 2))
     with pytest.raises(ValueError, match="direction: expected the tree of params"):
-        kernel_derivative(error_fn, params, batches, {}, vectors)
+        kernel_derivative(problem, params, {}, vectors)
     short = jax.tree.map(lambda leaf: leaf[..., :-1], direction)
     with pytest.raises(ValueError, match=r"direction.*: expected shape"):
-        kernel_derivative(error_fn, params, batches, short, vectors)
+        kernel_derivative(problem, params, short, vectors)
     with pytest.raises(ValueError, match=r"vectors: expected shape \[15, any\]"):
-        kernel_derivative(error_fn, params, batches, direction, vectors[1:])
+        kernel_derivative(problem, params, direction, vectors[1:])
     with pytest.raises(ValueError, match="method: expected one of 'exact'"):
-        kernel_derivative(error_fn, params, batches, direction, vectors, method="fd")
+        kernel_derivative(problem, params, direction, vectors, method="fd")
     with pytest.raises(ValueError, match="step: expected a finite number > 0"):
         kernel_derivative(
-            error_fn,
-            params,
-            batches,
-            direction,
-            vectors,
-            method="finite_difference",
-            step=-1.0,
+            problem, params, direction, vectors, method="finite_difference", step=-1.0
         )
+    own = Problem.from_error(
+        problem.error, problem.batches, loss_fn=lambda p, b: problem.error(p, b)
+    )
     with pytest.raises(ValueError, match="loss_fn: expected a scalar"):
-        gradient_flow_direction(error_fn, params, batches)
+        gradient_flow_direction(own, params)

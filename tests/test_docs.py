@@ -1,32 +1,48 @@
 """The documentation: its code runs, its links lead somewhere, its numbers agree."""
 
+import importlib
 import importlib.metadata
 import re
+import tomllib
 from pathlib import Path
 
 import jax
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+
+#: A block that needs a package which the tests do not install names it in its fence.
+OPTIONAL = ("equinox",)
 
 
-def python_source(page: str) -> str:
-    """Joins a page's python blocks, every line where the page has it."""
+def python_source(page: str, package: str = "") -> str:
+    """Joins a page's python blocks, every line where the page has it.
+
+    Those without a package in the fence, or also those of one package.
+    """
+    fences = {"```python", f"```python {package}".strip()}
     lines, inside = [], False
     for line in page.splitlines():
         if line.startswith("```"):
-            inside = line.strip() == "```python"
+            inside = line.strip() in fences
             line = ""
         lines.append(line if inside else "")
     return "\n".join(lines)
 
 
 def test_python_source_keeps_only_the_blocks_and_their_line_numbers():
-    page = "a\n```python\nx = 1\n```\nb\n```bash\nls\n```\n```python\ny = 2\n```\n"
-    lines = python_source(page).splitlines()
-    assert [line for line in lines if line] == ["x = 1", "y = 2"]
-    assert lines[2] == "x = 1"
+    page = "a\n```python\nx = 1\n```\nb\n```bash\nls\n```\n```python eqx\ny = 2\n```\n"
+    assert python_source(page).splitlines()[2] == "x = 1"
+    for package, expected in (("", ["x = 1"]), ("eqx", ["x = 1", "y = 2"])):
+        lines = python_source(page, package).splitlines()
+        assert [line for line in lines if line] == expected
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_fences_of_python_name_known_packages(page):
+    named = re.findall(r"^```py\w* *(.*)$", page.read_text(), re.M)
+    assert set(named) <= {"", *OPTIONAL}
 
 
 #: Pages whose code is among the default tests; that of all is in the slow ones.
@@ -59,16 +75,52 @@ def quick_compilation():
 )
 def test_code_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code = compile(python_source(page.read_text()), str(page), "exec")
+    run_blocks(page)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize(
+    ("page", "package"),
+    [
+        (page, package)
+        for page in PAGES
+        for package in OPTIONAL
+        if f"```python {package}\n" in page.read_text()
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_code_blocks_of_optional_packages_run(page, package, tmp_path, monkeypatch):
+    pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)
+    run_blocks(page, package)
+
+
+def run_blocks(page: Path, package: str = "") -> None:
+    """Runs a page's blocks in one namespace."""
+    code = compile(python_source(page.read_text(), package), str(page), "exec")
     exec(code, {"__name__": "__docs__"})
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_relative_links_lead_to_files(page):
-    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text())
+    prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", prose)
     relative = [target for target in targets if not re.match(r"[a-z]+:", target)]
     missing = [target for target in relative if not (page.parent / target).exists()]
     assert not missing
+
+
+@pytest.mark.parametrize(
+    "topic",
+    ["", ".kernel", ".linalg", ".shells", ".dynamics", ".conditions", ".models"],
+)
+def test_api_documents_every_public_name(topic):
+    module = importlib.import_module("grsd_jax" + topic)
+    page = (ROOT / "docs" / "api.md").read_text()
+    directives = re.findall(r"^\.\. auto\w+:: (\S+)", page, re.M)
+    documented = {directive.rpartition(".")[2] for directive in directives}
+    assert not set(module.__all__) - documented
 
 
 def test_readme_documents_every_flag_with_its_default():
@@ -83,16 +135,18 @@ def test_readme_documents_every_flag_with_its_default():
     assert dict(rows) == expected
 
 
-@pytest.mark.parametrize(
-    ("program", "arguments"), [("pip", "install -e '.[tests]'"), ("pytest", "-n auto")]
-)
-def test_readme_and_gate_run_the_same_commands(program, arguments):
-    assert f".venv/bin/{program} {arguments}" in (ROOT / "README.md").read_text()
-    assert f'"$bin/{program}" {arguments}' in (ROOT / ".ci" / "run").read_text()
+def test_gate_runs_the_commands_of_the_readme():
+    page, gate = (ROOT / "README.md").read_text(), (ROOT / ".ci" / "run").read_text()
+    assert ".venv/bin/pip install -e '.[tests]'" in page
+    assert ".venv/bin/pytest -n auto" in page
+    assert "\"$bin/pip\" install -e '.[dev]'" in gate  # dev contains tests
+    assert '"$bin/pytest" -n auto' in gate
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert "grsd-jax[tests,docs]" in extras["optional-dependencies"]["dev"]
 
 
 def test_version_is_the_same_everywhere():
     version = importlib.metadata.version("grsd-jax")
-    citation = (ROOT / ".github" / "CITATION.cff").read_text()
+    citation = (ROOT / "CITATION.cff").read_text()
     assert re.search(rf"^version: {re.escape(version)}$", citation, re.M)
-    assert f"## [{version}]" in (ROOT / "docs" / "changelog.md").read_text()
+    assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text()

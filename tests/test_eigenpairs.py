@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from scipy.sparse.linalg import LinearOperator, eigsh
 
-from grsd_jax import leading_eigenpairs
-from grsd_jax.linalg import eigenpairs
+from grsd_jax.linalg import eigenpairs, leading_eigenpairs
 from oracles import symmetric_with_spectrum
 
 SIZE = 320

@@ -1,5 +1,7 @@
 """The factored Jacobian against plain differentiation, in float64, on many layers."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -7,17 +9,19 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-import grsd_jax
 from grsd_jax import (
+    Problem,
     kernel_dense,
     kernel_derivative,
     kernel_matmat,
-    kernel_with_derivative_dense,
     layer_kernels,
     linearize_kernel,
 )
-from grsd_jax.jacobian import factors
-from grsd_jax.models.resnet import PlainNet18, ResNet, ResNet18, linen_error_fn
+from grsd_jax.jacobian import factored, factors
+from grsd_jax.jacobian.factored import has_factors, output_blocks
+from grsd_jax.kernel import dense
+from grsd_jax.models import PlainNet18, ResNet, ResNet18, linen_outputs
+from oracles import plain
 
 K, N = 2, 3
 
@@ -87,7 +91,9 @@ class Transformer(nn.Module):
         return embed.attend(x)[:, :3] if self.tied else nn.Dense(3, name="head")(x)
 
 
-def make(name, error=grsd_jax.softmax_error):
+@functools.cache
+def make(name):
+    """Returns a problem, parameters and a direction, all in float64."""
     keys = jax.random.split(jax.random.key(0), 3)
     if name in ("transformer", "tied"):
         image = jax.random.randint(keys[0], (K, N, N), 0, 5)
@@ -104,18 +110,32 @@ def make(name, error=grsd_jax.softmax_error):
             "plain18": PlainNet18(3, 1, "gelu"),
             "linear": Flat(),
         }[name]
-    variables = model.init(keys[1], image[0])
-    leaves, tree = jax.tree.flatten(variables)
     noise = np.random.default_rng(0)
-    leaves = [
-        jnp.asarray(leaf) + 0.1 * np.abs(noise.normal(size=leaf.shape))
-        for leaf in leaves
-    ]
-    variables = dict(jax.tree.unflatten(tree, leaves))
-    params = variables.pop("params")
+
+    def draw(leaf):
+        return jnp.asarray(noise.normal(size=leaf.shape))
+
+    shapes = dict(jax.eval_shape(model.init, keys[1], image[0]))
+    shape = shapes.pop("params")
+    params = jax.tree.map(lambda leaf: 0.3 * draw(leaf), shape)
+    state = jax.tree.map(lambda leaf: 0.5 + jnp.abs(draw(leaf)), shapes)
     batches = {"image": image, "label": jax.random.randint(keys[2], (K, N), 0, 3)}
-    direction = jax.tree.map(lambda p: jnp.asarray(noise.normal(size=p.shape)), params)
-    return linen_error_fn(model, variables, error=error), params, batches, direction
+    problem = Problem(linen_outputs(model, state), batches)
+    return problem, params, jax.tree.map(draw, shape)
+
+
+@functools.cache
+def plain_matrices(name, reduction):
+    """Returns M and Mdot by the plain path."""
+    problem, params, direction = make(name)
+    if reduction == "stack":
+        return kernel_dense(plain(problem), params, direction)
+    # The mean is that of the stack's blocks on the diagonal.
+    blocks = [
+        matrix.reshape(K, len(matrix) // K, K, -1)
+        for matrix in plain_matrices(name, "stack")
+    ]
+    return tuple(sum(block[k, :, k] for k in range(K)) / K for block in blocks)
 
 
 class Flat(nn.Module):
@@ -157,74 +177,58 @@ def _float64():
 
 @pytest.mark.parametrize("name", LEFT_OUT)
 def test_layers_that_can_be_factored_are(name):
-    error_fn, params, batches, _ = make(name)
-    batch = jax.tree.map(lambda leaf: leaf[0], batches)
-    blocks = error_fn.jacobian_factors(params, batch, jnp.asarray(np.eye(3)))
+    problem, params, _ = make(name)
+    batch = jax.tree.map(lambda leaf: leaf[0], problem.batches)
+    blocks, _ = jax.eval_shape(output_blocks, problem.objective, params, batch)
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path in paths]
     left = {n for n, block in zip(names, blocks, strict=True) if block is None}
     assert left == LEFT_OUT[name]
 
 
+@pytest.mark.parametrize("reduction", ["mean", "stack"])
 @pytest.mark.parametrize(
-    ("name", "reduction"),
+    "name",
     [
-        pytest.param(name, reduction, marks=[] if name in QUICK else pytest.mark.slow)
+        pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow)
         for name in LEFT_OUT
-        for reduction in ("mean", "stack")
     ],
 )
-def test_every_operation_agrees_with_the_plain_path(name, reduction):
-    error_fn, params, batches, direction = make(name)
-    kernel, moved = kernel_with_derivative_dense(
-        error_fn, params, batches, direction, reduction=reduction, jacobian="plain"
-    )
-    got = kernel_with_derivative_dense(
-        error_fn,
-        params,
-        batches,
-        direction,
-        reduction=reduction,
-        jacobian="factored",
-        example_chunk=2,
-        max_jacobian_bytes=10_000,  # two groups of leaves at least
-    )
+def test_every_operation_agrees_with_the_plain_path(monkeypatch, name, reduction):
+    problem, params, direction = make(name)
+    problem = problem.replace(reduction=reduction)
+    kernel, moved = plain_matrices(name, reduction)
+
+    def halves(sizes, _):
+        count = range(len(sizes))
+        return [
+            tuple(i for i in count if i % 2 == half) for half in (0, 1) if half in count
+        ]
+
+    monkeypatch.setattr(dense, "_leaf_groups", halves)
+    got = kernel_dense(problem, params, direction, example_chunk=2)
     assert close(got[0], kernel)
     assert close(got[1], moved)
     block = jnp.asarray(np.random.default_rng(1).normal(size=(len(kernel), 5)))
-    linearized = linearize_kernel(
-        error_fn, params, batches, reduction=reduction, jacobian="factored"
-    )
-    product = kernel_matmat(error_fn, params, batches, block, reduction=reduction)
-    assert close(linearized.matmat(block), product)
-    projected = kernel_derivative(
-        error_fn,
-        params,
-        batches,
-        direction,
-        block,
-        reduction=reduction,
-        jacobian="factored",
-        column_chunk=3,
-    )
+    linearized = linearize_kernel(problem, params)
+    assert close(linearized.matmat(block), kernel @ block)
+    assert close(kernel_matmat(problem, params, block), kernel @ block)
+    projected = kernel_derivative(problem, params, direction, block, column_chunk=3)
     assert close(projected, block.T @ moved @ block)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "plain18"])
 def test_whole_networks_agree_with_the_plain_path(name):
-    error_fn, params, batches, direction = make(name)
-    arguments = (error_fn, params, batches)
-    kernel, moved = kernel_with_derivative_dense(
-        *arguments, direction, jacobian="plain"
-    )
-    got = kernel_with_derivative_dense(*arguments, direction, jacobian="factored")
+    problem, params, direction = make(name)
+    problem = problem.replace(reduction="mean")
+    kernel, moved = kernel_dense(plain(problem), params, direction)
+    got = kernel_dense(problem, params, direction)
     assert close(got[0], kernel)
     assert close(got[1], moved)
-    block = jnp.asarray(np.random.default_rng(1).normal(size=(len(kernel), 4)))
-    linearized = linearize_kernel(*arguments, jacobian="factored")
-    assert close(linearized.matmat(block), kernel @ block)
-    projected = kernel_derivative(*arguments, direction, block, jacobian="factored")
+    block = jnp.asarray(np.random.default_rng(1).normal(size=(len(kernel), 5)))
+    assert close(linearize_kernel(problem, params).matmat(block), kernel @ block)
+    projected = kernel_derivative(problem, params, direction, block)
     assert close(projected, block.T @ moved @ block)
 
 
@@ -272,62 +276,70 @@ def test_products_of_every_form_are_those_of_the_rows(sizes, form):
     assert close(ready.push(ready.pull(columns)), expected)
     pulled = factors.for_products(block)
     assert getattr(pulled, "similarity", None) is None
-    costs = [
-        factors.product_cost(one)
-        for one in (block.as_rows(), block, block.with_similarity())
-    ]
-    assert factors.product_cost(ready) == min(costs)
+    costs = factors._product_costs(block)
+    assert ["rows", "factors", "similarity"][int(np.argmin(costs))] == form
 
 
 def test_layer_kernels_add_up_and_are_those_of_their_parameters():
-    error_fn, params, batches, _ = make("shared")
-    layers = layer_kernels(error_fn, params, batches, jacobian="factored")
+    problem, params, _ = make("shared")
+    problem = problem.replace(reduction="mean")
+    layers = layer_kernels(problem, params)
     assert set(layers) == {"twice", "norm", "unused", "head", "scale"}
-    whole = kernel_dense(error_fn, params, batches, jacobian="plain")
+    whole, _ = plain_matrices("shared", "mean")
     assert close(sum(layers.values()), whole)
     for name, layer in layers.items():
 
         def restricted(own, batch, name=name):
-            return error_fn({**params, name: own}, batch)
+            return problem.error({**params, name: own}, batch)
 
-        expected = kernel_dense(restricted, params[name], batches)
+        own = Problem.from_error(restricted, problem.batches, reduction="mean")
+        expected = kernel_dense(own, params[name])
         assert np.max(np.abs(layer - expected)) <= 1e-11 * np.max(np.abs(whole))
     halves = layer_kernels(
-        error_fn, params, batches, layer_of=lambda path: "ab"[path[0] == "head"]
+        problem, params, layer_of=lambda path: "ab"[path[0] == "head"]
     )
     assert close(halves["b"], layers["head"])
 
 
 def test_other_errors_keep_all_their_outputs():
-    error_fn, params, batches, _ = make("conv", error=grsd_jax.squared_error)
-    got = kernel_dense(error_fn, params, batches, jacobian="factored")
-    assert close(got, kernel_dense(error_fn, params, batches, jacobian="plain"))
+    problem, params, _ = make("conv")
+    problem = problem.replace(loss="squared")
+    assert close(kernel_dense(problem, params), kernel_dense(plain(problem), params))
 
 
-def test_linearized_kernels_cross_jit_without_retracing():
-    error_fn, params, batches, _ = make("resnet", error=grsd_jax.squared_error)
+@pytest.mark.parametrize("reduction", ["mean", "stack"])
+def test_linearized_kernels_cross_jit_without_retracing(reduction):
+    problem, params, _ = make("resnet")
+    problem = problem.replace(loss="squared", reduction=reduction)
+    traces = 0
 
     @jax.jit
-    @chex.assert_max_traces(1)
     def product(kernel, block):
+        nonlocal traces
+        traces += 1
         return kernel.matmat(block)
 
-    block = jnp.asarray(np.random.default_rng(1).normal(size=(9, 2)))
+    size = problem.dimension(params)
+    block = jnp.asarray(np.random.default_rng(1).normal(size=(size, 2)))
     for scale in (1.0, 1.1):
         scaled = jax.tree.map(lambda p, s=scale: s * p, params)
-        kernel = linearize_kernel(error_fn, scaled, batches, jacobian="factored")
-        expected = kernel_matmat(error_fn, scaled, batches, block)
-        assert close(product(kernel, block), expected)
+        kernel = linearize_kernel(problem, scaled)
+        assert close(product(kernel, block), kernel_matmat(problem, scaled, block))
+    assert traces == 1
 
 
-def test_factors_are_refused_where_there_are_none():
-    params, batches = {"w": jnp.ones((2, 3))}, {"x": jnp.ones((1, 2, 2))}
-    with pytest.raises(ValueError, match="jacobian: expected 'auto' or 'plain'"):
-        linearize_kernel(
-            lambda p, b: b["x"] @ p["w"], params, batches, jacobian="factored"
-        )
-    with pytest.raises(ValueError, match="jacobian: expected one of"):
-        kernel_dense(lambda p, b: b["x"] @ p["w"], params, batches, jacobian="fast")
+def test_layers_are_known_of_linen_outputs_alone():
+    problem, params, _ = make("mlp")
+    own = Problem.from_error(problem.error, problem.batches)
+    assert has_factors(problem.at(params))
+    assert not has_factors(plain(problem).at(params))
+    assert not has_factors(own.at(params))
+
+
+def test_many_outputs_are_left_to_plain_products(monkeypatch):
+    problem, params, _ = make("mlp")
+    monkeypatch.setattr(factored, "_MOST_OUTPUTS", 2)
+    assert not has_factors(problem.at(params))
 
 
 def test_products_by_rows_are_kept_apart():

@@ -1,11 +1,7 @@
 """Figures: what they show, the files they leave, and the script around them."""
 
 import copy
-import importlib.util
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import matplotlib as mpl
@@ -15,8 +11,9 @@ from matplotlib.figure import Figure
 
 import example_results
 from grsd_jax.experiments.common import records
-from grsd_jax.experiments.common.config import Config, UserError
+from grsd_jax.experiments.common.config import UserError
 from grsd_jax.experiments.reproduce import figures
+from running import run_script
 
 NAMES = (
     "figure1_diagonal_scaling",
@@ -25,8 +22,6 @@ NAMES = (
     "coupling_renormalized",
     "spectrum_shells",
 )
-
-SCRIPT = Path(__file__).parent.parent / "scripts" / "plot.py"
 
 
 @pytest.fixture
@@ -214,34 +209,29 @@ def write_result(folder):
     records.write_npz(folder / "arrays.npz", arrays)
 
 
-def test_the_script_draws_from_the_two_files_alone(tmp_path, monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location("plot", SCRIPT)
-    plot = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(plot)
+def test_the_script_draws_from_the_two_files_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(
         Figure, "savefig", lambda self, path, **_: Path(path).write_bytes(b"drawn")
     )
     write_result(tmp_path)
-    plot.main(Config(workdir=str(tmp_path)))
-    listed = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    workdir = f"--workdir={tmp_path}"
+    done = run_script("plot.py", workdir)
+    assert done.code == 0, done.err
+    listed = [Path(line) for line in done.out.splitlines()]
     assert len(listed) == 10
     assert sorted(listed) == sorted((tmp_path / "figures").iterdir())
 
     (tmp_path / "arrays.npz").write_bytes(b"PK\x03\x04 cut short")
-    with pytest.raises(UserError, match=r"arrays\.npz': expected an \.npz file"):
-        plot.main(Config(workdir=str(tmp_path)))
+    cut = run_script("plot.py", workdir)
+    assert cut.code == 1
+    assert "arrays.npz': expected an .npz file" in cut.err
     (tmp_path / "results.json").write_text('{"models": {')
-    with pytest.raises(UserError, match=r"results\.json': expected a JSON file"):
-        plot.main(Config(workdir=str(tmp_path)))
-
-
-def test_the_script_says_what_is_missing_in_one_sentence(tmp_path):
-    command = [sys.executable, str(SCRIPT), f"--workdir={tmp_path / 'none'}"]
-    run = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ}, check=False
-    )
-    assert run.returncode == 1
-    assert run.stdout == ""
-    (line,) = run.stderr.splitlines()
+    broken = run_script("plot.py", workdir)
+    assert broken.code == 1
+    assert "results.json': expected a JSON file" in broken.err
+    (tmp_path / "results.json").unlink()
+    missing = run_script("plot.py", workdir)
+    assert (missing.code, missing.out) == (1, "")
+    (line,) = missing.err.splitlines()
     assert line.startswith("error: ")
     assert "results.json': expected a JSON file, got: No such file" in line

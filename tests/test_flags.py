@@ -48,7 +48,7 @@ def test_every_field_can_be_set_by_its_flag():
         block_size=19,
         num_steps=21,
         derivative="finite_difference",
-        reduction="stack",
+        reduction="mean",
         num_shells=23,
         window=6,
         protocol=("own", "shared"),

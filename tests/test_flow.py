@@ -6,8 +6,14 @@ import numpy as np
 import optax
 import pytest
 
-import grsd_jax
-from oracles import problem
+from grsd_jax import Problem, gradient_flow_direction, kernel_dense
+from grsd_jax.dynamics import (
+    covariance_check,
+    effective_time,
+    eigenvalue_drift,
+    integrate_flow,
+)
+from oracles import network_problem
 
 
 def oscillator(state):
@@ -19,7 +25,7 @@ def test_integrator_is_of_fourth_order():
     start = {"x": jnp.asarray([1.0]), "v": jnp.asarray([0.0])}
     errors = []
     for substeps in (2, 4, 8):
-        path = grsd_jax.integrate_flow(
+        path = integrate_flow(
             oscillator, start, step=0.5, num_steps=4, substeps=substeps
         )
         assert path["x"].shape == (5, 1)
@@ -30,18 +36,18 @@ def test_integrator_is_of_fourth_order():
 
 def test_integrator_keeps_the_dtype_of_the_parameters():
     start = {"x": jnp.ones(1, jnp.float32), "v": jnp.zeros(1, jnp.float32)}
-    path = grsd_jax.integrate_flow(oscillator, start, step=0.1, num_steps=2)
+    path = integrate_flow(oscillator, start, step=0.1, num_steps=2)
     assert path["x"].dtype == jnp.float32
     with pytest.raises(ValueError, match="num_steps: expected an integer >= 1"):
-        grsd_jax.integrate_flow(oscillator, start, step=0.1, num_steps=0)
+        integrate_flow(oscillator, start, step=0.1, num_steps=0)
     with pytest.raises(ValueError, match="substeps: expected an integer >= 1"):
-        grsd_jax.integrate_flow(oscillator, start, step=0.1, num_steps=1, substeps=0)
+        integrate_flow(oscillator, start, step=0.1, num_steps=1, substeps=0)
 
 
 @pytest.mark.usefixtures("x64")
 def test_gradients_pass_through_the_flow():
     def end(rate):
-        path = grsd_jax.integrate_flow(
+        path = integrate_flow(
             lambda x: -rate * x, jnp.asarray(2.0), step=0.1, num_steps=5
         )
         return path[-1]
@@ -67,50 +73,45 @@ SCHEDULES = {
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_effective_time_sums_any_schedule(name):
     schedule = SCHEDULES[name]
-    times = grsd_jax.effective_time(schedule, 50)
+    times = effective_time(schedule, 50)
     with jax.numpy_dtype_promotion("standard"):
         rates = [float(schedule(step)) for step in range(50)]
     np.testing.assert_allclose(times, np.cumsum([0, *rates]), rtol=1e-5)
     assert times.dtype == jnp.float32
-    later = grsd_jax.effective_time(schedule, 20, first_step=30)
+    later = effective_time(schedule, 20, first_step=30)
     np.testing.assert_allclose(times[30] + later, times[30:], rtol=1e-4)
 
 
 def test_effective_time_stands_still_at_rate_zero_and_may_be_empty():
-    times = grsd_jax.effective_time(optax.constant_schedule(0.0), 5)
+    times = effective_time(optax.constant_schedule(0.0), 5)
     np.testing.assert_array_equal(times, np.zeros(6))
-    assert grsd_jax.effective_time(optax.constant_schedule(0.1), 0).shape == (1,)
+    assert effective_time(optax.constant_schedule(0.1), 0).shape == (1,)
 
 
 def test_effective_time_of_many_steps_keeps_its_precision():
-    times = grsd_jax.effective_time(optax.constant_schedule(0.1), 100_000)
+    times = effective_time(optax.constant_schedule(0.1), 100_000)
     np.testing.assert_allclose(times[-1], 1e4, rtol=1e-5)
 
 
 def test_effective_time_names_what_does_not_fit():
     with pytest.raises(ValueError, match="num_steps: expected an integer >= 0"):
-        grsd_jax.effective_time(optax.constant_schedule(0.1), -1)
+        effective_time(optax.constant_schedule(0.1), -1)
     with pytest.raises(ValueError, match="schedule: expected one number"):
-        grsd_jax.effective_time(lambda step: jnp.ones(2) * step, 4)
+        effective_time(lambda step: jnp.ones(2) * step, 4)
 
 
 @pytest.mark.usefixtures("x64")
 def test_gradient_descent_follows_the_flow_in_effective_time():
-    error_fn, params, batches, loss_fn = problem(
-        "mlp", jnp.float64, error=grsd_jax.squared_error
-    )
-    del error_fn
+    problem, params = network_problem("mlp", jnp.float64, loss="squared")
 
     def field(p):
-        return grsd_jax.gradient_flow_direction(loss_fn, p, batches)
+        return gradient_flow_direction(problem, p)
 
     def gap(refinement):
         steps = 16 * refinement
         schedule = optax.cosine_decay_schedule(0.4 / refinement, steps)
-        end = grsd_jax.effective_time(schedule, steps)[-1]
-        flow = grsd_jax.integrate_flow(
-            field, params, step=end, num_steps=1, substeps=32
-        )
+        end = effective_time(schedule, steps)[-1]
+        flow = integrate_flow(field, params, step=end, num_steps=1, substeps=32)
 
         def descend(p, step):
             with jax.numpy_dtype_promotion("standard"):
@@ -128,19 +129,11 @@ def test_gradient_descent_follows_the_flow_in_effective_time():
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("scale", [2, 4])
 def test_scaled_loss_scales_eigenvalues_and_time(scale):
-    error_fn, params, batches, loss_fn = problem(
-        "mlp", jnp.float64, error=grsd_jax.squared_error
-    )
+    problem, params = network_problem("mlp", jnp.float64, loss="squared")
     errors = []
     for num_steps in (16, 32):
-        found = grsd_jax.covariance_check(
-            error_fn,
-            loss_fn,
-            params,
-            batches,
-            scale=scale,
-            time=1.6 / scale,
-            num_steps=num_steps,
+        found = covariance_check(
+            problem, params, scale=scale, time=1.6 / scale, num_steps=num_steps
         )
         errors.append(float(found.error))
         assert found.scaled.shape == found.expected.shape == (num_steps + 1, 30)
@@ -155,41 +148,37 @@ def test_scaled_loss_scales_eigenvalues_and_time(scale):
 @pytest.mark.usefixtures("x64")
 def test_drift_of_the_scaled_flow_is_the_square_of_the_scale():
     # v(a lambda, t) = a^2 v(lambda, a t): by differences along both trajectories.
-    error_fn, params, batches, loss_fn = problem(
-        "mlp", jnp.float64, error=grsd_jax.squared_error
-    )
-    found = grsd_jax.covariance_check(
-        error_fn, loss_fn, params, batches, scale=3, time=0.003, num_steps=2
-    )
+    problem, params = network_problem("mlp", jnp.float64, loss="squared")
+    found = covariance_check(problem, params, scale=3, time=0.003, num_steps=2)
     step = float(found.times[1])
     scaled = (found.scaled[2] - found.scaled[0]) / (2 * step)
     middle = jax.tree.map(
         lambda leaf: leaf[1],
-        grsd_jax.integrate_flow(
-            lambda p: grsd_jax.gradient_flow_direction(loss_fn, p, batches),
+        integrate_flow(
+            lambda p: gradient_flow_direction(problem, p),
             params,
             step=3 * step,
             num_steps=1,
             substeps=4,
         ),
     )
-    direction = grsd_jax.gradient_flow_direction(loss_fn, middle, batches)
-    kernel, moved = grsd_jax.kernel_with_derivative_dense(
-        error_fn, middle, batches, direction, reduction="stack"
-    )
+    direction = gradient_flow_direction(problem, middle)
+    kernel, moved = kernel_dense(problem, middle, direction)
     _, vectors = jnp.linalg.eigh(kernel)
-    drift = grsd_jax.eigenvalue_drift(vectors.T @ moved @ vectors)
+    drift = eigenvalue_drift(vectors.T @ moved @ vectors)
     np.testing.assert_allclose(
         scaled, 9 * drift, atol=1e-3 * float(jnp.max(jnp.abs(9 * drift)))
     )
 
 
 def test_covariance_check_names_what_does_not_fit():
-    error_fn, params, batches, loss_fn = problem("mlp", jnp.float32)
-    check = grsd_jax.covariance_check
+    params = jnp.ones(2)
+    problem = Problem.from_error(
+        lambda p, batch: batch["x"] * p, {"x": jnp.ones((1, 3, 2))}
+    )
     with pytest.raises(ValueError, match="scale: expected a finite number > 0"):
-        check(error_fn, loss_fn, params, batches, scale=0, time=1.0, num_steps=1)
+        covariance_check(problem, params, scale=0, time=1.0, num_steps=1)
     with pytest.raises(ValueError, match="time: expected a finite number > 0"):
-        check(error_fn, loss_fn, params, batches, scale=2, time=-1.0, num_steps=1)
+        covariance_check(problem, params, scale=2, time=-1.0, num_steps=1)
     with pytest.raises(ValueError, match="num_steps: expected an integer >= 1"):
-        check(error_fn, loss_fn, params, batches, scale=2, time=1.0, num_steps=0)
+        covariance_check(problem, params, scale=2, time=1.0, num_steps=0)

@@ -1,31 +1,53 @@
-import chex
 import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import grsd_jax
-from grsd_jax import kernel_dense, kernel_matmat, linearize_kernel
+from grsd_jax import (
+    Problem,
+    kernel_dense,
+    kernel_matmat,
+    linearize_kernel,
+    models,
+    softmax_error,
+)
 from grsd_jax._memory import tree_bytes
-from grsd_jax.jacobian import autodiff as _jacobian
-from oracles import dense_kernel, problem, relative_error
+from grsd_jax.jacobian import autodiff
+from oracles import (
+    dense_kernel,
+    network_problem,
+    plain,
+    random_batches,
+    relative_error,
+)
 
 TOLERANCE = {jnp.float32: 1e-5, jnp.float64: 1e-11}
 
 
-def check_all_forms(name, dtype, error):
-    error_fn, params, batches, _ = problem(name, dtype, error=error)
+def small_plain_network(dtype, loss):
+    """Returns the layers of a PlainNet-18, strides and shortcuts too, in two blocks."""
+    model = models.ResNet(3, 2, "gelu", stage_sizes=(1, 1), residual=False)
+    batches = random_batches(2, 3, (8, 8, 3), 3, dtype)
+    variables = dict(model.init(jax.random.key(0), batches["image"][0]))
+    params = variables.pop("params")
+    return Problem(models.linen_outputs(model, variables), batches, loss=loss), params
+
+
+def check_all_forms(name, dtype, loss):
+    if name == "plain":
+        both, params = small_plain_network(dtype, loss)
+    else:
+        both, params = network_problem(name, dtype, loss=loss)
     for reduction in ("mean", "stack"):
-        expected = dense_kernel(error_fn, params, batches, reduction)
+        problem = both.replace(reduction=reduction)
+        expected = dense_kernel(problem, params)
         identity = jnp.eye(expected.shape[0], dtype=dtype)
-        kernel = linearize_kernel(error_fn, params, batches, reduction=reduction)
+        kernel = linearize_kernel(problem, params)
         forms = {
-            "matmat": kernel_matmat(
-                error_fn, params, batches, identity, reduction=reduction
-            ),
+            "matmat": kernel_matmat(problem, params, identity),
             "linearized": kernel.matmat(identity),
-            "dense": kernel_dense(error_fn, params, batches, reduction=reduction),
+            "dense": kernel_dense(problem, params),
         }
         tolerance = TOLERANCE[dtype]
         for form, got in forms.items():
@@ -34,63 +56,71 @@ def check_all_forms(name, dtype, error):
             assert relative_error(got.T, got) < tolerance, (form, reduction)
             values = np.linalg.eigvalsh(np.asarray(got, np.float64))
             assert values[0] > -tolerance * values[-1], (form, reduction)
-        assert kernel.dimension == expected.shape[0]
+        assert kernel.dimension == expected.shape[0] == problem.dimension(params)
+        assert kernel.dtype == dtype
 
 
-errors = pytest.mark.parametrize(
-    "error", [grsd_jax.softmax_error, grsd_jax.squared_error]
-)
+losses = pytest.mark.parametrize("loss", ["softmax_cross_entropy", "squared"])
+reductions = pytest.mark.parametrize("reduction", ["mean", "stack"])
 
 
-@errors
-@pytest.mark.parametrize(
-    "name", ["mlp", pytest.param("resnet18", marks=pytest.mark.slow), "plainnet18"]
-)
-def test_all_forms_equal_the_jacobian_product(name, error):
-    check_all_forms(name, jnp.float32, error)
+whole = [
+    pytest.param(name, marks=pytest.mark.slow) for name in ("resnet18", "plainnet18")
+]
 
 
-@errors
+@losses
+@pytest.mark.parametrize("name", ["mlp", "plain", *whole])
+def test_all_forms_equal_the_jacobian_product(name, loss):
+    check_all_forms(name, jnp.float32, loss)
+
+
+@losses
 @pytest.mark.usefixtures("x64")
-def test_all_forms_equal_the_jacobian_product_in_float64(error):
-    check_all_forms("mlp", jnp.float64, error)
+def test_all_forms_equal_the_jacobian_product_in_float64(loss):
+    check_all_forms("mlp", jnp.float64, loss)
 
 
-@errors
+@losses
 @pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", ["resnet18", "plainnet18"])
-def test_networks_in_float64(name, error):
-    check_all_forms(name, jnp.float64, error)
+def test_networks_in_float64(name, loss):
+    check_all_forms(name, jnp.float64, loss)
 
 
-def test_linearized_kernel_crosses_jit_without_retracing():
-    error_fn, params, batches, _ = problem("mlp", jnp.float32)
-    block = jax.random.normal(jax.random.key(1), (15, 2))
+@reductions
+def test_linearized_kernel_crosses_jit_without_retracing(reduction):
+    problem, params = network_problem("mlp", jnp.float32, reduction=reduction)
+    block = jax.random.normal(jax.random.key(1), (problem.dimension(params), 2))
+
+    traces = 0
 
     @jax.jit
-    @chex.assert_max_traces(n=1)
     def apply(kernel, block):
+        nonlocal traces
+        traces += 1
         return kernel.matmat(block)
 
     for scale in (1.0, 0.5, 2.0):
         moved = jax.tree.map(lambda leaf, s=scale: leaf * s, params)
-        kernel = linearize_kernel(error_fn, moved, batches)
-        expected = dense_kernel(error_fn, moved, batches, "mean") @ block
+        kernel = linearize_kernel(problem, moved)
+        expected = dense_kernel(problem, moved) @ block
         assert relative_error(apply(kernel, block), expected) < 1e-5
+    assert traces == 1
 
 
 @pytest.mark.parametrize(("limit", "products"), [("none", 6), ("three", 2), ("all", 1)])
 def test_eager_products_take_the_columns_that_stay_in_the_caches(
     monkeypatch, limit, products
 ):
-    error_fn, params, batches, _ = problem("mlp", jnp.float32)
-    kernel = linearize_kernel(error_fn, params, batches, jacobian="plain")
+    problem, params = network_problem("mlp", jnp.float32, reduction="mean")
+    kernel = linearize_kernel(plain(problem), params)
     block = jnp.asarray(
         np.random.default_rng(0).normal(size=(kernel.dimension, 6)), jnp.float32
     )
     expected = jax.jit(lambda k, v: k.matmat(v))(kernel, block)
-    taken, multiply = [], _jacobian._multiply
+    taken, multiply = [], autodiff._multiply
 
     def spy(pullback, columns):
         taken.append(columns.shape[-1])
@@ -98,13 +128,14 @@ def test_eager_products_take_the_columns_that_stay_in_the_caches(
 
     column = tree_bytes(kernel.jacobians[0].pullback) + tree_bytes(params)
     room = {"none": 1, "three": 3 * column, "all": 6 * column}[limit]
-    monkeypatch.setattr(_jacobian, "_CACHED_BYTES", room)
-    monkeypatch.setattr(_jacobian, "_multiply", spy)
+    monkeypatch.setattr(autodiff, "_CACHED_BYTES", room)
+    monkeypatch.setattr(autodiff, "_multiply", spy)
     assert relative_error(kernel.matmat(block), expected) < 1e-5
     assert taken == [6 // products] * products * len(kernel.jacobians)
 
 
-def test_new_parameters_and_state_do_not_trace_the_error_again():
+@reductions
+def test_new_parameters_and_batches_do_not_trace_the_error_again(reduction):
     traces = 0
 
     def error_fn(params, batch):
@@ -114,23 +145,27 @@ def test_new_parameters_and_state_do_not_trace_the_error_again():
 
     params = {"w": jnp.ones((4, 3))}
     batches = {"x": jnp.ones((2, 5, 4))}
-    block = jnp.ones((15, 2))
-    kernel_matmat(error_fn, params, batches, block)
+    problem = Problem.from_error(error_fn, batches, reduction=reduction)
+    block = jnp.ones((problem.dimension(params), 2))
+    kernel_matmat(problem, params, block)
     before = traces
     for scale in (0.5, 2.0):
-        kernel_matmat(error_fn, {"w": params["w"] * scale}, batches, block)
-    assert traces == before
+        kernel_matmat(problem, {"w": params["w"] * scale}, block)
+        scaled = {"x": batches["x"] * scale}
+        kernel_matmat(problem.replace(batches=scaled), params, block)
+    assert traces == before > 0
 
 
-def test_user_transformations():
-    error_fn, params, batches, _ = problem("mlp", jnp.float32)
-    block = jax.random.normal(jax.random.key(1), (15, 2))
+@reductions
+def test_user_transformations(reduction):
+    problem, params = network_problem("mlp", jnp.float32, reduction=reduction)
+    block = jax.random.normal(jax.random.key(1), (problem.dimension(params), 2))
 
     def quadratic(p):
-        return jnp.sum(block * kernel_matmat(error_fn, p, batches, block))
+        return jnp.sum(block * kernel_matmat(problem, p, block))
 
     def oracle(p):
-        kernel = dense_kernel(error_fn, p, batches, "mean")
+        kernel = dense_kernel(problem, p)
         return jnp.sum(block * jnp.matmul(kernel, block, precision="highest"))
 
     got, expected = jax.jit(jax.grad(quadratic))(params), jax.grad(oracle)(params)
@@ -144,7 +179,8 @@ def test_user_transformations():
     np.testing.assert_allclose(both[0], quadratic(params), rtol=1e-5)
 
 
-def test_custom_vjp_functions_work():
+@reductions
+def test_custom_vjp_functions_work(reduction):
     @jax.custom_vjp
     def square(x):
         return x**2
@@ -154,17 +190,22 @@ def test_custom_vjp_functions_work():
     def custom(params, batch):
         return square(batch["x"] @ params["w"])
 
-    def plain(params, batch):
+    def same(params, batch):
         return (batch["x"] @ params["w"]) ** 2
 
     params = {"w": jax.random.normal(jax.random.key(0), (4, 3))}
     batches = {"x": jax.random.normal(jax.random.key(1), (2, 5, 4))}
-    block = jnp.eye(15)
-    got = kernel_matmat(custom, params, batches, block)
-    assert relative_error(got, dense_kernel(plain, params, batches, "mean")) < 1e-5
+    problem, oracle = (
+        Problem.from_error(error_fn, batches, reduction=reduction)
+        for error_fn in (custom, same)
+    )
+    identity = jnp.eye(problem.dimension(params))
+    got = kernel_matmat(problem, params, identity)
+    assert relative_error(got, dense_kernel(oracle, params)) < 1e-5
 
 
-def test_nnx_model_and_plain_function():
+@reductions
+def test_nnx_model_as_outputs_and_as_an_error_of_the_users_own(reduction):
     model = nnx.Sequential(
         nnx.Linear(4, 6, rngs=nnx.Rngs(0)),
         nnx.gelu,
@@ -173,60 +214,62 @@ def test_nnx_model_and_plain_function():
     )
     graph, params, rest = nnx.split(model, nnx.Param, ...)
 
+    def outputs_fn(params, batch):
+        return nnx.merge(graph, params, rest)(batch["image"])
+
     def error_fn(params, batch):
-        logits = nnx.merge(graph, params, rest)(batch["image"])
-        return grsd_jax.softmax_error(logits, batch["label"])
+        return softmax_error(outputs_fn(params, batch), batch["label"])
 
     batches = {
         "image": jax.random.normal(jax.random.key(0), (2, 5, 4)),
         "label": jnp.zeros((2, 5), jnp.int32),
     }
-    got = kernel_matmat(error_fn, params, batches, jnp.eye(15))
-    assert relative_error(got, dense_kernel(error_fn, params, batches, "mean")) < 1e-5
+    named = Problem(outputs_fn, batches, reduction=reduction)
+    own = Problem.from_error(error_fn, batches, reduction=reduction)
+    expected = dense_kernel(own, params)
+    for problem in (named, own):
+        got = kernel_matmat(problem, params, jnp.eye(len(expected)))
+        assert relative_error(got, expected) < 1e-5
 
 
-@pytest.mark.parametrize("reduction", ["mean", "stack"])
+@reductions
 def test_chunks_of_columns_change_nothing(reduction):
-    error_fn, params, batches, _ = problem("mlp", jnp.float32)
-    expected = dense_kernel(error_fn, params, batches, reduction)
+    problem, params = network_problem("mlp", jnp.float32, reduction=reduction)
+    expected = dense_kernel(problem, params)
     block = jax.random.normal(jax.random.key(1), (len(expected), 5))
 
     def product(block, chunk):
-        return kernel_matmat(
-            error_fn, params, batches, block, reduction=reduction, column_chunk=chunk
-        )
+        return kernel_matmat(problem, params, block, column_chunk=chunk)
 
     for chunk in (2, 9):
         assert relative_error(product(block, chunk), expected @ block) < 1e-5
     traced = jax.jit(product, static_argnums=1)(block, 2)
     assert relative_error(traced, expected @ block) < 1e-5
-    kernel = linearize_kernel(error_fn, params, batches, reduction=reduction)
-    held = kernel.matmat(block, column_chunk=2)
+    held = linearize_kernel(problem, params).matmat(block, column_chunk=2)
     assert relative_error(held, expected @ block) < 1e-5
     with pytest.raises(ValueError, match="column_chunk: expected an integer >= 1"):
         product(block, 0)
 
 
 def test_bad_input_is_named():
-    error_fn, params, batches, _ = problem("mlp", jnp.float32)
-    block = jnp.ones((15, 2))
+    problem, params = network_problem("mlp", jnp.float32, reduction="mean")
+    batches, block = problem.batches, jnp.ones((15, 2))
     with pytest.raises(ValueError, match=r"block: expected shape \[15, any\], got"):
-        kernel_matmat(error_fn, params, batches, block[:-1])
+        kernel_matmat(problem, params, block[:-1])
     with pytest.raises(ValueError, match=r"block: expected shape \[30, any\]"):
-        kernel_matmat(error_fn, params, batches, block, reduction="stack")
+        kernel_matmat(problem.replace(reduction="stack"), params, block)
     with pytest.raises(ValueError, match="block: expected dtype float32"):
-        kernel_matmat(error_fn, params, batches, block.astype(jnp.bfloat16))
-    with pytest.raises(ValueError, match="reduction: expected one of 'mean', 'stack'"):
-        kernel_matmat(error_fn, params, batches, block, reduction="sum")
+        kernel_matmat(problem, params, block.astype(jnp.bfloat16))
     uneven = {**batches, "label": batches["label"][:, :-1]}
     with pytest.raises(ValueError, match=r"batches\['label'\]: expected leading axes"):
-        linearize_kernel(error_fn, params, uneven)
+        linearize_kernel(problem.replace(batches=uneven), params)
     empty = jax.tree.map(lambda leaf: leaf[:0], batches)
     with pytest.raises(ValueError, match="expected K >= 1 batches of N >= 1"):
-        linearize_kernel(error_fn, params, empty)
+        linearize_kernel(problem.replace(batches=empty), params)
     with pytest.raises(ValueError, match="batches: expected arrays"):
-        linearize_kernel(error_fn, params, {})
-    with pytest.raises(ValueError, match=r"params\['w'\]: expected a real floating"):
-        linearize_kernel(error_fn, {"w": jnp.arange(3)}, batches)
+        linearize_kernel(problem.replace(batches={}), params)
+    with pytest.raises(ValueError, match="params: expected at least one floating"):
+        linearize_kernel(problem, {"w": jnp.arange(3)})
+    own = Problem.from_error(lambda p, b: problem.error(p, b)[0], batches)
     with pytest.raises(ValueError, match=r"error_fn: expected an array \[N, C\]"):
-        linearize_kernel(lambda p, b: error_fn(p, b)[0], params, batches)
+        linearize_kernel(own, params)

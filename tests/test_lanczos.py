@@ -1,4 +1,3 @@
-import functools
 import re
 
 import chex
@@ -7,16 +6,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grsd_jax import (
+from grsd_jax import linalg
+from grsd_jax.linalg import (
     block_lanczos,
+    lanczos,
     lanczos_block,
     lanczos_finish,
     lanczos_init,
     lanczos_step,
-    ritz_pairs,
 )
-from grsd_jax.linalg import lanczos
+from lanczos_runs import run, scanned
 from oracles import symmetric_with_spectrum
+
+ritz_pairs = jax.jit(linalg.ritz_pairs)
 
 SIZE = 200
 INDEX = np.arange(1.0, SIZE + 1)
@@ -30,23 +32,6 @@ SPECTRA = {
     "power -4": INDEX**-4,
     "zeros": np.r_[1 / np.arange(1.0, SIZE * 9 // 10 + 1), np.zeros(SIZE // 10)],
 }
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def scanned(matrix, block_size, num_steps):
-    return run(matrix, block_size, num_steps)
-
-
-def run(matrix, block_size, num_steps, driver="scan", seed=7):
-    dtype = matrix.dtype
-    start = jax.random.normal(
-        jax.random.key(seed), (matrix.shape[0], block_size), dtype
-    )
-
-    def matmat(block):
-        return jnp.matmul(matrix, block, precision="highest")
-
-    return block_lanczos(matmat, start, num_steps, key=jax.random.key(1), driver=driver)
 
 
 def check(result, matrix, spectrum):
@@ -108,7 +93,7 @@ def test_more_columns_than_dimensions(block_size):
 def test_scan_and_host_loop_agree(name):
     dense, _ = symmetric_with_spectrum(SPECTRA[name])
     matrix = jnp.asarray(dense, jnp.float32)
-    scan, host = (run(matrix, 4, 20, driver) for driver in ("scan", "host"))
+    scan, host = scanned(matrix, 4, 20), run(matrix, 4, 20, "host")
     check(host, dense, SPECTRA[name])
     values = [np.asarray(ritz_pairs(result).values) for result in (scan, host)]
     np.testing.assert_allclose(*values, atol=2e-6 * SPECTRA[name].max())
@@ -147,7 +132,7 @@ def test_steps_by_hand_are_the_driver():
     for _ in range(5):
         block = lanczos_block(state, 4)
         state = lanczos_step(state, jnp.matmul(matrix, block, precision="highest"))
-    by_hand, driven = lanczos_finish(state, 4), run(matrix, 4, 5)
+    by_hand, driven = lanczos_finish(state, 4), scanned(matrix, 4, 5)
     np.testing.assert_allclose(by_hand.tridiagonal, driven.tridiagonal, atol=1e-6)
 
 
@@ -179,8 +164,8 @@ def test_progress_is_told_of_every_step():
 
 def test_low_precision_and_wrong_operators_show_in_the_asymmetry():
     matrix = np.random.default_rng(0).normal(size=(40, 40)).astype(np.float32)
-    assert run(jnp.asarray(matrix), 4, 5).asymmetry > 0.1
-    assert run(jnp.asarray(matrix @ matrix.T), 4, 5).asymmetry < 1e-5
+    assert scanned(jnp.asarray(matrix), 4, 5).asymmetry > 0.1
+    assert scanned(jnp.asarray(matrix @ matrix.T), 4, 5).asymmetry < 1e-5
 
 
 def test_products_that_are_not_finite_are_flagged_and_do_not_spread():
@@ -240,7 +225,7 @@ def test_bad_input_is_named():
 
 
 @pytest.mark.parametrize(
-    ("size", "width"), [(257, 1), (513, 8), (1600, 32), (5000, 100), (300, 200)]
+    ("size", "width"), [(257, 1), (513, 8), (1600, 32), (1600, 100), (300, 200)]
 )
 def test_tall_blocks_are_factorised_in_pieces(size, width):
     block = jax.random.normal(jax.random.key(size), (size, width))
@@ -261,4 +246,4 @@ def test_hard_spectra_with_blocks_in_pieces(name, monkeypatch):
     monkeypatch.setattr(lanczos, "_QR_ROWS", 48)
     dense, _ = symmetric_with_spectrum(SPECTRA[name])
     matrix = jnp.asarray(dense, jnp.float32)
-    check(jax.jit(lambda m: run(m, 8, 12))(matrix), dense, SPECTRA[name])
+    check(jax.jit(run, static_argnums=(1, 2))(matrix, 8, 12), dense, SPECTRA[name])

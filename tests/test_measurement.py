@@ -4,34 +4,40 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import grsd_jax
-from grsd_jax import gradient_flow_direction, measure_coupling
-from oracles import dense_kernel, problem, random_batches
+from grsd_jax import (
+    Binning,
+    Derivative,
+    Lanczos,
+    Problem,
+    gradient_flow_direction,
+    measure_coupling,
+)
+from grsd_jax.kernel import products
+from grsd_jax.shells import fit_power_law, measurement
+from oracles import dense_kernel, network_problem, plain, random_batches
 
-OPTIONS = {"block_size": 4, "num_steps": 6, "num_shells": 5, "window": 3}
+LANCZOS = Lanczos(block_size=4, num_steps=6)
+SHELLS = Binning(num_shells=5, window=3)
 
 
 @pytest.fixture(scope="module")
 def mlp():
-    error_fn, params, _, loss_fn = problem("mlp", jnp.float32)
-    batches = random_batches(2, 20, (4,), 3)
-    direction = gradient_flow_direction(loss_fn, params, batches)
-    return error_fn, params, batches, direction
+    problem, params = network_problem("mlp", jnp.float32, reduction="mean")
+    problem = problem.replace(batches=random_batches(2, 20, (4,), 3))
+    return problem, params, gradient_flow_direction(problem, params)
 
 
 def measure(mlp, **options):
-    return measure_coupling(*mlp, key=jax.random.key(0), **{**OPTIONS, **options})
+    options = {"solver": LANCZOS, "shells": SHELLS, **options}
+    return measure_coupling(*mlp, key=jax.random.key(0), **options)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "stack"])
 def test_dense_solver_against_the_oracle(mlp, reduction):
-    error_fn, params, batches, direction = mlp
-    got = measure(mlp, solver="dense", reduction=reduction)
-    kernel, moved = jax.jvp(
-        lambda p: dense_kernel(error_fn, p, batches, reduction),
-        (params,),
-        (direction,),
-    )
+    problem, params, direction = mlp
+    problem = problem.replace(reduction=reduction)
+    got = measure((problem, params, direction), solver="dense")
+    kernel, moved = jax.jvp(lambda p: dense_kernel(problem, p), (params,), (direction,))
     vectors = np.asarray(got.vectors)
     top = float(got.values[0])
     expected = np.linalg.eigvalsh(np.asarray(kernel, np.float64))[::-1]
@@ -49,9 +55,13 @@ def test_dense_solver_against_the_oracle(mlp, reduction):
     assert int(got.shells.counts.sum()) == int(got.resolved.sum())
 
 
-def test_solvers_agree_on_the_leading_pairs(mlp):
-    dense, lanczos = (measure(mlp, solver=s) for s in ("dense", "lanczos"))
+@pytest.mark.parametrize("reduction", ["mean", "stack"])
+def test_solvers_agree_on_the_leading_pairs(mlp, reduction):
+    problem, *rest = mlp
+    arguments = (problem.replace(reduction=reduction), *rest)
+    dense, lanczos = (measure(arguments, solver=s) for s in ("dense", LANCZOS))
     assert (dense.solver, lanczos.solver) == ("dense", "lanczos")
+    assert dense.reduction == lanczos.reduction == reduction
     top = float(dense.values[0])
     np.testing.assert_allclose(lanczos.values[:6], dense.values[:6], atol=1e-4 * top)
     np.testing.assert_allclose(
@@ -61,14 +71,52 @@ def test_solvers_agree_on_the_leading_pairs(mlp):
     )
 
 
+def test_the_form_of_the_jacobian_is_told_and_changes_nothing(mlp):
+    problem, *rest = mlp
+    hidden = (plain(problem), *rest)
+    for solver in ("dense", LANCZOS):
+        factored, own = (measure(m, solver=solver) for m in (mlp, hidden))
+        assert (factored.jacobian, own.jacobian) == ("factored", "plain")
+        top = float(own.values[0])
+        np.testing.assert_allclose(factored.values, own.values, atol=1e-5 * top)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "stack"])
+def test_little_memory_streams_the_same_products(mlp, monkeypatch, reduction):
+    problem, *rest = mlp
+    arguments = (problem.replace(reduction=reduction), *rest)
+    held = measure(arguments)
+    monkeypatch.setattr(products, "default_bytes", lambda: 1)
+    monkeypatch.setattr(products, "linearize_point", None)  # nothing may be held
+    streamed = measure(arguments)
+    top = float(held.values[0])
+    np.testing.assert_allclose(streamed.values, held.values, atol=1e-5 * top)
+    leading = (slice(None, 3), slice(None, 3))
+    scale = float(jnp.abs(held.coupling).max())
+    np.testing.assert_allclose(
+        np.abs(streamed.coupling[leading]),
+        np.abs(held.coupling[leading]),
+        atol=1e-3 * scale,
+    )
+
+
 def test_auto_takes_the_dense_solver_where_lanczos_would_span_the_space(mlp):
-    assert measure(mlp, solver="auto", num_steps=100).solver == "dense"
+    assert measure(mlp, solver="auto").solver == "dense"  # r = 60 = n
 
 
-@pytest.mark.parametrize("solver", ["dense", "lanczos"])
+def test_lanczos_by_name_fits_its_block_to_the_space(mlp):
+    problem, params, _ = mlp
+    one = jax.tree.map(lambda leaf: leaf[:1, :1], problem.batches)
+    for batches, block_size in ((problem.batches, 8), (one, 3)):
+        point = problem.replace(batches=batches).at(params)
+        chosen = measurement._resolved("lanczos", point)
+        assert chosen == Lanczos(block_size, 20)
+
+
+@pytest.mark.parametrize("solver", ["dense", LANCZOS])
 def test_finite_difference_agrees_for_a_smooth_network(mlp, solver):
     exact = measure(mlp, solver=solver)
-    difference = measure(mlp, solver=solver, derivative="finite_difference")
+    difference = measure(mlp, solver=solver, derivative=Derivative("finite_difference"))
     scale = float(jnp.abs(exact.coupling).max())
     np.testing.assert_allclose(
         difference.coupling[:3, :3], exact.coupling[:3, :3], atol=5e-2 * scale
@@ -76,23 +124,26 @@ def test_finite_difference_agrees_for_a_smooth_network(mlp, solver):
     assert difference.derivative == "finite_difference"
 
 
+def test_the_direction_is_the_gradient_flow_by_default(mlp):
+    problem, params, _ = mlp
+    got, expected = measure((problem, params)), measure(mlp)
+    np.testing.assert_array_equal(got.coupling, expected.coupling)
+
+
 def test_one_trace_over_three_steps_of_a_users_loop(mlp):
-    error_fn, params, batches, _ = mlp
-    loss_fn = problem("mlp", jnp.float32)[3]
+    problem, params, _ = mlp
 
     @jax.jit
     @chex.assert_max_traces(n=1)
     def step(params):
-        direction = gradient_flow_direction(loss_fn, params, batches)
+        direction = gradient_flow_direction(problem, params)
         measured = measure_coupling(
-            error_fn,
+            problem,
             params,
-            batches,
             direction,
             key=jax.random.key(0),
-            solver="lanczos",
-            num_bootstrap=10,
-            **OPTIONS,
+            solver=LANCZOS,
+            shells=Binning(num_shells=5, window=3, num_bootstrap=10),
         )
         moved = jax.tree.map(lambda p, d: p + 0.1 * d, params, direction)
         return moved, measured
@@ -106,37 +157,33 @@ def test_one_trace_over_three_steps_of_a_users_loop(mlp):
 
 
 def test_eager_calls_trace_the_error_function_no_more_after_the_first(mlp):
-    error_fn, params, batches, direction = mlp
+    problem, params, direction = mlp
     traces = 0
 
     def counted(p, batch):
         nonlocal traces
         traces += 1
-        return error_fn(p, batch)
+        return problem.error(p, batch)
 
+    own = Problem.from_error(counted, problem.batches)
     for scale in (1.0, 1.1, 1.2):
         before = traces
         moved = jax.tree.map(lambda leaf, s=scale: leaf * np.float32(s), params)
-        measure((counted, moved, batches, direction), solver="lanczos")
+        measure((own, moved, direction))
     assert traces == before > 0
 
 
-@pytest.mark.parametrize("solver", ["dense", "lanczos"])
+@pytest.mark.parametrize("solver", ["dense", LANCZOS])
 def test_residuals_bound_those_in_float64(mlp, solver):
     got = measure(mlp, solver=solver)
     with jax.enable_x64(True):
-        error_fn, params, batches, _ = (
-            jax.tree.map(
-                lambda leaf: (
-                    np.asarray(leaf, np.float64)
-                    if np.asarray(leaf).dtype == np.float32
-                    else leaf
-                ),
-                part,
-            )
-            for part in mlp
+        problem, params, _ = jax.tree.map(
+            lambda leaf: (
+                np.asarray(leaf, np.float64) if leaf.dtype == np.float32 else leaf
+            ),
+            mlp,
         )
-        kernel = np.asarray(dense_kernel(error_fn, params, batches, "mean"))
+        kernel = np.asarray(dense_kernel(problem, params))
     values, vectors = np.asarray(got.values, float), np.asarray(got.vectors, float)
     true = np.linalg.norm(kernel @ vectors - vectors * values, axis=0)
     assert np.all(true <= got.residuals)
@@ -146,10 +193,10 @@ def test_residuals_bound_those_in_float64(mlp, solver):
 
 
 def test_what_is_not_finite_is_flagged_and_resolves_nothing(mlp):
-    error_fn, params, batches, direction = mlp
+    problem, params, direction = mlp
     broken = jax.tree.map(lambda leaf: leaf.at[0].set(jnp.nan), params)
-    for solver in ("dense", "lanczos"):
-        got = measure((error_fn, broken, batches, direction), solver=solver)
+    for solver in ("dense", LANCZOS):
+        got = measure((problem, broken, direction), solver=solver)
         assert not got.finite
         assert not np.any(got.resolved)
 
@@ -161,26 +208,18 @@ def test_coupled_examples_show_in_the_operator_disagreement():
 
     params = {"w": jax.random.normal(jax.random.key(0), (3, 2))}
     batches = {"x": jax.random.normal(jax.random.key(1), (1, 6, 3))}
-    got = measure((coupled, params, batches, params), solver="dense")
+    problem = Problem.from_error(coupled, batches)
+    got = measure((problem, params, params), solver="dense")
     assert got.operator_disagreement > 1e-2
 
 
 def test_bad_input_is_named(mlp):
-    error_fn, params, batches, _ = mlp
+    problem, params, _ = mlp
     with pytest.raises(ValueError, match=r"block_size: expected at most .* n = 60"):
-        measure(mlp, block_size=61)
+        measure(mlp, solver=Lanczos(block_size=61))
     with pytest.raises(ValueError, match="solver: expected one of 'auto'"):
         measure(mlp, solver="eigh")
-    with pytest.raises(ValueError, match="driver: expected one of 'auto'"):
-        measure(mlp, driver="loop")
     with pytest.raises(ValueError, match="direction: expected the tree of params"):
-        measure((error_fn, params, batches, {}))
-    with pytest.raises(ValueError, match="window: expected at most"):
-        measure(mlp, window=6)
-    with pytest.raises(ValueError, match="num_shells: expected an integer >= 1"):
-        measure(mlp, num_shells=0)
-    for name in ("tolerance", "floor", "step"):
-        with pytest.raises(ValueError, match=f"{name}: expected a finite number > 0"):
-            measure(mlp, **{name: 0.0})
+        measure((problem, params, {}))
     with pytest.raises(ValueError, match="key: expected a PRNG key"):
-        grsd_jax.fit_power_law(jnp.ones(3), jnp.ones(3), num_bootstrap=5)
+        fit_power_law(jnp.ones(3), jnp.ones(3), num_bootstrap=5)

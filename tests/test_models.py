@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grsd_jax import kernel_dense, models
+from grsd_jax import Problem, kernel_dense, models
 from oracles import MLP
 
 IMAGES = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
@@ -37,16 +37,20 @@ def test_one_checkpoint_loads_into_both_and_the_skip_is_the_difference():
         jax.jit(resnet.apply)(variables, IMAGES),
         jax.jit(plain.apply)(variables, IMAGES),
     )
-    error_fn = models.linen_error_fn(plain, {"batch_stats": variables["batch_stats"]})
-    batch = {"image": IMAGES, "label": jnp.zeros(2, jnp.int32)}
+    outputs_fn = models.linen_outputs(plain, {"batch_stats": variables["batch_stats"]})
+    batches = {"image": IMAGES[None], "label": jnp.zeros((1, 2), jnp.int32)}
+    problem = Problem(outputs_fn, batches)
+    batch = jax.tree.map(lambda leaf: leaf[0], batches)
 
-    def norms(fn):
-        error, pullback = jax.vjp(lambda p: fn(p, batch), variables["params"])
+    def norms():
+        error, pullback = jax.vjp(
+            lambda p: problem.error(p, batch), variables["params"]
+        )
         (pulled,) = pullback(jax.random.normal(jax.random.key(1), error.shape))
         flat = jax.tree_util.tree_leaves_with_path(pulled)
         return {jax.tree_util.keystr(path): float(jnp.abs(x).sum()) for path, x in flat}
 
-    unused = norms(error_fn)
+    unused = norms()
     assert all((size == 0) == ("shortcut" in name) for name, size in unused.items())
     assert any("shortcut" in name for name in unused)
 
@@ -59,25 +63,25 @@ def test_evaluation_mode_treats_examples_independently():
     np.testing.assert_allclose(both[:1], one, atol=1e-5)
 
 
-def test_error_fn_is_a_pytree_with_a_visible_model():
+def test_outputs_are_a_pytree_with_a_visible_model():
     model = MLP()
-    error_fn = models.linen_error_fn(model, {})
-    assert error_fn.model is model
-    assert jax.tree.leaves(error_fn) == []
+    outputs_fn = models.linen_outputs(model, {})
+    assert outputs_fn.model is model
+    assert jax.tree.leaves(outputs_fn) == []
     state = {"batch_stats": {"mean": jnp.ones(2)}}
-    with_state = models.linen_error_fn(model, state)
-    other = models.linen_error_fn(model, jax.tree.map(lambda x: 2 * x, state))
+    with_state = models.linen_outputs(model, state)
+    other = models.linen_outputs(model, jax.tree.map(lambda x: 2 * x, state))
     assert jax.tree.structure(with_state) == jax.tree.structure(other)
     hash(jax.tree.structure(with_state))
 
 
-def test_any_linen_module_becomes_an_error_function():
+def test_any_linen_module_becomes_a_problem():
     model = MLP()
     images = jnp.ones((1, 2, 4))
     params = model.init(jax.random.key(0), images[0])["params"]
     batches = {"image": images, "label": jnp.zeros((1, 2), jnp.int32)}
-    kernel = kernel_dense(models.linen_error_fn(model, {}), params, batches)
-    assert kernel.shape == (6, 6)
+    problem = Problem(models.linen_outputs(model, {}), batches)
+    assert kernel_dense(problem, params).shape == (6, 6)
 
 
 def test_bad_input_is_named():
@@ -88,6 +92,6 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"x: expected images \[N, H, W, channels\]"):
         models.ResNet18(width=2).init(jax.random.key(0), jnp.ones((8, 8, 3)))
     with pytest.raises(ValueError, match="state: expected the non-parameter"):
-        models.linen_error_fn(MLP(), {"params": {}})
+        models.linen_outputs(MLP(), {"params": {}})
     with pytest.raises(ValueError, match="state: expected the non-parameter"):
-        models.linen_loss_fn(MLP(), None)
+        models.linen_outputs(MLP(), None)

@@ -15,19 +15,19 @@ from grsd_jax.experiments.common.config import (
     Config,
     UserError,
 )
-from grsd_jax.experiments.common.data import synthetic_textures
 from grsd_jax.experiments.common.networks import make_model
 from grsd_jax.experiments.common.training import train
-from grsd_jax.experiments.conditions import results as condition_results
 from grsd_jax.experiments.conditions import run as conditions
-from grsd_jax.experiments.reproduce import pipeline
+from grsd_jax.experiments.conditions.analyse import format_conditions
+from grsd_jax.experiments.reproduce.run import measure
+from running import small_textures
 
 TINY = Config(
     width=4,
-    depth=3,
+    depth=2,
     activation="gelu",
     epochs=1,
-    train_batch_size=16,
+    train_batch_size=32,
     learning_rate=0.01,
     checkpoint_every=2,
     keep_checkpoints=10,
@@ -87,35 +87,34 @@ def test_sizes_that_a_network_cannot_have_are_named():
         make_model("ssm", 10, still)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", CHAINS)
 def test_every_network_is_trained_and_measured(name, tmp_path):
-    dataset = synthetic_textures(num_train=32, num_test=16)
+    dataset = small_textures()
     config = dataclasses.replace(TINY, model=name, workdir=str(tmp_path))
     model = make_model(name, dataset.num_classes, config)
     with jax.numpy_dtype_promotion("standard"):
         train(model, dataset, config, tmp_path, name=name)
-        entry, arrays = pipeline.measure(name, "own", dataset, config)
+        entry, arrays = measure(name, "own", dataset, config)
     assert entry["n"] == 40
     assert entry["num_resolved"] > 10
     assert entry["operator_disagreement"] < 1e-4
     assert np.all(np.isfinite(arrays["coupling"]))
-    deeper = dataclasses.replace(config, depth=4)
-    with pytest.raises(UserError, match="--depth: expected 3 as in the run"):
-        pipeline.measure(name, "own", dataset, deeper)
+    deeper = dataclasses.replace(config, depth=3)
+    with pytest.raises(UserError, match="--depth: expected 2 as in the run"):
+        measure(name, "own", dataset, deeper)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["resmlp", "transformer", "ssm"])
 def test_the_conditions_of_a_network_without_batch_norm(name, tmp_path):
-    dataset = synthetic_textures(num_train=32, num_test=16)
+    dataset = small_textures()
     config = dataclasses.replace(TINY, model=name, workdir=str(tmp_path))
     options = conditions.Options(num_probes=2, num_points=2)
     with jax.numpy_dtype_promotion("standard"):
-        found = conditions.measure_conditions(dataset, config, options)
+        found = conditions.run_conditions(dataset, config, options)
     assert found["steps"] == [0, 2]
     assert len(found["layers"]["blocks"]) == len(found["blocks"])
-    told = condition_results.format_conditions(found)
+    told = format_conditions(found)
     assert "4 log-shift invariance" in told
     assert ("Proposition 2, rho = 0.9" in told) == (name == "ssm")
     if name == "ssm":

@@ -1,68 +1,73 @@
 """The probe: what a record says, when it is taken, and what a run cannot do to it."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import grsd_jax as grsd
-import oracles
-from grsd_jax.dynamics.probe import make_probe
+from block_problems import batches_of
+from grsd_jax import Binning, Problem, Window, gradient_flow_direction, make_probe
+from grsd_jax.dynamics import probe as module
+from oracles import dense_kernel, network_problem
 
 KEY = jax.random.key(0)
-SMALL = {"num_shells": 5, "num_values": 6, "num_bootstrap": 20}
-LANCZOS = {"solver": "lanczos", "num_pairs": 12, "block_size": 3}
+SMALL = {"shells": Binning(num_shells=5, num_bootstrap=20)}
+WINDOW = Window(num_pairs=12, tolerance=0.01)
+SOLVERS = [{"solver": "dense"}, {"solver": "lanczos", "window": WINDOW}]
 
 
-def descend(loss_fn, params, batches, rate=0.3):
-    direction = grsd.gradient_flow_direction(loss_fn, params, batches)
+@pytest.fixture(scope="module")
+def mlp():
+    """Returns ``(problem, params)`` in float32."""
+    return network_problem("mlp", jnp.float32)
+
+
+@pytest.fixture
+def mlp64(x64):
+    """Returns ``(problem, params)`` in float64."""
+    return network_problem("mlp", jnp.float64)
+
+
+def descend(problem, params, rate=0.3):
+    direction = gradient_flow_direction(problem, params)
     move = lambda p, d: p + jnp.asarray(rate, p.dtype) * d  # noqa: E731
     return jax.tree.map(move, params, direction)
 
 
-def run(probe, params, num_steps, *, loss_fn, batches):
-    """Runs gradient descent with the probe on; returns state, records and params."""
-    state, found = probe.init(KEY, params), []
-    for step in range(num_steps + 1):
-        state, record = probe.update(state, params, step)
-        found += [record] if record is not None else []
-        params = descend(loss_fn, params, batches)
-    return state, found, params
+def first_record(problem, params, **options):
+    probe = make_probe(problem, every=1, **SMALL, **options)
+    return probe.update(probe.init(KEY, params), params, 0)[1]
 
 
-def moved_spectrum(error_fn, params, batches, direction, step):
+@jax.jit
+def moved_spectrum(problem, params, direction, step):
     """Returns eigenvalues (descending) and energies at ``params + step d``, densely."""
     params = jax.tree.map(lambda p, d: p + step * d, params, direction)
-    kernel = oracles.dense_kernel(error_fn, params, batches, "stack")
-    values, vectors = np.linalg.eigh(np.asarray(kernel))
-    error = np.concatenate(
-        [
-            np.ravel(error_fn(params, jax.tree.map(lambda x, k=k: x[k], batches)))
-            for k in range(2)
-        ]
+    values, vectors = jnp.linalg.eigh(dense_kernel(problem, params))
+    error = jnp.concatenate(
+        [jnp.ravel(problem.error(params, batch)) for batch in batches_of(problem)]
     )
     return values[::-1], ((vectors.T @ error) ** 2)[::-1]
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize(
-    "error",
-    [grsd.softmax_error, pytest.param(grsd.squared_error, marks=pytest.mark.slow)],
-)
-def test_record_is_what_the_flow_does(error):
-    fn, params, batches, loss_fn = oracles.problem("mlp", jnp.float64, error=error)
-    if error is grsd.squared_error:
-        targets = jax.nn.one_hot(batches["label"], 3, dtype=jnp.float64)
-        batches = batches | {"label": targets}
-    probe = make_probe(fn, loss_fn, batches, every=1, solver="dense", **SMALL)
-    _, (record,), _ = run(probe, params, 0, loss_fn=loss_fn, batches=batches)
-    direction = grsd.gradient_flow_direction(loss_fn, params, batches)
-    values, energies = moved_spectrum(fn, params, batches, direction, 0.0)
+@pytest.mark.parametrize("loss", ["softmax_cross_entropy", "squared"])
+def test_record_is_what_the_flow_does(loss):
+    problem, params = network_problem("mlp", jnp.float64, loss=loss)
+    if loss == "squared":
+        targets = jax.nn.one_hot(problem.batches["label"], 3, dtype=jnp.float64)
+        problem = problem.replace(batches=problem.batches | {"label": targets})
+    record = first_record(problem, params, solver="dense")
+    direction = gradient_flow_direction(problem, params)
     h = 1e-5
-    ahead, behind = (moved_spectrum(fn, params, batches, direction, s) for s in (h, -h))
-    np.testing.assert_allclose(record.values, values[:6], rtol=1e-9)
+    (values, energies), ahead, behind = jax.device_get(
+        [moved_spectrum(problem, params, direction, by) for by in (0.0, h, -h)]
+    )
+    np.testing.assert_allclose(record.values[:6], values[:6], rtol=1e-9)
     drift = (ahead[0] - behind[0])[:6] / (2 * h)
-    np.testing.assert_allclose(record.drift, drift, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(record.drift[:6], drift, rtol=1e-6, atol=1e-7)
     index, dynamics = record.shells.index, record.dynamics
     for shell in range(5):
         inside = index == shell
@@ -75,47 +80,35 @@ def test_record_is_what_the_flow_does(error):
     assert record.finite
 
 
-@pytest.mark.usefixtures("x64")
-def test_closure_error_falls_with_the_square_of_the_step():
-    fn, params, batches, loss_fn = oracles.problem("mlp", jnp.float64)
-    errors = []
-    for step in (2e-3, 1e-3):
-        probe = make_probe(
-            fn, loss_fn, batches, every=1, solver="dense", closure_step=step, **SMALL
-        )
-        _, record = probe.update(probe.init(KEY, params), params, 0)
-        errors.append(record.closure.total_error)
+def test_closure_error_falls_with_the_square_of_the_step(mlp64):
+    errors = [
+        first_record(*mlp64, solver="dense", closure_step=step).closure.total_error
+        for step in (2e-3, 1e-3)
+    ]
     assert errors[0] / errors[1] == pytest.approx(4, rel=0.1)
 
 
 @pytest.mark.usefixtures("x64")
 def test_relu_balance_closes_within_one_activation_pattern():
-    fn, params, batches, loss_fn = oracles.problem(
-        "mlp", jnp.float64, activation="relu"
+    given = network_problem("mlp", jnp.float64, activation="relu")
+    inside, beyond = (
+        first_record(*given, solver="dense", closure_step=step).closure.total_error
+        for step in (1e-9, 3e-2)
     )
-    errors = {}
-    for step in (1e-9, 3e-2):
-        probe = make_probe(
-            fn, loss_fn, batches, every=1, solver="dense", closure_step=step, **SMALL
-        )
-        _, record = probe.update(probe.init(KEY, params), params, 0)
-        errors[step] = record.closure.total_error
-    assert errors[1e-9] < 1e-5
-    assert errors[3e-2] > 1e-2  # patterns flip on the way
+    assert inside < 1e-5
+    assert beyond > 1e-2  # patterns flip on the way
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("x64")
-def test_lanczos_knows_what_leaks_out_of_its_pairs():
-    fn, params, batches, loss_fn = oracles.problem("mlp", jnp.float64)
-    probe = make_probe(
-        fn, loss_fn, batches, every=1, convergence=1e-11, **LANCZOS, **SMALL
-    )
+def test_lanczos_knows_what_leaks_out_of_its_pairs(mlp64):
+    problem, params = mlp64
+    probe = make_probe(problem, every=1, solver="lanczos", window=WINDOW, **SMALL)
+    finder = probe.finder._replace(block_size=3, convergence=1e-11)
+    probe = dataclasses.replace(probe, finder=finder)
     state, record = probe.update(probe.init(KEY, params), params, 0)
-    dense = make_probe(fn, loss_fn, batches, every=1, solver="dense", **SMALL)
-    _, exact = dense.update(dense.init(KEY, params), params, 0)
-    np.testing.assert_allclose(record.values, exact.values, rtol=1e-10)
-    np.testing.assert_allclose(record.drift, exact.drift, rtol=1e-7)
+    exact = first_record(problem, params, solver="dense")
+    np.testing.assert_allclose(record.values[:6], exact.values[:6], rtol=1e-10)
+    np.testing.assert_allclose(record.drift[:6], exact.drift[:6], rtol=1e-7)
     assert record.num_resolved == 12
     assert record.dynamics.unresolved_energy > 0.01 * record.total_energy
     assert (
@@ -129,16 +122,16 @@ def test_lanczos_knows_what_leaks_out_of_its_pairs():
     assert again.num_columns <= record.num_columns
 
 
-@pytest.mark.parametrize("options", [{"solver": "dense"}, LANCZOS])
-def test_cadence_constant_state_and_one_compilation(options):
-    fn, params, batches, loss_fn = oracles.problem("mlp", jnp.float32)
-    traces = []
+@pytest.mark.parametrize("options", SOLVERS)
+def test_cadence_constant_state_and_one_compilation(mlp, options):
+    problem, params = mlp
+    outputs_fn, traces = problem.objective.outputs_fn, []
 
     def counted(params, batch):
         traces.append(None)
-        return fn(params, batch)
+        return outputs_fn(params, batch)
 
-    probe = make_probe(counted, loss_fn, batches, every=3, **options, **SMALL)
+    probe = make_probe(problem.replace(outputs_fn=counted), every=3, **options, **SMALL)
     state = probe.init(KEY, params)
     shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state)
     steps, counts = [], []
@@ -151,19 +144,19 @@ def test_cadence_constant_state_and_one_compilation(options):
             steps.append(record.step)
             counts.append(len(traces))
         assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state) == shapes
-        params = descend(loss_fn, params, batches)
+        params = descend(problem, params)
     assert steps == [0, 3, 6, 9, 12]
     assert counts[1:] == [counts[1]] * 4
     assert probe.update(state, params, 12)[1] is None  # no step is recorded twice
 
 
-def test_nothing_compiles_after_the_first_record(caplog):
-    fn, params, batches, loss_fn = oracles.problem("mlp", jnp.float32)
-    probe = make_probe(fn, loss_fn, batches, every=3, schedule=0.1, **SMALL)
+def test_nothing_compiles_after_the_first_record(mlp, caplog):
+    problem, params = mlp
+    probe = make_probe(problem, every=3, schedule=0.1, **SMALL)
     state = probe.init(KEY, params)
     state, _ = probe.update(state, params, 0)
-    moved = [descend(loss_fn, params, batches)]
-    moved.append(descend(loss_fn, moved[0], batches))
+    moved = [descend(problem, params)]
+    moved.append(descend(problem, moved[0]))
     with jax.log_compiles():
         for step, there in zip((3, 6), moved, strict=True):
             state, record = probe.update(state, there, step, step_seconds=0.5)
@@ -171,11 +164,11 @@ def test_nothing_compiles_after_the_first_record(caplog):
     assert not [r.message for r in caplog.records if "Compiling" in r.message]
 
 
-@pytest.mark.parametrize("options", [{"solver": "dense"}, LANCZOS])
+@pytest.mark.parametrize("options", SOLVERS)
 @pytest.mark.parametrize("value", [np.nan, 1e30])
-def test_a_broken_run_is_said_once_and_then_left_alone(options, value):
-    fn, params, batches, loss_fn = oracles.problem("mlp", jnp.float32)
-    probe = make_probe(fn, loss_fn, batches, every=1, **options, **SMALL)
+def test_a_broken_run_is_told_once_and_then_left_alone(mlp, options, value):
+    problem, params = mlp
+    probe = make_probe(problem, every=1, **options, **SMALL)
     state, record = probe.update(probe.init(KEY, params), params, 0)
     assert record.finite
     broken = jax.tree.map(lambda p: p * value, params)
@@ -187,9 +180,9 @@ def test_a_broken_run_is_said_once_and_then_left_alone(options, value):
     assert probe.update(state, params, 2) == (state, None)
 
 
-def test_a_standstill_divides_by_nothing():
-    fn, params, batches, loss_fn = oracles.problem("mlp", jnp.float32)
-    probe = make_probe(fn, loss_fn, batches, every=5, schedule=0.0, **SMALL)
+def test_a_standstill_divides_by_nothing(mlp):
+    problem, params = mlp
+    probe = make_probe(problem, every=5, schedule=0.0, **SMALL)
     nowhere = jax.tree.map(jnp.zeros_like, params)
     state = probe.init(KEY, params)
     for step in (0, 5):
@@ -203,13 +196,13 @@ def test_a_standstill_divides_by_nothing():
         assert np.isnan(record.cost)
 
 
-def test_effective_time_is_the_sum_of_the_schedule():
-    fn, params, batches, loss_fn = oracles.problem("mlp", jnp.float32)
+def test_effective_time_is_the_sum_of_the_schedule(mlp):
+    problem, params = mlp
 
     def schedule(step):
         return 0.1 * jnp.where(step < 4, jnp.float32(1), jnp.float32(0.5))
 
-    probe = make_probe(fn, loss_fn, batches, every=3, schedule=schedule, **SMALL)
+    probe = make_probe(problem, every=3, schedule=schedule, **SMALL)
     state, times = probe.init(KEY, params), []
     for step in (0, 3, 9):
         state, record = probe.update(state, params, step)
@@ -217,9 +210,9 @@ def test_effective_time_is_the_sum_of_the_schedule():
     np.testing.assert_allclose(times, [0, 0.3, 0.4 + 5 * 0.05], rtol=1e-6)
 
 
-def test_shells_stay_and_crossings_are_counted():
-    fn, params, batches, loss_fn = oracles.problem("mlp", jnp.float32)
-    probe = make_probe(fn, loss_fn, batches, every=1, solver="dense", **SMALL)
+def test_shells_stay_and_crossings_are_counted(mlp):
+    problem, params = mlp
+    probe = make_probe(problem, every=1, solver="dense", **SMALL)
     state, first = probe.update(probe.init(KEY, params), params, 0)
     assert first.shells.edges[-1] == pytest.approx(10 * first.values[0], rel=1e-5)
     assert not first.crossings.up.any()
@@ -230,11 +223,37 @@ def test_shells_stay_and_crossings_are_counted():
     up = np.maximum(second.shells.index - first.shells.index, 0)[both].sum()
     assert second.crossings.up.sum() == up > 0
 
+
+def test_given_edges_and_the_number_of_values_are_kept(mlp, monkeypatch):
+    monkeypatch.setattr(module, "_NUM_VALUES", 2)
     edges = (0.01, 0.1, 1.0)
-    probe = make_probe(fn, loss_fn, batches, every=1, edges=edges, num_values=2)
-    _, record = probe.update(probe.init(KEY, params), params, 0)
+    record = first_record(*mlp, edges=edges)
     np.testing.assert_allclose(record.shells.edges, edges, rtol=1e-6)
     assert record.shells.counts.sum() == record.num_resolved
+    assert record.values.shape == record.drift.shape == (2,)
+
+
+def test_new_state_of_the_outputs_retraces_nothing(mlp):
+    problem, params = mlp
+    outputs_fn, traces = problem.objective.outputs_fn, []
+
+    def scaled(scale, params, batch):
+        traces.append(None)
+        return scale * outputs_fn(params, batch)
+
+    probe = make_probe(
+        problem.replace(outputs_fn=jax.tree_util.Partial(scaled, jnp.float32(1))),
+        every=1,
+        solver="dense",
+        **SMALL,
+    )
+    doubled = jax.tree_util.Partial(scaled, jnp.float32(2))
+    there = probe.problem.replace(outputs_fn=doubled)
+    state, first = probe.update(probe.init(KEY, params), params, 0)
+    before = len(traces)
+    _, second = probe.update(state, params, 1, problem=there)
+    assert len(traces) == before
+    assert second.values[0] > 2 * first.values[0]
 
 
 @pytest.mark.parametrize(
@@ -242,32 +261,39 @@ def test_shells_stay_and_crossings_are_counted():
     [
         ("every", 0),
         ("solver", "exact"),
-        ("num_shells", 1),
         ("edges", (1.0, 0.5, 2.0)),
         ("edges", (-1.0, 0.5, 2.0)),
-        ("headroom", 0.5),
-        ("num_pairs", 0),
-        ("tolerance", 0.0),
-        ("convergence", 0.0),
-        ("jacobian", "factors"),
+        ("closure_step", 0.0),
     ],
 )
-def test_options_out_of_range_are_named(option, value):
-    fn, _, batches, loss_fn = oracles.problem("mlp", jnp.float32)
+def test_options_out_of_range_are_named(mlp, option, value):
+    problem, _ = mlp
     with pytest.raises(ValueError, match=rf"^{option}.*expected"):
-        make_probe(fn, loss_fn, batches, **{"every": 1, option: value})
+        make_probe(problem, **{"every": 1, option: value})
 
 
-def test_a_direction_or_a_loss_is_needed():
-    fn, params, batches, _ = oracles.problem("mlp", jnp.float32)
-    probe = make_probe(fn, None, batches, every=1)
-    with pytest.raises(ValueError, match=r"^direction: expected"):
+def test_problems_and_shells_that_do_not_fit_are_named(mlp):
+    problem, _ = mlp
+    with pytest.raises(ValueError, match=r"^num_shells: expected an integer >= 2"):
+        make_probe(problem, every=1, shells=Binning(num_shells=1, window=1))
+    mean = problem.replace(reduction="mean")
+    with pytest.raises(ValueError, match=r"^problem\.reduction: expected .* 'stack'"):
+        make_probe(mean, every=1)
+    with pytest.raises(ValueError, match=r"^batches: expected arrays"):
+        make_probe(problem.replace(batches={}), every=1)
+
+
+def test_a_direction_or_a_loss_is_needed(mlp):
+    problem, params = mlp
+    without = Problem.from_error(problem.error, problem.batches)
+    probe = make_probe(without, every=1)
+    with pytest.raises(ValueError, match=r"^loss_fn: expected one .* a direction"):
         probe.update(probe.init(KEY, params), params, 0)
 
 
-def test_a_learning_rate_of_zero_stands_still_in_effective_time():
-    fn, params, batches, loss_fn = oracles.problem("mlp", jnp.float32)
-    probe = make_probe(fn, loss_fn, batches, every=2, schedule=0.0, **SMALL)
+def test_a_learning_rate_of_zero_stands_still_in_effective_time(mlp):
+    problem, params = mlp
+    probe = make_probe(problem, every=2, schedule=0.0, **SMALL)
     state = probe.init(KEY, params)
     found = []
     for step in (0, 2, 4):

@@ -10,7 +10,7 @@ import pytest
 import grsd_jax as grsd
 import oracles
 from grsd_jax.experiments.common.config import UserError
-from grsd_jax.experiments.track.probe_log import ProbeLog
+from grsd_jax.experiments.track.log import ProbeLog
 
 CLOCK = ("seconds", "gradient_seconds", "cost")
 
@@ -18,10 +18,9 @@ CLOCK = ("seconds", "gradient_seconds", "cost")
 @pytest.fixture(scope="module")
 def training():
     """Returns a function that trains from a checkpoint to a step, and the start."""
-    error_fn, params, batches, loss_fn = oracles.problem("mlp", jnp.float32)
-    probe = grsd.make_probe(
-        error_fn, loss_fn, batches, every=2, num_shells=4, num_bootstrap=0, schedule=0.1
-    )
+    problem, params = oracles.network_problem("mlp", jnp.float32)
+    shells = grsd.Binning(4, 4, num_bootstrap=0)
+    probe = grsd.make_probe(problem, every=2, shells=shells, schedule=0.1)
 
     def train(log, checkpoint, last_step, save_every=3):
         step, params, state = checkpoint
@@ -30,7 +29,7 @@ def training():
             state, record = probe.update(state, params, step)
             if record is not None:
                 log.append(record, width=7)
-            direction = grsd.gradient_flow_direction(loss_fn, params, batches)
+            direction = grsd.gradient_flow_direction(problem, params)
             move = lambda p, d: p + jnp.asarray(0.1, p.dtype) * d  # noqa: E731
             params = jax.tree.map(move, params, direction)
             step += 1
@@ -71,7 +70,7 @@ def test_a_line_is_strict_json_with_every_part_of_the_record(training, tmp_path)
     text = (tmp_path / "lines").read_text()
     (line,) = [json.loads(x, parse_constant=refuse) for x in text.splitlines()]
     assert line == log.read()[0]
-    dynamics = set(grsd.ShellDynamics._fields)
+    dynamics = set(grsd.dynamics.ShellDynamics._fields)
     assert set(line) >= dynamics | {"step", "edges", "exponent", "closure_error"}
     assert np.shape(line["transfers"]) == (4, 4)
 

@@ -5,29 +5,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import grsd_jax
-from grsd_jax import (
+from grsd_jax import Problem, models
+from grsd_jax.conditions import (
     influence_profile,
     interaction_range,
-    models,
     propagation_report,
 )
-from grsd_jax.models.chains import LinearStateSpace
+from grsd_jax.models import LinearStateSpace
 
 C, DEPTH, N = 2, 13, 2
 
 
-def exact_influence(model, error_fn, params, batch, direction):
-    """R by the library, without probes; tests/test_influence.py holds it to dense J."""
-    batches = jax.tree.map(lambda leaf: leaf[None], batch)
+def exact_influence(model, problem, params, direction):
+    """R by the library, without probes; tests/test_locality.py holds it to dense J."""
     blocks = models.depth_blocks(model, params)
     return influence_profile(
-        error_fn, params, batches, direction, blocks, num_probes=None
+        problem, params, direction, blocks, num_probes=None
     ).influence
 
 
-def problem(rho, *, depth=DEPTH, drive=1.0, read=1.0):
-    """A model, inputs and motions of equal norms at every step.
+def moving_model(rho, *, depth=DEPTH, drive=1.0, read=1.0):
+    """Returns c and R of a model under motions of equal norms at every step.
 
     ``X_t Bdot_t`` has the norm ``drive`` and ``Cdot_t`` the norm ``read``.
     """
@@ -35,8 +33,11 @@ def problem(rho, *, depth=DEPTH, drive=1.0, read=1.0):
     rng = np.random.default_rng(0)
     image = rng.normal(size=(N, depth, 2)).astype(np.float32)
     image /= np.linalg.norm(image, axis=(0, 2), keepdims=True)
-    batch = {"image": jnp.asarray(image), "label": jnp.zeros((N, C), jnp.float32)}
-    params = model.init(jax.random.key(0), batch["image"])["params"]
+    batches = {
+        "image": jnp.asarray(image)[None],
+        "label": jnp.zeros((1, N, C), jnp.float32),
+    }
+    params = model.init(jax.random.key(0), image)["params"]
     direction = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape)), params)
     for index, name in enumerate(models.depth_blocks(model, params).names):
         block = direction[name]
@@ -44,8 +45,9 @@ def problem(rho, *, depth=DEPTH, drive=1.0, read=1.0):
         moved = image[:, index] @ block["inputs"]["kernel"]
         block["inputs"]["kernel"] *= drive / jnp.linalg.norm(moved)
     direction = jax.tree.map(lambda p: p.astype(jnp.float32), direction)
-    error_fn = models.linen_error_fn(model, {}, error=grsd_jax.squared_error)
-    return model, error_fn, params, batch, direction
+    problem = Problem(models.linen_outputs(model, {}), batches, loss="squared")
+    constant = float(model.influence_constant(direction, jnp.asarray(image)))
+    return constant, exact_influence(model, problem, params, direction)
 
 
 @pytest.mark.parametrize("moving", ["readouts", "inputs"])
@@ -53,9 +55,7 @@ def problem(rho, *, depth=DEPTH, drive=1.0, read=1.0):
 def test_the_range_is_met_exactly_where_the_bound_is_tight(rho, share, moving):
     # Either the readouts or the inputs move, with equal norms: R = c rho^distance.
     motion = {"drive": float(moving == "inputs"), "read": float(moving == "readouts")}
-    model, error_fn, params, batch, direction = problem(rho, **motion)
-    influence = exact_influence(model, error_fn, params, batch, direction)
-    constant = float(model.influence_constant(direction, batch["image"]))
+    constant, influence = moving_model(rho, **motion)
     report = propagation_report(
         influence, constant=constant, rho=rho, epsilon=share * constant
     )
@@ -68,9 +68,7 @@ def test_the_range_is_met_exactly_where_the_bound_is_tight(rho, share, moving):
 
 @pytest.mark.parametrize("rho", [0.5, 0.9, 0.99])
 def test_influence_lies_under_the_bound_when_everything_moves(rho):
-    model, error_fn, params, batch, direction = problem(rho, depth=10)
-    influence = exact_influence(model, error_fn, params, batch, direction)
-    constant = float(model.influence_constant(direction, batch["image"]))
+    constant, influence = moving_model(rho, depth=10)
     report = propagation_report(
         influence, constant=constant, rho=rho, epsilon=0.9 * constant
     )
@@ -83,9 +81,7 @@ def test_influence_lies_under_the_bound_when_everything_moves(rho):
 
 @pytest.mark.parametrize("rho", [1.0, 1.05])
 def test_an_unstable_propagator_is_reported_as_outside(rho):
-    model, error_fn, params, batch, direction = problem(rho, depth=10, drive=0.0)
-    influence = exact_influence(model, error_fn, params, batch, direction)
-    constant = float(model.influence_constant(direction, batch["image"]))
+    constant, influence = moving_model(rho, depth=10, drive=0.0)
     report = propagation_report(
         influence, constant=constant, rho=rho, epsilon=0.5 * constant
     )

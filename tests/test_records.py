@@ -12,6 +12,7 @@ import pytest
 
 from grsd_jax.experiments.common import records
 from grsd_jax.experiments.common.config import UserError
+from grsd_jax.experiments.common.runs import workdir_lock
 
 
 def files_of(folder):
@@ -83,7 +84,7 @@ def test_a_full_disk_keeps_the_old_file(tmp_path, monkeypatch):
     np.testing.assert_array_equal(records.read_npz(path)["x"], np.ones(3))
     with (
         pytest.raises(UserError, match=r"--workdir: expected .* No space left"),
-        records.workdir_lock(tmp_path / "run"),
+        workdir_lock(tmp_path / "run"),
     ):
         pass
 
@@ -119,7 +120,7 @@ def test_a_workdir_that_is_a_file_is_refused(tmp_path):
     for workdir in (tmp_path / "file", tmp_path / "file" / "inside"):
         with (
             pytest.raises(UserError, match="--workdir: expected to be able to write"),
-            records.workdir_lock(workdir),
+            workdir_lock(workdir),
         ):
             pass
         with pytest.raises(UserError, match="--workdir"):
@@ -177,27 +178,6 @@ def test_json_lines_survive_a_write_that_was_cut_short(tmp_path):
     path.write_text('garbage\n{"step": 1}\n')
     with pytest.raises(UserError, match="a JSON object on every line, got: line 1"):
         records.read_jsonl(path)
-
-
-def test_a_second_run_is_kept_out_while_the_first_lasts(tmp_path):
-    workdir = tmp_path / "run"
-    with records.workdir_lock(workdir) as folder:
-        assert folder == workdir
-        with (
-            pytest.raises(UserError, match=f"no other run in .* pid {os.getpid()}"),
-            records.workdir_lock(workdir),
-        ):
-            pass
-    with records.workdir_lock(workdir):
-        assert files_of(workdir) == [".lock"]
-
-
-def test_the_environment_says_what_a_result_depends_on():
-    found = records.environment(precision="high")
-    assert found["precision"] == "high"
-    assert found["platform"] == "cpu"
-    assert {"jax", "jaxlib", "numpy", "flax", "grsd_jax"} <= set(found["versions"])
-    json.dumps(found)
 
 
 def test_files_are_set_aside_together_under_the_next_free_number(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 
 import example_results
 from grsd_jax.experiments.common.config import UserError
-from grsd_jax.experiments.reproduce.results import Entry, entry_arrays, list_entries
+from grsd_jax.experiments.reproduce.analyse import Entry, entry_arrays, list_entries
 
 
 def test_entries_of_one_model():

@@ -1,68 +1,130 @@
-"""The scripts as a user runs them, in processes of their own."""
+"""The scripts as a user runs them: their help, their errors, what they leave."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
-SMALL = [
-    "--width=2",
-    "--epochs=1",
-    "--train_batch_size=256",
-    "--batch_size=4",
-    "--num_batches=1",
-    "--num_shells=4",
-    "--window=2",
-    "--protocol=shared",
-]
+from grsd_jax.experiments.common import records
+from grsd_jax.experiments.common.checkpoints import restore_latest
+from grsd_jax.experiments.common.networks import weights_template
+from running import SCRIPTS, Twin, run_script, small
+
+TINY = ("--width=1", "--epochs=1", "--train_batch_size=4", "--log_every=2")
 
 
-def run(script, *flags):
-    return subprocess.run(
-        [sys.executable, str(SCRIPTS / script), *flags],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-    )
+@pytest.fixture(autouse=True, scope="module")
+def _small():
+    with small():
+        yield
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("script", sorted(path.name for path in SCRIPTS.glob("*.py")))
 def test_help_helps_and_unknown_values_are_named(script):
-    shown = run(script, "--help")
-    assert "Example" in shown.stdout
-    wrong = run(script, "--workdir=")
-    assert wrong.returncode != 0
-    assert "workdir" in wrong.stderr + wrong.stdout
-    assert "Traceback" not in wrong.stderr
+    shown = run_script(script, "--help")
+    assert "Example" in shown.out
+    wrong = run_script(script, "--workdir=")
+    assert wrong.code != 0
+    assert "workdir" in wrong.err + wrong.out
+    assert "Traceback" not in wrong.err
 
 
-@pytest.mark.slow
-def test_reproduce_then_measure_then_plot(tmp_path):
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("train.py", ("ResNet-18", "seconds", "--workdir", "--schedule_args")),
+        ("track.py", ("records.jsonl", "--record_every", "--models")),
+        ("measure.py", ("--distributed", "--protocol")),
+    ],
+)
+def test_help_says_what_a_script_does_and_how(script, words):
+    shown = run_script(script, "--help").out
+    for word in words:
+        assert word in shown
+
+
+@pytest.mark.parametrize(
+    ("script", "argument", "named"),
+    [
+        ("train.py", "--width=0", "--width"),
+        ("train.py", "--solver=magic", "solver"),
+        ("train.py", "extra", "'extra'"),
+        (
+            "measure.py",
+            "--num_processes=2",
+            "--num_processes: expected --distributed, --coordinator_address",
+        ),
+        ("measure.py", "--protocol=own,shared", "--protocol: expected one protocol"),
+        ("measure.py", "--protocol=shared", "--protocol: expected own"),
+        ("measure.py", "--workdir=missing", "--workdir: expected a folder"),
+        (
+            "plot.py",
+            "--workdir=missing",
+            "results.json': expected a JSON file, got: No",
+        ),
+    ],
+)
+def test_a_bad_command_line_is_told_without_a_traceback(script, argument, named):
+    done = run_script(script, argument)
+    assert (done.code, done.out) == (1, "")
+    assert named in done.err
+    assert "Traceback" not in done.err
+
+
+def test_a_missing_data_set_is_one_sentence(tmp_path):
+    workdir = tmp_path / "run"
+    flags = ("--dataset=cifar10", f"--data_dir={tmp_path}", f"--workdir={workdir}")
+    done = run_script("train.py", *flags)
+    assert (done.code, done.out) == (1, "")
+    assert done.err.startswith("error: --data_dir: expected prepared CIFAR-10")
+    assert done.err.count("\n") == 1
+    assert not workdir.exists()
+
+
+def test_a_run_trains_and_says_where_everything_is(tmp_path):
+    flags = (*TINY, f"--workdir={tmp_path}", "--model=plainnet18")
+    done = run_script("train.py", *flags)
+    assert (done.code, done.err) == (0, "")
+    assert "plainnet18: test accuracy 0." in done.out
+    folder = tmp_path / "plainnet18"
+    lines = records.read_jsonl(folder / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(2, 17, 2))
+    # What it wrote is the ResNet's checkpoint as well.
+    template = {"step": jax.ShapeDtypeStruct((), np.int32)}
+    template |= weights_template(Twin(10, 1, "relu"), (32, 32, 3))._asdict()
+    assert int(restore_latest(folder / "checkpoints", template)["step"]) == 16
+    again = run_script("train.py", *flags)
+    assert "plainnet18: complete already, 16 steps" in again.out
+
+
+def test_track_then_plot(tmp_path):
     workdir = f"--workdir={tmp_path}"
-    done = run("reproduce.py", workdir, *SMALL)
-    assert done.returncode == 0, done.stderr
-    assert "ResNet-18" in done.stdout
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert set(results["protocols"]) == {"shared"}
-
-    one = run("measure.py", workdir, *SMALL, "--model=plainnet18")
-    assert one.returncode == 0, one.stderr
-    measured = json.loads((tmp_path / "plainnet18" / "results.json").read_text())
-    shared = results["models"]["plainnet18"]
-    assert measured["model"]["lambda_max"] == pytest.approx(
-        shared["lambda_max"], rel=1e-5
+    options = (
+        "--width=1",
+        "--depth=1",
+        "--epochs=1",
+        "--train_batch_size=16",
+        "--batch_size=3",
+        "--record_every=2",
+        "--num_shells=5",
+        "--models=plainnet18",
+        "--models=resmlp",
     )
+    done = run_script("track.py", workdir, *options)
+    assert done.code == 0, done.err
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results) == {"config", "environment", "tracks"}
+    assert set(results["tracks"]) == {"plainnet18", "resmlp"}
+    for name, track in results["tracks"].items():
+        lines = records.read_jsonl(tmp_path / name / "records.jsonl")
+        assert [line["step"] for line in lines] == [0, 2, 4]
+        assert track["num_records"] == 3
+    assert len(list((tmp_path / "figures").glob("*.pdf"))) == 6
 
-    drawn = run("plot.py", f"--workdir={tmp_path / 'plainnet18'}")
-    assert drawn.returncode == 0, drawn.stderr
-    assert len(list((tmp_path / "plainnet18" / "figures").glob("*.pdf"))) == 5
-
-    foreign = run("measure.py", workdir, *SMALL, "--model=plainnet18", "--width=3")
-    assert foreign.returncode == 1
-    assert "--width: expected 2 as in the run" in foreign.stderr
-    assert "Traceback" not in foreign.stderr
+    drawn = run_script("plot.py", workdir)
+    assert drawn.code == 0, drawn.err
+    assert drawn.out.count(".png") == 6
+    wrong = run_script("track.py", workdir, *options, "--record_every=3")
+    assert wrong.code == 1
+    assert wrong.err.startswith("error: --record_every: expected 2")

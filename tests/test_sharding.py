@@ -10,22 +10,21 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-import grsd_jax
 from grsd_jax import (
-    block_lanczos,
+    Binning,
+    Derivative,
+    Lanczos,
+    Problem,
     gradient_flow_direction,
     kernel_derivative,
     kernel_matmat,
-    lanczos_init,
-    lanczos_step,
+    linearize_kernel,
     measure_coupling,
     models,
-    ritz_pairs,
-    shard_batches,
-    sharded_kernel,
-    sharded_kernel_derivative,
 )
-from oracles import dense_kernel, problem, random_batches, relative_error
+from grsd_jax.kernel import ShardedKernel, products, shard_batches
+from grsd_jax.linalg import block_lanczos, lanczos_init, lanczos_step, ritz_pairs
+from oracles import dense_kernel, network_problem, plain, random_batches, relative_error
 
 COLUMNS = 4
 
@@ -38,47 +37,58 @@ def make_mesh(num_devices, names=("examples",)):
     )
 
 
+def sharded(problem, mesh, *, layers_known=True):
+    """Returns the same problem with its batches on the mesh."""
+    problem = problem if layers_known else plain(problem)
+    return problem.replace(batches=shard_batches(problem.batches, mesh))
+
+
 @pytest.fixture(scope="module")
 def mlp():
-    error_fn, params, _, loss_fn = problem("mlp", jnp.float32)
-    batches = random_batches(2, 16, (4,), 3)
-    return error_fn, params, batches, gradient_flow_direction(loss_fn, params, batches)
+    problem, params = network_problem("mlp", jnp.float32)
+    problem = problem.replace(batches=random_batches(2, 16, (4,), 3))
+    return problem, params, gradient_flow_direction(problem, params)
 
 
-forms = pytest.mark.parametrize("jacobian", ["plain", "factored"])
+forms = pytest.mark.parametrize("layers_known", [False, True])
 reductions = pytest.mark.parametrize("reduction", ["mean", "stack"])
 
 
 @forms
 @reductions
-def test_products_and_derivative_equal_one_device(mlp, reduction, jacobian):
-    error_fn, params, batches, direction = mlp
-    mesh = make_mesh(8)
-    options = {"reduction": reduction, "jacobian": jacobian}
-    placed = shard_batches(batches, mesh)
-    kernel = sharded_kernel(error_fn, params, placed, mesh, **options)
-    expected = dense_kernel(error_fn, params, batches, reduction)
+def test_products_and_derivative_equal_one_device(mlp, reduction, layers_known):
+    problem, params, direction = mlp
+    problem = problem.replace(reduction=reduction)
+    placed = sharded(problem, make_mesh(8), layers_known=layers_known)
+    kernel = linearize_kernel(placed, params)
+    assert isinstance(kernel, ShardedKernel)
+    expected = dense_kernel(problem, params)
     assert kernel.dimension == len(expected)
     columns = jax.random.normal(jax.random.key(1), (len(expected), COLUMNS))
-    got = kernel.matmat(columns)
-    assert got.sharding.is_equivalent_to(kernel.row_sharding, 2)
-    assert relative_error(got, expected @ columns) < 1e-5
+    for got in (kernel.matmat(columns), kernel_matmat(placed, params, columns)):
+        assert got.sharding.is_equivalent_to(kernel.row_sharding, 2)
+        assert relative_error(got, expected @ columns) < 1e-5
+    split = kernel.matmat(problem.split(columns))
+    assert relative_error(problem.join(split), expected @ columns) < 1e-5
 
-    args = (error_fn, params, batches, direction, columns)
-    one = kernel_derivative(*args, **options)
-    many = sharded_kernel_derivative(*args, mesh, column_chunk=3, **options)
+    # More columns than would be differentiated plainly.
+    columns = jax.random.normal(jax.random.key(1), (len(expected), 6))
+    one = kernel_derivative(problem, params, direction, columns)
+    many = kernel_derivative(placed, params, direction, columns, column_chunk=3)
     assert relative_error(many, one) < 1e-5
 
 
 @reductions
 def test_finite_difference_equals_one_device(mlp, reduction):
-    error_fn, params, batches, direction = mlp
-    size = 48 if reduction == "mean" else 96
-    columns = jax.random.normal(jax.random.key(1), (size, 2))
-    args = (error_fn, params, batches, direction, columns)
-    options = {"method": "finite_difference", "reduction": reduction, "step": 0.05}
-    one = kernel_derivative(*args, **options)
-    many = sharded_kernel_derivative(*args, make_mesh(8), **options)
+    problem, params, direction = mlp
+    problem = problem.replace(reduction=reduction)
+    columns = jax.random.normal(jax.random.key(1), (problem.dimension(params), 2))
+    one, many = (
+        kernel_derivative(
+            either, params, direction, columns, method="finite_difference", step=0.05
+        )
+        for either in (problem, sharded(problem, make_mesh(8)))
+    )
     assert relative_error(many, one) < 1e-4
 
 
@@ -90,30 +100,32 @@ class Convolutions(nn.Module):
 
 
 @forms
-def test_convolutions_statistics_and_a_second_mesh_axis(jacobian):
+def test_convolutions_statistics_and_a_second_mesh_axis(layers_known):
     batches = random_batches(1, 4, (4, 4, 2), 3)
     model = Convolutions()
     variables = model.init(jax.random.key(0), batches["image"][0])
     params = variables["params"]
     stats = jax.tree.map(lambda leaf: leaf + 0.5, variables["batch_stats"])
-    error_fn = models.linen_error_fn(model, {"batch_stats": stats})
+    outputs_fn = models.linen_outputs(model, {"batch_stats": stats})
+    problem = Problem(outputs_fn, batches)
     mesh = make_mesh(2, ("examples", "other"))
     columns = jax.random.normal(jax.random.key(1), (12, 2))
-    kernel = sharded_kernel(error_fn, params, batches, mesh, jacobian=jacobian)
-    expected = dense_kernel(error_fn, params, batches, "mean") @ columns
+    placed = sharded(problem, mesh, layers_known=layers_known)
+    kernel = linearize_kernel(placed, params)
+    expected = dense_kernel(problem, params) @ columns
     assert relative_error(kernel.matmat(columns), expected) < 1e-5
 
 
 @pytest.mark.parametrize(("reduction", "driver"), [("mean", "host"), ("stack", "scan")])
 def test_lanczos_and_ritz_pairs_lie_by_rows(mlp, reduction, driver):
-    error_fn, params, batches, _ = mlp
-    mesh = make_mesh(8)
-    kernel = sharded_kernel(error_fn, params, batches, mesh, reduction=reduction)
+    problem, params, _ = mlp
+    problem = problem.replace(reduction=reduction)
+    kernel = linearize_kernel(sharded(problem, make_mesh(8)), params)
     start = jax.random.normal(jax.random.key(1), (kernel.dimension, COLUMNS))
     key = jax.random.key(2)
 
     def product(block):
-        return kernel_matmat(error_fn, params, batches, block, reduction=reduction)
+        return kernel_matmat(problem, params, block)
 
     one = block_lanczos(product, start, 4, key=key, driver="host")
     expected = ritz_pairs(one)
@@ -151,16 +163,15 @@ def reduced_numbers(compiled):
 
 @forms
 @reductions
-def test_work_falls_with_devices_and_one_sum_is_sent(reduction, jacobian):
-    error_fn, params, _, _ = problem("mlp", jnp.float32)
+def test_work_falls_with_devices_and_one_sum_is_sent(mlp, reduction, layers_known):
+    problem, params, _ = mlp
     batches = random_batches(2, 512, (4,), 3)
+    problem = problem.replace(batches=batches, reduction=reduction)
     flops, accessed, held = {}, {}, {}
     num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
     for count in (1, 2, 4, 8):
-        mesh = make_mesh(count)
-        kernel = sharded_kernel(
-            error_fn, params, batches, mesh, reduction=reduction, jacobian=jacobian
-        )
+        placed = sharded(problem, make_mesh(count), layers_known=layers_known)
+        kernel = linearize_kernel(placed, params)
         columns = jax.device_put(
             jnp.ones((kernel.dimension, COLUMNS)), kernel.row_sharding
         )
@@ -199,16 +210,28 @@ def test_a_lanczos_step_keeps_the_basis_where_it_lies():
 
 
 @pytest.mark.parametrize(
-    ("reduction", "options"),
-    [("mean", {}), pytest.param("stack", {"max_bytes": 1}, marks=pytest.mark.slow)],
+    ("reduction", "room"),
+    [("mean", None), pytest.param("stack", 1, marks=pytest.mark.slow)],
 )
-def test_the_whole_measurement_equals_one_device(mlp, reduction, options):
-    options |= {"key": jax.random.key(0), "reduction": reduction, "num_shells": 4}
-    options |= {"block_size": 4, "num_steps": 5, "window": 2, "num_bootstrap": 0}
-    options |= {"step": 0.05}  # so that the secant differs by more than its rounding
-    one = measure_coupling(*mlp, solver="lanczos", **options)
+def test_the_whole_measurement_equals_one_device(mlp, monkeypatch, reduction, room):
+    if room is not None:  # nothing fits, so that products are made anew each time
+        monkeypatch.setattr(products, "default_bytes", lambda: room)
+    problem, params, direction = mlp
+    problem = problem.replace(reduction=reduction)
     mesh = make_mesh(8)
-    many = measure_coupling(*mlp, mesh=mesh, **options)
+    one, many = (
+        measure_coupling(
+            either,
+            params,
+            direction,
+            key=jax.random.key(0),
+            solver=Lanczos(block_size=4, num_steps=5),
+            shells=Binning(num_shells=4, window=2, num_bootstrap=0),
+            # So that the secant differs by more than its rounding.
+            derivative=Derivative(step=0.05),
+        )
+        for either in (problem, sharded(problem, mesh))
+    )
     assert (many.solver, many.jacobian) == (one.solver, one.jacobian)
     assert many.finite
     assert relative_error(many.values, one.values) < 1e-5
@@ -224,8 +247,8 @@ def test_the_whole_measurement_equals_one_device(mlp, reduction, options):
 
 
 def test_new_parameters_do_not_compile_again(mlp):
-    error_fn, params, batches, _ = mlp
-    mesh = make_mesh(8)
+    problem, params, _ = mlp
+    problem = sharded(problem, make_mesh(8))
     traces = 0
 
     @jax.jit
@@ -236,34 +259,39 @@ def test_new_parameters_do_not_compile_again(mlp):
 
     for scale in (1.0, 0.5):
         moved = jax.tree.map(lambda leaf, s=scale: leaf * np.float32(s), params)
-        kernel = sharded_kernel(error_fn, moved, batches, mesh)
+        kernel = linearize_kernel(problem, moved)
         apply(kernel, jnp.ones((kernel.dimension, 2)))
     assert traces == 1
 
 
 def test_bad_input_is_named(mlp):
-    error_fn, params, batches, direction = mlp
-    mesh = make_mesh(8)
+    problem, params, direction = mlp
+    problem = problem.replace(reduction="mean")
+    batches, mesh = problem.batches, make_mesh(8)
     with pytest.raises(ValueError, match="axis: expected one of 'examples', got 'x'"):
         shard_batches(batches, mesh, axis="x")
     few = jax.tree.map(lambda leaf: leaf[:, :12], batches)
     with pytest.raises(ValueError, match="N to be a multiple of the 8 devices"):
-        sharded_kernel(error_fn, params, few, mesh)
+        shard_batches(few, mesh)
     explicit = jax.make_mesh((8,), ("examples",), axis_types=(AxisType.Explicit,))
     with pytest.raises(ValueError, match="mesh: expected the axis 'examples' to be of"):
-        sharded_kernel(error_fn, params, batches, explicit)
-    kernel = sharded_kernel(error_fn, params, batches, mesh)
+        shard_batches(batches, explicit)
+    by_examples = jax.NamedSharding(explicit, jax.P(None, "examples"))
+    placed = problem.replace(batches=jax.device_put(batches, by_examples))
+    with pytest.raises(ValueError, match="mesh: expected the axis 'examples' to be of"):
+        linearize_kernel(placed, params)
+    placed = sharded(problem, mesh)
+    kernel = linearize_kernel(placed, params)
     with pytest.raises(ValueError, match=r"block: expected shape \[48, any\]"):
         kernel.matmat(jnp.ones((47, 2)))
     with pytest.raises(ValueError, match="block: expected dtype float32"):
         kernel.matmat(jnp.ones((48, 2), jnp.bfloat16))
-    args = (error_fn, params, batches, direction, jnp.ones((48, 2)), mesh)
+    columns = jnp.ones((48, 2))
     with pytest.raises(ValueError, match="column_chunk: expected an integer >= 1"):
-        sharded_kernel_derivative(*args, column_chunk=0)
+        kernel_derivative(placed, params, direction, columns, column_chunk=0)
     with pytest.raises(ValueError, match="method: expected one of 'exact'"):
-        sharded_kernel_derivative(*args, method="secant")
-    assert grsd_jax.ShardedKernel is type(kernel)
-    with pytest.raises(ValueError, match="solver, with a mesh,: expected one"):
+        kernel_derivative(placed, params, direction, columns, method="secant")
+    with pytest.raises(ValueError, match="solver, with batches on a mesh,: expected"):
         measure_coupling(
-            *args[:4], mesh=mesh, solver="dense", block_size=2, key=jax.random.key(0)
+            placed, params, direction, solver="dense", key=jax.random.key(0)
         )

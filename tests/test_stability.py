@@ -1,3 +1,5 @@
+"""Norms of J and Jdot, drifts and exponents, against matrices and closed forms."""
+
 import types
 
 import jax
@@ -6,39 +8,33 @@ import numpy as np
 import pytest
 
 import block_problems
-from grsd_jax import (
-    gradient_flow_direction,
+from grsd_jax import Binning, gradient_flow_direction, measure_coupling
+from grsd_jax.conditions import (
     log_lipschitz,
-    measure_coupling,
     operator_norms,
     projector_drift,
     shell_drift,
 )
-from oracles import problem
+from oracles import dense_jacobians, network_problem
 
 KEY = jax.random.key(0)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "stack"])
 def test_norms_are_the_largest_singular_values(reduction):
-    error_fn, params, batches, loss_fn = problem("mlp", jnp.float32)
-    direction = gradient_flow_direction(loss_fn, params, batches)
+    problem, params = network_problem("mlp", jnp.float32, reduction=reduction)
+    direction = gradient_flow_direction(problem, params)
 
     def jacobian(p):
-        parts = []
-        for k in range(2):
-            batch = jax.tree.map(lambda leaf, k=k: leaf[k], batches)
-            rows = jax.jacrev(lambda q, b=batch: error_fn(q, b).reshape(-1))(p)
-            leaves = [leaf.reshape(leaf.shape[0], -1) for leaf in jax.tree.leaves(rows)]
-            parts.append(jnp.concatenate(leaves, axis=1))
+        parts = dense_jacobians(problem, p)
         if reduction == "stack":
             return jnp.concatenate(parts)
         return jnp.concatenate(parts, axis=1) / 2**0.5
 
-    dense, moved = jax.jvp(jacobian, (params,), (direction,))
-    got = operator_norms(
-        error_fn, params, batches, direction, key=KEY, reduction=reduction
+    dense, moved = jax.jit(lambda p, d: jax.jvp(jacobian, (p,), (d,)))(
+        params, direction
     )
+    got = operator_norms(problem, params, direction, key=KEY)
     assert bool(jnp.all(got.converged))
     for value, matrix, residual in zip(
         (got.jacobian, got.derivative), (dense, moved), got.residuals, strict=True
@@ -49,18 +45,16 @@ def test_norms_are_the_largest_singular_values(reduction):
 
 
 def test_norms_that_have_not_converged_are_marked():
-    error_fn, params, batches, loss_fn = problem("mlp", jnp.float32)
-    direction = gradient_flow_direction(loss_fn, params, batches)
-    got = operator_norms(
-        error_fn, params, batches, direction, key=KEY, block_size=1, max_steps=1
-    )
+    problem, params = network_problem("mlp", jnp.float32, reduction="mean")
+    direction = gradient_flow_direction(problem, params)
+    got = operator_norms(problem, params, direction, key=KEY, max_steps=1)
     assert not bool(jnp.any(got.converged))
     assert bool(jnp.all(got.residuals > 1e-3))
 
 
 def test_orthogonal_layers_have_a_norm_of_the_root_of_their_number():
-    error_fn, params, batches, _ = block_problems.orthogonal_layers(num_blocks=4)
-    got = operator_norms(error_fn, params, batches, params, key=KEY)
+    problem, params, _ = block_problems.orthogonal_layers(num_blocks=4)
+    got = operator_norms(problem, params, params, key=KEY)
     np.testing.assert_allclose(got.jacobian, 2.0, rtol=1e-5)
     # J is homogeneous of degree 3 in the weights, and d are the weights.
     np.testing.assert_allclose(got.derivative, 3 * 2.0, rtol=1e-5)
@@ -109,11 +103,11 @@ def test_lipschitz_constant_of_a_power_is_its_exponent():
 
 
 def test_shells_do_not_drift_when_nothing_moves():
-    error_fn, params, batches, loss_fn = problem("mlp", jnp.float32)
-    direction = gradient_flow_direction(loss_fn, params, batches)
-    options = {"num_shells": 4, "window": 3, "num_bootstrap": 0, "solver": "dense"}
+    problem, params = network_problem("mlp", jnp.float32, reduction="mean")
+    direction = gradient_flow_direction(problem, params)
+    shells = Binning(num_shells=4, window=3, num_bootstrap=0)
     here, there = (
-        measure_coupling(error_fn, p, batches, direction, key=KEY, **options)
+        measure_coupling(problem, p, direction, key=KEY, solver="dense", shells=shells)
         for p in (params, jax.tree.map(lambda leaf: 1.5 * leaf, params))
     )
     still = shell_drift([here, here])

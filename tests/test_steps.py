@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,13 +8,15 @@ import pytest
 from flax import linen as nn
 
 from grsd_jax.experiments.common.config import Config, UserError
-from grsd_jax.experiments.common.steps import (
+from grsd_jax.experiments.common.networks import init_weights, weights_template
+from grsd_jax.experiments.common.training import (
     init_state,
     make_optimizer,
     make_schedule,
-    state_template,
     train_step,
 )
+
+SHAPE = (8, 8, 3)
 
 
 class TinyNet(nn.Module):
@@ -39,7 +43,7 @@ def standard_promotion():
 @pytest.fixture
 def batch():
     rng = np.random.default_rng(0)
-    images = rng.normal(size=(5, 8, 8, 3)).astype(np.float32)
+    images = rng.normal(size=(5, *SHAPE)).astype(np.float32)
     return images, np.asarray([0, 1, 2, 1, 0], np.int32)
 
 
@@ -94,8 +98,9 @@ def test_arguments_that_do_not_fit_are_one_sentence(arguments):
 
 def test_the_template_is_the_state_without_its_values(batch):
     optimizer = make_optimizer(Config(), total_steps=1)
-    template = state_template(TinyNet(), optimizer, batch[0][0])
-    state = init_state(TinyNet(), optimizer, batch[0][0], seed=0)
+    start = functools.partial(init_state, optimizer=optimizer)
+    template = jax.eval_shape(start, weights_template(TinyNet(), SHAPE))
+    state = start(init_weights(TinyNet(), SHAPE, seed=0))
     assert jax.tree.structure(template) == jax.tree.structure(state)
     for leaf, wanted in zip(
         jax.tree.leaves(template), jax.tree.leaves(state), strict=True
@@ -105,11 +110,10 @@ def test_the_template_is_the_state_without_its_values(batch):
 
 
 def test_the_initial_weights_are_a_function_of_the_seed(batch):
-    optimizer = make_optimizer(Config(), total_steps=1)
     kernels = []
     for seed in (0, 0, 1):
-        state = init_state(TinyNet(), optimizer, batch[0][0], seed=seed)
-        kernels.append(state.params["Dense_0"]["kernel"])
+        weights = init_weights(TinyNet(), SHAPE, seed=seed)
+        kernels.append(weights.params["Dense_0"]["kernel"])
     np.testing.assert_array_equal(kernels[0], kernels[1])
     assert not np.array_equal(kernels[0], kernels[2])
 
@@ -119,7 +123,7 @@ def test_a_step_is_momentum_sgd_on_the_mean_cross_entropy(batch):
     images, labels = batch
     model, config = TinyNet(), Config(learning_rate=0.2, momentum=0.7)
     optimizer = make_optimizer(config, total_steps=3)
-    state = init_state(model, optimizer, images[0], seed=0)
+    state = init_state(init_weights(model, SHAPE, seed=0), optimizer)
 
     def loss_fn(params, batch_stats):
         variables = {"params": params, "batch_stats": batch_stats}
@@ -152,7 +156,7 @@ def test_a_step_is_momentum_sgd_on_the_mean_cross_entropy(batch):
 def test_a_step_tells_whether_everything_is_finite(batch):
     images, labels = batch
     optimizer = make_optimizer(Config(), total_steps=3)
-    state = init_state(TinyNet(), optimizer, images[0], seed=0)
+    state = init_state(init_weights(TinyNet(), SHAPE, seed=0), optimizer)
     state, metrics = train_step(TinyNet(), optimizer, state, images, labels)
     assert bool(metrics["finite"])
     # In train mode the stored statistics play no part in the loss.
@@ -166,7 +170,7 @@ def test_a_step_tells_whether_everything_is_finite(batch):
 def test_steps_are_traced_once_and_donate_the_state(batch):
     images, labels = batch
     optimizer = make_optimizer(Config(), total_steps=3)
-    state = first = init_state(TinyNet(), optimizer, images[0], seed=0)
+    state = first = init_state(init_weights(TinyNet(), SHAPE, seed=0), optimizer)
     TinyNet.traces.clear()
     for _ in range(3):
         state, _ = train_step(TinyNet(), optimizer, state, images, labels)

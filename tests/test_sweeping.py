@@ -3,10 +3,6 @@
 import csv
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,21 +10,16 @@ import optax
 import pytest
 from absl import flags as absl_flags
 
-import grsd_jax
-from grsd_jax import models
-from grsd_jax.experiments.common import flags, records
+from grsd_jax import Binning, Problem, measure_coupling
+from grsd_jax.experiments.common import flags
 from grsd_jax.experiments.common.config import CHAINS, UserError
 from grsd_jax.experiments.common.data import evaluation_batches, synthetic_textures
-from grsd_jax.experiments.sweep import figures as sweep_figures
+from grsd_jax.experiments.sweep import analyse, figures
 from grsd_jax.experiments.sweep import run as sweeping
-from grsd_jax.experiments.sweep.config import (
-    SweepConfig,
-    cell_fingerprint,
-    cell_network,
-    list_cells,
-)
+from grsd_jax.experiments.sweep.config import SweepConfig, cell_network, list_cells
+from grsd_jax.models import linen_outputs
+from running import run_script
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "sweep.py"
 DATA = synthetic_textures(num_train=32, num_test=16, num_classes=3)
 
 
@@ -76,17 +67,6 @@ def test_every_network_of_a_sweep_can_be_made(name):
     assert getattr(model, "residual", None) in (None, name.startswith("res"))
 
 
-def test_fingerprints_follow_what_a_cell_computes_and_nothing_else():
-    config = SweepConfig()
-    cell = list_cells(config)[0]
-    mark = cell_fingerprint(cell, config, "data")
-    changes = {"workdir": "elsewhere", "seeds": (5,), "depths": (3,)}
-    assert mark == cell_fingerprint(cell, SweepConfig(**changes), "data")
-    assert mark != cell_fingerprint(cell, SweepConfig(steps=3), "data")
-    assert mark != cell_fingerprint(cell._replace(seed=9), config, "data")
-    assert mark != cell_fingerprint(cell, config, "other data")
-
-
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("sweep")
@@ -94,28 +74,35 @@ def swept(tmp_path_factory):
 
 
 def test_a_sweep_writes_one_row_per_cell(swept):
-    workdir, results = swept
-    assert json.loads((workdir / "sweep.json").read_text())["data_fingerprint"]
+    workdir, rows = swept
+    about = json.loads((workdir / "sweep.json").read_text())
+    assert about["data_fingerprint"] == DATA.fingerprint
+    assert about["config"]["steps"] == 2
     with open(workdir / "sweep.csv", newline="") as file:
-        table = list(csv.DictReader(file))
-    assert tuple(table[0]) == sweeping.COLUMNS
-    assert [(r["model"], int(r["seed"])) for r in table] == [
-        ("mlp", 0),
-        ("mlp", 1),
-        ("ssm", 0),
-        ("ssm", 1),
-    ]
-    for line, row in zip(table, results["rows"], strict=True):
-        assert line["status"] == "done"
-        assert float(line["train_loss"]) == pytest.approx(row["train_loss"])
+        assert tuple(next(csv.reader(file))) == analyse.COLUMNS
+    assert analyse.read_rows(workdir / "sweep.csv") == rows
+    cells = [(row["model"], row["seed"]) for row in rows]
+    assert cells == [("mlp", 0), ("mlp", 1), ("ssm", 0), ("ssm", 1)]
+    for row in rows:
+        assert row["status"] == "done"
+        assert row["branch_scale"] is None
         assert 0 < row["num_resolved"] <= 4 * 3
         assert 0 <= row["toeplitz_residual"] <= 1
         assert row["num_paths"] == 16
     # The state-space model's Jacobian is rho times an orthogonal matrix.
-    assert results["rows"][2]["initial_increment_mean"] == pytest.approx(
-        math.log(0.9), rel=1e-5
-    )
-    assert results["rows"][2]["trained_increment_variance"] < 1e-10
+    assert rows[2]["initial_increment_mean"] == pytest.approx(math.log(0.9), rel=1e-5)
+    assert rows[2]["trained_increment_variance"] < 1e-10
+
+
+def test_rows_that_are_not_a_sweep_are_named(tmp_path):
+    with pytest.raises(UserError, match="expected the rows of a sweep"):
+        analyse.read_rows(tmp_path / "missing.csv")
+    (tmp_path / "empty.csv").write_text(",".join(analyse.COLUMNS) + "\n")
+    with pytest.raises(UserError, match="expected at least one row of 33 columns"):
+        analyse.read_rows(tmp_path / "empty.csv")
+    (tmp_path / "other.csv").write_text("depth,seed\ntwo,0\n")
+    with pytest.raises(UserError, match="expected the rows of a sweep"):
+        analyse.read_rows(tmp_path / "other.csv")
 
 
 def test_a_row_is_what_the_library_measures(swept):
@@ -128,16 +115,11 @@ def test_a_row_is_what_the_library_measures(swept):
         DATA.test_images, DATA.test_labels, num_batches=1, batch_size=4, seed=0
     )
     params = model.init(jax.random.key(0), batches["image"][0])["params"]
-    loss_fn = models.linen_loss_fn(model, {})
-    measured = grsd_jax.measure_coupling(
-        models.linen_error_fn(model, {}),
+    measured = measure_coupling(
+        Problem(linen_outputs(model, {}), batches),
         params,
-        batches,
-        grsd_jax.gradient_flow_direction(loss_fn, params, batches),
         key=jax.random.key(0),
-        num_shells=4,
-        window=2,
-        num_bootstrap=0,
+        shells=Binning(4, 2, num_bootstrap=0),
     )
     assert row["slope"] == pytest.approx(float(measured.diagonal_fit.exponent), 1e-3)
     assert row["r_squared"] == pytest.approx(
@@ -149,29 +131,38 @@ def test_a_row_is_what_the_library_measures(swept):
 
 
 def test_a_sweep_goes_on_after_a_kill_and_does_nothing_twice(swept, monkeypatch):
-    workdir, results = swept
+    workdir, rows = swept
     done = []
 
     def count(cell, *args):
         done.append(cell.name)
-        with open(workdir / "sweep.csv", newline="") as file:
-            assert len(list(csv.DictReader(file))) == 3  # all but this one
-        return results["rows"][3]
+        assert len(analyse.read_rows(workdir / "sweep.csv")) == 3  # all but this one
+        return rows[3]
 
     monkeypatch.setattr(sweeping, "measure_cell", count)
-    again = sweeping.run_sweep(DATA, small(workdir))
+    assert sweeping.run_sweep(DATA, small(workdir)) == rows
     assert done == []
-    assert [r["slope"] for r in again["rows"]] == pytest.approx(
-        [r["slope"] for r in results["rows"]]
-    )
-    (workdir / "cells" / "ssm-L2-w3-seed1.json").unlink()  # killed in the last cell
-    sweeping.run_sweep(DATA, small(workdir))
+    last = workdir / "cells" / "ssm-L2-w3-seed1.json"
+    last.unlink()  # killed in the last cell
+    assert sweeping.run_sweep(DATA, small(workdir)) == rows
     assert done == ["ssm-L2-w3-seed1"]
-    damaged = workdir / "cells" / "ssm-L2-w3-seed1.json"
-    note = json.loads(damaged.read_text())
-    damaged.write_text(json.dumps(note | {"fingerprint": "of other settings"}))
+    note = json.loads(last.read_text())
+    note["made_by"]["settings"]["steps"] = 3
+    last.write_text(json.dumps(note))
     sweeping.run_sweep(DATA, small(workdir))
     assert done == ["ssm-L2-w3-seed1"] * 2
+
+
+def test_cells_follow_what_they_compute_and_nothing_else(swept, monkeypatch):
+    workdir, rows = swept
+    monkeypatch.setattr(sweeping, "measure_cell", lambda *_: {"status": "again"})
+    larger = small(workdir, seeds=(0, 1, 2), depths=(2, 3))
+    again = sweeping.run_sweep(DATA, larger)
+    kept = [row for row in again if row["status"] == "done"]
+    assert (kept, len(again)) == (rows, 2 * 2 * 3)
+    for cell in (workdir / "cells").iterdir():
+        if cell.stem not in {c.name for c in list_cells(small(workdir))}:
+            cell.unlink()
 
 
 def test_a_network_that_diverges_keeps_its_row(tmp_path):
@@ -188,7 +179,7 @@ def fake_rows():
     for model, scale in (("mlp", None), ("resmlp", 0.1), ("resmlp", 0.3)):
         for depth in (2, 4):
             for seed in (0, 1, 2):
-                row = dict.fromkeys(sweeping.COLUMNS, 0.5 + 0.1 * seed)
+                row = dict.fromkeys(analyse.COLUMNS, 0.5 + 0.1 * seed)
                 row |= {"model": model, "depth": depth, "branch_scale": scale}
                 row |= {"width": 16, "activation": "gelu"}
                 rows.append(row | {"seed": seed, "slope": depth + seed})
@@ -203,8 +194,8 @@ def test_figures_show_means_in_bands_over_seeds(tmp_path, monkeypatch):
         drawn.update({name: draw() for name, draw in drawings.items()})
         return []
 
-    monkeypatch.setattr(sweep_figures, "save_figures", keep)
-    sweep_figures.write_sweep_figures({"rows": fake_rows()}, tmp_path)
+    monkeypatch.setattr(figures, "save_figures", keep)
+    figures.write_sweep_figures(fake_rows(), tmp_path)
     names = ("coupling", "increments", "mixing", "scale")
     assert set(drawn) == {f"sweep_{name}" for name in names}
     axis = drawn["sweep_coupling"].axes[1]
@@ -222,17 +213,14 @@ def test_figures_show_means_in_bands_over_seeds(tmp_path, monkeypatch):
     rows = fake_rows()
     rows[7]["initial_correlation_time"] = 100.0
     assert rows[7]["depth"] == 2
-    sweep_figures.write_sweep_figures({"rows": rows}, tmp_path)
+    figures.write_sweep_figures(rows, tmp_path)
     (again,) = (
         line
         for line in drawn["sweep_scale"].axes[5].lines
         if line.get_label() == "resmlp"
     )
     np.testing.assert_array_equal(again.get_ydata(), line.get_ydata())
-    table = sweep_figures.format_sweep({"rows": fake_rows()})
-    assert "resmlp, s = 0.3" in table
-    with pytest.raises(UserError, match="expected at least one row"):
-        sweep_figures.format_sweep({})
+    assert "resmlp, s = 0.3" in analyse.format_sweep(fake_rows())
 
 
 def test_widths_and_activations_are_lines_of_their_own():
@@ -242,11 +230,10 @@ def test_widths_and_activations_are_lines_of_their_own():
         for width in (8, 16)
         for activation in ("relu", "gelu")
     ]
-    table = sweep_figures.format_sweep({"rows": rows})
+    table = analyse.format_sweep(rows)
     assert "resmlp, s = 0.3, w = 16, gelu" in table
     assert "mlp, w = 8, relu" in table
-    one = sweep_figures.format_sweep({"rows": fake_rows()})
-    assert "w = " not in one
+    assert "w = " not in analyse.format_sweep(fake_rows())
 
 
 def test_flags_give_the_settings_and_name_what_is_wrong():
@@ -272,26 +259,62 @@ def test_flags_give_the_settings_and_name_what_is_wrong():
         )
 
 
-@pytest.mark.slow
-def test_script_sweeps_draws_and_draws_again(tmp_path):
-    def run(*arguments):
-        return subprocess.run(
-            [sys.executable, str(SCRIPT), f"--workdir={tmp_path}", *arguments],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        )
+def trend(model, scale, falls):
+    """A network whose residual falls with depth in the seeds that are given True."""
+    return [
+        dict.fromkeys(analyse.COLUMNS, 0.5)
+        | {
+            "model": model,
+            "branch_scale": scale,
+            "width": 16,
+            "activation": "gelu",
+            "depth": depth,
+            "seed": seed,
+            "toeplitz_middle_third": 1 / depth if down else depth / 100,
+            "slope": 1 + 1 / depth,
+            "r_squared": None if depth == 2 else 0.9 + depth / 1000,
+        }
+        for depth in (2, 4, 8, 16)
+        for seed, down in enumerate(falls)
+    ]
 
-    sizes = ["--models=resmlp", "--depths=2", "--widths=4", "--branch_scales=0.3"]
-    done = run(*sizes, "--seeds=0", "--steps=1", "--batch_size=4", "--num_shells=4")
-    assert done.returncode == 0, done.stderr
-    assert "resmlp, s = 0.3" in done.stdout
-    first = sorted((tmp_path / "figures").iterdir())
-    assert len(first) == 8
-    first[0].unlink()
-    assert run("--figures_only").returncode == 0
-    assert first[0].exists()
-    assert records.read_json(tmp_path / "sweep.json")["rows"][0]["status"] == "done"
-    wrong = run("--depths=none")
-    assert wrong.returncode != 0
-    assert "Traceback" not in wrong.stderr
+
+def test_the_trend_with_depth_is_told_by_ranks():
+    _, first, second, third = analyse.depth_rows(
+        trend("rescnn", 0.1, (True, True, True))
+        + trend("rescnn", 0.3, (True, False, True))
+        + trend("cnn", None, (False, False))
+    )
+    up, down = "1.00 [1.00, 1.00]", "-1.00 [-1.00, -1.00]"
+    assert first == ["rescnn, s = 0.1", "2, 4, 8, 16", down, down, up]
+    assert second[2] == "-0.33 [-1.00, 1.00]"
+    assert third[2] == up
+    unfinished = [
+        row
+        for row in trend("rescnn", 0.1, (True, True, True))
+        if row["seed"] < 2 or row["depth"] == 2
+    ]
+    assert analyse.depth_rows(unfinished)[1][2] == "n/a"
+    assert analyse.format_sweep(trend("cnn", None, (True,))).count("network") == 2
+    assert analyse.format_sweep(fake_rows()).count("network") == 1
+
+
+def test_rank_correlation_leaves_out_what_is_undefined():
+    assert analyse.rank_correlation([1, 2, 3, 4], [4.0, None, 3.0, 2.0]) == -1
+    assert np.isnan(analyse.rank_correlation([1, 2, 3], [None, 1.0, 2.0]))
+    assert np.isnan(analyse.rank_correlation([1, 2, 3], [0.5, 0.5, 0.5]))
+    assert analyse.rank_correlation([2, 2, 4, 4], [1.0, 2.0, 1.0, 2.0]) == 0
+
+
+def test_script_draws_again_from_the_rows_alone(swept, tmp_path):
+    rows = swept[1]
+    analyse.write_rows(tmp_path / "sweep.csv", rows)
+    done = run_script("sweep.py", f"--workdir={tmp_path}", "--figures_only")
+    assert done.code == 0, done.err
+    assert analyse.format_sweep(rows) in done.out
+    drawn = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert {"sweep_coupling.png", "sweep_scale.pdf"} <= drawn
+    assert len(drawn) == 8
+    wrong = run_script("sweep.py", f"--workdir={tmp_path}", "--depths=none")
+    assert wrong.code != 0
+    assert "Traceback" not in wrong.err

@@ -3,11 +3,17 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 
 import example_results
 from grsd_jax.experiments.common.config import UserError
-from grsd_jax.experiments.reproduce.tables import edge_and_centre, format_table
+from grsd_jax.experiments.common.quantities import (
+    centre_residual,
+    edge_residual,
+    middle_third_residual,
+)
+from grsd_jax.experiments.reproduce.analyse import format_table
 
 
 def cells(table):
@@ -93,16 +99,27 @@ def test_slope_without_error_or_interval():
     assert scaling[2][6] == "2.000 +- n/a [n/a, n/a]"
 
 
-def test_edge_and_centre():
-    nan = float("nan")
-    odd = [(0.0, 0.8), (0.25, 0.5), (0.5, 0.2), (0.75, 0.4), (1.0, 0.6)]
-    assert edge_and_centre(odd) == pytest.approx((0.7, 0.2))
-    even = [(0.0, 0.8), (1 / 3, 0.5), (2 / 3, 0.3), (1.0, 0.6)]
-    assert edge_and_centre(even) == pytest.approx((0.7, 0.4))
-    broken = [(0.0, nan), (0.25, 0.5), (0.5, nan), (0.75, 0.3), (1.0, 0.6)]
-    assert edge_and_centre(broken) == pytest.approx((0.55, 0.4))
-    assert edge_and_centre([(0.0, 0.1), (0.5, nan), (1.0, 0.2)]) == (None, None)
-    assert edge_and_centre([]) == (None, None)
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("windows", "edge", "centre", "middle"),
+    [
+        ([0.8, 0.5, 0.2, 0.4, 0.6], 0.7, 0.2, 1.1 / 3),
+        ([0.8, 0.5, 0.3, 0.6], 0.7, 0.4, 0.4),
+        ([NAN, 0.5, NAN, 0.3, 0.6], 0.55, 0.4, 0.4),
+        ([0.8, 0.7, 0.5, 0.1, 0.4, 0.9, 0.6], 0.7, 0.1, 1.0 / 3),
+        ([0.1, NAN, 0.2], NAN, NAN, NAN),
+        ([0.1, 0.3], NAN, NAN, 0.2),
+        ([], NAN, NAN, NAN),
+    ],
+)
+def test_edge_centre_and_middle_third_are_three_quantities(
+    windows, edge, centre, middle
+):
+    placed = list(zip(np.linspace(0, 1, len(windows)), windows, strict=True))
+    found = [f(placed) for f in (edge_residual, centre_residual, middle_third_residual)]
+    np.testing.assert_allclose(found, [edge, centre, middle], rtol=1e-12)
 
 
 def test_not_a_result():

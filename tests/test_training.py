@@ -12,6 +12,8 @@ from flax import linen as nn
 from grsd_jax.experiments.common import data, records, training
 from grsd_jax.experiments.common.checkpoints import Checkpoints
 from grsd_jax.experiments.common.config import Config, UserError
+from grsd_jax.experiments.common.networks import Weights, recalibrate_batch_stats
+from grsd_jax.experiments.common.runs import workdir_lock
 
 
 class TinyNet(nn.Module):
@@ -72,6 +74,10 @@ def whole(dataset, tmp_path_factory):
         patch.setattr(training, "make_optimizer", cached_optimizer)
         with jax.numpy_dtype_promotion("standard"):
             return train(dataset, workdir), workdir / "tiny"
+
+
+def weights_of(state):
+    return Weights(state.params, state.batch_stats)
 
 
 def metrics_of(folder):
@@ -183,7 +189,7 @@ def test_checkpoints_without_settings_are_refused(dataset, tmp_path):
 
 def test_a_second_run_at_the_same_time_is_refused(dataset, tmp_path):
     with (
-        records.workdir_lock(tmp_path / "tiny"),
+        workdir_lock(tmp_path / "tiny"),
         pytest.raises(UserError, match="--workdir: expected no other run"),
     ):
         train(dataset, tmp_path)
@@ -286,8 +292,7 @@ def test_accuracy_counts_the_last_batch_right(whole, dataset, batch_size):
     wanted = np.mean(np.argmax(logits, axis=-1) == dataset.test_labels)
     found = training.evaluate(
         model,
-        state.params,
-        state.batch_stats,
+        weights_of(state),
         dataset.test_images,
         dataset.test_labels,
         batch_size=batch_size,
@@ -301,8 +306,7 @@ def test_accuracy_of_nothing_is_refused(whole, dataset):
     with pytest.raises(ValueError, match=r"len.images.: expected an integer >= 1"):
         training.evaluate(
             TinyNet(),
-            state.params,
-            state.batch_stats,
+            weights_of(state),
             dataset.test_images[:0],
             dataset.test_labels[:0],
         )
@@ -312,8 +316,8 @@ def test_recalibration_averages_the_statistics_of_the_batches(whole, dataset):
     """Against the moments of each normalisation's input, computed directly."""
     state, model = whole[0].state, TinyNet()
     images = dataset.train_images
-    found = training.recalibrate_batch_stats(
-        model, state.params, state.batch_stats, images, batch_size=20, num_batches=4
+    found = recalibrate_batch_stats(
+        model, weights_of(state), images, batch_size=20, num_batches=4
     )
     wanted = jax.tree.map(np.zeros_like, state.batch_stats)
     for start in range(0, 80, 20):
@@ -340,8 +344,8 @@ def test_recalibration_does_not_depend_on_the_old_statistics(whole, dataset):
     options = {"batch_size": 20, "num_batches": 2}
     strange = jax.tree.map(lambda x: x * 100 + 5, state.batch_stats)
     one, two = (
-        training.recalibrate_batch_stats(
-            TinyNet(), state.params, old, dataset.train_images, **options
+        recalibrate_batch_stats(
+            TinyNet(), Weights(state.params, old), dataset.train_images, **options
         )
         for old in (state.batch_stats, strange)
     )
@@ -351,10 +355,9 @@ def test_recalibration_does_not_depend_on_the_old_statistics(whole, dataset):
 def test_recalibration_needs_enough_images(whole, dataset):
     state = whole[0].state
     with pytest.raises(ValueError, match="expected at most the 100 images, got 102"):
-        training.recalibrate_batch_stats(
+        recalibrate_batch_stats(
             TinyNet(),
-            state.params,
-            state.batch_stats,
+            weights_of(state),
             dataset.train_images,
             batch_size=51,
             num_batches=2,

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import grsd_jax
+from grsd_jax import dynamics
+
+velocity_fit = jax.jit(dynamics.velocity_fit, static_argnames="num_bootstrap")
 
 EDGES = np.geomspace(1e-3, 10, 17)
 
@@ -22,9 +24,8 @@ def broken(x):
 @pytest.mark.usefixtures("x64")
 def test_noisy_power_laws_are_recovered_and_not_rejected_too_often():
     exponents, inside, p_values = [], 0, []
-    fit_all = jax.jit(grsd_jax.velocity_fit, static_argnames="num_bootstrap")
     for seed in range(100):
-        found = fit_all(
+        found = velocity_fit(
             jnp.asarray(EDGES),
             noisy(lambda x: -2 * x**1.2, seed),
             num_bootstrap=200,
@@ -46,7 +47,7 @@ def test_noisy_power_laws_are_recovered_and_not_rejected_too_often():
 @pytest.mark.usefixtures("x64")
 def test_broken_laws_are_rejected_although_they_fit_well():
     for seed in range(5):
-        found = grsd_jax.velocity_fit(jnp.asarray(EDGES), noisy(broken, seed))
+        found = velocity_fit(jnp.asarray(EDGES), noisy(broken, seed))
         assert found.fit.r_squared > 0.97
         assert found.p_value < 1e-3
         assert found.curvature > 3 * found.curvature_stderr
@@ -55,7 +56,7 @@ def test_broken_laws_are_rejected_although_they_fit_well():
 @pytest.mark.usefixtures("x64")
 def test_curvature_is_the_quadratic_term_of_a_polynomial_fit():
     velocity = noisy(broken, 7)
-    found = grsd_jax.velocity_fit(jnp.asarray(EDGES), velocity)
+    found = velocity_fit(jnp.asarray(EDGES), velocity)
     coefficients, covariance = np.polyfit(
         np.log(EDGES), np.log(np.asarray(velocity)), 2, cov=True
     )
@@ -68,7 +69,7 @@ def test_curvature_is_the_quadratic_term_of_a_polynomial_fit():
 @pytest.mark.usefixtures("x64")
 def test_p_value_is_that_of_students_t():
     # With 2 degrees of freedom: p = 1 - t / sqrt(2 + t^2).
-    found = grsd_jax.velocity_fit(jnp.asarray(EDGES[:5]), noisy(broken, 3)[:5])
+    found = velocity_fit(jnp.asarray(EDGES[:5]), noisy(broken, 3)[:5])
     t = abs(float(found.curvature / found.curvature_stderr))
     np.testing.assert_allclose(found.p_value, 1 - t / np.sqrt(2 + t * t), rtol=1e-8)
 
@@ -76,7 +77,7 @@ def test_p_value_is_that_of_students_t():
 def test_the_prevailing_sign_is_fitted_and_its_share_told():
     velocity = EDGES**1.5
     velocity[[2, 5, 6]] *= -1
-    found = grsd_jax.velocity_fit(
+    found = velocity_fit(
         jnp.asarray(EDGES, jnp.float32), jnp.asarray(velocity, jnp.float32)
     )
     assert found.sign == 1
@@ -84,7 +85,7 @@ def test_the_prevailing_sign_is_fitted_and_its_share_told():
     np.testing.assert_allclose(found.sign_share, 14 / 17, rtol=1e-6)
     np.testing.assert_allclose(found.fit.exponent, 1.5, rtol=1e-5)
     # As many of each: the sign of the larger ones.
-    found = grsd_jax.velocity_fit(jnp.asarray(EDGES[:2]), jnp.asarray([1.0, -3.0]))
+    found = velocity_fit(jnp.asarray(EDGES[:2]), jnp.asarray([1.0, -3.0]))
     assert found.sign == -1
     assert found.sign_share == 0.5
 
@@ -93,7 +94,7 @@ def test_the_prevailing_sign_is_fitted_and_its_share_told():
 def test_exact_laws_are_not_rejected_for_their_rounding(dtype, x64):
     edges = jnp.asarray(EDGES, dtype)
     for exponent in np.linspace(-2, 2, 9):
-        found = grsd_jax.velocity_fit(edges, 3 * edges ** jnp.asarray(exponent, dtype))
+        found = velocity_fit(edges, 3 * edges ** jnp.asarray(exponent, dtype))
         assert found.p_value > 0.05
         assert found.p_value.dtype == dtype
         assert found.fit.exponent.dtype == dtype
@@ -105,20 +106,20 @@ def test_points_that_say_nothing_are_left_out():
     spoilt = velocity.at[3].set(jnp.nan).at[4].set(0).at[5].set(jnp.inf)
     mask = jnp.ones(17, bool).at[3:7].set(False)
     for found in (
-        grsd_jax.velocity_fit(edges, spoilt),
-        grsd_jax.velocity_fit(edges, velocity.at[6].set(9e9), mask),
+        velocity_fit(edges, spoilt),
+        velocity_fit(edges, velocity.at[6].set(9e9), mask),
     ):
         np.testing.assert_allclose(found.fit.exponent, 1, rtol=1e-5)
         assert found.sign_share == 1
-    three = grsd_jax.velocity_fit(edges[:3], velocity[:3])
+    three = velocity_fit(edges[:3], velocity[:3])
     assert np.isfinite(three.fit.exponent)
     assert np.isnan(three.p_value)
-    nothing = grsd_jax.velocity_fit(edges, 0 * velocity)
+    nothing = velocity_fit(edges, 0 * velocity)
     assert nothing.sign == 0
     assert nothing.fit.num_points == 0
     assert nothing.sign_share == 0
     assert np.isnan(nothing.p_value)
-    same = grsd_jax.velocity_fit(jnp.ones(6), velocity[:6])
+    same = velocity_fit(jnp.ones(6), velocity[:6])
     assert np.isnan(same.curvature)
 
 
@@ -126,10 +127,10 @@ def test_fits_map_over_time():
     exponents = jnp.asarray([0.5, 1.0, 2.0])
     edges = jnp.asarray(EDGES, jnp.float32)
     velocities = edges[None, :] ** exponents[:, None]
-    found = jax.vmap(grsd_jax.velocity_fit, (None, 0))(edges, velocities)
+    found = jax.vmap(velocity_fit, (None, 0))(edges, velocities)
     np.testing.assert_allclose(found.fit.exponent, exponents, rtol=1e-5)
 
 
 def test_shapes_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match="velocity: expected shape"):
-        grsd_jax.velocity_fit(jnp.ones(3), jnp.ones(4))
+        velocity_fit(jnp.ones(3), jnp.ones(4))

@@ -36,7 +36,7 @@ PLAN = {
 }
 
 
-class Problem(NamedTuple):
+class ProblemSpec(NamedTuple):
     """A network and a batch, told by their name: ``resnet18_w16_n32``.
 
     Attributes:
@@ -91,7 +91,7 @@ PEERS = {
         "grsd_jax",
         {**_OURS, "eigenpairs": _WIDTHS, "measurement": ("auto",)},
     ),
-    "grsd_jax_plain": Peer("grsd_jax, plain path", "grsd_plain", "grsd_jax", _OURS),
+    "grsd_jax_plain": Peer("grsd_jax, plain path", "grsd", "grsd_jax", _OURS),
     "torch_func": Peer(
         "torch.func",
         "torch_func",
@@ -147,7 +147,7 @@ _CANNOT = {
 _WIDE_NETWORK = 64
 
 
-def parse_problem(name: str) -> Problem:
+def parse_problem(name: str) -> ProblemSpec:
     """Reads a problem's name.
 
     Args:
@@ -165,12 +165,12 @@ def parse_problem(name: str) -> Problem:
             "problem: expected resnet18_wWIDTH_nEXAMPLES or mlp_wWIDTH_nEXAMPLES, "
             f"got {name!r}."
         )
-    return Problem(name, match[1], int(match[2]), int(match[3]))
+    return ProblemSpec(name, match[1], int(match[2]), int(match[3]))
 
 
-def is_wide(problem: Problem) -> bool:
+def is_wide(spec: ProblemSpec) -> bool:
     """Whether a problem is so large that not everything is measured on it."""
-    return problem.model == "resnet18" and problem.width >= _WIDE_NETWORK
+    return spec.model == "resnet18" and spec.width >= _WIDE_NETWORK
 
 
 def entrants(task: str) -> tuple[str, ...]:
@@ -187,31 +187,36 @@ def entrants(task: str) -> tuple[str, ...]:
     )
 
 
+def task_kind(task: str) -> str:
+    """Returns the kind of a task: ``block`` of ``block_8``."""
+    return task.partition("_")[0]
+
+
 def block_width(task: str) -> int:
     """Returns b of a task named ``block_b`` or ``derivative_b``."""
     return int(task.rpartition("_")[2])
 
 
-def why_not(peer: str, problem: Problem, task: str) -> tuple[str, str] | None:
+def why_not(peer: str, spec: ProblemSpec, task: str) -> tuple[str, str] | None:
     """Tells why a peer is not measured on a task.
 
     Args:
         peer: A key of `PEERS`.
-        problem: The problem.
+        spec: The problem.
         task: One of `TASKS`.
 
     Returns:
         None if it is; else ``(status, reason)``, where the status is ``cannot`` if the
         peer has no such function and ``skipped`` if the time it takes forbids it.
     """
-    kind = task.partition("_")[0]
+    kind = task_kind(task)
     if task not in PEERS[peer].variants:
         return "cannot", _CANNOT[kind]
-    if kind == "derivative" and block_width(task) > problem.size:
-        return "skipped", f"the error space has only {problem.size} dimensions"
+    if kind == "derivative" and block_width(task) > spec.size:
+        return "skipped", f"the error space has only {spec.size} dimensions"
     if task == "derivative_160" and peer == "grsd_jax_plain":
         return "skipped", "as at b = 32; left out to bound the time of a run"
-    if not is_wide(problem):
+    if not is_wide(spec):
         return None
     if peer == "neural_tangents":
         return "skipped", "slow enough at width 16: see there"
@@ -222,9 +227,9 @@ def why_not(peer: str, problem: Problem, task: str) -> tuple[str, str] | None:
     return None
 
 
-def variants(peer: str, problem: Problem, task: str) -> tuple[str, ...]:
+def variants(peer: str, spec: ProblemSpec, task: str) -> tuple[str, ...]:
     """Returns the variants to measure; of a wide network's, those of less memory."""
     names = PEERS[peer].variants[task]
-    if is_wide(problem) and peer == "torch_func" and task == "block_32":
+    if is_wide(spec) and peer == "torch_func" and task == "block_32":
         return names[-1:]
     return names

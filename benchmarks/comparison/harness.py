@@ -11,10 +11,49 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from comparison.grid import ProblemSpec, block_width, task_kind
+
 #: A call longer than this counts as a repeat itself if nothing was left to compile.
 LONG_SECONDS = 20.0
 
 Inputs = Mapping[str, np.ndarray]
+
+
+class Job(NamedTuple):
+    """One measurement: what a peer is to do, and on what.
+
+    Attributes:
+        peer: Its key in `comparison.grid.PEERS`.
+        spec: The problem.
+        task: One of the tasks.
+        variant: The way the peer is to do it.
+        device: ``cpu`` or ``gpu``.
+        inputs: The arrays of the problem.
+        folder: Where they and the reference are.
+    """
+
+    peer: str
+    spec: ProblemSpec
+    task: str
+    variant: str
+    device: str
+    inputs: Inputs
+    folder: Path
+
+    @property
+    def kind(self) -> str:
+        """The kind of task, without its width."""
+        return task_kind(self.task)
+
+    @property
+    def block(self) -> np.ndarray:
+        """The columns of a task for a block, ``[n, b]``."""
+        return self.inputs["block"][:, : block_width(self.task)]
+
+
+def matrix(result: Any) -> dict[str, np.ndarray]:
+    """Returns the arrays of a task whose result is one matrix."""
+    return {"matrix": np.asarray(result)}
 
 
 class Case(NamedTuple):
@@ -35,7 +74,7 @@ class Case(NamedTuple):
     """
 
     run: Callable[[Any], Any]
-    arrays: Callable[[Any], dict[str, np.ndarray]]
+    arrays: Callable[[Any], dict[str, np.ndarray]] = matrix
     prepare: Callable[[], Any] | None = None
     compile: Callable[[], None] | None = None
     warm: bool = False

@@ -6,8 +6,8 @@ in float64, which shares no code with the path that is timed as ours by default.
 """
 
 import hashlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 from unittest import mock
 
 import flax.linen as nn
@@ -18,7 +18,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from grsd_jax import models
 
-from comparison.grid import MAX_COLUMNS, NUM_CLASSES, Problem, is_wide
+from comparison.grid import MAX_COLUMNS, NUM_CLASSES, ProblemSpec, is_wide
 from comparison.harness import subtree
 
 Arrays = dict[str, np.ndarray]
@@ -26,6 +26,9 @@ _SEED = 0
 
 #: Images drawn for each that is taken, for a wide network.
 _CANDIDATES = 4
+
+#: Images of one forward pass in float64.
+_FORWARD = 8
 _IMAGE = (32, 32, 3)
 
 
@@ -43,14 +46,14 @@ class MLP(nn.Module):
         return nn.Dense(NUM_CLASSES, name="head")(x)
 
 
-def make_model(problem: Problem) -> nn.Module:
+def make_model(spec: ProblemSpec) -> nn.Module:
     """Returns the linen module of a problem."""
-    if problem.model == "mlp":
-        return MLP(problem.width)
-    return models.ResNet18(NUM_CLASSES, problem.width)
+    if spec.model == "mlp":
+        return MLP(spec.width)
+    return models.ResNet18(NUM_CLASSES, spec.width)
 
 
-def make_inputs(problem: Problem) -> Arrays:
+def make_inputs(spec: ProblemSpec) -> Arrays:
     """Makes everything that the peers are given.
 
     A wide network has so many units that rounding alone decides the sign of some, which
@@ -63,7 +66,7 @@ def make_inputs(problem: Problem) -> Arrays:
     fields, those of one class around a common one.
 
     Args:
-        problem: The problem.
+        spec: The problem.
 
     Returns:
         ``images`` ``[N, 32, 32, 3]``, ``labels`` ``[N]``, ``block`` ``[n, 160]`` (fewer
@@ -71,8 +74,8 @@ def make_inputs(problem: Problem) -> Arrays:
         ``batch_stats/...`` and ``direction/...`` by the paths of the linen module.
     """
     rng = np.random.default_rng(_SEED)
-    model = make_model(problem)
-    drawn = problem.num_examples * (_CANDIDATES if is_wide(problem) else 1)
+    model = make_model(spec)
+    drawn = spec.num_examples * (_CANDIDATES if is_wide(spec) else 1)
     labels = rng.integers(0, NUM_CLASSES, drawn).astype(np.int32)
     centers = _smooth_fields(rng, NUM_CLASSES)
     images = centers[labels] + _smooth_fields(rng, drawn)
@@ -82,16 +85,13 @@ def make_inputs(problem: Problem) -> Arrays:
     if "batch_stats" in shapes:
         statistics = _gathered_statistics(model, params, shapes["batch_stats"], images)
         state = {"batch_stats": statistics}
-    if drawn > problem.num_examples:
+    if drawn > spec.num_examples:
         margins = sign_margins(model, {"params": params, **state}, images)
-        chosen = np.sort(np.argsort(-margins)[: problem.num_examples])
+        chosen = np.sort(np.argsort(-margins)[: spec.num_examples])
         images, labels = images[chosen], labels[chosen]
-    batches = {"image": jnp.asarray(images)[None], "label": jnp.asarray(labels)[None]}
-    direction = grsd_jax.gradient_flow_direction(
-        models.linen_loss_fn(model, state), params, batches
-    )
-    columns = min(MAX_COLUMNS, problem.size)
-    block = np.linalg.qr(rng.normal(size=(problem.size, columns)))[0]
+    direction = _gradient_flow(model, params, state, images, labels)
+    columns = min(MAX_COLUMNS, spec.size)
+    block = np.linalg.qr(rng.normal(size=(spec.size, columns)))[0]
     trees = {"params": params, "direction": direction, **state}
     flat = flatten_dict(trees, sep="/")
     return {
@@ -102,16 +102,13 @@ def make_inputs(problem: Problem) -> Arrays:
     }
 
 
-def sign_margins(
-    model: nn.Module, variables: Any, images: np.ndarray, *, chunk: int = 8
-) -> np.ndarray:
+def sign_margins(model: nn.Module, variables: Any, images: np.ndarray) -> np.ndarray:
     """Returns how far each image's units are from changing sign.
 
     Args:
         model: A linen module with relus.
         variables: Its variables.
         images: ``[N, ...]``.
-        chunk: Images of one forward pass.
 
     Returns:
         ``[N]``, over all relus the smallest ``|z|``, in units of the layer's root mean
@@ -128,52 +125,63 @@ def sign_margins(
     relu = jax.nn.relu
     with jax.enable_x64(True), mock.patch.object(jax.nn, "relu", recording):
         doubled = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), variables)
-        for start in range(0, len(images), chunk):
-            part = jnp.asarray(images[start : start + chunk], jnp.float64)
+        for start in range(0, len(images), _FORWARD):
+            part = jnp.asarray(images[start : start + _FORWARD], jnp.float64)
             found.append(np.full(len(part), np.inf))
             model.apply(doubled, part)
     return np.concatenate(found)
 
 
-def load_problem(problem: Problem, inputs: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Turns the arrays back into what the functions of this package take.
+class Loaded(NamedTuple):
+    """The arrays of a problem as this package's functions take them.
 
-    Args:
-        problem: The problem.
-        inputs: The arrays of `make_inputs`.
-
-    Returns:
-        ``error_fn``, ``params``, ``batches``, ``direction`` and ``block``.
+    Attributes:
+        model: The linen module.
+        params: Its parameters.
+        state: Its BatchNorm statistics, if it has any.
+        batches: One batch of images and labels, leading axes ``[1, N]``.
+        direction: The tangent of the derivative, a tree like ``params``.
+        block: Orthonormal columns, ``[n, b]``.
     """
+
+    model: nn.Module
+    params: Any
+    state: dict[str, Any]
+    batches: dict[str, jax.Array]
+    direction: Any
+    block: jax.Array
+
+    def problem(self, *, plain: bool = False) -> Any:
+        """Returns the `grsd_jax.Problem`; with ``plain`` its layers are hidden."""
+        outputs_fn = models.linen_outputs(self.model, self.state)
+        if plain:
+            outputs_fn = jax.tree_util.Partial(_call, outputs_fn)
+        return grsd_jax.Problem(outputs_fn, self.batches)
+
+
+def load(spec: ProblemSpec, inputs: Mapping[str, np.ndarray]) -> Loaded:
+    """Returns the arrays of `make_inputs` as trees of JAX arrays."""
     params, direction, statistics = (
         unflatten_dict(_arrays(subtree(inputs, name)), sep="/")
         for name in ("params", "direction", "batch_stats")
     )
-    state = {"batch_stats": statistics} if statistics else {}
-    return {
-        "error_fn": models.linen_error_fn(make_model(problem), state),
-        "params": params,
-        "batches": {
-            "image": jnp.asarray(inputs["images"])[None],
-            "label": jnp.asarray(inputs["labels"])[None],
-        },
-        "direction": direction,
-        "block": jnp.asarray(inputs["block"]),
-    }
-
-
-def plain_error(error_fn: Any, params: Any, batch: Any) -> jax.Array:
-    """Calls ``error_fn``; a function of its own has no layers to be seen."""
-    return error_fn(params, batch)
+    return Loaded(
+        make_model(spec),
+        params,
+        {"batch_stats": statistics} if statistics else {},
+        {name: jnp.asarray(inputs[f"{name}s"])[None] for name in ("image", "label")},
+        direction,
+        jnp.asarray(inputs["block"]),
+    )
 
 
 def make_reference(
-    problem: Problem, inputs: Mapping[str, np.ndarray], *, derivative: bool
+    spec: ProblemSpec, inputs: Mapping[str, np.ndarray], *, derivative: bool
 ) -> Arrays:
     """Computes M, and its derivative if asked, in float64 by the plain path.
 
     Args:
-        problem: The problem.
+        spec: The problem.
         inputs: The arrays of `make_inputs`.
         derivative: Whether a task needs the derivative.
 
@@ -185,14 +193,11 @@ def make_reference(
             name: array.astype(np.float64) if array.dtype == np.float32 else array
             for name, array in inputs.items()
         }
-        loaded = load_problem(problem, double)
-        error_fn = jax.tree_util.Partial(plain_error, loaded["error_fn"])
-        arguments = (error_fn, loaded["params"], loaded["batches"])
+        loaded = load(spec, double)
+        problem, params = loaded.problem(plain=True), loaded.params
         if not derivative:
-            return {"kernel": np.asarray(grsd_jax.kernel_dense(*arguments))}
-        kernel, moved = grsd_jax.kernel_with_derivative_dense(
-            *arguments, loaded["direction"]
-        )
+            return {"kernel": np.asarray(grsd_jax.kernel_dense(problem, params))}
+        kernel, moved = grsd_jax.kernel_dense(problem, params, loaded.direction)
         return {"kernel": np.asarray(kernel), "derivative": np.asarray(moved)}
 
 
@@ -208,6 +213,25 @@ def digest(arrays: Mapping[str, np.ndarray]) -> str:
 
 def _arrays(flat: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     return {name: jnp.asarray(array) for name, array in flat.items()}
+
+
+def _call(outputs_fn: Callable[..., jax.Array], params: Any, batch: Any) -> jax.Array:
+    """Calls ``outputs_fn``; a function of its own has no layers to be seen."""
+    return outputs_fn(params, batch)
+
+
+def _gradient_flow(
+    model: nn.Module, params: Any, state: Any, images: np.ndarray, labels: np.ndarray
+) -> Any:
+    """Returns ``-grad L``, L the mean cross-entropy, without this package's help."""
+
+    @jax.jit
+    def log_likelihood(params: Any) -> jax.Array:
+        logits = model.apply({**state, "params": params}, images)
+        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], 1)
+        return jnp.mean(chosen)
+
+    return jax.grad(log_likelihood)(params)
 
 
 def _smooth_fields(rng: np.random.Generator, count: int) -> np.ndarray:

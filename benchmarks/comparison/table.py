@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from comparison.grid import PEERS, TASKS, parse_problem
-from comparison.targets import best, cost, outcomes
+from comparison.grid import PEERS, TASKS, parse_problem, task_kind
+from comparison.targets import best, cost, matching, outcomes
 
 Record = dict[str, Any]
 
@@ -20,8 +20,7 @@ NOT_MEASURED = "not measured"
 
 def task_title(task: str) -> str:
     """Returns what tables and plots call a task."""
-    kind, _, width = task.partition("_")
-    return _TASKS[kind].format(width)
+    return _TASKS[task_kind(task)].format(task.rpartition("_")[2])
 
 
 def problem_title(name: str) -> str:
@@ -134,9 +133,8 @@ def _cells(row: Record, ours: Record | None, rows: list[Record]) -> list[str]:
 
 def _gpu_row(row: Record, rows: list[Record]) -> Record | None:
     names = ("problem", "task", "peer", "variant")
-    wanted = {"device": "gpu", "status": "ok", **{name: row[name] for name in names}}
-    matching = [r for r in rows if all(r[k] == wanted[k] for k in wanted)]
-    return matching[0] if matching else None
+    same = {name: row[name] for name in names}
+    return next(iter(matching(rows, device="gpu", status="ok", **same)), None)
 
 
 def _number(seconds: float) -> str:

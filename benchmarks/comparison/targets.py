@@ -52,17 +52,20 @@ class Outcome(NamedTuple):
     met: bool | None
 
 
-def best(
-    rows: list[Record], problem: str, task: str, peer: str, device: str = "cpu"
-) -> Record | None:
-    """Returns the fastest variant of a peer whose result agrees, or None."""
-    named = {"problem": problem, "task": task, "peer": peer, "device": device}
-    agreeing = [
-        row
-        for row in rows
-        if row["status"] == "ok" and all(row[key] == named[key] for key in named)
-    ]
-    return min(agreeing, key=cost, default=None)
+def matching(rows: list[Record], **wanted: str) -> list[Record]:
+    """Returns the rows that have all the values wanted."""
+    return [row for row in rows if all(row[key] == wanted[key] for key in wanted)]
+
+
+def agreeing(rows: list[Record], problem: str, task: str, peer: str) -> list[Record]:
+    """Returns the variants of a peer on a CPU whose results agree."""
+    named = {"problem": problem, "task": task, "peer": peer}
+    return matching(rows, device="cpu", status="ok", **named)
+
+
+def best(rows: list[Record], problem: str, task: str, peer: str) -> Record | None:
+    """Returns the fastest of the variants that agree, or None."""
+    return min(agreeing(rows, problem, task, peer), key=cost, default=None)
 
 
 def cost(row: Record) -> float:
@@ -136,15 +139,13 @@ def _pairs(rows: list[Record], problem: str, quantity: str) -> Outcome:
     that one setting shows both; the best seconds are those of the fastest width.
     """
     goal = _PAIR_GOALS[quantity]
-    fastest = best(rows, problem, "eigenpairs", "grsd_jax")
+    widths = agreeing(rows, problem, "eigenpairs", "grsd_jax")
     theirs = best(rows, problem, "eigenpairs", "scipy_eigsh")
-    if fastest is None or theirs is None:
+    if not widths or theirs is None:
         return Outcome(problem, "eigenpairs", goal, None, None)
-    ours = fastest
-    if quantity != "best seconds":
-        ours = min(_agreeing(rows, fastest), key=lambda row: row["details"]["columns"])
+    ours = min(widths, key=cost if quantity == "best seconds" else _columns)
     if quantity == "columns":
-        left, right = (row["details"]["columns"] for row in (ours, theirs))
+        left, right = _columns(ours), _columns(theirs)
         measured = f"{left} against {right} ({ours['variant']})"
     else:
         left, right = cost(ours), cost(theirs)
@@ -152,7 +153,5 @@ def _pairs(rows: list[Record], problem: str, quantity: str) -> Outcome:
     return Outcome(problem, "eigenpairs", goal, measured, left < right)
 
 
-def _agreeing(rows: list[Record], like: Record) -> list[Record]:
-    """Returns the variants of a row's measurement whose results agree."""
-    names = ("problem", "task", "peer", "device", "status")
-    return [row for row in rows if all(row[name] == like[name] for name in names)]
+def _columns(row: Record) -> int:
+    return row["details"]["columns"]

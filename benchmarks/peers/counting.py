@@ -8,8 +8,7 @@ class CountedOperator:
     """Wraps ``M V`` and counts.
 
     Attributes:
-        columns: Columns multiplied since the last reset.
-        products: Calls since then.
+        counts: ``columns`` multiplied since the last reset, in how many ``products``.
     """
 
     def __init__(self, matmat: Callable[[Any], Any]) -> None:
@@ -18,11 +17,10 @@ class CountedOperator:
 
     def reset(self) -> None:
         """Counts from zero again."""
-        self.columns = 0
-        self.products = 0
+        self.counts = {"columns": 0, "products": 0}
 
     def __call__(self, block: Any) -> Any:
         """Applies the operator to columns ``[n, b]``."""
-        self.columns += block.shape[1]
-        self.products += 1
+        self.counts["columns"] += block.shape[1]
+        self.counts["products"] += 1
         return self._matmat(block)

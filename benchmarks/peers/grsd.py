@@ -1,113 +1,81 @@
-"""This package, as a user calls it."""
+"""This package, as a user calls it, by its default path and by the plain one."""
 
-from argparse import Namespace
 from typing import Any
 
 import grsd_jax
 import jax
+import jax.numpy as jnp
 import numpy as np
-from grsd_jax.linalg.eigenpairs import leading_eigenpairs
+from grsd_jax.linalg import leading_eigenpairs
 
-from comparison.grid import NUM_PAIRS, PAIR_TOLERANCE, Problem, block_width
-from comparison.harness import Case, Inputs
-from comparison.inputs import load_problem, plain_error
+from comparison.grid import NUM_PAIRS, PAIR_TOLERANCE
+from comparison.harness import Case, Job
+from comparison.inputs import Loaded, load
 from peers.counting import CountedOperator
-from peers.jax_tools import compilation_counter, peak_device_bytes
+from peers.jax_tools import counters
 
 #: Forward passes timed together, since one alone is over before the caches are warm.
 _FORWARDS = 10
 
 
-def make_case(
-    problem: Problem, task: str, variant: str, inputs: Inputs, options: Namespace
-) -> Case:
-    """Returns the case of a task, by the path that the package takes by itself."""
-    return _case(problem, task, variant, inputs, options, plain=False)
-
-
-def make_plain_case(
-    problem: Problem, task: str, variant: str, inputs: Inputs, options: Namespace
-) -> Case:
-    """Returns the case of a task, with the layers hidden: nothing but JAX's AD."""
-    return _case(problem, task, variant, inputs, options, plain=True)
-
-
-def linearized(loaded: dict[str, Any], jacobian: str = "auto") -> Any:
-    """Returns the kernel of a loaded problem, linearised."""
-    names = ("error_fn", "params", "batches")
-    arguments = [loaded[name] for name in names]
-    kernel = grsd_jax.linearize_kernel(*arguments, jacobian=jacobian)
-    return jax.block_until_ready(kernel)
-
-
-def _case(
-    problem: Problem,
-    task: str,
-    variant: str,
-    inputs: Inputs,
-    options: Namespace,
-    *,
-    plain: bool,
-) -> Case:
-    loaded = load_problem(problem, inputs)
-    if plain:
-        loaded["error_fn"] = jax.tree_util.Partial(plain_error, loaded["error_fn"])
-    kind = task.partition("_")[0]
+def make_case(job: Job) -> Case:
+    """Returns the case of a task, for ``grsd_jax_plain`` with the layers hidden."""
+    loaded = load(job.spec, job.inputs)
+    moved = loaded._replace(params=jax.tree.map(lambda p: 1.01 * p, loaded.params))
     make = {
         "dense": _dense,
-        "block": _plain_block if plain else _block,
+        "block": _plain_block if _is_plain(job) else _block,
         "derivative": _derivative,
         "eigenpairs": _eigenpairs,
         "measurement": _measurement,
-    }[kind]
-    if kind in ("block", "derivative"):
-        loaded["block"] = loaded["block"][:, : block_width(task)]
-    if kind == "eigenpairs":
-        loaded["start_width"] = int(variant.removeprefix("b = "))
-    case = make(loaded)
-    moved = {**loaded, "params": jax.tree.map(lambda p: 1.01 * p, loaded["params"])}
+    }[job.kind]
 
     def other_weights() -> None:
-        other = make(moved)
+        other = make(job, moved)
         other.run(other.prepare() if other.prepare else None)
 
-    return case._replace(
-        compilations=compilation_counter(),
-        other_weights=other_weights if problem.width < 64 else None,
-        peak_device_bytes=peak_device_bytes(options.device),
+    return make(job, loaded)._replace(
+        other_weights=other_weights if job.spec.width < 64 else None,
+        **counters(job.device),
     )
 
 
-def _matrix(result: jax.Array) -> dict[str, np.ndarray]:
-    return {"matrix": np.asarray(result)}
+def linearized(loaded: Loaded, *, plain: bool = False) -> Any:
+    """Returns the kernel of a loaded problem, linearised."""
+    problem = loaded.problem(plain=plain)
+    return jax.block_until_ready(grsd_jax.linearize_kernel(problem, loaded.params))
 
 
-def _dense(loaded: dict[str, Any]) -> Case:
-    arguments = (loaded["error_fn"], loaded["params"], loaded["batches"])
+def _is_plain(job: Job) -> bool:
+    return job.peer == "grsd_jax_plain"
+
+
+def _dense(job: Job, loaded: Loaded) -> Case:
+    problem = loaded.problem(plain=_is_plain(job))
     return Case(
-        run=lambda _: jax.block_until_ready(grsd_jax.kernel_dense(*arguments)),
-        arrays=_matrix,
+        run=lambda _: jax.block_until_ready(
+            grsd_jax.kernel_dense(problem, loaded.params)
+        )
     )
 
 
-def _block(loaded: dict[str, Any]) -> Case:
+def _block(job: Job, loaded: Loaded) -> Case:
+    block = jnp.asarray(job.block)
     return Case(
-        prepare=lambda: linearized(loaded),
-        run=lambda kernel: jax.block_until_ready(kernel.matmat(loaded["block"])),
-        arrays=_matrix,
+        prepare=lambda: linearized(loaded, plain=_is_plain(job)),
+        run=lambda kernel: jax.block_until_ready(kernel.matmat(block)),
     )
 
 
-def _plain_block(loaded: dict[str, Any]) -> Case:
+def _plain_block(job: Job, loaded: Loaded) -> Case:
     """The block product, beside the forward passes whose rate it is to keep."""
-    error_fn, params = loaded["error_fn"], loaded["params"]
-    batch = jax.tree.map(lambda leaf: leaf[0], loaded["batches"])
-    forward = jax.jit(lambda p, b: error_fn(p, b))
+    forward = jax.jit(loaded.problem(plain=True).error)
+    batch = jax.tree.map(lambda leaf: leaf[0], loaded.batches)
 
     def operations() -> dict[str, float]:
-        kernel = linearized(loaded)
-        product = jax.jit(lambda k, v: k.matmat(v)).lower(kernel, loaded["block"])
-        once = forward.lower(params, batch).cost_analysis()["flops"]
+        kernel = linearized(loaded, plain=True)
+        product = jax.jit(lambda k, v: k.matmat(v)).lower(kernel, job.block)
+        once = forward.lower(loaded.params, batch).cost_analysis()["flops"]
         return {
             "flops": product.cost_analysis()["flops"],
             "beside_flops": _FORWARDS * once,
@@ -115,31 +83,28 @@ def _plain_block(loaded: dict[str, Any]) -> Case:
 
     def forwards(_: Any) -> None:
         for _ in range(_FORWARDS):
-            jax.block_until_ready(forward(params, batch))
+            jax.block_until_ready(forward(loaded.params, batch))
 
-    return _block(loaded)._replace(beside=forwards, details=operations)
+    return _block(job, loaded)._replace(beside=forwards, details=operations)
 
 
-def _derivative(loaded: dict[str, Any]) -> Case:
+def _derivative(job: Job, loaded: Loaded) -> Case:
     """The projected derivative, beside the plain block product that it is measured in.
 
     The product is prepared beforehand, as Lanczos uses it; the derivative is not.
     """
-    names = ("error_fn", "params", "batches", "direction", "block")
-    arguments = [loaded[name] for name in names]
-
+    problem, block = loaded.problem(plain=_is_plain(job)), jnp.asarray(job.block)
+    arguments = (problem, loaded.params, loaded.direction, block)
     return Case(
-        prepare=lambda: linearized(loaded, "plain"),
+        prepare=lambda: linearized(loaded, plain=True),
         run=lambda _: jax.block_until_ready(grsd_jax.kernel_derivative(*arguments)),
-        beside=lambda kernel: jax.block_until_ready(kernel.matmat(loaded["block"])),
-        arrays=_matrix,
+        beside=lambda kernel: jax.block_until_ready(kernel.matmat(block)),
     )
 
 
-def _eigenpairs(loaded: dict[str, Any]) -> Case:
-    used: list[Any] = []
-    size = loaded["block"].shape[0]
-    shape = (size, loaded["start_width"])
+def _eigenpairs(job: Job, loaded: Loaded) -> Case:
+    used: list[CountedOperator] = []
+    shape = (job.spec.size, int(job.variant.removeprefix("b = ")))
     start = jax.random.normal(jax.random.key(0), shape, np.float32)
 
     def prepare() -> Any:
@@ -168,17 +133,13 @@ def _eigenpairs(loaded: dict[str, Any]) -> Case:
             "values": np.asarray(pairs.values),
             "vectors": np.asarray(pairs.vectors),
         },
-        details=lambda: {
-            "columns": used[-1].columns,
-            "products": used[-1].products,
-            "setting": f"b = {shape[1]}",
-        },
+        details=lambda: {**used[-1].counts, "setting": f"b = {shape[1]}"},
     )
 
 
-def _measurement(loaded: dict[str, Any]) -> Case:
-    names = ("error_fn", "params", "batches", "direction")
-    arguments = [loaded[name] for name in names]
+def _measurement(job: Job, loaded: Loaded) -> Case:
+    del job
+    arguments = (loaded.problem(), loaded.params, loaded.direction)
     solvers: list[str] = []
 
     def run(_: None) -> Any:

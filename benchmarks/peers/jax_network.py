@@ -5,16 +5,16 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
-from comparison.grid import Problem
+from comparison.grid import ProblemSpec
 
 Arrays = Mapping[str, jax.Array]
 
 
 def make_logits(
-    problem: Problem, statistics: Arrays
+    spec: ProblemSpec, statistics: Arrays
 ) -> Callable[[Arrays, jax.Array], jax.Array]:
     """Returns ``f(params, images [N, 32, 32, 3]) -> logits [N, C]``."""
-    if problem.model == "mlp":
+    if spec.model == "mlp":
         return _mlp
     return lambda params, images: _resnet18(params, statistics, images)
 

@@ -6,22 +6,23 @@ that name takes its place, and nothing of the library is changed.
 """
 
 import sys
-from argparse import Namespace
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from comparison.grid import NUM_CLASSES, Problem, block_width
-from comparison.harness import Case, Inputs, subtree
+from comparison.grid import NUM_CLASSES
+from comparison.harness import Case, Job, subtree
 from peers.jax_network import Arrays, make_logits
-from peers.jax_tools import compilation_counter, peak_device_bytes
+from peers.jax_tools import counters
 
 sys.modules["neural_tangents.experimental"] = ModuleType("neural_tangents.experimental")
 
 import neural_tangents as nt  # noqa: E402
+
+Logits = Callable[[Arrays, jax.Array], jax.Array]
 
 _IMPLEMENTATIONS = {
     "Jacobian contraction": nt.NtkImplementation.JACOBIAN_CONTRACTION,
@@ -30,46 +31,19 @@ _IMPLEMENTATIONS = {
 }
 
 
-def make_case(
-    problem: Problem, task: str, variant: str, inputs: Inputs, options: Namespace
-) -> Case:
+def make_case(job: Job) -> Case:
     """Returns the case of a task, compiled ahead of its first call."""
-    params = {k: jnp.asarray(v) for k, v in subtree(inputs, "params").items()}
-    statistics = {k: jnp.asarray(v) for k, v in subtree(inputs, "batch_stats").items()}
-    images = jnp.asarray(inputs["images"])
-    logits = make_logits(problem, statistics)
-    if task == "dense":
-        implementation, _, without = variant.partition(", no ")
-        kernel_fn = nt.empirical_ntk_fn(
-            logits,
-            trace_axes=(),
-            vmap_axes=None if without else 0,
-            implementation=_IMPLEMENTATIONS[implementation],
-        )
-
-        def compute(params: Arrays, images: jax.Array) -> jax.Array:
-            theta = kernel_fn(images, None, params)  # [N, N, C, C]
-            s = _softmax_derivative(logits(params, images))
-            kernel = jnp.einsum("iac,ijcd,jdb->iajb", s, theta, s)
-            return kernel.reshape(problem.size, problem.size)
-
-        arguments = (params, images)
+    params, statistics = (
+        {k: jnp.asarray(v) for k, v in subtree(job.inputs, name).items()}
+        for name in ("params", "batch_stats")
+    )
+    logits = make_logits(job.spec, statistics)
+    arguments = [params, jnp.asarray(job.inputs["images"])]
+    if job.kind == "dense":
+        compute = _dense(logits, job.variant)
     else:
-        block = jnp.asarray(inputs["block"][:, : block_width(task)])
-
-        def compute(params: Arrays, images: jax.Array, block: jax.Array) -> jax.Array:
-            product = nt.empirical_ntk_vp_fn(logits, images, None, params)
-            s = _softmax_derivative(logits(params, images))
-
-            def column(vector: jax.Array) -> jax.Array:
-                by_class = vector.reshape(-1, NUM_CLASSES)
-                moved = product(jnp.einsum("iac,ic->ia", s, by_class))
-                return jnp.einsum("iac,ic->ia", s, moved).reshape(-1)
-
-            return jax.vmap(column, in_axes=1, out_axes=1)(block)
-
-        arguments = (params, images, block)
-
+        compute = _product(logits)
+        arguments.append(jnp.asarray(job.block))
     programs: list[Any] = []
 
     def compile_ahead() -> None:
@@ -77,11 +51,43 @@ def make_case(
 
     return Case(
         run=lambda _: jax.block_until_ready(programs[0](*arguments)),
-        arrays=lambda result: {"matrix": np.asarray(result)},
         compile=compile_ahead,
-        compilations=compilation_counter(),
-        peak_device_bytes=peak_device_bytes(options.device),
+        **counters(job.device),
     )
+
+
+def _dense(logits: Logits, variant: str) -> Callable[..., jax.Array]:
+    implementation, _, without = variant.partition(", no ")
+    kernel_fn = nt.empirical_ntk_fn(
+        logits,
+        trace_axes=(),
+        vmap_axes=None if without else 0,
+        implementation=_IMPLEMENTATIONS[implementation],
+    )
+
+    def compute(params: Arrays, images: jax.Array) -> jax.Array:
+        theta = kernel_fn(images, None, params)  # [N, N, C, C]
+        s = _softmax_derivative(logits(params, images))
+        kernel = jnp.einsum("iac,ijcd,jdb->iajb", s, theta, s)
+        size = len(images) * NUM_CLASSES
+        return kernel.reshape(size, size)
+
+    return compute
+
+
+def _product(logits: Logits) -> Callable[..., jax.Array]:
+    def compute(params: Arrays, images: jax.Array, block: jax.Array) -> jax.Array:
+        product = nt.empirical_ntk_vp_fn(logits, images, None, params)
+        s = _softmax_derivative(logits(params, images))
+
+        def column(vector: jax.Array) -> jax.Array:
+            by_class = vector.reshape(-1, NUM_CLASSES)
+            moved = product(jnp.einsum("iac,ic->ia", s, by_class))
+            return jnp.einsum("iac,ic->ia", s, moved).reshape(-1)
+
+        return jax.vmap(column, in_axes=1, out_axes=1)(block)
+
+    return compute
 
 
 def _softmax_derivative(logits: jax.Array) -> jax.Array:

@@ -7,7 +7,6 @@ solver loses by a tolerance that means something else to it.
 """
 
 import functools
-from argparse import Namespace
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,13 +17,13 @@ import scipy.sparse.linalg
 from jax.experimental.sparse.linalg import lobpcg_standard
 from matfree import decomp, eig
 
-from comparison.agreement import pair_residual
-from comparison.grid import NUM_PAIRS, PAIR_TOLERANCE, Problem
-from comparison.harness import Case, Inputs
-from comparison.inputs import load_problem
+from comparison.agreement import pair_error
+from comparison.grid import NUM_PAIRS, PAIR_TOLERANCE
+from comparison.harness import Case, Job
+from comparison.inputs import load
 from peers.counting import CountedOperator
 from peers.grsd import linearized
-from peers.jax_tools import compilation_counter, peak_device_bytes
+from peers.jax_tools import counters
 
 Pairs = tuple[np.ndarray, np.ndarray]
 Setting = dict[str, Any]
@@ -45,15 +44,12 @@ class Solver(NamedTuple):
     ascending: bool
 
 
-def make_case(
-    problem: Problem, task: str, variant: str, inputs: Inputs, options: Namespace
-) -> Case:
+def make_case(job: Job) -> Case:
     """Returns the case of a solver."""
-    del task
-    loaded = load_problem(problem, inputs)
-    with np.load(options.folder / "reference.npz") as file:
+    loaded = load(job.spec, job.inputs)
+    with np.load(job.folder / "reference.npz") as file:
         kernel = file["kernel"]
-    solver = _SOLVERS[variant]
+    solver = _SOLVERS[job.variant]
     largest = float(np.linalg.eigvalsh(kernel)[-1])
     settings = _search(solver, kernel, largest)
     kernels: list[Any] = []
@@ -65,14 +61,14 @@ def make_case(
 
     def prepare() -> None:
         kernels[:] = [linearized(loaded)]
-        for width in _WIDTHS[variant]:  # compiles
-            matmat(inputs["block"][:, :width])
+        for width in _WIDTHS[job.variant]:  # compiles
+            matmat(job.inputs["block"][:, :width])
 
     def solve() -> Pairs:
         if not settings:
             raise RuntimeError("no setting of the solver reaches the accuracy")
         operator.reset()
-        return solver.solve(operator, problem.size, largest, **settings[0])
+        return solver.solve(operator, job.spec.size, largest, **settings[0])
 
     confirmed: list[bool] = []
 
@@ -89,15 +85,13 @@ def make_case(
     return Case(
         prepare=prepare,
         run=run,
-        warm=variant in ("eigsh", "lobpcg"),
+        warm=job.variant in ("eigsh", "lobpcg"),
         arrays=_leading,
         details=lambda: {
-            "columns": operator.columns,
-            "products": operator.products,
+            **operator.counts,
             "setting": ", ".join(f"{k} {v:.3g}" for k, v in settings[0].items()),
         },
-        compilations=compilation_counter(),
-        peak_device_bytes=peak_device_bytes(options.device),
+        **counters(job.device),
     )
 
 
@@ -108,11 +102,8 @@ def _leading(pairs: Pairs) -> dict[str, np.ndarray]:
 
 
 def _error(pairs: Pairs, kernel: np.ndarray) -> float:
-    """Returns the error by which pairs are judged, over the largest value."""
-    exact = np.linalg.eigvalsh(kernel)[::-1]
-    values, vectors = _leading(pairs).values()
-    missed = np.max(np.abs(values - exact[:NUM_PAIRS])) / exact[0]
-    return max(pair_residual(values, vectors, kernel), float(missed))
+    """Returns the error by which pairs are judged."""
+    return pair_error(**_leading(pairs), kernel=kernel)
 
 
 def _search(solver: Solver, kernel: np.ndarray, largest: float) -> list[Setting]:
@@ -130,7 +121,7 @@ def _search(solver: Solver, kernel: np.ndarray, largest: float) -> list[Setting]
         if _error(pairs, kernel) <= PAIR_TOLERANCE:
             if solver.ascending:
                 return settings[index:]
-            found.append((operator.columns, index, setting))
+            found.append((operator.counts["columns"], index, setting))
     return [setting for _, _, setting in sorted(found)]
 
 

@@ -1,6 +1,5 @@
 """torch.func: per-example Jacobians, block products, and the whole measurement."""
 
-from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
@@ -8,11 +7,12 @@ import numpy as np
 import torch
 from torch.func import jacrev, jvp, linearize, vjp, vmap
 
-from comparison.grid import NUM_CLASSES, Problem, block_width
-from comparison.harness import Case, Inputs
+from comparison.grid import NUM_CLASSES
+from comparison.harness import Case, Job
 from peers.torch_network import (
     Tensors,
     TorchProblem,
+    matrix,
     peak_device_bytes,
     synchronize,
 )
@@ -21,26 +21,19 @@ _CHUNK = 8
 _SHELLS = 12
 
 
-def make_case(
-    problem: Problem, task: str, variant: str, inputs: Inputs, options: Namespace
-) -> Case:
+def make_case(job: Job) -> Case:
     """Returns the case of a task."""
-    loaded = TorchProblem(problem, inputs, options)
-    chunk = _CHUNK if variant.endswith(f"chunks of {_CHUNK}") else None
-    kind = task.partition("_")[0]
-    if kind == "dense":
+    loaded = TorchProblem(job)
+    chunk = _CHUNK if job.variant.endswith(f"chunks of {_CHUNK}") else None
+    if job.kind == "dense":
         case = _dense(loaded, chunk)
-    elif kind == "measurement":
+    elif job.kind == "measurement":
         case = _measurement(loaded)
+    elif job.variant == "linearized":
+        case = _linearized(loaded)
     else:
-        block = loaded.block[:, : block_width(task)]
-        make = _linearized if variant == "linearized" else _recomputed
-        case = make(loaded, block, chunk)
-    return case._replace(peak_device_bytes=peak_device_bytes(options.device))
-
-
-def _matrix(result: torch.Tensor) -> dict[str, np.ndarray]:
-    return {"matrix": result.cpu().numpy()}
+        case = _recomputed(loaded, chunk)
+    return case._replace(peak_device_bytes=peak_device_bytes(job.device))
 
 
 def _rows(
@@ -72,7 +65,7 @@ def _dense(loaded: TorchProblem, chunk: int | None) -> Case:
         jacobian = rows(params)
         return synchronize(_inner(jacobian, jacobian))
 
-    return Case(run=run, arrays=_matrix)
+    return Case(run=run, arrays=matrix)
 
 
 def _by_columns(block: torch.Tensor) -> torch.Tensor:
@@ -80,7 +73,7 @@ def _by_columns(block: torch.Tensor) -> torch.Tensor:
     return block.T.reshape(block.shape[1], -1, NUM_CLASSES)
 
 
-def _recomputed(loaded: TorchProblem, block: torch.Tensor, chunk: int | None) -> Case:
+def _recomputed(loaded: TorchProblem, chunk: int | None) -> Case:
     """A VJP and a JVP in one `vmap` over columns; the forward pass is shared."""
     params = loaded.tensors()
 
@@ -92,13 +85,13 @@ def _recomputed(loaded: TorchProblem, block: torch.Tensor, chunk: int | None) ->
         return jvp(outputs, (params,), pullback(column))[1]
 
     def run(_: None) -> torch.Tensor:
-        columns = vmap(product, chunk_size=chunk)(_by_columns(block))
+        columns = vmap(product, chunk_size=chunk)(_by_columns(loaded.block))
         return synchronize(columns.flatten(1).T)
 
-    return Case(run=run, arrays=_matrix)
+    return Case(run=run, arrays=matrix)
 
 
-def _linearized(loaded: TorchProblem, block: torch.Tensor, chunk: int | None) -> Case:
+def _linearized(loaded: TorchProblem) -> Case:
     """Pullback and linearised function are made once, as ours is."""
     params = loaded.tensors()
 
@@ -116,10 +109,10 @@ def _linearized(loaded: TorchProblem, block: torch.Tensor, chunk: int | None) ->
         def product(column: torch.Tensor) -> torch.Tensor:
             return push(*pullback(column))
 
-        columns = vmap(product, chunk_size=chunk)(_by_columns(block))
+        columns = vmap(product)(_by_columns(loaded.block))
         return synchronize(columns.flatten(1).T)
 
-    return Case(prepare=prepare, run=run, arrays=_matrix)
+    return Case(prepare=prepare, run=run, arrays=matrix)
 
 
 def _measurement(loaded: TorchProblem) -> Case:

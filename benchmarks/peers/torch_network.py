@@ -5,15 +5,14 @@ are transposed. BatchNorm runs on the stored statistics. Outputs are softmax val
 error less its constant, the labels.
 """
 
-from argparse import Namespace
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from comparison.grid import Problem
-from comparison.harness import Inputs, subtree
+from comparison.harness import Job, subtree
 
 Tensors = dict[str, torch.Tensor]
 
@@ -23,27 +22,27 @@ class TorchProblem(torch.nn.Module):
 
     Attributes:
         images: ``[N, 3, 32, 32]``.
-        block: ``[n, b]``.
+        block: The columns of a task for a block, ``[n, b]``; else None.
         direction: The tangent, by the names of the parameters.
     """
 
-    def __init__(self, problem: Problem, inputs: Inputs, options: Namespace) -> None:
+    def __init__(self, job: Job) -> None:
         super().__init__()
-        torch.set_num_threads(options.threads)
-        device = torch.device("cuda" if options.device == "gpu" else "cpu")
-        self.problem = problem
-        arrays = _tensors(subtree(inputs, "params"), device)
+        torch.set_num_threads(os.cpu_count() or 1)
+        device = torch.device("cuda" if job.device == "gpu" else "cpu")
+        self.model = job.spec.model
+        arrays = _tensors(subtree(job.inputs, "params"), device)
         self.names = {name: name.replace("/", "_") for name in arrays}
         for name, tensor in arrays.items():
             self.register_parameter(self.names[name], torch.nn.Parameter(tensor))
-        self.statistics = _tensors(subtree(inputs, "batch_stats"), device)
-        self.direction = {
-            self.names[name]: tensor
-            for name, tensor in _tensors(subtree(inputs, "direction"), device).items()
-        }
-        images = torch.as_tensor(inputs["images"], device=device)
+        self.statistics = _tensors(subtree(job.inputs, "batch_stats"), device)
+        moved = _tensors(subtree(job.inputs, "direction"), device)
+        self.direction = {self.names[name]: tensor for name, tensor in moved.items()}
+        images = torch.as_tensor(job.inputs["images"], device=device)
         self.images = images.permute(0, 3, 1, 2).contiguous()
-        self.block = torch.as_tensor(inputs["block"], device=device)
+        self.block = None
+        if job.kind == "block":
+            self.block = torch.as_tensor(job.block, device=device)
 
     def tensors(self) -> Tensors:
         """Returns the parameters as plain tensors, by name."""
@@ -56,7 +55,7 @@ class TorchProblem(torch.nn.Module):
     def outputs(self, params: Mapping[str, torch.Tensor], images: torch.Tensor):
         """Maps parameters and images to softmax outputs ``[N, C]``."""
         by_path = {path: params[name] for path, name in self.names.items()}
-        if self.problem.model == "mlp":
+        if self.model == "mlp":
             logits = _mlp(by_path, images)
         else:
             logits = _resnet18(by_path, self.statistics, images)
@@ -64,13 +63,18 @@ class TorchProblem(torch.nn.Module):
 
 
 def synchronize(value: torch.Tensor) -> torch.Tensor:
-    """Waits until a tensor is there."""
+    """Returns a tensor once it is there."""
     if value.is_cuda:
         torch.cuda.synchronize()
     return value
 
 
-def peak_device_bytes(device: str):
+def matrix(result: torch.Tensor) -> dict[str, np.ndarray]:
+    """Returns the arrays of a task whose result is one matrix."""
+    return {"matrix": result.detach().cpu().numpy()}
+
+
+def peak_device_bytes(device: str) -> Callable[[], int] | None:
     """Returns a function that tells an accelerator's peak memory; None on CPU."""
     return torch.cuda.max_memory_allocated if device == "gpu" else None
 

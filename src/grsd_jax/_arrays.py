@@ -1,4 +1,4 @@
-"""Arguments turned into checked arrays, and what can be told of arrays."""
+"""Arguments as checked arrays, and small operations that several modules share."""
 
 from collections.abc import Sequence
 
@@ -52,10 +52,49 @@ def as_scalar(
     return jnp.asarray(value).astype(dtype)
 
 
+def as_square(
+    name: str, matrix: jax.typing.ArrayLike, size: int | None = None
+) -> jax.Array:
+    """Returns ``matrix`` as a floating-point JAX array of shape ``[size, size]``.
+
+    Raises:
+        ValueError: If the dtype is not a real floating one, or the shape differs.
+    """
+    result = as_floating(name, matrix, [size, size])
+    return as_floating(name, result, [result.shape[0]] * 2)
+
+
+def matmul(left: jax.Array, right: jax.Array) -> jax.Array:
+    """Multiplies matrices at the highest precision, whatever the default is."""
+    return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
+
+
+def divisor(values: jax.Array) -> jax.Array:
+    """Returns ``values``, with 1 where they are not positive."""
+    return jnp.where(values > 0, values, 1)
+
+
 def ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
     """Divides, with 0 where the denominator is not positive."""
-    positive = denominator > 0
-    return jnp.where(positive, numerator / jnp.where(positive, denominator, 1), 0)
+    return jnp.where(denominator > 0, numerator / divisor(denominator), 0)
+
+
+def unit_vectors(
+    vectors: jax.Array, axes: int | tuple[int, ...]
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the vectors that lie along ``axes`` with norm 1 or 0, and their norms.
+
+    The norms keep the axes, with length 1.
+    """
+    norms = jnp.sqrt(jnp.sum(jnp.square(vectors), axis=axes, keepdims=True))
+    return vectors / divisor(norms), norms
+
+
+@jax.jit
+def all_finite(tree: PyTree) -> jax.Array:
+    """Returns whether every number of a tree is finite, [] bool."""
+    checks = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
+    return jnp.all(jnp.stack(checks))
 
 
 def is_traced(tree: PyTree) -> bool:

@@ -1,7 +1,7 @@
 """Types shared by the numerical modules, and the letters used everywhere.
 
-``K`` fixed mini-batches, ``N`` examples each, ``C`` outputs per example, ``n = N C``
-the error dimension (``K N C`` under the ``stack`` reduction), ``P`` parameters, ``b``
+``K`` fixed mini-batches, ``N`` examples each, ``C`` outputs per example, ``n = K N C``
+the error dimension (``N C`` under the ``mean`` reduction), ``P`` parameters, ``b``
 Lanczos block width, ``m`` Lanczos steps, ``r = m b`` Krylov dimension, ``S`` shells,
 ``L`` depth blocks.
 
@@ -16,6 +16,9 @@ import jax
 
 PyTree = Any
 
+#: ``outputs_fn(params, batch) -> [N, ...]``.
+OutputsFn = Callable[[PyTree, PyTree], jax.Array]
+
 #: ``error_fn(params, batch) -> [N, C]``.
 ErrorFn = Callable[[PyTree, PyTree], jax.Array]
 
@@ -26,4 +29,4 @@ LossFn = Callable[[PyTree, PyTree], jax.Array]
 Matmat = Callable[[jax.Array], jax.Array]
 
 Reduction = Literal["mean", "stack"]
-Derivative = Literal["exact", "finite_difference"]
+DerivativeMethod = Literal["exact", "finite_difference"]

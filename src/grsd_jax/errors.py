@@ -1,10 +1,9 @@
 """Error vectors ``e(theta)``, and the losses whose output gradients they are.
 
-An error maps a model's outputs ``[N, C]`` and the labels to ``[N, C]``; each is the
-gradient, output by output, of the loss beside it (paper 3.1 and 7.1).
+An error maps a model's outputs ``[N, ..., C]`` and the labels to ``[N, ..., C]``; each
+is the gradient, output by output, of the loss beside it (paper 3.1 and 7.1). Axes
+between N and C are positions, such as those of a sequence.
 """
-
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +20,13 @@ def softmax_error(logits: jax.Array, labels: jax.typing.ArrayLike) -> jax.Array:
     example: the constant over classes.
 
     Args:
-        logits: Model outputs z, ``[N, C]``.
-        labels: Integer classes ``[N]`` in ``[0, C)``, or one-hot (or soft) ``[N, C]``.
+        logits: Model outputs z, ``[N, ..., C]``.
+        labels: Integer classes ``[N, ...]`` in ``[0, C)``, or one-hot (or soft)
+            targets of the shape of the outputs.
 
     Returns:
-        The error ``[N, C]``, dimensionless, each entry in ``[-1, 1]``. A class out of
-        range that could not be seen at trace time gives its example a row of NaN.
+        The error ``[N, ..., C]``, dimensionless, each entry in ``[-1, 1]``. A class out
+        of range that could not be seen at trace time gives its position a row of NaN.
 
     Raises:
         ValueError: If the shapes or dtypes do not fit, or a concrete integer label lies
@@ -35,7 +35,7 @@ def softmax_error(logits: jax.Array, labels: jax.typing.ArrayLike) -> jax.Array:
     References:
         Paper 7.1, "Error representation".
     """
-    targets = _class_targets(logits, labels)
+    targets = _class_targets(logits, labels, min_axes=2)
     return jax.nn.softmax(logits, axis=-1) - targets
 
 
@@ -43,12 +43,13 @@ def squared_error(outputs: jax.Array, targets: jax.typing.ArrayLike) -> jax.Arra
     """Residual ``e = z - target``, the gradient of ``|z - target|^2 / 2``.
 
     Args:
-        outputs: Model outputs z, ``[N, C]``.
-        targets: Targets ``[N, C]``, or integer classes ``[N]`` taken as one-hot rows.
+        outputs: Model outputs z, ``[N, ..., C]``, or one number an example, ``[N]``.
+        targets: Targets of the shape of the outputs, or integer classes ``[N, ...]``
+            taken as one-hot rows.
 
     Returns:
-        The error ``[N, C]``, in the units of the outputs. A class out of range that
-        could not be seen at trace time gives its example a row of NaN.
+        The error, in the shape and the units of the outputs. A class out of range that
+        could not be seen at trace time gives its position a row of NaN.
 
     Raises:
         ValueError: If the shapes or dtypes do not fit, or a concrete integer label lies
@@ -60,45 +61,44 @@ def squared_error(outputs: jax.Array, targets: jax.typing.ArrayLike) -> jax.Arra
     return outputs - _class_targets(outputs, targets, names=("outputs", "targets"))
 
 
-def output_basis(error: Callable[..., jax.Array], num_outputs: int) -> np.ndarray:
-    """Returns orthonormal directions of one example's error that hold its motion.
+def softmax_basis(num_classes: int) -> np.ndarray:
+    """Returns orthonormal directions that hold the motion of a softmax error.
 
-    The entries of a softmax error always sum to zero, so its rows of J lie in the
-    ``C - 1`` dimensions orthogonal to the constant; here as Helmert contrasts. For any
-    other error, the C unit vectors.
+    Its entries always sum to zero, so the rows of J lie in the ``C - 1`` dimensions
+    orthogonal to the constant; here as Helmert contrasts.
 
     Args:
-        error: The error, `softmax_error` or another.
-        num_outputs: C.
+        num_classes: C, the classes of one position.
 
     Returns:
-        ``[C, q]`` float64 on the host, columns orthonormal; q is ``C - 1`` or C.
+        ``[C, C - 1]`` float64 on the host, columns orthonormal; ``[1, 1]`` for one
+        class, whose error is always zero.
 
     References:
         Ours.
     """
-    if error is not softmax_error or num_outputs == 1:
-        return np.eye(num_outputs)
-    column = np.arange(1, num_outputs)
-    contrasts = np.triu(np.ones((num_outputs, num_outputs - 1)))
+    if num_classes == 1:
+        return np.eye(1)
+    column = np.arange(1, num_classes)
+    contrasts = np.triu(np.ones((num_classes, num_classes - 1)))
     contrasts[column, column - 1] = -column
     return contrasts / np.sqrt(column * (column + 1))
 
 
 def softmax_cross_entropy(logits: jax.Array, labels: jax.typing.ArrayLike) -> jax.Array:
-    """Cross-entropy ``-sum_c onehot(y)_c log softmax(z)_c`` of every example.
+    """Cross-entropy ``-sum_c onehot(y)_c log softmax(z)_c`` of every position.
 
     Args:
-        logits: Model outputs z, ``[N, C]``.
-        labels: Integer classes ``[N]``, or one-hot (or soft) ``[N, C]``.
+        logits: Model outputs z, ``[N, ..., C]``.
+        labels: Integer classes ``[N, ...]``, or one-hot (or soft) ``[N, ..., C]``.
 
     Returns:
-        One loss per example, ``[N]``, in nats.
+        One loss per position, ``[N, ...]``, in nats.
 
     Raises:
         ValueError: As for `softmax_error`.
     """
-    targets = _class_targets(logits, labels)
+    targets = _class_targets(logits, labels, min_axes=2)
     return -jnp.sum(targets * jax.nn.log_softmax(logits, axis=-1), axis=-1)
 
 
@@ -106,8 +106,9 @@ def half_squared_loss(outputs: jax.Array, targets: jax.typing.ArrayLike) -> jax.
     """Squared loss ``|z - target|^2 / 2`` of every example.
 
     Args:
-        outputs: Model outputs z, ``[N, C]``.
-        targets: Targets ``[N, C]``, or integer classes ``[N]`` taken as one-hot rows.
+        outputs: Model outputs z, ``[N, ..., C]``, or one number an example, ``[N]``.
+        targets: Targets of the shape of the outputs, or integer classes ``[N, ...]``
+            taken as one-hot rows.
 
     Returns:
         One loss per example, ``[N]``, in the squared units of the outputs.
@@ -115,7 +116,8 @@ def half_squared_loss(outputs: jax.Array, targets: jax.typing.ArrayLike) -> jax.
     Raises:
         ValueError: As for `squared_error`.
     """
-    return jnp.sum(squared_error(outputs, targets) ** 2, axis=-1) / 2
+    squares = squared_error(outputs, targets) ** 2
+    return jnp.sum(squares, axis=tuple(range(1, squares.ndim))) / 2
 
 
 def _class_targets(
@@ -123,25 +125,28 @@ def _class_targets(
     labels: jax.typing.ArrayLike,
     *,
     names: tuple[str, str] = ("logits", "labels"),
+    min_axes: int = 1,
 ) -> jax.Array:
-    """Returns the targets as ``[N, C]`` in the dtype of the outputs."""
+    """Returns the targets in the shape and the dtype of the outputs."""
     outputs_name, labels_name = names
     check_floating(outputs_name, outputs)
-    check_shape(outputs_name, outputs, [None, None])
-    num_examples, num_classes = outputs.shape
-    if jnp.issubdtype(jnp.result_type(labels), jnp.floating):
-        check_shape(labels_name, labels, [num_examples, num_classes])
+    if outputs.ndim < min_axes:
+        raise ValueError(
+            f"{outputs_name}: expected at least {min_axes} axes, examples first, "
+            f"got shape {list(outputs.shape)}."
+        )
+    floating = jnp.issubdtype(jnp.result_type(labels), jnp.floating)
+    if floating or np.ndim(labels) == outputs.ndim:
+        check_shape(labels_name, labels, outputs.shape)
         return jnp.asarray(labels).astype(outputs.dtype)
-    if np.ndim(labels) == 2:
-        check_shape(labels_name, labels, [num_examples, num_classes])
-        return jnp.asarray(labels).astype(outputs.dtype)
-    check_shape(labels_name, labels, [num_examples])
+    *leading, num_classes = outputs.shape
+    check_shape(labels_name, labels, leading)
     _check_classes(labels_name, labels, num_classes)
     labels = jnp.asarray(labels)
     one_hot = jax.nn.one_hot(labels, num_classes, dtype=outputs.dtype)
     # one_hot is silently zero out of range; a poisoned row is seen downstream.
     valid = (labels >= 0) & (labels < num_classes)
-    return jnp.where(valid[:, None], one_hot, jnp.asarray(jnp.nan, outputs.dtype))
+    return jnp.where(valid[..., None], one_hot, jnp.asarray(jnp.nan, outputs.dtype))
 
 
 def _check_classes(name: str, labels: jax.typing.ArrayLike, num_classes: int) -> None:

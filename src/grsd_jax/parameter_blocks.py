@@ -51,6 +51,21 @@ class ParameterBlocks:
         """
         return tuple(i for i, owner in enumerate(self.index) if owner == block)
 
+    def over(self, params: PyTree) -> "ParameterBlocks":
+        """Returns the partition of the leaves that ``params`` still has.
+
+        Args:
+            params: The partitioned tree, None in place of some leaves.
+
+        Returns:
+            The partition; blocks may be empty.
+        """
+        paths = parameter_paths(params)
+        if paths == self.paths:
+            return self
+        owners = dict(zip(self.paths, self.index, strict=True))
+        return ParameterBlocks(self.names, tuple(owners[p] for p in paths), paths)
+
     def block_of(self, path: Path) -> str:
         """Returns the block of a parameter; fits ``layer_of`` of `layer_kernels`.
 

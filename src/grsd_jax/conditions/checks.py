@@ -1,6 +1,6 @@
-"""From what was measured of each condition to numbers held against thresholds.
+"""The checks of each condition: measured numbers against thresholds.
 
-Every check says how far off its number may be, where that is known, and whether the
+Every check states the error of its number, where that is known, and whether the
 iterations behind it converged.
 """
 
@@ -24,20 +24,20 @@ from grsd_jax.shells.diagnostics import CouplingMeasurement
 #: Draws behind the error of an estimated band.
 _NUM_DRAWS = 200
 
-#: Largest disagreement of M with matrix-free products at which it is believed; it is
-#: beyond that where an error function couples its examples.
+#: Largest disagreement of M with matrix-free products at which M is trusted. An error
+#: function that couples its examples exceeds it.
 _MOST_DISAGREEMENT = 0.01
 
 
 def trusted(measured: CouplingMeasurement) -> bool:
-    """Whether a measurement is finite and its M that of matrix-free products.
+    """Returns whether a measurement is finite and agrees with matrix-free products.
 
     Args:
         measured: The measurement.
 
     Returns:
-        False for an error function whose examples are not independent, of which every
-        path that takes J example by example says nothing.
+        False for an error function whose examples are not independent, since J taken
+        example by example is then wrong.
     """
     agrees = measured.operator_disagreement <= _MOST_DISAGREEMENT
     return bool(measured.finite) and bool(agrees)
@@ -70,7 +70,7 @@ def locality_checks(
 def _band_error(profile: InfluenceProfile, share: float) -> float:
     """Returns the spread of the band when the influence varies by its errors.
 
-    Each entry by itself, though entries share their probes; 0 for the exact influence.
+    Entries vary independently, although they share probes; 0 if they are exact.
     """
     if profile.num_probes == 0:
         return 0.0
@@ -96,8 +96,8 @@ def incoherence_checks(
         Two checks.
     """
     distant = thresholds.distant
-    # A residual is that of the square: G is off by half of it, and each norm, the root
-    # of its own G, by a quarter of its own.
+    # Residuals are those of the squares: G is off by half of its own, and each norm,
+    # the root of a G, by a quarter.
     own = jnp.diagonal(coherence.residuals) / 4
     relative = coherence.residuals / 2 + own[:, None] + own[None, :]
     errors = np.asarray(distance_maxima(coherence.coherence * relative), np.float64)
@@ -135,15 +135,19 @@ def growth_checks(
     Returns:
         Two checks; the growth of a norm that begins at zero is undefined.
     """
+    values = {
+        "J": [float(found.jacobian) for found in norms],
+        "Jdot": [float(found.derivative) for found in norms],
+    }
     return tuple(
         _growth(
             f"growth of the norm of {name}",
-            np.array([float(found[which]) for found in norms]),
+            np.array(values[name]),
             np.array([float(found.residuals[which]) for found in norms]),
             all(bool(found.converged[which]) for found in norms),
             thresholds.max_growth,
         )
-        for which, name in enumerate(("J", "Jdot"))
+        for which, name in enumerate(values)
     )
 
 

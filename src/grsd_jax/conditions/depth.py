@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.special import ndtr, ndtri
 
+from grsd_jax._arrays import matmul, unit_vectors
 from grsd_jax._checks import check_at_least, check_floating
 
 
@@ -75,7 +76,7 @@ def state_increments(
 
     Args:
         maps: The L maps from ``h_l`` to ``h_{l+1}``, of one shape and in which examples
-            are independent; `grsd_jax.models.chains.linen_chain` gives those of a
+            are independent; `grsd_jax.models.linen_chain` gives those of a
             network.
         state: ``h_0``, with leading axis N.
         key: Consumed for the directions.
@@ -110,9 +111,8 @@ def state_increments(
         increments.append(jnp.log(norm))
         state = new
     flat = jnp.stack(directions).reshape(len(directions), -1)
-    overlap = jnp.matmul(flat, flat.T, precision=jax.lax.Precision.HIGHEST)
     paths = num_directions * state.shape[0]
-    return StateIncrements(jnp.stack(increments), overlap / paths)
+    return StateIncrements(jnp.stack(increments), matmul(flat, flat.T) / paths)
 
 
 def increment_statistics(increments: jax.typing.ArrayLike) -> IncrementStatistics:
@@ -166,7 +166,7 @@ def increment_statistics(increments: jax.typing.ArrayLike) -> IncrementStatistic
 
 
 def correlation_time(overlap: jax.typing.ArrayLike) -> jax.Array:
-    r"""The number of blocks over which directions keep their memory.
+    r"""Returns the number of blocks over which directions keep their memory.
 
     .. math:: \tau = -1 / \log \bar c, \qquad
               \bar c = \operatorname{mean}_l \langle \hat u_l, \hat u_{l+1} \rangle
@@ -195,7 +195,7 @@ def correlation_time(overlap: jax.typing.ArrayLike) -> jax.Array:
 
 
 def direction_memory(overlap: jax.typing.ArrayLike) -> jax.Array:
-    """The mean cosine between directions k blocks apart, for every k.
+    """Returns the mean cosine between directions k blocks apart, for every k.
 
     Args:
         overlap: ``[L + 1, L + 1]``, of `StateIncrements`.
@@ -227,7 +227,5 @@ def _overlap(overlap: jax.typing.ArrayLike) -> jax.Array:
 
 def _normalized(directions: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns unit directions ``[R, N, ...]``, example by example, and the norms."""
-    axes = tuple(range(2, directions.ndim))
-    norm = jnp.sqrt(jnp.sum(directions**2, axis=axes, keepdims=True))
-    unit = directions / jnp.where(norm > 0, norm, 1)
-    return unit, norm.reshape(directions.shape[:2])
+    unit, norms = unit_vectors(directions, tuple(range(2, directions.ndim)))
+    return unit, norms.reshape(directions.shape[:2])

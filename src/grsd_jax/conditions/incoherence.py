@@ -6,24 +6,20 @@ parameters and is never formed: its singular values squared are the eigenvalues 
 ``M_l M_m``, an operator on the error space.
 """
 
-from functools import partial
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grsd_jax._arrays import divisor, matmul, ratio, unit_vectors
 from grsd_jax._checks import check_at_least, check_choice, check_positive
-from grsd_jax._typing import ErrorFn, PyTree, Reduction
+from grsd_jax._typing import PyTree
 from grsd_jax.conditions.locality import distance_maxima
-from grsd_jax.jacobian.factored import JacobianForm
 from grsd_jax.kernel.dense import layer_kernels
-from grsd_jax.kernel.operator import (
-    LinearizedKernel,
-    error_dimension,
-    linearize_block_kernels,
-)
+from grsd_jax.kernel.operator import LinearizedKernel, linearize_block_kernels
 from grsd_jax.parameter_blocks import ParameterBlocks, check_blocks
+from grsd_jax.problem import Problem
 
 METHODS = ("auto", "dense", "power_iteration")
 
@@ -32,8 +28,6 @@ _DENSE_LIMIT = 640
 
 #: Values of ``G^2`` below this many eps of ``|J_l|^2 |J_m|^2`` are rounding.
 _NOISE_EPS = 10.0
-
-_matmul = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 class BlockCoherence(NamedTuple):
@@ -79,15 +73,12 @@ class BlockCoherence(NamedTuple):
 
 
 def block_coherence(
-    error_fn: ErrorFn,
+    problem: Problem,
     params: PyTree,
-    batches: PyTree,
     blocks: ParameterBlocks,
     *,
     key: jax.Array,
     method: Literal["auto", "dense", "power_iteration"] = "auto",
-    reduction: Reduction = "mean",
-    jacobian: JacobianForm = "auto",
     tolerance: float = 0.01,
     max_iterations: int = 200,
 ) -> BlockCoherence:
@@ -98,19 +89,16 @@ def block_coherence(
 
     The power iteration runs all pairs side by side: ``x <- M_l M_m x``, with the
     Rayleigh quotient ``|J_l^T J_m g|^2 / |g|^2`` of ``g = J_m^T x``, which never
-    exceeds ``G_lm^2``. With K batches the ``mean`` takes ``J = K^{-1/2} [J_1 .. J_K]``,
+    exceeds ``G_lm^2``. Under ``mean`` ``J = K^{-1/2} [J_1 .. J_K]``,
     the matrix with ``J J^T = M``. Call it eagerly.
 
     Args:
-        error_fn: ``error_fn(params, batch) -> [N, C]``.
-        params: Parameters, a pytree of floating arrays.
-        batches: A pytree with leading axes ``[K, N]``.
+        problem: The problem.
+        params: Parameters.
         blocks: The partition, L blocks.
         key: Consumed for the start vectors of the power iteration.
         method: ``"dense"`` forms every ``M_l`` (examples must be independent),
             ``"power_iteration"`` none; ``"auto"`` is dense up to ``n = 640``.
-        reduction: ``"mean"`` or ``"stack"``.
-        jacobian: ``"factored"``, ``"plain"`` or ``"auto"``; see `linearize_kernel`.
         tolerance: Relative residual at which a pair has converged.
         max_iterations: Iterations at most; what has not converged by then is returned
             as it is, and marked.
@@ -129,22 +117,15 @@ def block_coherence(
     check_positive("tolerance", tolerance)
     check_at_least("max_iterations", max_iterations, 1)
     check_blocks(blocks, params)
-    size = error_dimension(error_fn, params, batches, reduction=reduction)
+    size = problem.dimension(params)
     if method == "dense" or (method == "auto" and size <= _DENSE_LIMIT):
-        kernels = layer_kernels(
-            error_fn,
-            params,
-            batches,
-            layer_of=blocks.block_of,
-            reduction=reduction,
-            jacobian=jacobian,
-        )
-        products = _dense_products([kernels[name] for name in blocks.names])
+        kernels = layer_kernels(problem, params, layer_of=blocks.block_of)
+        # A block whose leaves are all held constant has no kernel.
+        zero = jnp.zeros_like(next(iter(kernels.values())))
+        products = _dense_products([kernels.get(name, zero) for name in blocks.names])
         zeros = jnp.zeros_like(products)
         return _coherence(products, zeros, jnp.isfinite(products), 0)
-    linearized = linearize_block_kernels(
-        error_fn, params, batches, blocks, reduction=reduction, jacobian=jacobian
-    )
+    linearized = linearize_block_kernels(problem, params, blocks)
     return _power_iteration(linearized, key, tolerance, max_iterations)
 
 
@@ -153,7 +134,7 @@ def _coherence(
 ) -> BlockCoherence:
     norms = jnp.sqrt(jnp.diag(products))
     scale = norms[:, None] * norms[None, :]
-    # Zero over zero is zero, but what is not finite stays so.
+    # Zero over zero is zero; what is not finite stays not finite.
     coherence = jnp.where(scale == 0, 0, products / jnp.where(scale == 0, 1, scale))
     return BlockCoherence(products, norms, coherence, residuals, converged, iterations)
 
@@ -178,11 +159,11 @@ def _factor(kernel: jax.Array) -> jax.Array:
 
 @jax.jit
 def _norm_of_product(left: jax.Array, right: jax.Array) -> jax.Array:
-    return jnp.linalg.norm(_matmul(left.T, right), 2)
+    return jnp.linalg.norm(matmul(left.T, right), 2)
 
 
 class _Pairs(NamedTuple):
-    """Every unordered pair of blocks, as many for each block: ``(m, m + j mod L)``.
+    """Every unordered pair of blocks, equally many for each: ``(m, m + j mod L)``.
 
     Attributes:
         width: Pairs of each block, ``L // 2 + 1``.
@@ -237,7 +218,7 @@ def _by_block(kernels: tuple[LinearizedKernel, ...], columns: jax.Array) -> jax.
 
 
 def _swap(columns: jax.Array, pairs: _Pairs, *, back: bool = False) -> jax.Array:
-    """Hands each pair's column from its first block m to its second l, or back.
+    """Moves each pair's column from its first block m to its second l, or back.
 
     Column j of block m belongs to ``l = m + j``; so column j of block l comes from the
     block ``l - j``.
@@ -250,8 +231,7 @@ def _swap(columns: jax.Array, pairs: _Pairs, *, back: bool = False) -> jax.Array
 
 @jax.jit
 def _normalized(columns: jax.Array) -> jax.Array:
-    norms = jnp.linalg.norm(columns, axis=1, keepdims=True)
-    return columns / jnp.where(norms > 0, norms, 1)
+    return unit_vectors(columns, 1)[0]
 
 
 @jax.jit
@@ -270,7 +250,7 @@ def _quotients(
     ``z - value x``, whose norm needs ``<z, M_m z>``, known from the next product.
     """
     weight = jnp.sum(x * inner, axis=1)
-    safe = jnp.where(weight > 0, weight, 1)
+    safe = divisor(weight)
     values = jnp.where(weight > 0, jnp.sum(outer * inner, axis=1) / safe, 0)
     values = jnp.maximum(values, 0)
     grown = jnp.sum(outer**2, axis=1) * jnp.sum(next_x * next_inner, axis=1) / safe
@@ -279,9 +259,7 @@ def _quotients(
     # Below the rounding of |J_l|^2 |J_m|^2 a value is zero, and nothing converges.
     scale = jnp.sqrt(values[:, :1]) * jnp.sqrt(values[:, 0])[partner]
     least = jnp.maximum(values, _NOISE_EPS * float(jnp.finfo(values.dtype).eps) * scale)
-    positive = least > 0
-    relative = jnp.sqrt(squares) / jnp.where(positive, least, 1)
-    return values, jnp.where(positive, relative, 0)
+    return values, ratio(jnp.sqrt(squares), least)
 
 
 def _matrix(entries: jax.Array, pairs: _Pairs) -> jax.Array:

@@ -11,26 +11,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grsd_jax._arrays import as_floating
-from grsd_jax._checks import check_at_least, check_choice, check_same_tree
-from grsd_jax._typing import ErrorFn, PyTree, Reduction
-from grsd_jax.jacobian.autodiff import (
-    PlainDerivative,
-    as_pytree,
-    check_problem,
-    split_batches,
-)
-from grsd_jax.kernel.operator import REDUCTIONS
+from grsd_jax._arrays import as_floating, as_square, ratio
+from grsd_jax._checks import check_at_least
+from grsd_jax._typing import PyTree
+from grsd_jax.jacobian.autodiff import PlainDerivative
 from grsd_jax.parameter_blocks import ParameterBlocks, check_blocks, restrict_to_block
+from grsd_jax.problem import Point, Problem
 
 
 class InfluenceProfile(NamedTuple):
-    """What the motion of each block does to the Jacobian of each other.
+    """How the motion of each block changes the Jacobian of every other.
 
     Attributes:
         influence: R, ``[L, L]``: row l changes because column m moves.
         stderr: ``[L, L]``, the standard error of each entry; zeros if exact.
-        num_probes: Random probes behind an estimate; 0 says that it is exact.
+        num_probes: Random probes behind an estimate; 0 if it is exact.
     """
 
     influence: jax.Array
@@ -39,15 +34,13 @@ class InfluenceProfile(NamedTuple):
 
 
 def influence_profile(
-    error_fn: ErrorFn,
+    problem: Problem,
     params: PyTree,
-    batches: PyTree,
     direction: PyTree,
     blocks: ParameterBlocks,
     *,
     key: jax.Array | None = None,
     num_probes: int | None = 16,
-    reduction: Reduction = "mean",
     column_chunk: int = 8,
 ) -> InfluenceProfile:
     r"""Measures ``R_lm = |D_{theta_m} J_l [d_m]|_F`` for every pair of blocks.
@@ -57,19 +50,18 @@ def influence_profile(
               = \mathbb{E}_u \frac1K \sum_k
               \Bigl| \Bigl( \frac{d}{ds} J_{kl} \Bigr)^{\!\top} u_k \Bigr|^2
 
-    with ``d_m`` the direction inside block m and zero elsewhere, and u of independent
-    random signs (Hutchinson). One JVP of a VJP takes one probe and one m to every l.
-    With ``num_probes=None`` the n unit vectors replace the probes, and R is exact.
+    (for a stack the sum over k), with ``d_m`` the direction inside block m and zero
+    elsewhere, and u of independent random signs (Hutchinson). One JVP of a VJP serves
+    one probe and one m for every l. With ``num_probes=None`` the n unit vectors replace
+    the probes, and R is exact.
 
     Args:
-        error_fn: ``error_fn(params, batch) -> [N, C]``.
-        params: Parameters, a pytree of floating arrays.
-        batches: A pytree with leading axes ``[K, N]``.
+        problem: The problem.
+        params: Parameters.
         direction: The tangent d, a tree like ``params``: how training moves them.
         blocks: The partition, L blocks.
         key: Consumed for the probes; not needed if exact.
         num_probes: Probes, at least 2, or None for the exact profile.
-        reduction: ``"mean"`` (the average over K above) or ``"stack"`` (the sum).
         column_chunk: Probes taken at a time, which bounds memory.
 
     Returns:
@@ -82,44 +74,26 @@ def influence_profile(
     References:
         Paper 3.2 (Condition 1) and A.2; Hutchinson (1990). The profile is ours.
     """
-    check_choice("reduction", reduction, REDUCTIONS)
     check_at_least("column_chunk", column_chunk, 1)
-    check_same_tree("direction", direction, params, "params")
     check_blocks(blocks, params)
-    error = check_problem(error_fn, params, batches)
-    parts = split_batches(batches)
-    probes = _probes(error, len(parts), key, num_probes)
-    scale = len(parts) if reduction == "mean" else 1
-    fn = as_pytree(error_fn)
-    squares = jnp.stack(
-        [
-            sum(
-                _block_squares(
-                    PlainDerivative(fn, params, batch, moving),
-                    columns,
-                    blocks,
-                    column_chunk,
-                )
-                for batch, columns in zip(parts, probes, strict=True)
-            )
-            / scale
-            for block in range(len(blocks.names))
-            for moving in [restrict_to_block(direction, blocks, block)]
-        ],
-        axis=-1,
-    )  # [probes, L, L]
+    point = problem.at(params, direction)
+    blocks = blocks.over(point.params)
+    probes = _probes(point.error, point.num_batches, key, num_probes)
+    columns = [
+        _influence_of(point, blocks, block, probes, column_chunk)
+        for block in range(len(blocks.names))
+    ]
+    squares = jnp.stack(columns, axis=-1)  # [probes, L, L]
     if num_probes is None:
         influence = jnp.sqrt(jnp.sum(squares, axis=0))
         return InfluenceProfile(influence, jnp.zeros_like(influence), 0)
     influence = jnp.sqrt(jnp.mean(squares, axis=0))
     spread = jnp.std(squares, axis=0, ddof=1) / num_probes**0.5
-    positive = influence > 0
-    stderr = spread / jnp.where(positive, 2 * influence, 1)
-    return InfluenceProfile(influence, jnp.where(positive, stderr, 0), num_probes)
+    return InfluenceProfile(influence, ratio(spread, 2 * influence), num_probes)
 
 
 def distance_totals(matrix: jax.typing.ArrayLike) -> jax.Array:
-    """Adds up the entries of a matrix over each distance ``|l - m|``.
+    """Returns the sum of a matrix's entries at each distance ``|l - m|``.
 
     Args:
         matrix: ``[L, L]``.
@@ -130,9 +104,8 @@ def distance_totals(matrix: jax.typing.ArrayLike) -> jax.Array:
     Raises:
         ValueError: If ``matrix`` is not a floating square matrix.
     """
-    matrix = as_floating("matrix", matrix, [None, None])
+    matrix = as_square("matrix", matrix)
     size = matrix.shape[0]
-    matrix = as_floating("matrix", matrix, [size, size])
     return jax.ops.segment_sum(matrix.reshape(-1), _distances(size), size)
 
 
@@ -148,9 +121,8 @@ def distance_maxima(matrix: jax.typing.ArrayLike) -> jax.Array:
     Raises:
         ValueError: If ``matrix`` is not a floating square matrix.
     """
-    matrix = as_floating("matrix", matrix, [None, None])
+    matrix = as_square("matrix", matrix)
     size = matrix.shape[0]
-    matrix = as_floating("matrix", matrix, [size, size])
     return jax.ops.segment_max(matrix.reshape(-1), _distances(size), size)
 
 
@@ -200,6 +172,28 @@ def _probes(
         jax.random.rademacher(k, shape, error.dtype)
         for k in jax.random.split(key, num_batches)
     ]
+
+
+def _influence_of(
+    point: Point,
+    blocks: ParameterBlocks,
+    block: int,
+    probes: list[jax.Array],
+    column_chunk: int,
+) -> jax.Array:
+    """Returns a block's squared influence on each, ``[probes, L]``."""
+    moving = restrict_to_block(point.direction, blocks, block)
+    parts = [
+        _block_squares(
+            PlainDerivative(point.error_fn, point.params, batch, moving),
+            columns,
+            blocks,
+            column_chunk,
+        )
+        for batch, columns in zip(point.parts, probes, strict=True)
+    ]
+    scale = 1 if point.reduction == "stack" else len(parts)
+    return sum(parts[1:], parts[0]) / scale
 
 
 def _block_squares(

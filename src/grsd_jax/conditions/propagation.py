@@ -20,7 +20,7 @@ class PropagationReport(NamedTuple):
     """Measured influence beside the bound of Proposition 2.
 
     Attributes:
-        in_condition: Whether ``rho < 1``. If not, the proposition says nothing: there
+        in_condition: Whether ``rho < 1``. If not, the proposition does not apply: there
             is no predicted range, and the bound does not fall.
         profile: ``[L]``, the largest influence at each distance ``|l - m|``.
         bound: ``[L]``, ``c rho^d``.
@@ -42,7 +42,7 @@ class PropagationReport(NamedTuple):
 
 
 def interaction_range(constant: float, rho: float, epsilon: float) -> int | None:
-    r"""The distance beyond which influence is below a tolerance.
+    r"""Returns the distance beyond which influence is below a tolerance.
 
     .. math:: w(\epsilon) = \left\lceil \frac{\log(c / \epsilon)}{\log(1 / \rho)}
               \right\rceil

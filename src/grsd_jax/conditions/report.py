@@ -7,14 +7,15 @@ together and held against thresholds.
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grsd_jax._arrays import divisor
 from grsd_jax._checks import check_at_least
-from grsd_jax._typing import ErrorFn, PyTree, Reduction
+from grsd_jax._typing import PyTree
 from grsd_jax.conditions.checks import (
     drift_check,
     growth_checks,
@@ -41,9 +42,15 @@ from grsd_jax.conditions.stability import (
     shell_drift,
 )
 from grsd_jax.conditions.verdicts import Thresholds, Verdict
+from grsd_jax.kernel.derivative import gradient_flow_direction
 from grsd_jax.parameter_blocks import ParameterBlocks
+from grsd_jax.problem import Problem
 from grsd_jax.shells.diagnostics import CouplingMeasurement, ToeplitzDiagnostics
-from grsd_jax.shells.measurement import measure_coupling
+from grsd_jax.shells.measurement import Solver, measure_coupling
+from grsd_jax.shells.options import Binning, Window
+
+#: Eigenvectors of the leading projector, whose drift is measured.
+_NUM_LEADING = 8
 
 
 class PathPoint(NamedTuple):
@@ -51,15 +58,17 @@ class PathPoint(NamedTuple):
 
     Attributes:
         time: When, in steps or in any other unit; for the record.
-        error_fn: ``error_fn(params, batch) -> [N, C]``, with the state of that time.
+        problem: The problem with the state of that time, the same batches at every
+            point of a path.
         params: Parameters.
-        direction: How training moves them, such as the gradient flow.
+        direction: How training moves them; the gradient flow of the problem's loss if
+            None.
     """
 
     time: float
-    error_fn: ErrorFn
+    problem: Problem
     params: PyTree
-    direction: PyTree
+    direction: PyTree | None = None
 
 
 class Locality(NamedTuple):
@@ -159,16 +168,14 @@ class ConditionReport(NamedTuple):
 
 def condition_report(
     points: Sequence[PathPoint],
-    batches: PyTree,
     blocks: ParameterBlocks,
     *,
     key: jax.Array,
-    thresholds: Thresholds | None = None,
-    reduction: Reduction = "mean",
+    thresholds: Thresholds = Thresholds(),
+    solver: Solver = "auto",
+    window: Window = Window(),
+    shells: Binning = Binning(),
     num_probes: int | None = 16,
-    num_leading: int = 8,
-    coherence_options: dict[str, Any] | None = None,
-    coupling_options: dict[str, Any] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> ConditionReport:
     """Measures all four conditions along a training path, with verdicts.
@@ -177,19 +184,16 @@ def condition_report(
     be the initialisation; Conditions 3 and 4 at all of them.
 
     Args:
-        points: The path, in order of time; at least two points for Condition 3 to speak
-            of drift, which is NaN, and fails, with one.
-        batches: A pytree with leading axes ``[K, N]``, the same at every point.
+        points: The path, in order of time. With a single point the drift of Condition 3
+            is NaN and its check fails.
         blocks: The partition of the parameters by depth.
         key: Consumed for probes, start vectors and bootstraps.
-        thresholds: What the numbers are held against; the defaults of `Thresholds` if
-            None.
-        reduction: ``"mean"`` or ``"stack"``.
+        thresholds: What the numbers are held against.
+        solver: Of `measure_coupling`.
+        window: Of `measure_coupling`.
+        shells: Of `measure_coupling`.
         num_probes: Of `influence_profile`; None for the exact influence.
-        num_leading: Eigenvectors of the leading projector, whose drift is measured.
-        coherence_options: Further options of `block_coherence`.
-        coupling_options: Further options of `measure_coupling`.
-        progress: Called with what comes next, in words.
+        progress: Called with a description of what comes next.
 
     Returns:
         A `ConditionReport`.
@@ -202,37 +206,24 @@ def condition_report(
         Paper 3.2, 5 and A.2; how each condition is made a number is ours.
     """
     check_at_least("len(points)", len(points), 1)
-    check_at_least("num_leading", num_leading, 1)
-    thresholds = Thresholds() if thresholds is None else thresholds
+    points = [_with_direction(point) for point in points]
     tell = progress or (lambda _: None)
     keys = jax.random.split(key, 4)
-    ends = list(points) if len(points) == 1 else [points[0], points[-1]]
+    ends = points if len(points) == 1 else [points[0], points[-1]]
     tell("condition 1: influence")
-    locality = _locality(
-        ends, batches, blocks, keys[0], thresholds, reduction, num_probes
-    )
+    locality = _locality(ends, blocks, keys[0], thresholds, num_probes)
     tell("condition 2: coherence")
-    coherence = block_coherence(
-        points[0].error_fn,
-        points[0].params,
-        batches,
-        blocks,
-        key=keys[1],
-        reduction=reduction,
-        **(coherence_options or {}),
-    )
+    first = points[0]
+    coherence = block_coherence(first.problem, first.params, blocks, key=keys[1])
     norms, measurements = [], []
     for number, point in enumerate(points):
         tell(f"conditions 3 and 4: time {point.time:g}")
+        where = (point.problem, point.params, point.direction)
         norms_key, coupling_key = (jax.random.fold_in(k, number) for k in keys[2:])
-        problem = (point.error_fn, point.params, batches, point.direction)
-        norms.append(operator_norms(*problem, key=norms_key, reduction=reduction))
+        norms.append(operator_norms(*where, key=norms_key))
         measurements.append(
             measure_coupling(
-                *problem,
-                key=coupling_key,
-                reduction=reduction,
-                **(coupling_options or {}),
+                *where, key=coupling_key, solver=solver, window=window, shells=shells
             )
         )
     known = bool(jnp.isfinite(locality.profiles[0].influence).all())
@@ -242,30 +233,34 @@ def condition_report(
         blocks=blocks,
         condition1=locality,
         condition2=_incoherence(coherence, thresholds, known=known),
-        condition3=_stability(norms, measurements, num_leading, thresholds),
+        condition3=_stability(norms, measurements, thresholds),
         condition4=_shift_invariance(measurements, thresholds),
+    )
+
+
+def _with_direction(point: PathPoint) -> PathPoint:
+    if point.direction is not None:
+        return point
+    return point._replace(
+        direction=gradient_flow_direction(point.problem, point.params)
     )
 
 
 def _locality(
     points: Sequence[PathPoint],
-    batches: PyTree,
     blocks: ParameterBlocks,
     key: jax.Array,
     thresholds: Thresholds,
-    reduction: Reduction,
     num_probes: int | None,
 ) -> Locality:
     profiles = [
         influence_profile(
-            point.error_fn,
+            point.problem,
             point.params,
-            batches,
             point.direction,
             blocks,
             key=jax.random.fold_in(key, number),
             num_probes=num_probes,
-            reduction=reduction,
         )
         for number, point in enumerate(points)
     ]
@@ -274,9 +269,7 @@ def _locality(
     return Locality(
         times=[point.time for point in points],
         profiles=profiles,
-        shares=[
-            total / jnp.where(jnp.sum(total) > 0, jnp.sum(total), 1) for total in totals
-        ],
+        shares=[total / divisor(jnp.sum(total)) for total in totals],
         bands=bands,
         verdict=Verdict(locality_checks(profiles, bands, thresholds)),
     )
@@ -296,17 +289,16 @@ def _incoherence(
 def _stability(
     norms: list[OperatorNorms],
     measurements: list[CouplingMeasurement],
-    num_leading: int,
     thresholds: Thresholds,
 ) -> Stability:
     leading = [
-        projector_drift(a.vectors[:, :num_leading], b.vectors[:, :num_leading])
+        projector_drift(a.vectors[:, :_NUM_LEADING], b.vectors[:, :_NUM_LEADING])
         for a, b in itertools.pairwise(measurements)
     ]
     lipschitz = [float(coupling_exponent(measured)) for measured in measurements]
     checks = (
         *growth_checks(norms, thresholds),
-        drift_check(leading, measurements, num_leading, thresholds),
+        drift_check(leading, measurements, _NUM_LEADING, thresholds),
         lipschitz_check(lipschitz, measurements, thresholds),
     )
     return Stability(

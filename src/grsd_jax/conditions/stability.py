@@ -7,26 +7,24 @@ in ``log lambda`` (3.2, 5.3 and equation 13).
 
 import itertools
 from collections.abc import Sequence
-from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from grsd_jax._arrays import as_floating, as_mask
-from grsd_jax._checks import check_at_least, check_same_tree
-from grsd_jax._typing import ErrorFn, PyTree, Reduction
-from grsd_jax.jacobian.factored import JacobianForm
+from grsd_jax._arrays import as_floating, as_mask, divisor, matmul
+from grsd_jax._checks import check_at_least
+from grsd_jax._typing import PyTree
 from grsd_jax.kernel.operator import (
     LinearizedKernel,
     linearize_derivative,
     linearize_kernel,
 )
-from grsd_jax.linalg.eigenpairs import leading_eigenpairs
+from grsd_jax.kernel.sharded import ShardedKernel
+from grsd_jax.linalg.eigenpairs import LeadingEigenpairs, leading_eigenpairs
+from grsd_jax.problem import Problem
 from grsd_jax.shells.binning import log_shells
 from grsd_jax.shells.diagnostics import CouplingMeasurement
-
-_matmul = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 class OperatorNorms(NamedTuple):
@@ -46,14 +44,11 @@ class OperatorNorms(NamedTuple):
 
 
 def operator_norms(
-    error_fn: ErrorFn,
+    problem: Problem,
     params: PyTree,
-    batches: PyTree,
     direction: PyTree,
     *,
     key: jax.Array,
-    reduction: Reduction = "mean",
-    jacobian: JacobianForm = "auto",
     block_size: int = 4,
     tolerance: float = 1e-3,
     max_steps: int | None = None,
@@ -61,16 +56,14 @@ def operator_norms(
     """Measures ``|J|_op`` and ``|Jdot|_op``, neither of which is formed.
 
     They are the roots of the largest eigenvalues of ``J J^T`` and ``Jdot Jdot^T``, by
-    block Lanczos; see `leading_eigenpairs`. Call it eagerly.
+    block Lanczos; see `leading_eigenpairs`. Call it eagerly. Under ``mean``
+    ``J = K^{-1/2} [J_1 .. J_K]``.
 
     Args:
-        error_fn: ``error_fn(params, batch) -> [N, C]``.
-        params: Parameters, a pytree of floating arrays.
-        batches: A pytree with leading axes ``[K, N]``.
+        problem: The problem.
+        params: Parameters.
         direction: The tangent of Jdot, a tree like ``params``.
         key: Consumed for the start blocks.
-        reduction: ``"mean"`` (``J = K^{-1/2} [J_1 .. J_K]``) or ``"stack"``.
-        jacobian: ``"factored"``, ``"plain"`` or ``"auto"``, for the products with J.
         block_size: Columns b of a Lanczos block; n if that is less.
         tolerance: Largest residual of the eigenvalues, relative.
         max_steps: Products at most, for each of the two; see `leading_eigenpairs`.
@@ -85,39 +78,40 @@ def operator_norms(
         Paper 3.2, Condition 3.
     """
     check_at_least("block_size", block_size, 1)
-    check_same_tree("direction", direction, params, "params")
     operators = (
-        linearize_kernel(
-            error_fn, params, batches, reduction=reduction, jacobian=jacobian
-        ),
-        linearize_derivative(error_fn, params, batches, direction, reduction=reduction),
+        linearize_kernel(problem, params),
+        linearize_derivative(problem, params, direction),
     )
     found = [
         _leading(operator, k, block_size, tolerance, max_steps)
         for operator, k in zip(operators, jax.random.split(key), strict=True)
     ]
-    values, residuals, converged = map(jnp.stack, zip(*found, strict=True))
+    values = jnp.concatenate([pair.values for pair in found])
+    residuals = jnp.concatenate([pair.residuals for pair in found])
     norms = jnp.sqrt(jnp.maximum(values, 0))
-    relative = residuals / jnp.where(values > 0, values, 1)
-    return OperatorNorms(norms[0], norms[1], relative, converged)
+    return OperatorNorms(
+        jacobian=norms[0],
+        derivative=norms[1],
+        residuals=residuals / divisor(values),
+        converged=jnp.concatenate([pair.converged for pair in found]),
+    )
 
 
 def _leading(
-    operator: LinearizedKernel,
+    operator: LinearizedKernel | ShardedKernel,
     key: jax.Array,
     block_size: int,
     tolerance: float,
     max_steps: int | None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the largest eigenvalue, its residual and whether it has converged."""
+) -> LeadingEigenpairs:
+    """Returns the pair of the largest eigenvalue."""
     start_key, key = jax.random.split(key)
     size = operator.dimension
     width = min(block_size, size)
     start = jax.random.normal(start_key, (size, width), operator.dtype)
-    found = leading_eigenpairs(
+    return leading_eigenpairs(
         operator.matmat, start, 1, key=key, tolerance=tolerance, max_steps=max_steps
     )
-    return found.values[0], found.residuals[0], found.converged[0]
 
 
 class ProjectorDrift(NamedTuple):
@@ -164,9 +158,8 @@ def projector_drift(
     right = as_mask("others_chosen", others_chosen, [others.shape[1]])
     v = jnp.where(left[None], vectors, 0)
     w = jnp.where(right[None], others, 0)
-    # What lies outside the other subspace keeps small angles accurate, where the root
-    # of one less a squared cosine would not.
-    outside = (v - _matmul(w, _matmul(w.T, v)), w - _matmul(v, _matmul(v.T, w)))
+    # The parts outside the other subspace keep small angles accurate, unlike 1 - cos^2.
+    outside = (v - matmul(w, matmul(w.T, v)), w - matmul(v, matmul(v.T, w)))
     largest = jnp.maximum(*(jnp.linalg.norm(part, 2) for part in outside))
     squares = sum(jnp.sum(part**2) for part in outside)
     count = jnp.sum(left, dtype=v.dtype) + jnp.sum(right, dtype=v.dtype)
@@ -228,11 +221,11 @@ class ShellDrift(NamedTuple):
 def shell_drift(measurements: Sequence[CouplingMeasurement]) -> ShellDrift:
     """Measures the drift of shell projectors along a path, on common shells.
 
-    A mode that crosses an edge counts as drift, as one that turns does.
+    A mode that crosses an edge counts as drift, like one that turns.
 
     Args:
-        measurements: At least one, with as many pairs and shells each; resolved pairs
-            alone are used.
+        measurements: At least one, all with the same numbers of pairs and shells; only
+            resolved pairs are used.
 
     Returns:
         A `ShellDrift`.
@@ -271,6 +264,6 @@ def coupling_exponent(measured: CouplingMeasurement) -> jax.Array:
     Returns:
         [], NaN where no two neighbouring shells are valid.
     """
-    matrix, mask = measured.renormalized.coupling
-    rates = jnp.sqrt(jnp.diag(matrix))
-    return log_lipschitz(rates, measured.shells.centers, jnp.diag(mask))
+    coupling = measured.renormalized.coupling
+    rates = jnp.sqrt(jnp.diag(coupling.matrix))
+    return log_lipschitz(rates, measured.shells.centers, jnp.diag(coupling.mask))

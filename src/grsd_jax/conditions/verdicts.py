@@ -1,8 +1,8 @@
 """Numbers against thresholds: what it takes for a condition to count as met.
 
-The conditions of the paper speak of constants that exist and of limits; a measurement
-has one network. Every verdict therefore shows its numbers and its thresholds, which are
-conventions, and all of which the caller can set.
+The paper's conditions are about limits and the existence of constants, but a
+measurement has one network. Every verdict therefore shows its numbers and its
+thresholds, which are conventions that the caller can set.
 """
 
 import math
@@ -55,8 +55,8 @@ class Check(NamedTuple):
         threshold: The threshold.
         relation: ``"<="`` or ``">="``, of the number to the threshold.
         error: How far off the number may be, one standard error or a residual's bound;
-            0 if it is exact to rounding, NaN where none is known. It is shown, and the
-            number alone decides.
+            0 if it is exact to rounding, NaN where none is known. It is shown but does
+            not decide.
         converged: Whether every iteration behind the number reached its tolerance; if
             not, the check does not hold.
     """

@@ -3,7 +3,7 @@
 With ``M phi_i = lambda_i phi_i`` and ``g_i = <phi_i, e>``, the energy of a shell
 changes because the error itself changes, which is dissipation, and because the
 eigenvectors turn, which is transfer between shells. Everything here is exact at one
-instant, and every derivative is taken in one time: that of the direction behind
+instant, and all derivatives are with respect to one time, that of the direction behind
 ``coupling`` (paper 2.2, 3.3 and A.2).
 """
 
@@ -12,14 +12,19 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from grsd_jax._arrays import as_floating, as_scalar, ratio
+from grsd_jax._arrays import (
+    as_floating,
+    as_scalar,
+    as_square,
+    divisor,
+    matmul,
+    ratio,
+)
 from grsd_jax._checks import check_positive, check_shape
 from grsd_jax.shells.binning import Shells
 
-_HIGHEST = jax.lax.Precision.HIGHEST
-
-#: Rounding of the eigenvalues, in units of eps times the largest: closer ones cannot be
-#: told apart. Below the floor of the resolved pairs, ten.
+#: Rounding of the eigenvalues, in units of eps times the largest: closer ones are
+#: indistinguishable. Resolved pairs lie above ten.
 _GAP = 4
 
 
@@ -47,8 +52,8 @@ class ShellDynamics(NamedTuple):
     Attributes:
         energies: [S], ``E_a``, the sum of ``g_i^2`` over the shell.
         density: [S], ``E_a`` over the width of the shell in lambda.
-        dissipation: [S], ``D_a = -2 sum_i g_i <phi_i, e_dot>``: what the error's own
-            motion takes away.
+        dissipation: [S], ``D_a = -2 sum_i g_i <phi_i, e_dot>``: what is lost because
+            the error itself moves.
         transfers: [S, S], ``T_ab``, what a gains from b; antisymmetric.
         leak: [S], what a gains from the given pairs outside all shells.
         energy_rate: [S], the predicted ``dE_a/dt``, of the same pairs.
@@ -56,22 +61,22 @@ class ShellDynamics(NamedTuple):
             shells below it to all shells above it.
         nearest_flux: [S-1], the part of it between the two shells at the edge.
         non_adjacent_share: [], ``sum |T_ab|`` over shells that are not neighbours, as a
-            part of the sum over all; 0 without any transfer.
+            fraction of the sum over all; 0 if nothing is transferred.
         edge_density: [S-1], the density at each inner edge, see `shell_dynamics`.
         velocity: [S-1], ``v = flux / edge_density``, in lambda per time; 0, as a
             placeholder, where ``velocity_mask`` is False.
         mask: [S] bool, the shells that hold a pair.
-        velocity_mask: [S-1] bool, the edges with energy at one side at least.
+        velocity_mask: [S-1] bool, the edges with energy on at least one side.
         unresolved_energy: [], ``|e|^2`` less the sum of the energies: given pairs
             outside the shells, and everything outside the given pairs.
         unresolved_dissipation: [], ``-2 <e, e_dot>`` less the sum of the dissipation.
-        ambiguous_rate: [S], what pairs of one cluster in different shells would
-            exchange if they lay the tolerance ``gap`` apart, by absolute value. It is
-            part of no other field.
+        ambiguous_rate: [S], the absolute rate that pairs of one cluster in different
+            shells would exchange if they were ``gap`` apart. No other field includes
+            it.
         num_ambiguous: [] int32, how many pairs are in a cluster that an edge cuts.
-        finite: [] bool, whether all that was given is finite, outside the shells too.
-            If not, the pairs and couplings in question were left out, and the rest
-            describes what remained, which is not the error.
+        finite: [] bool, whether all inputs are finite, outside the shells too. If not,
+            the pairs and couplings that are not finite were left out, and the fields
+            describe only what remains of the error.
     """
 
     energies: jax.Array
@@ -95,7 +100,7 @@ class ShellDynamics(NamedTuple):
 
 
 class _Modes(NamedTuple):
-    """Eigenpairs seen from the error: values, g, its rate, and their coupling."""
+    """What the balance needs: eigenvalues, g, its rate, and the coupling."""
 
     values: jax.Array
     projections: jax.Array
@@ -132,7 +137,7 @@ def eigenvalue_drift(coupling: jax.typing.ArrayLike) -> jax.Array:
     References:
         Paper A.2.
     """
-    return jnp.diagonal(_square("coupling", coupling))
+    return jnp.diagonal(as_square("coupling", coupling))
 
 
 def basis_rotation(
@@ -167,7 +172,7 @@ def basis_rotation(
         Paper A.2, the exact formula for the rotation generator.
     """
     values = as_floating("values", values, [None])
-    coupling = _square("coupling", coupling, values.shape[0])
+    coupling = as_square("coupling", coupling, values.shape[0])
     dtype = jnp.promote_types(values.dtype, coupling.dtype)
     values, coupling = values.astype(dtype), coupling.astype(dtype)
     clusters = _clusters(values, _tolerance(values, gap))
@@ -190,7 +195,7 @@ def shell_dynamics(
     total_dissipation: jax.typing.ArrayLike | None = None,
     gap: float | None = None,
 ) -> ShellDynamics:
-    r"""Balances the energy of the shells: dissipation, transfer, flux and velocity.
+    r"""Returns the energy balance of the shells: dissipation, transfer, flux, velocity.
 
     .. math:: \frac{dE_a}{dt} = \sum_b T_{ab} + L_a - D_a, \qquad
               T_{ab} = \sum_{i \in S_a} \sum_{j \in S_b}
@@ -202,8 +207,8 @@ def shell_dynamics(
     different shells exchange nothing here and are reported as ambiguous. The motion of
     eigenvalues over an edge is not part of the balance: see `edge_crossings`.
 
-    The flux passing the edge at ``lambda_e`` is
-    ``F = sum_{a above, b below} T_ab``, and ``v = F / eps`` with the density there
+    The flux through the edge at ``lambda_e`` is ``F = sum_{a above, b below} T_ab``.
+    The velocity is ``v = F / eps`` with the density at the edge
     ``eps = (E_below + E_above) / (h_below + h_above) / lambda_e``, h the widths in
     ``log lambda``: the mean of the two shells' densities in ``log lambda``.
 
@@ -235,7 +240,7 @@ def shell_dynamics(
     """
     values = as_floating("values", values, [None])
     size, num_shells = values.shape[0], shells.counts.shape[0]
-    coupling = _square("coupling", coupling, size)
+    coupling = as_square("coupling", coupling, size)
     projections = as_floating("projections", projections, [size])
     check_shape("shells.index", shells.index, [size])
     dtype = jnp.result_type(values, projections, coupling)
@@ -254,8 +259,8 @@ def shell_dynamics(
         total = as_scalar("total_energy", total_energy, dtype)
     if total_dissipation is not None:
         lost = as_scalar("total_dissipation", total_dissipation, dtype)
-    energies = _dot(weights.T, jnp.square(modes.projections))
-    dissipation = -2 * _dot(weights.T, modes.projections * modes.rates)
+    energies = matmul(weights.T, jnp.square(modes.projections))
+    dissipation = -2 * matmul(weights.T, modes.projections * modes.rates)
     exchange = _exchange(modes, index, weights, gap)
     flux, nearest_flux, share = _fluxes(exchange.transfers)
     edge_density = _edge_density(energies, shells.edges)
@@ -282,13 +287,6 @@ def shell_dynamics(
     )
 
 
-def _square(
-    name: str, matrix: jax.typing.ArrayLike, size: int | None = None
-) -> jax.Array:
-    result = as_floating(name, matrix, [size, size])
-    return as_floating(name, result, [result.shape[0], result.shape[0]])
-
-
 def _rates(
     values: jax.Array,
     projections: jax.Array,
@@ -309,15 +307,15 @@ def _rates(
 
 
 def _leave_out(modes: _Modes) -> tuple[_Modes, jax.Array]:
-    """Returns the modes with zeros for what is not finite, and whether all of it is."""
-    values, projections, rates, coupling = modes
-    usable = jnp.isfinite(values) & jnp.isfinite(projections) & jnp.isfinite(rates)
-    clean = jnp.isfinite(coupling) & usable[:, None] & usable[None, :]
+    """Returns the modes with zeros for what is not finite, and whether all is."""
+    usable = jnp.isfinite(modes.values) & jnp.isfinite(modes.projections)
+    usable &= jnp.isfinite(modes.rates)
+    clean = jnp.isfinite(modes.coupling) & usable[:, None] & usable[None, :]
     kept = _Modes(
-        values=jnp.where(usable, values, 0),
-        projections=jnp.where(usable, projections, 0),
-        rates=jnp.where(usable, rates, 0),
-        coupling=jnp.where(clean, coupling, 0),
+        values=jnp.where(usable, modes.values, 0),
+        projections=jnp.where(usable, modes.projections, 0),
+        rates=jnp.where(usable, modes.rates, 0),
+        coupling=jnp.where(clean, modes.coupling, 0),
     )
     return kept, jnp.all(clean)
 
@@ -328,16 +326,16 @@ def _exchange(
     """Sums what pairs gain from each other over the shells they are in."""
     rotation = basis_rotation(modes.values, modes.coupling, gap=gap)
     products = 2 * modes.projections[:, None] * modes.projections[None, :]
-    gains = _dot(weights.T, products * rotation.matrix.T)
-    transfers = _dot(gains, weights)
+    gains = matmul(weights.T, products * rotation.matrix.T)
+    transfers = matmul(gains, weights)
     cut = rotation.clusters[:, None] == rotation.clusters[None, :]
     cut &= index[:, None] != index[None, :]
     tolerance = _tolerance(modes.values, gap)
-    sizes = jnp.abs(products * modes.coupling) / jnp.where(tolerance > 0, tolerance, 1)
+    sizes = jnp.abs(products * modes.coupling) / divisor(tolerance)
     return _Exchange(
         transfers=(transfers - transfers.T) / 2,  # equal up to the rounding of the sums
-        leak=_dot(gains, (index < 0).astype(gains.dtype)),
-        ambiguous_rate=_dot(weights.T, jnp.sum(jnp.where(cut, sizes, 0), axis=1)),
+        leak=matmul(gains, (index < 0).astype(gains.dtype)),
+        ambiguous_rate=matmul(weights.T, jnp.sum(jnp.where(cut, sizes, 0), axis=1)),
         num_ambiguous=jnp.sum(jnp.any(cut, axis=1), dtype=jnp.int32),
     )
 
@@ -351,7 +349,7 @@ def _tolerance(values: jax.Array, gap: float | None) -> jax.Array:
 
 
 def _clusters(values: jax.Array, tolerance: jax.Array) -> jax.Array:
-    """Returns the [r] clusters of values that neighbours closer than this join."""
+    """Returns the cluster of each value, [r]; neighbours within tolerance share one."""
     order = jnp.argsort(values)
     apart = jnp.diff(values[order]) > tolerance
     numbers = jnp.concatenate(
@@ -365,7 +363,7 @@ def _fluxes(transfers: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     num_shells = len(transfers)
     shell = jnp.arange(num_shells, dtype=jnp.int32)
     above = (shell[None, :] > shell[:-1, None]).astype(transfers.dtype)
-    flux = jnp.sum(_dot(above, transfers) * (1 - above), axis=1)
+    flux = jnp.sum(matmul(above, transfers) * (1 - above), axis=1)
     far = jnp.abs(shell[:, None] - shell[None, :]) > 1
     sizes = jnp.abs(transfers)
     share = ratio(jnp.sum(jnp.where(far, sizes, 0)), jnp.sum(sizes))
@@ -378,7 +376,3 @@ def _edge_density(energies: jax.Array, edges: jax.Array) -> jax.Array:
     log_edges = jnp.log(edges)
     both_widths = log_edges[2:] - log_edges[:-2]
     return (energies[:-1] + energies[1:]) / both_widths / edges[1:-1]
-
-
-def _dot(left: jax.Array, right: jax.Array) -> jax.Array:
-    return jnp.matmul(left, right, precision=_HIGHEST)

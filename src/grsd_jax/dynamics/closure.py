@@ -1,8 +1,8 @@
-"""The balance of the shells against what a step did: rates, and edges passed.
+"""The balance of the shells against a small step: rates, and edges passed.
 
-The rates of :mod:`grsd_jax.dynamics.balance` are predictions at one instant. A small step of
-training tests them, and shows the pairs whose eigenvalue moved over a fixed edge, which
-the balance leaves out.
+The rates of `grsd_jax.dynamics.balance` are predictions at one instant. A small
+training step tests them, and shows the pairs whose eigenvalue moved over a fixed edge,
+which the balance leaves out.
 """
 
 from typing import NamedTuple
@@ -58,8 +58,8 @@ def closure_error(
 ) -> ClosureError:
     """Compares the predicted energy rates with the change over a small step.
 
-    The prediction of the step's middle agrees to second order in the step, that of its
-    start to first order.
+    A prediction made at the middle of the step agrees to second order in the step, one
+    made at its start to first order.
 
     Args:
         energy_rate: [S], the predicted ``dE_a/dt``.
@@ -115,12 +115,12 @@ def edge_crossings(
 
     exactly, with ``C_a`` that of the lower edge of shell a; a pair that passed several
     edges counts at each. As in `assign_shells`, a pair at an edge lies above it, at the
-    last edge below it. Where the ends are open, the two outer edges are none.
+    last edge below it. If the ends are open, ignore the two outer edges.
 
     Args:
         values_before: [r], the eigenvalues before.
-        values_after: [r], those of the same pairs after. Eigenvalues of a generic path
-            do not cross, so that descending order keeps pairs the same.
+        values_after: [r], those of the same pairs after. On a generic path eigenvalues
+            do not cross, so that descending order identifies the pairs.
         projections_after: [r], ``g_i`` after.
         edges: [S+1], the edges of the shells.
         mask: [r] bool, the pairs to follow. Default: all. Pairs with anything that is

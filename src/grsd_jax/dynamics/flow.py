@@ -1,8 +1,9 @@
 """Gradient flow: a small integrator, its effective time, and its covariance (Lemma 1).
 
-The identities of the shell dynamics hold for the flow ``theta_dot = -grad L``. This is
-the flow itself for small problems, accurate enough to test them, and the time in which
-a training run with a learning-rate schedule follows it (paper 3.3, Remark 1, and A.2).
+The identities of the shell dynamics hold for the flow ``theta_dot = -grad L``. This
+module integrates the flow for small problems, accurately enough to test them, and gives
+the time in which a training run with a learning-rate schedule follows it (paper 3.3,
+Remark 1, and A.2).
 """
 
 import math
@@ -12,11 +13,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from grsd_jax._arrays import divisor
 from grsd_jax._checks import check_at_least, check_positive
-from grsd_jax._typing import ErrorFn, LossFn, PyTree
-from grsd_jax.jacobian.autodiff import as_pytree
+from grsd_jax._typing import PyTree
 from grsd_jax.kernel.dense import kernel_dense
 from grsd_jax.kernel.derivative import gradient_flow_direction
+from grsd_jax.problem import Problem
 
 #: ``field(params) -> tangent``, an autonomous vector field.
 Field = Callable[[PyTree], PyTree]
@@ -130,7 +132,7 @@ def effective_time(
         schedule: ``schedule(step) -> learning rate``, such as any optax schedule. It
             must be traceable in its integer argument.
         num_steps: T, the steps taken.
-        first_step: The first step, for a run that goes on.
+        first_step: The first step, for a run that is resumed.
 
     Returns:
         [T+1], starting with 0, in the schedule's dtype: float32 or float64. Where the
@@ -146,7 +148,7 @@ def effective_time(
     check_at_least("num_steps", num_steps, 0)
     check_at_least("first_step", first_step, 0)
     steps = first_step + jnp.arange(num_steps, dtype=jnp.int32)
-    # A schedule is the caller's code, and optax's mix dtypes.
+    # Schedules are the caller's code, and those of optax mix dtypes.
     with jax.numpy_dtype_promotion("standard"):
         rates = jax.vmap(lambda step: jnp.asarray(schedule(step)))(steps)
     if rates.ndim != 1:
@@ -160,10 +162,8 @@ def effective_time(
 
 
 def covariance_check(
-    error_fn: ErrorFn,
-    loss_fn: LossFn,
+    problem: Problem,
     params: PyTree,
-    batches: PyTree,
     *,
     scale: float,
     time: float,
@@ -174,15 +174,12 @@ def covariance_check(
     .. math:: \lambda^{(a)}(t) = a \, \lambda(a t)
 
     with ``lambda^(a)`` of the operator ``a M`` that drives the error under ``a L``. The
-    two flows are integrated with steps of different length, so that they agree to the
-    integrator's accuracy and not by construction. For small problems: ``M`` is dense,
-    at every point of time, in the ``stack`` of the batches.
+    two flows are integrated with steps of different length, so that agreement is not by
+    construction. For small problems only: ``M`` is formed at every point of time.
 
     Args:
-        error_fn: ``error_fn(params, batch) -> [N, C]``, examples independent.
-        loss_fn: ``loss_fn(params, batch) -> []``, the mean loss of one batch.
+        problem: The problem, with a loss; examples independent.
         params: Parameters at time 0, a pytree of floating arrays.
-        batches: A pytree with leading axes ``[K, N]``.
         scale: a, above 0.
         time: How far the scaled flow runs; the other one runs to ``a`` times that.
         num_steps: Points of time, and steps of the scaled flow's integrator.
@@ -200,18 +197,15 @@ def covariance_check(
     check_positive("scale", scale)
     check_positive("time", time)
     check_at_least("num_steps", num_steps, 1)
-    error_fn, loss_fn = as_pytree(error_fn), as_pytree(loss_fn)
 
     def field(p: PyTree) -> PyTree:
-        return gradient_flow_direction(loss_fn, p, batches)
+        return gradient_flow_direction(problem, p)
 
     def scaled_field(p: PyTree) -> PyTree:
         return jax.tree.map(lambda leaf: scale * leaf, field(p))
 
     def spectrum(p: PyTree) -> jax.Array:
-        return jnp.linalg.eigvalsh(
-            kernel_dense(error_fn, p, batches, reduction="stack")
-        )
+        return jnp.linalg.eigvalsh(kernel_dense(problem, p))
 
     step = time / num_steps
     along = integrate_flow(scaled_field, params, step=step, num_steps=num_steps)
@@ -229,5 +223,5 @@ def covariance_check(
         times=step * jnp.arange(num_steps + 1).astype(scaled.dtype),
         scaled=scaled,
         expected=expected,
-        error=jnp.max(jnp.abs(scaled - expected)) / jnp.where(largest > 0, largest, 1),
+        error=jnp.max(jnp.abs(scaled - expected)) / divisor(largest),
     )

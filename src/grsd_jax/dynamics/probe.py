@@ -1,10 +1,10 @@
-"""A probe of the shell dynamics for anyone's training loop.
+"""A probe of the shell dynamics for any training loop.
 
-The probe is built once, from static choices and the batches to measure on; `Probe.init`
-makes its state, a pytree of arrays of constant size that belongs into the checkpoint,
-and `Probe.update` takes the parameters at the steps asked for and returns a record. It
-never raises for what training does, never changes the parameters, and compiles its
-programs once for the whole run.
+The probe is built once, from a problem and static options. `Probe.init` makes its
+state, a pytree of arrays of constant size that belongs in the checkpoint.
+`Probe.update` takes the parameters and returns a record at the steps asked for. It
+never raises because of what training does, never changes the parameters, and compiles
+its programs once for the whole run.
 """
 
 import dataclasses
@@ -17,14 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grsd_jax._arrays import all_finite
 from grsd_jax._checks import (
     check_at_least,
     check_batches,
     check_choice,
     check_positive,
-    check_same_tree,
 )
-from grsd_jax._typing import ErrorFn, LossFn, PyTree
+from grsd_jax._typing import PyTree
 from grsd_jax.dynamics.flow import effective_time
 from grsd_jax.dynamics.record import (
     ProbeRecord,
@@ -35,14 +35,24 @@ from grsd_jax.dynamics.record import (
     straight_step,
     transport_record,
 )
-from grsd_jax.dynamics.snapshot import Finder, Problem, take_snapshot
-from grsd_jax.jacobian.autodiff import check_problem
-from grsd_jax.jacobian.factored import JacobianForm, uses_factors
+from grsd_jax.dynamics.snapshot import Finder, take_snapshot
 from grsd_jax.kernel.derivative import central_difference, gradient_flow_direction
-from grsd_jax.kernel.operator import error_dimension
-from grsd_jax.kernel.solver import SOLVERS, choose_solver
+from grsd_jax.kernel.solver import Lanczos, solver_at
+from grsd_jax.problem import Point, Problem
+from grsd_jax.shells.options import Binning, Window
 
 Schedule = Callable[[Any], Any]
+
+#: Largest residual at which Lanczos stops, relative to the value. The measured change
+#: is a difference, which enlarges errors.
+_CONVERGENCE = 1e-5
+
+#: The factor between the first record's largest eigenvalue and the last edge: spectra
+#: grow in training.
+_HEADROOM = 10.0
+
+#: Leading eigenvalues that a record holds.
+_NUM_VALUES = 32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,34 +60,30 @@ class Probe:
     """What `make_probe` returns: `init`, then `update` in the loop.
 
     Attributes:
-        problem: The error function, the batches and the form of the Jacobian.
+        problem: The problem that is measured.
         finder: How the pairs are found.
 
     The other attributes are the arguments of `make_probe`.
     """
 
     problem: Problem
-    loss_fn: LossFn | None
     every: int
     solver: Literal["auto", "dense", "lanczos"]
     finder: Finder
-    num_shells: int
+    shells: Binning
     edges: tuple[float, ...] | None
-    headroom: float
     schedule: Schedule
     closure_step: float | None
-    num_values: int
-    num_bootstrap: int
 
     def init(
-        self, key: jax.Array, params: PyTree, *, error_fn: ErrorFn | None = None
+        self, key: jax.Array, params: PyTree, *, problem: Problem | None = None
     ) -> ProbeState:
         """Returns the state before the first record.
 
         Args:
             key: Consumed for start blocks and resamples.
             params: Parameters, for shapes and for the choice of the solver.
-            error_fn: As for `update`.
+            problem: As for `update`.
 
         Returns:
             The state.
@@ -85,32 +91,27 @@ class Probe:
         Raises:
             ValueError: If a shape, dtype, leading axis or choice does not fit.
         """
-        problem = self._problem(error_fn)
-        fn, batches, jacobian = problem
-        error = check_problem(fn, params, batches)
-        size = error_dimension(fn, params, batches, reduction="stack")
-        solver, num_pairs = self.solver, min(self.finder.num_pairs, size)
+        point = (problem or self.problem).at(params)
+        size, dtype = point.dimension, point.error.dtype
+        num_pairs = size
+        if self.finder.window.num_pairs is not None:
+            num_pairs = min(self.finder.window.num_pairs, size)
+        solver = self.solver
         if solver == "auto":
-            solver = choose_solver(
-                fn,
-                params,
-                batches,
-                reduction="stack",
-                num_columns=min(4 * num_pairs, size),
-                block_size=min(self.finder.block_size, size),
-                jacobian="factored" if uses_factors(fn, jacobian) else "plain",
-            )
+            # Leading pairs converge within about four times as many columns.
+            solver = solver_at(point, min(4 * num_pairs, size))
         basis, num_values = {}, size
         if solver == "lanczos":
             num_values = num_pairs
-            basis = {"vectors": jnp.zeros((size, num_pairs), error.dtype)}
-        edges = np.zeros(self.num_shells + 1) if self.edges is None else self.edges
+            basis = {"vectors": jnp.zeros((size, num_pairs), dtype)}
+        num_edges = self._num_shells + 1
+        edges = np.zeros(num_edges) if self.edges is None else self.edges
         return ProbeState(
             last_step=jnp.int32(-1),
             active=jnp.bool_(True),
-            effective_time=jnp.zeros((), error.dtype),
-            edges=jnp.asarray(edges, error.dtype),
-            values=jnp.zeros(num_values, error.dtype),
+            effective_time=jnp.zeros((), dtype),
+            edges=jnp.asarray(edges, dtype),
+            values=jnp.zeros(num_values, dtype),
             resolved=jnp.zeros(num_values, bool),
             basis=basis,
             key_data=jax.random.bits(key, (2,), jnp.uint32),
@@ -123,28 +124,26 @@ class Probe:
         step: int,
         *,
         direction: PyTree | None = None,
-        error_fn: ErrorFn | None = None,
-        loss_fn: LossFn | None = None,
+        problem: Problem | None = None,
         step_seconds: float = float("nan"),
     ) -> tuple[ProbeState, ProbeRecord | None]:
-        """Measures the shell dynamics if a record is due, and does nothing if not.
+        """Returns a record of the shell dynamics if one is due.
 
         A record is due if ``step`` is a multiple of ``every`` and lies after the last
-        record's. One whose numbers are not finite is the last: it says so in
-        ``finite``, and later calls do nothing.
+        record's. If its numbers are not finite, ``finite`` is False and it is the last;
+        later calls do nothing.
 
         Args:
             state: The state.
-            params: Parameters, a pytree of floating arrays. They are only read.
+            params: Parameters. They are only read.
             step: The steps done, a concrete integer.
             direction: The tangent d, a tree like ``params``; minus the gradient of the
-                loss on the probe's batches if None. An optimiser's update over its
-                learning rate shows the motion that it causes.
-            error_fn: In place of the probe's, for a model whose other state (BatchNorm
-                statistics) changes: a pytree of the same structure, so that nothing is
-                traced again, as `grsd_jax.models.resnet.linen_error_fn` makes it.
-            loss_fn: In place of the probe's, likewise.
-            step_seconds: What a training step takes, for the record's cost in steps.
+                problem's loss if None. Pass an optimiser's update over its learning
+                rate for the motion that it causes.
+            problem: In place of the probe's, for a network whose other state
+                (BatchNorm statistics) changes; make it by ``probe.problem.replace``, so
+                that nothing is traced again.
+            step_seconds: Seconds of a training step, for the record's cost in steps.
 
         Returns:
             The new state, and the record; the old state and None if none is due.
@@ -157,19 +156,16 @@ class Probe:
         if step % self.every or step <= int(state.last_step) or not bool(state.active):
             return state, None
         started = time.perf_counter()
-        problem = self._problem(error_fn)
+        problem = problem or self.problem
         gradient_seconds = float("nan")
         if direction is None:
-            loss_fn = self.loss_fn if loss_fn is None else loss_fn
-            if loss_fn is None:
-                raise ValueError("direction: expected one, or a loss_fn, got neither.")
-            direction = gradient_flow_direction(loss_fn, params, problem.batches)
+            direction = gradient_flow_direction(problem, params)
             jax.block_until_ready(direction)
             gradient_seconds = time.perf_counter() - started
-        check_same_tree("direction", direction, params, "params")
+        point = problem.at(params, direction)
         state = state._replace(effective_time=self._effective_time(state, step))
-        if bool(_all_finite((params, direction))):
-            moved, record = self._measure(state, problem, params, direction, step)
+        if bool(all_finite((point.params, point.direction))):
+            moved, record = self._measure(state, point, step)
             state = moved if record.finite else state
         else:
             num_values = len(state.values)
@@ -177,8 +173,8 @@ class Probe:
                 state.edges,
                 state.effective_time,
                 num_pairs=num_values,
-                num_values=min(self.num_values, num_values),
-                num_bootstrap=self.num_bootstrap,
+                num_values=min(_NUM_VALUES, num_values),
+                num_bootstrap=self.shells.num_bootstrap,
             )
         record = jax.device_get(record)
         state = state._replace(
@@ -194,30 +190,23 @@ class Probe:
             cost_in_steps=seconds / step_seconds,
         )
 
+    @property
+    def _num_shells(self) -> int:
+        return self.shells.num_shells if self.edges is None else len(self.edges) - 1
+
     def _measure(
-        self,
-        state: ProbeState,
-        problem: Problem,
-        params: PyTree,
-        direction: PyTree,
-        step: int,
+        self, state: ProbeState, point: Point, step: int
     ) -> tuple[ProbeState, ProbeRecord]:
         """Takes the snapshots and puts the record together."""
         key = jax.random.wrap_key_data(state.key_data, impl="threefry2x32")
         keys = jax.random.split(jax.random.fold_in(key, step), 3)
         again = state.last_step >= 0
         snapshot = take_snapshot(
-            problem,
-            params,
-            direction,
-            state.basis,
-            self.finder,
-            warm=again,
-            key=keys[0],
+            point, state.basis, self.finder, warm=again, key=keys[0]
         )
         known = again if self.edges is None else True
         fresh = first_edges(
-            snapshot.pairs, num_shells=self.num_shells, headroom=self.headroom
+            snapshot.pairs, num_shells=self._num_shells, headroom=_HEADROOM
         )
         edges = jnp.where(known, state.edges, fresh)
         size, basis = len(state.values), {}
@@ -227,16 +216,17 @@ class Probe:
 
         def energies(p: PyTree) -> jax.Array:
             nonlocal num_columns
-            moved = take_snapshot(
-                problem, p, None, basis, self.finder, warm=True, key=keys[1]
-            )
+            still = dataclasses.replace(point, params=p, direction=None)
+            moved = take_snapshot(still, basis, self.finder, warm=True, key=keys[1])
             num_columns += moved.num_columns
             return order_energies(moved, snapshot, edges)
 
         small = self.closure_step
         if small is None:
-            small = float(straight_step(snapshot, params, direction))
-        measured = central_difference(energies, params, direction, step=small)
+            small = float(straight_step(snapshot, point.params, point.direction))
+        measured = central_difference(
+            energies, point.params, point.direction, step=small
+        )
         record = transport_record(
             snapshot,
             edges,
@@ -244,8 +234,8 @@ class Probe:
             (state.values, state.resolved),
             measured,
             keys[2],
-            num_values=min(self.num_values, size),
-            num_bootstrap=self.num_bootstrap,
+            num_values=min(_NUM_VALUES, size),
+            num_bootstrap=self.shells.num_bootstrap,
         )
         state = state._replace(
             edges=edges,
@@ -264,116 +254,75 @@ class Probe:
         more = np.asarray(passed)[step - first]
         return state.effective_time + more.astype(state.effective_time.dtype)
 
-    def _problem(self, error_fn: ErrorFn | None) -> Problem:
-        if error_fn is None:
-            return self.problem
-        return self.problem._replace(error_fn=error_fn)
-
 
 def make_probe(
-    error_fn: ErrorFn,
-    loss_fn: LossFn | None,
-    batches: PyTree,
+    problem: Problem,
     *,
     every: int,
     solver: Literal["auto", "dense", "lanczos"] = "auto",
-    jacobian: JacobianForm = "auto",
-    num_shells: int = 12,
+    window: Window = Window(num_pairs=64, tolerance=0.01),
+    shells: Binning = Binning(num_bootstrap=200),
     edges: Sequence[float] | None = None,
-    headroom: float = 10.0,
     schedule: Schedule | float = 1.0,
     closure_step: float | None = None,
-    num_values: int = 32,
-    num_bootstrap: int = 200,
-    num_pairs: int = 64,
-    block_size: int = 8,
-    convergence: float = 1e-5,
-    tolerance: float = 0.01,
-    floor: float | None = None,
 ) -> Probe:
     """Makes a probe of the shell dynamics for a training loop.
 
-    A record costs, with the dense solver, one kernel with its derivative and two more
-    kernels for the measured change; Lanczos costs about three times its products. It
-    holds a few matrices of ``[n, r]`` while it measures, and keeps one between
-    records at most.
+    With the dense solver a record costs one kernel with its derivative and two more
+    kernels for the measured change; with Lanczos, about three times its products. A few
+    matrices of ``[n, r]`` are held during a measurement, and at most one between
+    records.
 
     Args:
-        error_fn: ``error_fn(params, batch) -> [N, C]``; examples must be independent
-            for the dense solver.
-        loss_fn: ``loss_fn(params, batch) -> []``, the mean loss of one batch; None if
-            every `Probe.update` is given a direction.
-        batches: The batches to measure on, leading axes ``[K, N]``: one evaluation set
-            of ``n = K N C`` errors, the same for the whole run.
+        problem: The problem to measure, the same batches for the whole run: one
+            evaluation set of ``n = K N C`` errors, whose reduction must be ``"stack"``.
+            Examples must be independent for the dense solver. Without a loss every
+            `Probe.update` needs a direction.
         every: Steps between two records.
         solver: ``"dense"`` for all n pairs, ``"lanczos"`` for the leading
-            ``num_pairs``, ``"auto"`` for the cheaper.
-        jacobian: ``"auto"``, ``"plain"`` or ``"factored"``; see `linearize_kernel`.
-        num_shells: S.
-        edges: ``[S + 1]`` increasing edges of the shells. If None, the first record's
-            resolved eigenvalues, and ``headroom`` above them, are cut in S shells of
-            equal width in the logarithm, which then stay for the run.
-        headroom: The factor between the first record's largest eigenvalue and the last
-            edge, at least 1: spectra grow in training.
+            ``window.num_pairs``, ``"auto"`` for the cheaper.
+        window: Which pairs are used. The default tolerance is tighter than that of
+            other measurements: in float32 the smallest pairs' vectors turn to noise
+            before their values do.
+        shells: Shells S, and resamples behind the interval of the exponent.
+        edges: ``[S + 1]`` increasing edges of the shells, in place of
+            ``shells.num_shells``. If None, S shells of equal width in the logarithm,
+            from the smallest resolved eigenvalue of the first record to ten times its
+            largest; they stay for the run.
         schedule: The learning rate, a number or ``schedule(step)`` as optax makes it;
             the effective time is its sum over the steps done.
         closure_step: Relative step ``h |d| / |theta|`` of the measured change; if None,
             one over which neither the parameters, the error nor M change much: by at
             most a thousandth, a tenth and a tenth in float32.
-        num_values: Leading eigenvalues that a record holds.
-        num_bootstrap: Resamples behind the interval of the exponent.
-        num_pairs: Leading pairs that Lanczos finds, n at most.
-        block_size: Columns b of a Lanczos block.
-        convergence: Largest residual at which Lanczos stops, relative to the value. The
-            measured change is a difference, which enlarges it.
-        tolerance: Largest residual of a resolved pair, relative to its value. Tighter
-            than where values alone are wanted: in float32 the vectors of the smallest
-            are noise first.
-        floor: Smallest resolved value, relative to the largest; ten eps if None.
 
     Returns:
         The probe.
 
     Raises:
-        ValueError: If an option is out of range, or the batches do not share leading
-            axes.
+        ValueError: If an option is out of range, the reduction is not ``"stack"``, or
+            the batches do not share leading axes.
 
     References:
         Paper 2.2, 3.3 and A.2; the probe is ours.
     """
-    check_batches(batches)
-    check_choice("solver", solver, SOLVERS)
-    uses_factors(error_fn, jacobian)
-    for name, count in (
-        ("every", every),
-        ("num_pairs", num_pairs),
-        ("block_size", block_size),
-        ("num_values", num_values),
-    ):
-        check_at_least(name, count, 1)
-    check_at_least("num_bootstrap", num_bootstrap, 0)
-    check_at_least("num_shells", num_shells, 2)
-    check_positive("convergence", convergence)
-    check_positive("tolerance", tolerance)
-    if not headroom >= 1:
-        raise ValueError(f"headroom: expected a number >= 1, got {headroom!r}.")
-    if edges is not None:
-        num_shells = _checked_edges(edges)
+    check_batches(problem.batches)
+    check_choice("problem.reduction", problem.reduction, ("stack",))
+    check_choice("solver", solver, ("auto", "dense", "lanczos"))
+    check_at_least("every", every, 1)
+    check_at_least("num_shells", shells.num_shells, 2)
+    if closure_step is not None:
+        check_positive("closure_step", closure_step)
     if not callable(schedule):
         schedule = partial(_constant, float(schedule))
     return Probe(
-        problem=Problem(error_fn, batches, jacobian),
-        loss_fn=loss_fn,
+        problem=problem,
         every=every,
         solver=solver,
-        finder=Finder(num_pairs, block_size, convergence, tolerance, floor),
-        num_shells=num_shells,
-        edges=None if edges is None else tuple(float(edge) for edge in edges),
-        headroom=headroom,
+        finder=Finder(window, Lanczos().block_size, _CONVERGENCE),
+        shells=shells,
+        edges=None if edges is None else _checked_edges(edges),
         schedule=schedule,
         closure_step=closure_step,
-        num_values=num_values,
-        num_bootstrap=num_bootstrap,
     )
 
 
@@ -381,8 +330,8 @@ def _constant(rate: float, step: Any) -> jax.Array:
     return jnp.full(jnp.shape(step), rate)
 
 
-def _checked_edges(edges: Sequence[float]) -> int:
-    """Returns S, after checking that the edges are positive and increase."""
+def _checked_edges(edges: Sequence[float]) -> tuple[float, ...]:
+    """Returns the edges, after checking that they are positive and increase."""
     array = np.asarray(edges, np.float64)
     if array.ndim != 1 or len(array) < 3 or not np.all(np.diff(array) > 0):
         raise ValueError(
@@ -390,10 +339,4 @@ def _checked_edges(edges: Sequence[float]) -> int:
         )
     check_positive("edges[0]", float(array[0]))
     check_positive("edges[-1]", float(array[-1]))
-    return len(array) - 1
-
-
-@jax.jit
-def _all_finite(tree: PyTree) -> jax.Array:
-    checks = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
-    return jnp.all(jnp.stack(checks))
+    return tuple(float(edge) for edge in array)

@@ -1,8 +1,8 @@
-"""One record of the shell dynamics, from a snapshot: what moves where, and how well.
+"""One record of the shell dynamics, computed from a snapshot.
 
-Every derivative is taken along the snapshot's direction. With the gradient flow as the
-direction that is the time of the flow, which is the effective time of a training with
-small steps.
+Every derivative is taken along the snapshot's direction. If the direction is the
+gradient flow, time is that of the flow: the effective time of a training run with small
+steps.
 """
 
 from functools import partial
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from grsd_jax._arrays import ratio
+from grsd_jax._arrays import all_finite, matmul, ratio
 from grsd_jax._typing import PyTree
 from grsd_jax.dynamics.balance import ShellDynamics, eigenvalue_drift, shell_dynamics
 from grsd_jax.dynamics.closure import (
@@ -24,8 +24,6 @@ from grsd_jax.dynamics.snapshot import Snapshot
 from grsd_jax.dynamics.velocity import VelocityFit, velocity_fit
 from grsd_jax.linalg.ritz import RitzPairs
 from grsd_jax.shells.binning import Shells, assign_shells, log_shells
-
-_HIGHEST = jax.lax.Precision.HIGHEST
 
 #: Changes over the measured step, over the cube root of eps: of theta, and of e and M.
 _BEND_PARAMS, _BEND_ERROR = 0.2, 20.0
@@ -41,8 +39,8 @@ class ProbeState(NamedTuple):
         edges: ``[S + 1]``, the edges of the shells; zeros until they are known.
         values: ``[r]``, the eigenvalues of the last record.
         resolved: ``[r]`` bool, which of them were resolved.
-        basis: The last eigenvectors ``[n, r]``, where they save products; ``{}`` with
-            the dense solver.
+        basis: The last eigenvectors ``[n, r]``, which save Lanczos products; ``{}``
+            with the dense solver.
         key_data: The key, as plain numbers that any checkpoint can hold.
     """
 
@@ -81,11 +79,11 @@ class ProbeRecord(NamedTuple):
         num_columns: Columns that were multiplied by M, those of the small step
             included; 0 with the dense solver.
         seconds: Wall time of the record. The first one of a process compiles.
-        gradient_seconds: Of it, the gradient of the loss on the probe's batches; NaN if
-            the caller gave the direction.
+        gradient_seconds: The part of it spent on the gradient of the loss on the
+            probe's batches; NaN if the caller gave the direction.
         cost: ``seconds / gradient_seconds``.
-        cost_in_steps: ``seconds`` in units of a training step; NaN if the caller did
-            not say what one takes.
+        cost_in_steps: ``seconds`` in units of a training step; NaN if ``step_seconds``
+            was not given.
     """
 
     effective_time: jax.Array
@@ -149,8 +147,8 @@ def order_energies(moved: Snapshot, snapshot: Snapshot, edges: jax.Array) -> jax
 def straight_step(snapshot: Snapshot, params: PyTree, direction: PyTree) -> jax.Array:
     """Returns a relative step ``h |d| / |theta|`` within which the flow is straight.
 
-    A smaller one drowns in the rounding of the eigenvectors; a larger one bends, the
-    sooner the faster the error and M move.
+    Over a smaller step the change drowns in the rounding of the eigenvectors; over a
+    larger one the flow bends, the sooner the faster the error and M move.
 
     Args:
         snapshot: Pairs, errors and their motion.
@@ -189,7 +187,7 @@ def transport_record(
     num_values: int,
     num_bootstrap: int,
 ) -> ProbeRecord:
-    """Puts a record together.
+    """Returns the record of a snapshot.
 
     Args:
         snapshot: Pairs, errors and their motion.
@@ -202,12 +200,12 @@ def transport_record(
         num_bootstrap: Resamples of the bootstrap.
 
     Returns:
-        The record, but for its step and its cost.
+        The record, without its step and its cost.
     """
     pairs, error, error_rate = snapshot.pairs, snapshot.error, snapshot.error_rate
     shells = _shells(pairs, edges)
     projections = _project(snapshot, error)
-    total_energy = _dot(error, error)
+    total_energy = matmul(error, error)
     dynamics = shell_dynamics(
         pairs.values,
         projections,
@@ -215,7 +213,7 @@ def transport_record(
         shells,
         rate_projections=_project(snapshot, error_rate),
         total_energy=total_energy,
-        total_dissipation=-2 * _dot(error, error_rate),
+        total_dissipation=-2 * matmul(error, error_rate),
     )
     fit = velocity_fit(
         edges[1:-1],
@@ -224,7 +222,7 @@ def transport_record(
         num_bootstrap=num_bootstrap,
         key=key,
     )
-    # Rates on both sides: a step of length one from no energy at all.
+    # Both are rates: a step of length one that starts from zero energy.
     closure = closure_error(
         dynamics.energy_rate, jnp.zeros_like(measured_rate), measured_rate, 1.0
     )
@@ -240,7 +238,7 @@ def transport_record(
     crossings = jax.tree.map(lambda counted: counted[1:-1], crossings)
     return ProbeRecord(
         effective_time=effective_time,
-        finite=dynamics.finite & closure.defined & _all_finite((error, error_rate)),
+        finite=dynamics.finite & closure.defined & all_finite((error, error_rate)),
         num_resolved=jnp.sum(pairs.resolved, dtype=jnp.int32),
         total_energy=total_energy,
         shells=shells._replace(index=shells.index[followed]),
@@ -300,13 +298,4 @@ def _shells(pairs: RitzPairs, edges: jax.Array) -> Shells:
 
 
 def _project(snapshot: Snapshot, vector: jax.Array) -> jax.Array:
-    return _dot(snapshot.pairs.vectors.T, vector)
-
-
-def _dot(left: jax.Array, right: jax.Array) -> jax.Array:
-    return jnp.matmul(left, right, precision=_HIGHEST)
-
-
-def _all_finite(tree: PyTree) -> jax.Array:
-    checks = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
-    return jnp.all(jnp.stack(checks))
+    return matmul(snapshot.pairs.vectors.T, vector)

@@ -1,7 +1,7 @@
 """The velocity of the energy along the spectrum, as a power law (paper 3.3).
 
 Theorem 1 constrains it to ``v = c(t) lambda^p``. Whether measured velocities follow one
-is a question to the data, so the fit comes with what can reject it.
+is an empirical question, so the fit comes with a test that can reject it.
 """
 
 from typing import NamedTuple
@@ -9,10 +9,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from grsd_jax._arrays import as_floating, as_mask
+from grsd_jax._arrays import as_floating, as_mask, divisor
 from grsd_jax.shells.power_law import PowerLawFit, fit_power_law
-
-_HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class VelocityFit(NamedTuple):
@@ -22,10 +20,10 @@ class VelocityFit(NamedTuple):
         fit: The fit of ``sign * v = c lambda^p`` over the points of that sign, with its
             interval if asked for.
         sign: [], 1 or -1, the direction of the flow that most points have: upwards or
-            downwards in lambda. With as many of each, that of the sum of all; 0 without
-            any point.
-        sign_share: [], the part of the usable points with that sign. Below 1, no single
-            power law holds over the whole range.
+            downwards in lambda. With equally many of each, the sign of their sum; 0
+            without any point.
+        sign_share: [], the fraction of the usable points with that sign. Below 1, no
+            single power law holds over the whole range.
         curvature: [], q in ``log |v| = log c + p u + q u^2``, ``u`` the distance from
             the middle in ``log lambda``; NaN with fewer than 4 points or 3 distinct
             edges.
@@ -56,10 +54,10 @@ def velocity_fit(
     r"""Fits ``v = c lambda^p`` to the velocities at the shell edges.
 
     A power law has one sign. The fit takes the points of the prevailing sign, with c of
-    that sign, and reports what part of all points they are. It is `fit_power_law` of
-    their absolute values; beside it stands a test of its straightness in log-log
-    coordinates against a parabola. A law that breaks bends: a high ``R^2`` does not
-    show that, the curvature does.
+    that sign, and reports what fraction of all points they are. It is `fit_power_law`
+    of their absolute values, with a test of its straightness in log-log coordinates
+    against a parabola. A broken law bends, which the curvature shows and a high ``R^2``
+    hides.
 
     Args:
         edges: [q], lambda at the inner edges, ``shells.edges[1:-1]``.
@@ -69,7 +67,7 @@ def velocity_fit(
         num_bootstrap: The number of resamples behind ``fit.interval``; 0 for none.
         key: The PRNG key of the bootstrap, which is consumed. Needed if
             ``num_bootstrap > 0``.
-        confidence: The coverage aimed at by the interval, between 0 and 1.
+        confidence: The nominal coverage of the interval, between 0 and 1.
 
     Returns:
         The fit, its sign and its diagnostics.
@@ -117,16 +115,16 @@ def _curvature(
     log_x = jnp.log(jnp.where(used, x, 1))
     log_y = jnp.log(jnp.where(used, y, 1))
 
-    def centre(values: jax.Array) -> jax.Array:
+    def center(values: jax.Array) -> jax.Array:
         return weights * (values - jnp.sum(weights * values) / total)
 
     def without(values: jax.Array, basis: jax.Array) -> jax.Array:
         size = jnp.sum(jnp.square(basis))
-        return values - basis * jnp.sum(values * basis) / jnp.where(size > 0, size, 1)
+        return values - basis * jnp.sum(values * basis) / divisor(size)
 
-    line = centre(log_x)
-    parabola = without(centre(jnp.square(line)), line)
-    rest = without(centre(log_y), line)
+    line = center(log_x)
+    parabola = without(center(jnp.square(line)), line)
+    rest = without(center(log_y), line)
     size = jnp.sum(jnp.square(parabola))
     spread = jnp.max(jnp.abs(line), initial=0)
     defined = (number >= 4) & (jnp.sqrt(size) > 64 * eps * jnp.square(spread))
@@ -134,7 +132,7 @@ def _curvature(
     curvature = jnp.sum(parabola * rest) / size
     freedom = jnp.where(defined, number - 3, 1)
     left = jnp.sum(jnp.square(rest - curvature * parabola)) / freedom
-    # Exact laws leave rounding alone, which is neither independent nor Gaussian.
+    # Exact laws leave only rounding, which is neither independent nor Gaussian.
     rounding = 4 * eps * (1 + jnp.max(jnp.abs(log_y), initial=0))
     variance = jnp.maximum(left, jnp.square(rounding)) / size
     statistic = jnp.square(curvature) / variance

@@ -13,10 +13,8 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from grsd_jax._arrays import is_traced
-from grsd_jax._checks import check_batches, check_floating
 from grsd_jax._memory import tree_bytes
 from grsd_jax._typing import ErrorFn, PyTree
 
@@ -85,6 +83,30 @@ class PlainJacobian:
             for part in _cached_parts(self.pullback, columns)
         ]
         return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["error"])
+@dataclasses.dataclass(frozen=True)
+class ZeroJacobian:
+    """J of one batch in no parameters at all: every product is zero.
+
+    Attributes:
+        error: Shape ``[N, C]`` and dtype of the error.
+    """
+
+    error: jax.ShapeDtypeStruct
+
+    def pull(self, columns: jax.Array) -> PyTree:
+        """Returns zeros ``[b]``, which stand for ``J^T V``."""
+        return jnp.zeros(columns.shape[-1], columns.dtype)
+
+    def push(self, tangents: PyTree) -> jax.Array:
+        """Returns zeros ``[N, C, b]``."""
+        return jnp.zeros((*self.error.shape, tangents.shape[0]), self.error.dtype)
+
+    def multiply(self, columns: jax.Array) -> jax.Array:
+        """Returns zeros ``[N, C, b]``."""
+        return jnp.zeros_like(columns)
 
 
 @partial(
@@ -183,72 +205,13 @@ class RestrictedErrorFn:
         return self.error_fn(jax.tree.unflatten(tree, leaves), batch)
 
 
-def as_pytree(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns ``fn`` as a callable that may be an argument of a jitted function.
-
-    A callable that is a pytree of arrays keeps its arrays as data; any other becomes
-    static, compared by equality.
-    """
-    leaves = jax.tree.leaves(fn)
-    if all(isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves):
-        return fn
-    return jax.tree_util.Partial(fn)
-
-
-def split_batches(batches: PyTree) -> list[PyTree]:
-    """Returns the K batches one by one.
-
-    A Python list, not a scan: XLA runs convolutions inside a loop body on its slow path
-    on CPU, and K is small.
-    """
-    num_batches, _ = check_batches(batches)
-    return [
-        jax.tree.map(lambda leaf, k=k: leaf[k], batches) for k in range(num_batches)
-    ]
-
-
-def check_problem(
-    error_fn: ErrorFn, params: PyTree, batches: PyTree
-) -> jax.ShapeDtypeStruct:
-    """Checks parameters, batches and error function; returns the error's shape.
-
-    Raises:
-        ValueError: If a leaf of params is not floating, the batches do not share
-            leading axes, or the error function does not return ``[N, C]``.
-    """
-    _, num_examples = check_batches(batches)
-    if not jax.tree.leaves(params):
-        raise ValueError("params: expected at least one array, got none.")
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        check_floating(f"params{jax.tree_util.keystr(path)}", leaf)
-    one_batch = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf)[1:], jnp.result_type(leaf)),
-        batches,
-    )
-    out = _evaluate.eval_shape(as_pytree(error_fn), params, one_batch)
-    shape = getattr(out, "shape", None)
-    if shape is None or len(shape) != 2 or shape[0] != num_examples or shape[1] == 0:
-        got = list(shape) if shape is not None else jax.tree.structure(out)
-        raise ValueError(
-            "error_fn: expected an array [N, C] with the batch's "
-            f"N = {num_examples} examples and C >= 1, got {got}."
-        )
-    check_floating("error_fn(params, batch)", out)
-    return out
-
-
-def evaluate(error_fn: ErrorFn, params: PyTree, batch: PyTree) -> jax.Array:
-    """Evaluates ``e``, ``[N, C]``, on one batch."""
-    return _evaluate(as_pytree(error_fn), params, batch)
-
-
 def linearize(error_fn: ErrorFn, params: PyTree, batch: PyTree) -> PlainJacobian:
     """Returns J of one batch, linearised at ``params``.
 
     Because its pullback leaves a jitted function, those at other parameters of the same
     shapes have the same tree structure: passing them to `jit` traces nothing again.
     """
-    error, pullback = _linearize(as_pytree(error_fn), params, batch)
+    error, pullback = _linearize(error_fn, params, batch)
     return PlainJacobian(pullback, jax.ShapeDtypeStruct(error.shape, error.dtype))
 
 
@@ -256,7 +219,7 @@ def linearize_pair(
     error_fn: ErrorFn, params: PyTree, batch: PyTree, direction: PyTree
 ) -> PlainPair:
     """Returns J of one batch, linearised at ``params``, and its derivative."""
-    return PlainPair(_linearize_pair(as_pytree(error_fn), params, batch, direction))
+    return PlainPair(_linearize_pair(error_fn, params, batch, direction))
 
 
 def _cached_parts(pullback: Any, columns: jax.Array) -> list[jax.Array]:
@@ -271,11 +234,6 @@ def _cached_parts(pullback: Any, columns: jax.Array) -> list[jax.Array]:
         # A divisor of the width: one program for all parts.
         taken = max(d for d in range(1, width + 1) if width % d == 0 and d <= wanted)
     return [columns[..., start : start + taken] for start in range(0, width, taken)]
-
-
-@jax.jit
-def _evaluate(error_fn: ErrorFn, params: PyTree, batch: PyTree) -> jax.Array:
-    return error_fn(params, batch)
 
 
 @jax.jit

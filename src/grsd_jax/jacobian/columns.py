@@ -25,6 +25,25 @@ def in_chunks(
     return by_chunks(product, vectors=block, width=column_chunk, mapped=mapped)
 
 
+def as_columns(
+    name: str, block: jax.Array, copies: int, error: jax.ShapeDtypeStruct
+) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
+    """Returns a block as columns ``[n, b]``, and what gives a result its shape.
+
+    Raises:
+        ValueError: If a split block is not ``[copies, N, C, b]``, or ``[N, C, b]`` for
+            one copy.
+    """
+    if jnp.ndim(block) <= 2:
+        return block, lambda columns: columns
+    leading = [(copies, *error.shape)] + ([error.shape] if copies == 1 else [])
+    if block.shape[:-1] not in leading:
+        wanted = " or ".join(f"{[*axes, 'any']}".replace("'", "") for axes in leading)
+        raise ValueError(f"{name}: expected shape {wanted}, got {list(block.shape)}.")
+    columns = block.reshape(-1, block.shape[-1])
+    return columns, lambda result: result.reshape(block.shape)
+
+
 def by_chunks(
     product: Callable[[jax.Array], jax.Array],
     *,

@@ -12,67 +12,37 @@ tangent kernel"; BackPACK; the captures of K-FAC.
 import dataclasses
 from collections.abc import Sequence
 from functools import partial, reduce
-from typing import Any, Literal, Protocol, TypeGuard, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grsd_jax._checks import check_choice
-from grsd_jax._typing import ErrorFn, PyTree
+from grsd_jax._typing import PyTree
+from grsd_jax.errors import softmax_basis
 from grsd_jax.jacobian.autodiff import (
     PlainDerivative,
     RestrictedErrorFn,
-    as_pytree,
     linearize,
 )
 from grsd_jax.jacobian.factors import Factor, for_products, like
+from grsd_jax.problem import Objective, OutputsObjective, Point, evaluate
 
 _einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
-JacobianForm = Literal["auto", "plain", "factored"]
-FORMS = ("auto", "plain", "factored")
+
+#: Outputs C of an example up to which J comes as factors. They take C backward passes
+#: and a basis ``[C, C]``; a block of fewer than C / 4 columns is cheaper without them.
+_MOST_OUTPUTS = 2048
 
 
-@runtime_checkable
-class FactoredErrorFn(Protocol):
-    """An ``error_fn`` whose examples are independent and whose layers are known.
-
-    It must also be a pytree, so that it crosses `jit`.
-    """
-
-    def __call__(self, params: PyTree, batch: PyTree) -> jax.Array:
-        """Returns the error ``[N, C]``."""
-        ...
-
-    def output_basis(self, num_outputs: int) -> np.ndarray:
-        """Returns ``[C, q]``: orthonormal directions that hold every row of J."""
-        ...
-
-    def jacobian_factors(
-        self, params: PyTree, batch: PyTree, basis: jax.Array
-    ) -> list[Factor | None]:
-        """Returns each parameter leaf's block of J, None where it is not factored."""
-        ...
-
-
-def uses_factors(
-    error_fn: ErrorFn, jacobian: JacobianForm
-) -> TypeGuard[FactoredErrorFn]:
-    """Whether to take the factored path.
-
-    Raises:
-        ValueError: If ``jacobian`` is no known form, or ``"factored"`` is asked of an
-            error function that has no factors.
-    """
-    check_choice("jacobian", jacobian, FORMS)
-    available = isinstance(error_fn, FactoredErrorFn)
-    if jacobian == "factored" and not available:
-        raise ValueError(
-            "jacobian: expected 'auto' or 'plain' for an error_fn that does not know "
-            "its layers (see linen_error_fn), got 'factored'."
-        )
-    return available and jacobian != "plain"
+def has_factors(point: Point) -> bool:
+    """Whether the layers behind an error are known, and its outputs few enough."""
+    error_fn = point.error_fn
+    known = isinstance(error_fn, OutputsObjective) and hasattr(
+        error_fn.outputs_fn, "recording"
+    )
+    return known and point.error.shape[1] <= _MOST_OUTPUTS
 
 
 @partial(
@@ -110,7 +80,7 @@ class FactoredJacobian:
 
 
 def factorize(
-    error_fn: FactoredErrorFn,
+    error_fn: Objective,
     params: PyTree,
     batch: PyTree,
     *,
@@ -132,7 +102,7 @@ def factorize(
 
 
 def factorize_by_groups(
-    error_fn: FactoredErrorFn,
+    error_fn: Objective,
     params: PyTree,
     batch: PyTree,
     groups: Sequence[Sequence[int]],
@@ -158,7 +128,7 @@ def factorize_by_groups(
 
 
 def factorize_with_derivative(
-    error_fn: FactoredErrorFn, params: PyTree, batch: PyTree, direction: PyTree
+    error_fn: Objective, params: PyTree, batch: PyTree, direction: PyTree
 ) -> tuple[FactoredJacobian, FactoredJacobian]:
     """Returns J and its derivative along ``direction``, from one JVP of the factors.
 
@@ -178,24 +148,36 @@ def factorize_with_derivative(
     rest = None
     if jacobian.rest is not None:
         rest = _RestDerivative(
-            PlainDerivative(as_pytree(error_fn), params, batch, direction),
+            PlainDerivative(error_fn, params, batch, direction),
             jacobian.rest_leaves,
         )
     kept = tuple(block for block in moved if block is not None)
     return jacobian, FactoredJacobian(kept, basis, rest, jacobian.rest_leaves)
 
 
+def output_basis(error: jax.ShapeDtypeStruct, num_classes: int | None) -> jax.Array:
+    """Returns orthonormal directions ``[C, q]`` that hold every row of J."""
+    basis = np.eye(error.shape[1])
+    if num_classes is not None:
+        positions = np.eye(error.shape[1] // num_classes)
+        basis = np.kron(positions, softmax_basis(num_classes))
+    return jnp.asarray(basis, error.dtype)
+
+
 def output_blocks(
-    error_fn: FactoredErrorFn, params: PyTree, batch: PyTree
+    error_fn: Objective, params: PyTree, batch: PyTree
 ) -> tuple[list[Factor | None], jax.Array]:
-    """Returns the blocks of J as the error function gives them, and their basis."""
-    shape = jax.eval_shape(error_fn, params, batch)
-    basis = jnp.asarray(error_fn.output_basis(shape.shape[1]), shape.dtype)
-    return error_fn.jacobian_factors(params, batch, basis), basis
+    """Returns the blocks of J as the layers give them, and their basis."""
+    from grsd_jax.jacobian.linen_factors import linen_factors  # needs flax
+
+    assert isinstance(error_fn, OutputsObjective)
+    error = evaluate.eval_shape(error_fn, params, batch)
+    basis = output_basis(error, error_fn.num_classes(params, batch))
+    return linen_factors(error_fn, params, batch, basis), basis
 
 
 def moving_blocks(
-    error_fn: FactoredErrorFn, params: PyTree, batch: PyTree, direction: PyTree
+    error_fn: Objective, params: PyTree, batch: PyTree, direction: PyTree
 ) -> tuple[list[Factor | None], list[Factor | None], jax.Array]:
     """Returns the blocks of J and of Jdot, and their basis."""
 
@@ -215,7 +197,7 @@ Blocks = list[Factor | None]
 
 @partial(jax.jit, static_argnames="multiplied")
 def _product_blocks(
-    error_fn: FactoredErrorFn, params: PyTree, batch: PyTree, *, multiplied: bool
+    error_fn: Objective, params: PyTree, batch: PyTree, *, multiplied: bool
 ) -> tuple[Blocks, jax.Array]:
     blocks, basis = output_blocks(error_fn, params, batch)
     ready = [block and for_products(block, multiplied=multiplied) for block in blocks]
@@ -224,7 +206,7 @@ def _product_blocks(
 
 @jax.jit
 def _moving_blocks(
-    error_fn: FactoredErrorFn, params: PyTree, batch: PyTree, direction: PyTree
+    error_fn: Objective, params: PyTree, batch: PyTree, direction: PyTree
 ) -> tuple[Blocks, Blocks, jax.Array]:
     blocks, moved, basis = moving_blocks(error_fn, params, batch, direction)
     cheapest = [block and for_products(block) for block in blocks]
@@ -237,7 +219,7 @@ def _moving_blocks(
 
 
 def _assemble(
-    error_fn: FactoredErrorFn,
+    error_fn: Objective,
     params: PyTree,
     batch: PyTree,
     blocks: Blocks,
@@ -249,7 +231,7 @@ def _assemble(
     missing = tuple(i for i in group if blocks[i] is None)
     rest = None
     if missing:
-        restricted = RestrictedErrorFn(as_pytree(error_fn), params, missing)
+        restricted = RestrictedErrorFn(error_fn, params, missing)
         rest = linearize(restricted, restricted.selected(), batch)
     kept = tuple(block for i in group if (block := blocks[i]) is not None)
     return FactoredJacobian(kept, basis, rest, missing)

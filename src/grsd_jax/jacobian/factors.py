@@ -23,9 +23,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-
-from grsd_jax._memory import tree_bytes
 
 _einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
@@ -252,7 +249,7 @@ def _one_by_one(left: jax.Array, similar: jax.Array, right: jax.Array) -> jax.Ar
 
 
 def for_products(factor: Factor, *, multiplied: bool = False) -> Factor:
-    """Returns the form whose products with columns are cheaper, see `product_cost`.
+    """Returns the form whose products with columns are cheaper, see `_product_costs`.
 
     Args:
         factor: The block.
@@ -276,55 +273,19 @@ def for_products(factor: Factor, *, multiplied: bool = False) -> Factor:
 
 
 def for_gram(factor: Factor, num_examples: int) -> Factor:
-    """Returns the form whose Gram product is cheaper, see `gram_cost`."""
+    """Returns the form whose Gram product is cheaper, see `_gram_costs`."""
     if not isinstance(factor, Outer):
         return factor
     row_cost, factor_cost = _gram_costs(factor, num_examples)
     return factor.as_rows() if row_cost <= factor_cost else factor
 
 
-def product_cost(factor: Factor) -> float:
+def _product_costs(factor: Outer) -> tuple[float, float, float]:
     """Returns the operations of one column's product, for one example.
 
     ``4 q k o`` in rows, ``4 X (k + q) o`` as factors, ``2 X (N X + 2 q) o`` by their
     similarity.
-
-    Args:
-        factor: The block in the form that `for_products` chose.
-
-    Returns:
-        Operations.
     """
-    if not isinstance(factor, Outer):
-        return _thin(factor)
-    _, factor_cost, similar_cost = _product_costs(factor)
-    return factor_cost if factor.similarity is None else similar_cost
-
-
-def product_bytes(factor: Factor) -> int:
-    """Returns the bytes that a product reads, of `for_products`' form."""
-    if isinstance(factor, Outer) and factor.similarity is not None:
-        return tree_bytes((factor.deltas, factor.similarity))
-    return tree_bytes(factor)
-
-
-def gram_cost(factor: Factor, num_examples: int) -> float:
-    """Returns the operations of the Gram product, for one of ``num_examples``.
-
-    An example's rows cost ``2 X q k o`` and its Gram product ``2 n q k o``, with
-    ``n = num_examples q``. As factors it costs ``2 X Y k`` for the inputs,
-    ``2 X Y q o`` for the sum over x and ``2 n q X o`` for the rest, where Y counts the
-    positions of all examples; these count three times, since they run in small batched
-    products. Of few positions it takes less than that, see `inner`.
-    """
-    if isinstance(factor, Outer):
-        return min(_gram_costs(factor, num_examples))
-    q = jax.tree.leaves(factor)[-1].shape[1]
-    return _thin(factor) / 2 * num_examples * q
-
-
-def _product_costs(factor: Outer) -> tuple[float, float, float]:
-    """Returns the cost of rows, of factors and of factors with their similarity."""
     positions, inputs, outputs, q = _sizes(factor)
     everywhere = factor.inputs.shape[0] * positions
     return (
@@ -335,18 +296,19 @@ def _product_costs(factor: Outer) -> tuple[float, float, float]:
 
 
 def _gram_costs(factor: Outer, num_examples: int) -> tuple[float, float]:
-    """Returns the cost of rows and of factors."""
+    """Returns the operations of the Gram product by rows and by factors.
+
+    For one of ``num_examples`` examples. Its rows cost ``2 X q k o`` and their Gram
+    product ``2 n q k o``, with ``n = num_examples q``. As factors it costs ``2 X Y k``
+    for the inputs, ``2 X Y q o`` for the sum over x and ``2 n q X o`` for the rest,
+    where Y counts the positions of all examples; these count three times, since they
+    run in small batched products.
+    """
     positions, inputs, outputs, q = _sizes(factor)
     n, all_positions = num_examples * q, num_examples * positions
     rows = (positions + n) * q * inputs * outputs
     spread = positions * all_positions * (inputs + q * outputs)
     return 2.0 * rows, 2.0 * _BATCHED_COST * (spread + n * q * positions * outputs)
-
-
-def _thin(factor: Rows | Lookup) -> float:
-    """Returns the product cost of what has one form only."""
-    array = factor.rows if isinstance(factor, Rows) else factor.deltas
-    return 4.0 * float(np.prod(array.shape[1:]))
 
 
 def _sizes(factor: Outer) -> tuple[int, int, int, int]:

@@ -10,7 +10,7 @@ whose leading axis is not the examples.
 
 import functools
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from flax import linen as nn
 from grsd_jax._typing import PyTree
 from grsd_jax.jacobian.factors import Factor, Lookup, Outer, Rows, joined
 from grsd_jax.jacobian.linen_layers import READERS, Inputs, called_with
+from grsd_jax.problem import OutputsObjective
 
 _RECORD = "grsd_layer_inputs"
 
@@ -54,18 +55,8 @@ class _Record(NamedTuple):
     output: jax.Array | None
 
 
-class LinenFn(Protocol):
-    """An error function of a linen module, as a pytree with a hashable structure."""
-
-    def recording(
-        self, params: PyTree, batch: PyTree, collection: str
-    ) -> tuple[jax.Array, Mapping[str, Any]]:
-        """Returns the error ``[N, C]`` and what was written to one collection."""
-        ...
-
-
 def linen_factors(
-    error_fn: LinenFn,
+    error_fn: OutputsObjective,
     params: PyTree,
     batch: PyTree,
     basis: jax.Array,
@@ -106,7 +97,7 @@ def linen_factors(
 
 
 def layer_calls(
-    error_fn: LinenFn, params: PyTree, batch: PyTree
+    error_fn: OutputsObjective, params: PyTree, batch: PyTree
 ) -> tuple[LayerCall, ...]:
     """Finds the layer calls whose parameters can be factored, from shapes alone.
 
@@ -162,17 +153,17 @@ def _batched(small: PyTree, large: PyTree) -> bool:
     )
 
 
-def _trace(error_fn: LinenFn, params: PyTree, batch: PyTree) -> PyTree:
+def _trace(error_fn: OutputsObjective, params: PyTree, batch: PyTree) -> PyTree:
     return _record(error_fn, params, batch, with_outputs=True)[1]
 
 
 def _readable_without(
-    error_fn: LinenFn, params: PyTree, batch: PyTree, hidden: set[Path]
+    error_fn: OutputsObjective, params: PyTree, batch: PyTree, hidden: set[Path]
 ) -> bool:
     """Whether nothing but the layers' own calls reads the parameters at these paths."""
 
     def masked(
-        error_fn: LinenFn, params: PyTree, batch: PyTree, unusable: PyTree
+        error_fn: OutputsObjective, params: PyTree, batch: PyTree, unusable: PyTree
     ) -> PyTree:
         return _record(error_fn, unusable, batch, own_params=(hidden, params))[0]
 
@@ -197,7 +188,7 @@ def _readable_without(
 
 
 def _record(
-    error_fn: LinenFn,
+    error_fn: OutputsObjective,
     params: PyTree,
     batch: PyTree,
     *,
@@ -235,8 +226,9 @@ def _record(
         return output
 
     with nn.intercept_methods(interceptor):
-        error, recorded = error_fn.recording(params, batch, _RECORD)
-    return error, dict(_calls(recorded))
+        model: Any = error_fn.outputs_fn
+        outputs, recorded = model.recording(params, batch, _RECORD)
+    return error_fn.error_of(outputs, batch), dict(_calls(recorded))
 
 
 def _holds_examples(module: nn.Module, x: Any, num_examples: int) -> bool:

@@ -1,241 +1,425 @@
 """The exact dense kernel and its derivative, whole or layer by layer.
 
-Examples are independent (BatchNorm runs on stored statistics), so all n rows of J cost
-C backward passes over the batch, not n. An error function that knows its layers needs
-no weight gradients in them either (see `factored`).
+Examples are independent (BatchNorm runs on stored statistics), so row block i of J
+depends on example i alone, and all n rows cost C backward passes over the batch, not n.
+Where the layers are known not even these need weight gradients (see
+`grsd_jax.jacobian.factored`). Parameter leaves are taken in groups and examples in
+chunks, so that what is held of J at a time stays under a bound; Gram products add up
+over the leaves: ``M = sum_l J_l J_l^T``.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple, overload
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
-from grsd_jax._checks import check_same_tree
-from grsd_jax._typing import ErrorFn, PyTree, Reduction
-from grsd_jax.jacobian.factored import JacobianForm
-from grsd_jax.kernel.dense_blocks import DenseOptions, accumulate
+from grsd_jax._checks import check_at_least, check_batches
+from grsd_jax._memory import default_bytes, tree_bytes
+from grsd_jax._typing import PyTree
+from grsd_jax.jacobian.factored import (
+    has_factors,
+    moving_blocks,
+    output_basis,
+    output_blocks,
+)
+from grsd_jax.jacobian.factors import Factor, Rows, for_gram, inner, like
 from grsd_jax.parameter_blocks import parameter_paths
+from grsd_jax.problem import Objective, Point, Problem
+
+#: ``(M,)`` or ``(M, Mdot)`` under each label.
+Matrices = dict[str, tuple[jax.Array, ...]]
+
+#: Chunks of examples by default, and the fewest and most examples of one. For CPUs:
+#: small chunks stay in the caches, and make more products of smaller blocks.
+_CHUNKS, _CHUNK_RANGE = 8, (8, 32)
+
+#: Bytes of all blocks up to which a chunk takes the most examples.
+_SMALL = 16 * 2**20
+
+_einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
+
+class Chunking(NamedTuple):
+    """What bounds the memory of a dense kernel.
+
+    Attributes:
+        example_chunk: Examples differentiated together; if None, an eighth of all,
+            within bounds, or 32 if the blocks of all are small.
+        max_bytes: Bytes of blocks of J held at a time; if None, a quarter of the memory
+            that is free, since what makes them takes as much again.
+    """
+
+    example_chunk: int | None = None
+    max_bytes: int | None = None
+
+
+@overload
+def kernel_dense(
+    problem: Problem,
+    params: PyTree,
+    direction: None = None,
+    *,
+    example_chunk: int | None = None,
+    max_bytes: int | None = None,
+) -> jax.Array: ...
+
+
+@overload
+def kernel_dense(
+    problem: Problem,
+    params: PyTree,
+    direction: PyTree,
+    *,
+    example_chunk: int | None = None,
+    max_bytes: int | None = None,
+) -> tuple[jax.Array, jax.Array]: ...
 
 
 def kernel_dense(
-    error_fn: ErrorFn,
+    problem: Problem,
     params: PyTree,
-    batches: PyTree,
+    direction: PyTree | None = None,
     *,
-    reduction: Reduction = "mean",
     example_chunk: int | None = None,
-    max_jacobian_bytes: int | None = None,
-    jacobian: JacobianForm = "auto",
-) -> jax.Array:
-    """Forms the kernel exactly: ``M = (1/K) sum_k sum_l J_kl J_kl^T``.
+    max_bytes: int | None = None,
+) -> Any:
+    """Forms the kernel exactly, ``M = J J^T``, and its derivative if asked for.
 
-    Assumes that example i of the error depends on example i of the batch alone; an
-    error function that couples examples (BatchNorm in training mode, say) needs the
+    With a direction also ``Mdot = Jdot J^T + J Jdot^T``, from the same pass. Under
+    ``mean`` both are averages over the K batches.
+
+    Assumes that example i of the error depends on example i of the batch alone; a
+    network that couples examples (BatchNorm in training mode, say) needs the
     matrix-free `kernel_matmat`.
 
     Args:
-        error_fn: ``error_fn(params, batch) -> [N, C]``.
-        params: Parameters, a pytree of floating arrays.
-        batches: A pytree with leading axes ``[K, N]``.
-        reduction: ``"mean"`` or ``"stack"``.
-        example_chunk: Examples differentiated together; bounds the activations held. If
-            None, an eighth of the examples, but no fewer than 8 and no more than 32,
-            and 32 if all blocks of J take at most 16 MiB:
-            small chunks stay in the caches, and make more products of smaller blocks.
-        max_jacobian_bytes: Bytes of blocks of J held at a time; a quarter of the memory
-            that is free if None. If they need more, the backward passes are repeated
-            for each group of parameter leaves; a group holds at least one leaf.
-        jacobian: ``"factored"``, ``"plain"``, or ``"auto"``: factored where the error
-            function knows its layers.
+        problem: The problem.
+        params: Parameters.
+        direction: The tangent d of Mdot, a tree like ``params``, or None for M alone.
+        example_chunk: Examples differentiated together, which bounds the activations
+            held; by default about an eighth of them, from 8 to 32.
+        max_bytes: Bytes of blocks of J (and Jdot) held at a time; by default a quarter
+            of the memory that is free. If they need more, the backward passes are
+            repeated for each group of parameter leaves.
 
     Returns:
-        M, ``[n, n]``, symmetric positive semidefinite to rounding, ``n = N C`` or
-        ``K N C``.
+        M, ``[n, n]``, symmetric positive semidefinite to rounding; with a direction
+        ``(M, Mdot)``, Mdot in units of M per unit of s.
 
     Raises:
-        ValueError: If a shape, dtype, leading axis or choice does not fit.
+        ValueError: If a shape, tree, dtype, leading axis or bound does not fit.
 
     References:
-        Paper 7.2; the layer-wise sum is ours.
+        Paper 7.2 and B.5; the layer-wise sum and the exact derivative are ours.
     """
-    options = DenseOptions(reduction, example_chunk, max_jacobian_bytes, jacobian)
-    labels = [""] * len(jax.tree.leaves(params))
-    (kernel,) = accumulate(error_fn, params, batches, None, labels, options)[""]
-    return kernel
+    chunking = Chunking(example_chunk, max_bytes)
+    matrices = dense_at(problem.at(params, direction), chunking)
+    return matrices[0] if direction is None else matrices
 
 
-def kernel_derivative_dense(
-    error_fn: ErrorFn,
-    params: PyTree,
-    batches: PyTree,
-    direction: PyTree,
-    *,
-    reduction: Reduction = "mean",
-    example_chunk: int | None = None,
-    max_jacobian_bytes: int | None = None,
-    jacobian: JacobianForm = "auto",
-) -> jax.Array:
-    """Forms the kernel's derivative: ``Mdot = (1/K) sum_k (Jdot J^T + J Jdot^T)``.
-
-    Args:
-        error_fn: ``error_fn(params, batch) -> [N, C]``, examples independent.
-        params: Parameters, a pytree of floating arrays.
-        batches: A pytree with leading axes ``[K, N]``.
-        direction: The tangent d, a tree like ``params``.
-        reduction: ``"mean"`` or ``"stack"``.
-        example_chunk: Examples differentiated together, see `kernel_dense`.
-        max_jacobian_bytes: Bytes of blocks of J and Jdot held at a time, see
-            `kernel_dense`.
-        jacobian: ``"factored"``, ``"plain"`` or ``"auto"``.
-
-    Returns:
-        Mdot, ``[n, n]``, symmetric, in units of M per unit of s.
-
-    Raises:
-        ValueError: If a shape, tree, dtype, leading axis or choice does not fit.
-
-    References:
-        Paper 7.2 and B.5; the exact form is ours.
-    """
-    return kernel_with_derivative_dense(
-        error_fn,
-        params,
-        batches,
-        direction,
-        reduction=reduction,
-        example_chunk=example_chunk,
-        max_jacobian_bytes=max_jacobian_bytes,
-        jacobian=jacobian,
-    )[1]
-
-
-def kernel_with_derivative_dense(
-    error_fn: ErrorFn,
-    params: PyTree,
-    batches: PyTree,
-    direction: PyTree,
-    *,
-    reduction: Reduction = "mean",
-    example_chunk: int | None = None,
-    max_jacobian_bytes: int | None = None,
-    jacobian: JacobianForm = "auto",
-) -> tuple[jax.Array, jax.Array]:
-    """Forms the kernel and its derivative from one pass of per-example Jacobians.
-
-    Args:
-        error_fn: ``error_fn(params, batch) -> [N, C]``, examples independent.
-        params: Parameters, a pytree of floating arrays.
-        batches: A pytree with leading axes ``[K, N]``.
-        direction: The tangent d, a tree like ``params``.
-        reduction: ``"mean"`` or ``"stack"``.
-        example_chunk: Examples differentiated together, see `kernel_dense`.
-        max_jacobian_bytes: Bytes of blocks of J and Jdot held at a time, see
-            `kernel_dense`.
-        jacobian: ``"factored"``, ``"plain"`` or ``"auto"``.
-
-    Returns:
-        ``(M, Mdot)``, both ``[n, n]``.
-
-    Raises:
-        ValueError: If a shape, tree, dtype, leading axis or choice does not fit.
-
-    References:
-        Paper 7.2 and B.5.
-    """
-    check_same_tree("direction", direction, params, "params")
-    options = DenseOptions(reduction, example_chunk, max_jacobian_bytes, jacobian)
-    labels = [""] * len(jax.tree.leaves(params))
-    kernel, derivative = accumulate(
-        error_fn, params, batches, direction, labels, options
-    )[""]
-    return kernel, derivative
+def dense_at(point: Point, chunking: Chunking = Chunking()) -> tuple[jax.Array, ...]:
+    """Returns ``(M,)`` of a checked problem, or ``(M, Mdot)`` if it has a direction."""
+    labels = [""] * len(jax.tree.leaves(point.params))
+    return accumulate(point, labels, chunking)[""]
 
 
 def layer_kernels(
-    error_fn: ErrorFn,
+    problem: Problem,
     params: PyTree,
-    batches: PyTree,
+    direction: PyTree | None = None,
     *,
     layer_of: Callable[[tuple[str, ...]], str] | None = None,
-    reduction: Reduction = "mean",
-    example_chunk: int | None = None,
-    max_jacobian_bytes: int | None = None,
-    jacobian: JacobianForm = "auto",
-) -> dict[str, jax.Array]:
-    """Forms every layer's own kernel, ``M_l = (1/K) sum_k J_kl J_kl^T``.
+) -> dict[str, Any]:
+    """Forms every layer's own kernel, ``M_l = J_l J_l^T``, and derivative if asked for.
 
-    They add up to M: ``M = sum_l M_l``. One pass makes them all, at no more operations
-    than M alone; each takes the memory of M.
+    With a direction also ``Mdot_l = Jdot_l J_l^T + J_l Jdot_l^T``, where all parameters
+    move. They add up: ``M = sum_l M_l``, ``Mdot = sum_l Mdot_l``. One pass makes them
+    all, at no more operations than M alone; each takes the memory of M.
 
     Args:
-        error_fn: ``error_fn(params, batch) -> [N, C]``, examples independent.
-        params: Parameters, a pytree of floating arrays.
-        batches: A pytree with leading axes ``[K, N]``.
+        problem: The problem, examples independent.
+        params: Parameters.
+        direction: The tangent d, a tree like ``params``, or None for the kernels alone.
         layer_of: ``layer_of(path) -> name`` of the layer that a parameter belongs to,
             from the names along its path; the path without its last name if None.
-        reduction: ``"mean"`` or ``"stack"``.
-        example_chunk: Examples differentiated together, see `kernel_dense`.
-        max_jacobian_bytes: Bytes of blocks of J held at a time, see `kernel_dense`.
-        jacobian: ``"factored"``, ``"plain"`` or ``"auto"``.
 
     Returns:
-        ``{name: M_l}``, each ``[n, n]``, in the order of the tree.
+        ``{name: M_l}``, or ``{name: (M_l, Mdot_l)}``, each ``[n, n]``, in the order of
+        the tree.
 
     Raises:
-        ValueError: If a shape, dtype, leading axis or choice does not fit.
+        ValueError: If a shape, tree, dtype or leading axis does not fit.
 
     References:
         Paper 3.2 and A.3, the additive structure.
     """
-    options = DenseOptions(reduction, example_chunk, max_jacobian_bytes, jacobian)
-    labels = [(layer_of or _parent)(path) for path in parameter_paths(params)]
-    matrices = accumulate(error_fn, params, batches, None, labels, options)
+    point = problem.at(params, direction)
+    labels = [(layer_of or _parent)(path) for path in parameter_paths(point.params)]
+    matrices = accumulate(point, labels, Chunking())
+    if direction is not None:
+        return dict(matrices)
     return {label: kernel for label, (kernel,) in matrices.items()}
 
 
-def layer_kernels_with_derivative(
-    error_fn: ErrorFn,
-    params: PyTree,
-    batches: PyTree,
-    direction: PyTree,
-    *,
-    layer_of: Callable[[tuple[str, ...]], str] | None = None,
-    reduction: Reduction = "mean",
-    example_chunk: int | None = None,
-    max_jacobian_bytes: int | None = None,
-    jacobian: JacobianForm = "auto",
-) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """Forms every layer's kernel and its derivative, from one pass.
+class _Blocks(NamedTuple):
+    """The blocks of J, and of Jdot, of some leaves and examples.
 
-    ``M_l = (1/K) sum_k J_kl J_kl^T`` and ``Mdot_l = (1/K) sum_k (Jdot_kl J_kl^T + J_kl
-    Jdot_kl^T)``, where all parameters move along ``direction``. They add up:
-    ``M = sum_l M_l``, ``Mdot = sum_l Mdot_l``. One pass makes them all, at no more
-    operations than M and Mdot alone.
+    Attributes:
+        kernel: The blocks of J.
+        moved: Those of Jdot, none if no derivative is wanted.
+    """
+
+    kernel: tuple[Factor, ...]
+    moved: tuple[Factor, ...]
+
+
+def accumulate(point: Point, labels: Sequence[str], chunking: Chunking) -> Matrices:
+    """Sums the leaves' kernels, and their derivatives, under each leaf's label.
 
     Args:
-        error_fn: ``error_fn(params, batch) -> [N, C]``, examples independent.
-        params: Parameters, a pytree of floating arrays.
-        batches: A pytree with leading axes ``[K, N]``.
-        direction: The tangent d, a tree like ``params``.
-        layer_of: As for `layer_kernels`.
-        reduction: ``"mean"`` or ``"stack"``.
-        example_chunk: Examples differentiated together.
-        max_jacobian_bytes: Bytes of blocks of J and Jdot held at a time.
-        jacobian: ``"factored"``, ``"plain"`` or ``"auto"``.
+        point: The problem, examples independent, with a direction for Mdot.
+        labels: One for each leaf of the point's parameters.
+        chunking: What bounds the memory.
 
     Returns:
-        ``{name: (M_l, Mdot_l)}``, each ``[n, n]``, in the order of the tree.
+        ``(M_l,)``, or ``(M_l, Mdot_l)``, for each label l.
 
     Raises:
-        ValueError: If a shape, tree, dtype, leading axis or choice does not fit.
-
-    References:
-        Paper 3.2 and A.3, the additive structure.
+        ValueError: If a bound does not fit.
     """
-    check_same_tree("direction", direction, params, "params")
-    options = DenseOptions(reduction, example_chunk, max_jacobian_bytes, jacobian)
-    labels = [(layer_of or _parent)(path) for path in parameter_paths(params)]
-    matrices = accumulate(error_fn, params, batches, direction, labels, options)
-    return {label: (kernel, moved) for label, (kernel, moved) in matrices.items()}
+    max_bytes = chunking.max_bytes
+    max_bytes = default_bytes() // 2 if max_bytes is None else max_bytes
+    check_at_least("max_bytes", max_bytes, 1)
+    if chunking.example_chunk is not None:
+        check_at_least("example_chunk", chunking.example_chunk, 1)
+    batches = point.batches
+    if point.reduction == "stack":
+        batches = jax.tree.map(
+            lambda leaf: leaf.reshape(1, -1, *leaf.shape[2:]), batches
+        )
+    num_spaces, num_examples = check_batches(batches)
+    factored = has_factors(point)
+    basis = jnp.eye(point.error.shape[1], dtype=point.error.dtype)
+    if factored:
+        basis = output_basis(point.error, point.num_classes)
+    fixed = (point.error_fn, point.params, point.direction, basis, num_examples)
+    blocks_of = partial(_blocks, *fixed, factored=factored)
+    shapes_of = partial(_blocks.eval_shape, *fixed, factored=factored)
+    bytes_of = partial(_leaf_bytes, shapes_of, len(labels))
+    chunk_size = chunking.example_chunk or _default_chunk(bytes_of, batches)
+    total: Matrices = {}
+    for chunks in _chunked(batches, chunk_size):
+        sizes = bytes_of(chunks)
+        for group in _leaf_groups(sizes, max_bytes):
+            held: list[_Blocks] = [blocks_of(chunk, group=group) for chunk in chunks]
+            names = tuple(labels[index] for index in group)
+            for label, matrices in _gram(held, names).items():
+                earlier = total.get(label)
+                total[label] = matrices if earlier is None else _add(earlier, matrices)
+    return {
+        label: tuple(_finish(matrix, basis, num_spaces) for matrix in matrices)
+        for label, matrices in total.items()
+    }
+
+
+def _add(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    return tuple(x + y for x, y in zip(a, b, strict=True))
+
+
+@partial(jax.jit, static_argnames="scale")
+def _finish(matrix: jax.Array, basis: jax.Array, scale: int) -> jax.Array:
+    """Turns ``[N q, N q]`` into the symmetric ``[N C, N C]``, scaled."""
+    num_outputs, q = basis.shape
+    examples = matrix.shape[0] // q
+    split = matrix.reshape(examples, q, examples, q)
+    full = _einsum("cq,nqmr,dr->ncmd", basis, split, basis)
+    full = full.reshape(examples * num_outputs, -1)
+    return (full + full.T) / (2 * scale)
+
+
+def _default_chunk(
+    bytes_of: Callable[[list[PyTree]], list[int]], batches: PyTree
+) -> int:
+    """Returns the examples of a chunk: an eighth of all, or the most if small."""
+    num_examples = check_batches(batches)[1]
+    most = min(_CHUNK_RANGE[1], num_examples)
+    size = min(int(np.clip(num_examples // _CHUNKS, *_CHUNK_RANGE)), most)
+    one = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape[2:]), leaf.dtype), batches
+    )
+    small = sum(bytes_of([one])) * num_examples <= _SMALL * size
+    return most if small else size
+
+
+def _leaf_bytes(shapes_of: Any, num_leaves: int, chunks: list[PyTree]) -> list[int]:
+    """Returns the bytes that each leaf's blocks take over all chunks."""
+    group = tuple(range(num_leaves))
+    shapes = shapes_of(chunks[0], group=group)
+    kernel = [tree_bytes(block) for block in shapes.kernel]
+    moved = [tree_bytes(block) for block in shapes.moved] or [0] * num_leaves
+    return [len(chunks) * (a + b) for a, b in zip(kernel, moved, strict=True)]
+
+
+def _leaf_groups(sizes: Sequence[int], max_bytes: int) -> list[tuple[int, ...]]:
+    """Groups the leaves' indices so that a group stays under the bound."""
+    groups: list[tuple[int, ...]] = []
+    held = 0
+    for index, size in enumerate(sizes):
+        if groups and held + size <= max_bytes:
+            groups[-1], held = (*groups[-1], index), held + size
+        else:
+            groups.append((index,))
+            held = size
+    return groups
+
+
+def _chunked(batches: PyTree, example_chunk: int) -> Iterator[list[PyTree]]:
+    """Yields each batch as a list of chunks of almost equal numbers of examples."""
+    num_batches, num_examples = check_batches(batches)
+    num_chunks = -(-num_examples // example_chunk)
+    bounds = [num_examples * i // num_chunks for i in range(num_chunks + 1)]
+    for k in range(num_batches):
+        yield [
+            jax.tree.map(lambda leaf, k=k, i=i, j=j: leaf[k, i:j], batches)
+            for i, j in itertools.pairwise(bounds)
+        ]
+
+
+@partial(jax.jit, static_argnames=("num_examples", "group", "factored"))
+def _blocks(
+    error_fn: Any,
+    params: PyTree,
+    direction: PyTree | None,
+    basis: jax.Array,
+    num_examples: int,
+    chunk: PyTree,
+    *,
+    group: tuple[int, ...],
+    factored: bool,
+) -> _Blocks:
+    """Returns the blocks of a group of leaves and a chunk of examples.
+
+    A factored block takes the form whose Gram product over all ``num_examples``
+    examples is cheaper.
+    """
+    if not factored:
+        rows, moved_rows = _row_blocks(error_fn, params, direction, group, chunk)
+        return _Blocks(tuple(rows), tuple(moved_rows))
+    if direction is None:
+        found, motions = output_blocks(error_fn, params, chunk)[0], []
+    else:
+        found, motions, _ = moving_blocks(error_fn, params, chunk, direction)
+    missing = tuple(index for index in group if found[index] is None)
+    rows, moved_rows = [], []
+    if missing:
+        rows, moved_rows = _row_blocks(error_fn, params, direction, missing, chunk)
+    plain = dict(zip(missing, _in_basis(rows, basis), strict=True))
+    plain_moved = dict(zip(missing, _in_basis(moved_rows, basis), strict=False))
+    kernel: list[Factor] = []
+    moved: list[Factor] = []
+    for index in group:
+        block = found[index]
+        kernel.append(plain[index] if block is None else for_gram(block, num_examples))
+        if motions:
+            motion = motions[index]
+            moved.append(
+                plain_moved[index] if motion is None else like(motion, kernel[-1])
+            )
+    return _Blocks(tuple(kernel), tuple(moved))
+
+
+def _in_basis(blocks: list[Rows], basis: jax.Array) -> list[Rows]:
+    """Turns rows of all C outputs into rows of the q directions of the basis."""
+    return [Rows(_einsum("ncp,cq->nqp", block.rows, basis)) for block in blocks]
+
+
+def _row_blocks(
+    error_fn: Objective,
+    params: PyTree,
+    direction: PyTree | None,
+    group: tuple[int, ...],
+    chunk: PyTree,
+) -> tuple[list[Rows], list[Rows]]:
+    """Returns the rows ``[c, C, p]`` of J and Jdot by the plain path.
+
+    Args:
+        error_fn: The error function, a pytree.
+        params: Parameters.
+        direction: The tangent of Jdot, or None.
+        group: Indices of the parameter leaves to differentiate with respect to.
+        chunk: Examples, leading axis ``[c]``.
+    """
+
+    def jacobian(p: PyTree) -> list[Rows]:
+        leaves, tree = jax.tree.flatten(p)
+
+        def error(selected: Sequence[Any], example: PyTree) -> jax.Array:
+            merged = list(leaves)
+            for index, leaf in zip(group, selected, strict=True):
+                merged[index] = leaf
+            batch = jax.tree.map(lambda leaf: leaf[None], example)
+            return error_fn(jax.tree.unflatten(tree, merged), batch)[0]
+
+        selected = [leaves[index] for index in group]
+        per_example = jax.vmap(jax.jacrev(error), in_axes=(None, 0))(selected, chunk)
+        return [
+            Rows(rows.reshape(*rows.shape[:2], leaf.size))
+            for rows, leaf in zip(per_example, selected, strict=True)
+        ]
+
+    if direction is None:
+        return jacobian(params), []
+    return jax.jvp(jacobian, (params,), (direction,))
+
+
+def _gram(chunks: list[_Blocks], labels: tuple[str, ...]) -> Matrices:
+    """Returns ``J J^T``, and ``Jdot J^T + J Jdot^T`` if wanted, for each label.
+
+    Two programs, blocks first, run faster than one: XLA schedules the joint one worse.
+    Tiles below the diagonal are the transposes of those above.
+    """
+    count = len(chunks)
+    upper = {
+        (i, j): _gram_tile(chunks[i], chunks[j], labels, diagonal=i == j)
+        for i in range(count)
+        for j in range(i, count)
+    }
+
+    def tile(i: int, j: int, label: str, which: int) -> jax.Array:
+        if i <= j:
+            return upper[i, j][label][which]
+        return upper[j, i][label][which].T
+
+    size = 2 if chunks[0].moved else 1
+    return {
+        label: tuple(
+            jnp.block(
+                [[tile(i, j, label, which) for j in range(count)] for i in range(count)]
+            )
+            for which in range(size)
+        )
+        for label in dict.fromkeys(labels)
+    }
+
+
+@partial(jax.jit, static_argnames=("labels", "diagonal"))
+def _gram_tile(
+    left: _Blocks, right: _Blocks, labels: tuple[str, ...], *, diagonal: bool
+) -> Matrices:
+    total: Matrices = {}
+    for index, label in enumerate(labels):
+        a, b = left.kernel[index], right.kernel[index]
+        found = (inner(a, b),)
+        if left.moved:
+            half = inner(left.moved[index], b)
+            other = half.T if diagonal else inner(a, right.moved[index])
+            found = (*found, half + other)
+        total[label] = _add(total[label], found) if label in total else found
+    return total
 
 
 def _parent(path: tuple[str, ...]) -> str:

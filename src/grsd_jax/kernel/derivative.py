@@ -6,38 +6,36 @@ exact derivative costs less. For piecewise-linear activations the two differ in 
 the exact one sees a single activation pattern, a finite step also sees patterns flip.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable
-from functools import partial, reduce
+from functools import reduce
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from grsd_jax._arrays import is_traced
 from grsd_jax._checks import (
     check_at_least,
-    check_batches,
     check_choice,
     check_positive,
     check_same_tree,
 )
-from grsd_jax._typing import Derivative, ErrorFn, LossFn, PyTree, Reduction
+from grsd_jax._typing import DerivativeMethod, PyTree
 from grsd_jax.jacobian.autodiff import (
     Jacobian,
     JacobianMap,
     PlainDerivative,
-    as_pytree,
-    check_problem,
     linearize,
     linearize_pair,
-    split_batches,
 )
 from grsd_jax.jacobian.columns import by_chunks, join_block, split_block, sum_trees
-from grsd_jax.jacobian.factored import (
-    JacobianForm,
-    factorize_with_derivative,
-    uses_factors,
-)
-from grsd_jax.kernel.operator import REDUCTIONS, kernel_matmat
+from grsd_jax.jacobian.factored import factorize_with_derivative, has_factors
+from grsd_jax.kernel.mesh import layout_of
+from grsd_jax.kernel.operator import multiply_at
+from grsd_jax.kernel.sharded import sharded_half
+from grsd_jax.problem import Objective, Point, Problem
 
 DERIVATIVES = ("exact", "finite_difference")
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -52,62 +50,82 @@ _FEW_COLUMNS = 1.5
 _BEND = 0.02
 
 
-def gradient_flow_direction(loss_fn: LossFn, params: PyTree, batches: PyTree) -> PyTree:
+@dataclasses.dataclass(frozen=True)
+class Derivative:
+    """How the kernel's derivative along a direction is taken.
+
+    Attributes:
+        method: ``"exact"`` or ``"finite_difference"``.
+        step: Relative step of the difference, see `kernel_derivative`; that of the
+            cross-check where the method is exact.
+    """
+
+    method: DerivativeMethod = "exact"
+    step: float | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the options."""
+        check_choice("method", self.method, DERIVATIVES)
+        if self.step is not None:
+            check_positive("step", self.step)
+
+
+def gradient_flow_direction(problem: Problem, params: PyTree) -> PyTree:
     """Returns the gradient flow ``d = -grad L``, L the mean loss over the K batches.
 
     Args:
-        loss_fn: ``loss_fn(params, batch) -> []``, the mean loss of one batch.
-        params: Parameters, a pytree of floating arrays.
-        batches: A pytree with leading axes ``[K, N]``.
+        problem: The problem.
+        params: Parameters.
 
     Returns:
-        A tree like ``params``, in units of loss over parameter.
+        A tree like ``params``, in units of loss over parameter; zeros for arrays and
+        numbers that are held, None for other leaves.
 
     Raises:
-        ValueError: If the leading axes do not fit or the loss is not a scalar.
+        ValueError: If the problem does not fit, or has no loss.
 
     References:
         Paper 7.2 and B.5.
     """
-    parts = split_batches(batches)
-    loss_fn = as_pytree(loss_fn)
-    gradients = [_loss_gradient(loss_fn, params, batch) for batch in parts]
-    return jax.tree.map(lambda *leaves: -sum(leaves) / len(leaves), *gradients)
+    point = problem.at(params)
+    gradients = [
+        _loss_gradient(point.error_fn, point.params, batch) for batch in point.parts
+    ]
+    mean = jax.tree.map(lambda *leaves: -sum(leaves) / len(leaves), *gradients)
+    return jax.tree.map(
+        lambda leaf, d: _zero_like(leaf) if d is None else d,
+        params,
+        mean,
+        is_leaf=lambda leaf: leaf is None,
+    )
 
 
 def kernel_derivative(
-    error_fn: ErrorFn,
+    problem: Problem,
     params: PyTree,
-    batches: PyTree,
     direction: PyTree,
     vectors: jax.Array,
     *,
-    method: Derivative = "exact",
+    method: DerivativeMethod = "exact",
     step: float | None = None,
-    reduction: Reduction = "mean",
     column_chunk: int | None = None,
-    jacobian: JacobianForm = "auto",
 ) -> jax.Array:
     """Projects the kernel's derivative onto columns: ``V^T Mdot V``.
 
-    ``exact``: ``A + A^T`` with ``A = (1/K) sum_k V^T Jdot_k (J_k^T V)``, by pulling
-    both Jacobians back where all columns are taken at once, else by one pullback and
-    one push-forward per column. ``finite_difference``:
+    ``exact``: ``A + A^T`` with ``A = (1/K) sum_k V^T Jdot_k (J_k^T V)`` (without the
+    mean for a stack), by pulling both Jacobians back where all columns are taken at
+    once, else by one pullback and one push-forward per column. ``finite_difference``:
     ``V^T (M(theta + h d) - M(theta - h d)) V / 2h`` with ``h = step |theta| / |d|``.
 
     Args:
-        error_fn: ``error_fn(params, batch) -> [N, C]``.
-        params: Parameters, a pytree of floating arrays.
-        batches: A pytree with leading axes ``[K, N]``.
+        problem: The problem; see `kernel_matmat` for batches on a mesh.
+        params: Parameters.
         direction: The tangent d, a tree like ``params``.
         vectors: Columns V, ``[n, r]``, usually Ritz vectors.
         method: ``"exact"`` or ``"finite_difference"``.
         step: Relative step of the difference; if None, a fiftieth of the cube root of
             the dtype's epsilon (1e-4 in float32). Ignored by the exact derivative.
-        reduction: ``"mean"`` or ``"stack"``.
         column_chunk: Columns taken at a time, which bounds memory; all if None.
-        jacobian: ``"factored"``, ``"plain"`` or ``"auto"``, for the exact derivative;
-            see `linearize_kernel`.
 
     Returns:
         The symmetric matrix ``[r, r]``, in units of M per unit of s.
@@ -118,49 +136,102 @@ def kernel_derivative(
     References:
         Paper 7.2 and B.5; the exact form is ours.
     """
-    check_choice("method", method, DERIVATIVES)
-    check_choice("reduction", reduction, REDUCTIONS)
-    check_same_tree("direction", direction, params, "params")
+    point = problem.at(params, direction)
+    factored = has_factors(point)
+    # Too few columns do not make up for the factors.
+    enough = vectors.shape[1] > _FEW_COLUMNS * point.error.shape[1]
+    return project_derivative(
+        point,
+        vectors,
+        Derivative(method, step),
+        factored=factored and enough,
+        column_chunk=column_chunk,
+    )
+
+
+def project_derivative(
+    point: Point,
+    vectors: jax.Array,
+    derivative: Derivative,
+    *,
+    factored: bool,
+    column_chunk: int | None = None,
+) -> jax.Array:
+    """Projects the derivative of a checked problem, see `kernel_derivative`.
+
+    Args:
+        point: The problem, with its direction.
+        vectors: Columns V, ``[n, r]``.
+        derivative: How it is taken.
+        factored: Whether the exact one holds factors; the layers must be known.
+        column_chunk: Columns taken at a time; all if None.
+
+    Returns:
+        The symmetric matrix ``[r, r]``.
+    """
     if column_chunk is not None:
         check_at_least("column_chunk", column_chunk, 1)
-    error = check_problem(error_fn, params, batches)
-    copies = check_batches(batches)[0] if reduction == "stack" else 1
-    split_block("vectors", vectors, copies, error)
-    direction = like_params(direction, params)
-
+    split_block("vectors", vectors, point.copies, point.error)
     width = column_chunk or vectors.shape[1]
-    traced = is_traced((params, batches, direction, vectors))
-    chunked = partial(by_chunks, vectors=vectors, width=width, mapped=traced)
-    if method == "finite_difference":
-
-        def product(p: PyTree, block: jax.Array) -> jax.Array:
-            return kernel_matmat(error_fn, p, batches, block, reduction=reduction)
-
-        moved = chunked(difference_of(product, params, direction, step))
-        projected = project(vectors, moved)
+    if derivative.method == "finite_difference":
+        projected = _difference(point, vectors, derivative.step, width)
         return (projected + projected.T) / 2
-
-    if jacobian == "auto" and vectors.shape[1] <= _FEW_COLUMNS * error.shape[1]:
-        jacobian = "plain"  # too few columns to make up for the factors
-    at_once = width >= vectors.shape[1] and not uses_factors(error_fn, jacobian)
-    # The mean takes one batch after the other, and holds the factors of one at a time.
-    batch_list = split_batches(batches)
-    spaces = [[b] for b in batch_list] if reduction == "mean" else [batch_list]
-    halves = []
-    for space in spaces:
-        if at_once:
-            parts = split_block("vectors", vectors, copies, error)
-            halves.append(_pulled_half(error_fn, params, space, direction, parts))
-            continue
-        pairs = _pairs(error_fn, params, space, direction, jacobian)
-
-        def half(block: jax.Array, pairs: Pairs = pairs) -> jax.Array:
-            parts = split_block("vectors", block, copies, error)
-            return _half_product(pairs(), parts)
-
-        halves.append(project(vectors, chunked(half)))
-    projected = reduce(jnp.add, halves) / len(spaces)
+    layout = layout_of(point)
+    if layout is not None:
+        half = sharded_half(point, layout, vectors, width, factored=factored)
+        projected = project(vectors, half)
+    else:
+        # The mean takes one batch after the other, and holds one batch's factors.
+        parts = point.parts
+        spaces = [parts] if point.reduction == "stack" else [[b] for b in parts]
+        halves = [
+            _projected_half(point, space, vectors, width, factored=factored)
+            for space in spaces
+        ]
+        projected = reduce(jnp.add, halves) / len(spaces)
     return projected + projected.T
+
+
+def _difference(
+    point: Point, vectors: jax.Array, step: float | None, width: int
+) -> jax.Array:
+    """Computes ``V^T (M(theta + h d) - M(theta - h d)) V / 2h``."""
+
+    def difference(block: jax.Array) -> jax.Array:
+        return central_difference(
+            lambda p: multiply_at(point.moved(p), block),
+            point.params,
+            point.direction,
+            step=step,
+        )
+
+    traced = is_traced((point.params, point.batches, point.direction, vectors))
+    moved = by_chunks(difference, vectors=vectors, width=width, mapped=traced)
+    return project(vectors, moved)
+
+
+def _projected_half(
+    point: Point,
+    batches: list[PyTree],
+    vectors: jax.Array,
+    width: int,
+    *,
+    factored: bool,
+) -> jax.Array:
+    """Computes ``V^T Jdot J^T V`` of stacked batches."""
+    copies, error = len(batches), point.error
+    if width >= vectors.shape[1] and not factored:
+        return _pulled_half(
+            point, batches, split_block("vectors", vectors, copies, error)
+        )
+    pairs = _pairs(point, batches, factored=factored)
+
+    def half(block: jax.Array) -> jax.Array:
+        return _half_product(pairs(), split_block("vectors", block, copies, error))
+
+    traced = is_traced((point.params, point.batches, point.direction, vectors))
+    moved = by_chunks(half, vectors=vectors, width=width, mapped=traced)
+    return project(vectors, moved)
 
 
 def central_difference(
@@ -207,48 +278,24 @@ def default_step(dtype: jax.typing.DTypeLike) -> float:
     return _BEND * float(jnp.finfo(dtype).eps) ** (1 / 3)
 
 
-def difference_of(
-    product: Callable[[PyTree, jax.Array], jax.Array],
-    params: PyTree,
-    direction: PyTree,
-    step: float | None,
-) -> Callable[[jax.Array], jax.Array]:
-    """Returns ``V -> (M(theta + h d) V - M(theta - h d) V) / 2h`` of a product."""
-    return lambda block: central_difference(
-        lambda p: product(p, block), params, direction, step=step
-    )
-
-
 def project(vectors: jax.Array, columns: jax.Array) -> jax.Array:
     """Computes ``V^T W``."""
     return jnp.matmul(vectors.T, columns, precision=_HIGHEST)
 
 
-def _pairs(
-    error_fn: ErrorFn,
-    params: PyTree,
-    parts: list[PyTree],
-    direction: PyTree,
-    jacobian: JacobianForm,
-) -> Pairs:
+def _pairs(point: Point, batches: list[PyTree], *, factored: bool) -> Pairs:
     """Returns what yields ``(J_k, Jdot_k)`` of the given batches.
 
-    Factors are made once and held; plain linearisations are cheap, and made anew each
+    Factors are made once and held; plain linearisations are cheap, and made each
     time so that one batch's residuals are held at a time.
     """
-    if uses_factors(error_fn, jacobian):
-        held = [
-            factorize_with_derivative(error_fn, params, batch, direction)
-            for batch in parts
-        ]
+    fn, params, direction = point.error_fn, point.params, point.direction
+    if factored:
+        held = [factorize_with_derivative(fn, params, b, direction) for b in batches]
         return lambda: held
-    fn = as_pytree(error_fn)
     return lambda: (
-        (
-            linearize(error_fn, params, batch),
-            PlainDerivative(fn, params, batch, direction),
-        )
-        for batch in parts
+        (linearize(fn, params, b), PlainDerivative(fn, params, b, direction))
+        for b in batches
     )
 
 
@@ -265,19 +312,16 @@ def _half_product(
 
 
 def _pulled_half(
-    error_fn: ErrorFn,
-    params: PyTree,
-    batches: list[PyTree],
-    direction: PyTree,
-    parts: list[jax.Array],
+    point: Point, batches: list[PyTree], parts: list[jax.Array]
 ) -> jax.Array:
     """Computes ``V^T Jdot J^T V`` as ``(Jdot^T V)^T (J^T V)``.
 
     Six passes a column, one less than by pushing, since both pulls share one. It holds
     two parameter trees a column.
     """
+    fn, params, direction = point.error_fn, point.params, point.direction
     pulled, moved = sum_trees(
-        linearize_pair(error_fn, params, batch, direction).pull(part)
+        linearize_pair(fn, params, batch, direction).pull(part)
         for batch, part in zip(batches, parts, strict=True)
     )
     return _tree_products(moved, pulled)
@@ -297,21 +341,15 @@ def _tree_products(left: PyTree, right: PyTree) -> jax.Array:
 
 
 @jax.jit
-def _loss_gradient(loss_fn: LossFn, params: PyTree, batch: PyTree) -> PyTree:
-    loss = jax.eval_shape(loss_fn, params, batch)
-    if getattr(loss, "shape", None) != ():
-        raise ValueError(
-            "loss_fn: expected a scalar, the mean loss of one batch, got "
-            f"{getattr(loss, 'shape', jax.tree.structure(loss))}."
-        )
-    return jax.grad(loss_fn)(params, batch)
+def _loss_gradient(error_fn: Objective, params: PyTree, batch: PyTree) -> PyTree:
+    return jax.grad(error_fn.mean_loss)(params, batch)
 
 
-def like_params(direction: PyTree, params: PyTree) -> PyTree:
-    """Gives the leaves of ``direction`` the dtypes of ``params``."""
-    return jax.tree.map(
-        lambda d, p: jnp.asarray(d).astype(jnp.result_type(p)), direction, params
-    )
+def _zero_like(leaf: Any) -> Any:
+    """Returns a zero of the array's or the number's kind, None for anything else."""
+    if isinstance(leaf, jax.Array | np.ndarray | np.generic):
+        return jnp.zeros_like(leaf)
+    return type(leaf)(0) if isinstance(leaf, bool | int | float | complex) else None
 
 
 # Jitted: an operation for each leaf, one by one, would cost more than the products.

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from grsd_jax._arrays import is_traced
 from grsd_jax._checks import check_batches, check_choice, check_shape
-from grsd_jax._typing import ErrorFn, PyTree, Reduction
-from grsd_jax.jacobian.autodiff import check_problem
-from grsd_jax.kernel.operator import REDUCTIONS
+from grsd_jax._typing import PyTree, Reduction
+from grsd_jax.problem import Point
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,19 +80,56 @@ class Layout:
         )
 
 
-def make_layout(
-    error_fn: ErrorFn,
-    params: PyTree,
-    batches: PyTree,
-    mesh: Mesh,
-    axis: str | None,
-    reduction: Reduction,
-) -> Layout:
-    """Checks the problem and the mesh, and returns the layout."""
-    check_choice("reduction", reduction, REDUCTIONS)
-    error = check_problem(error_fn, params, batches)
+def layout_of(point: Point) -> Layout | None:
+    """Returns how a problem lies on the devices of a mesh, None for one device.
+
+    Args:
+        point: The problem at its parameters.
+
+    Returns:
+        The layout of the first leaf of the batches whose examples are spread over an
+        axis of a mesh. A traced array does not say where it lies, so that a problem
+        that is an argument of the caller's `jit` is left to the compiler.
+
+    Raises:
+        ValueError: If the axis is not of type Auto, or N not a multiple of its devices.
+    """
+    for leaf in jax.tree.leaves(point.batches):
+        placed = None if is_traced(leaf) else getattr(leaf, "sharding", None)
+        if isinstance(placed, NamedSharding) and isinstance(placed.mesh, Mesh):
+            axis = (*placed.spec, None, None)[1]
+            if isinstance(axis, tuple) and len(axis) == 1:
+                (axis,) = axis
+            if isinstance(axis, str):
+                mesh, error = placed.mesh, point.error
+                check_mesh(point.batches, mesh, axis)
+                return Layout(mesh, axis, error, point.num_batches, point.reduction)
+    return None
+
+
+def shard_batches(batches: PyTree, mesh: Mesh, *, axis: str | None = None) -> PyTree:
+    """Puts batches on a mesh, the examples spread over one of its axes.
+
+    A problem of such batches has its products made device by device. With several
+    processes each passes the same batches, and keeps its devices' share.
+
+    Args:
+        batches: A pytree with leading axes ``[K, N]``, N a multiple of the D devices
+            along the axis.
+        mesh: A mesh whose axis is of type Auto.
+        axis: The name of the mesh axis, the first if None.
+
+    Returns:
+        The same tree, every leaf sharded as ``PartitionSpec(None, axis)``.
+
+    Raises:
+        ValueError: If there is no such axis, or N does not fit.
+
+    References:
+        Ours.
+    """
     axis = check_mesh(batches, mesh, axis)
-    return Layout(mesh, axis, error, check_batches(batches)[0], reduction)
+    return jax.device_put(batches, NamedSharding(mesh, PartitionSpec(None, axis)))
 
 
 def check_mesh(batches: PyTree, mesh: Mesh, axis: str | None) -> str:

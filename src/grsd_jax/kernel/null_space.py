@@ -5,24 +5,41 @@ import jax.numpy as jnp
 import numpy as np
 
 from grsd_jax._typing import ErrorFn, PyTree
-from grsd_jax.jacobian.autodiff import as_pytree, check_problem, split_batches
-from grsd_jax.jacobian.factored import uses_factors
+from grsd_jax.problem import Point
 
 
-def class_sums_vanish(
-    error_fn: ErrorFn, params: PyTree, batches: PyTree, key: jax.Array
-) -> jax.Array:
-    """Finds out whether ``sum_c de_ic / dtheta = 0``, as for a softmax error.
-
-    Then the constant over classes is an exact null vector of M for every example. An
-    error function whose outputs lie in fewer directions says so itself. Else a random
-    tangent u decides it: ``sum_c (J u)_ic`` vanishes with probability one only if every
-    row sum does.
+def free_start(point: Point, block: jax.Array, key: jax.Array) -> jax.Array:
+    """Projects the exact null space of a softmax error out of a start block.
 
     Args:
-        error_fn: ``error_fn(params, batch) -> [N, C]``.
-        params: Parameters.
-        batches: A pytree with leading axes ``[K, N]``; the first batch is used.
+        point: The problem at its parameters.
+        block: ``[n, b]``.
+        key: Consumed, where a random tangent has to decide; see `class_sums_vanish`.
+
+    Returns:
+        ``[n, b]``, orthogonal to the null vectors that are known.
+
+    References:
+        Paper 7.1; the observation is ours.
+    """
+    classes = point.num_classes or point.error.shape[1]
+    by_class = block.reshape(-1, classes, block.shape[1])
+    free = by_class - jnp.mean(by_class, axis=1, keepdims=True)
+    if point.num_classes is not None:
+        return free.reshape(block.shape)
+    vanish = class_sums_vanish(point, key)
+    return jnp.where(vanish, free.reshape(block.shape), block)
+
+
+def class_sums_vanish(point: Point, key: jax.Array) -> jax.Array:
+    """Finds out whether ``sum_c de_ic / dtheta = 0``, as for a softmax error.
+
+    Then the constant over classes is an exact null vector of M for every example. A
+    random tangent u decides it: ``sum_c (J u)_ic`` vanishes with probability one only
+    if every row sum does.
+
+    Args:
+        point: The problem; its first batch is used.
         key: Consumed for the tangent.
 
     Returns:
@@ -31,21 +48,14 @@ def class_sums_vanish(
     References:
         Paper 7.1; the observation is ours.
     """
-    if uses_factors(error_fn, "auto"):
-        num_outputs = check_problem(error_fn, params, batches).shape[1]
-        if error_fn.output_basis(num_outputs).shape[1] < num_outputs:
-            return jnp.asarray(True)
-    leaves, tree = jax.tree.flatten(params)
+    leaves, tree = jax.tree.flatten(point.params)
     keys = jax.random.split(key, len(leaves))
     tangent = [
         jax.random.normal(k, np.shape(leaf), jnp.result_type(leaf))
         for k, leaf in zip(keys, leaves, strict=True)
     ]
     return _class_sums_vanish(
-        as_pytree(error_fn),
-        params,
-        split_batches(batches)[0],
-        jax.tree.unflatten(tree, tangent),
+        point.error_fn, point.params, point.parts[0], jax.tree.unflatten(tree, tangent)
     )
 
 

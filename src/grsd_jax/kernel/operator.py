@@ -1,8 +1,8 @@
 """The kernel ``M = J J^T``, matrix-free: recomputed each time, or linearised once.
 
 ``J = de/dtheta`` is the Jacobian of the error vector (paper 2.1, 7.2, B.2). With K
-batches there are two operators: the ``mean`` ``M = (1/K) sum_k J_k J_k^T`` on the
-error space of one batch, and the ``stack`` ``M = J J^T`` of all batches as one set.
+batches there are two operators: the ``stack`` ``M = J J^T`` of all batches as one set,
+and the ``mean`` ``M = (1/K) sum_k J_k J_k^T`` on the error space of one batch.
 """
 
 import dataclasses
@@ -13,79 +13,76 @@ import jax
 import numpy as np
 
 from grsd_jax._arrays import is_traced
-from grsd_jax._checks import (
-    check_batches,
-    check_choice,
-    check_same_tree,
-)
-from grsd_jax._typing import ErrorFn, PyTree, Reduction
+from grsd_jax._typing import PyTree, Reduction
 from grsd_jax.jacobian.autodiff import (
     Jacobian,
     PlainDerivative,
     RestrictedErrorFn,
-    as_pytree,
-    check_problem,
+    ZeroJacobian,
     linearize,
-    split_batches,
 )
-from grsd_jax.jacobian.columns import in_chunks, join_block, split_block, sum_trees
-from grsd_jax.jacobian.factored import (
-    JacobianForm,
-    factorize,
-    factorize_by_groups,
-    uses_factors,
+from grsd_jax.jacobian.columns import (
+    as_columns,
+    in_chunks,
+    join_block,
+    split_block,
+    sum_trees,
 )
+from grsd_jax.jacobian.factored import factorize, factorize_by_groups, has_factors
+from grsd_jax.kernel.mesh import layout_of
+from grsd_jax.kernel.sharded import ShardedKernel, shard_kernel
 from grsd_jax.parameter_blocks import ParameterBlocks, check_blocks
-
-REDUCTIONS = ("mean", "stack")
+from grsd_jax.problem import Point, Problem
 
 
 def kernel_matmat(
-    error_fn: ErrorFn,
+    problem: Problem,
     params: PyTree,
-    batches: PyTree,
     block: jax.Array,
     *,
-    reduction: Reduction = "mean",
     column_chunk: int | None = None,
 ) -> jax.Array:
     """Applies the kernel to a block of columns, ``M V``, without forming it.
 
-    ``mean``: ``M V = (1/K) sum_k J_k (J_k^T V)``. ``stack``: ``g = sum_k J_k^T V_k``,
-    then ``(M V)_k = J_k g``. Each batch is linearised, used and dropped, so that the
-    residuals of one batch are held at a time; `linearize_kernel` keeps them instead.
+    ``stack``: ``g = sum_k J_k^T V_k``, then ``(M V)_k = J_k g``. ``mean``:
+    ``M V = (1/K) sum_k J_k (J_k^T V)``. Each batch is linearised, used and dropped, so
+    that the residuals of one batch are held at a time; `linearize_kernel` keeps them.
 
     Args:
-        error_fn: ``error_fn(params, batch) -> [N, C]``. A fresh lambda at every call is
-            a new function and traces again; reuse one, or one that is a pytree.
-        params: Parameters, a pytree of floating arrays.
-        batches: A pytree with leading axes ``[K, N]``.
-        block: Columns V, ``[n, b]``, ``n = N C`` (``mean``) or ``K N C`` (``stack``),
-            in the dtype of the error.
-        reduction: ``"mean"`` or ``"stack"``.
+        problem: The problem; if its batches lie on a mesh, see `shard_batches`, each
+            device passes its own examples through the network.
+        params: Parameters.
+        block: Columns V, ``[n, b]``, or split as ``[K, N, C, b]`` (``stack``) or
+            ``[N, C, b]`` (``mean``), in the dtype of the error.
         column_chunk: Columns taken at a time, which bounds memory; all if None.
 
     Returns:
-        ``M V``, ``[n, b]``, in the squared units of ``de/dtheta``.
+        ``M V``, in the shape of ``block``, in the squared units of ``de/dtheta``.
 
     Raises:
-        ValueError: If a shape, dtype, leading axis or choice does not fit.
+        ValueError: If a shape, dtype or leading axis does not fit.
 
     References:
         Paper 7.2 and B.2.
     """
-    check_choice("reduction", reduction, REDUCTIONS)
-    error = check_problem(error_fn, params, batches)
-    parts = split_batches(batches)
+    return multiply_at(problem.at(params), block, column_chunk=column_chunk)
 
-    def jacobians() -> Iterable[Jacobian]:
-        return (linearize(error_fn, params, batch) for batch in parts)
+
+def multiply_at(
+    point: Point, block: jax.Array, *, column_chunk: int | None = None
+) -> jax.Array:
+    """Applies the kernel of a checked problem, see `kernel_matmat`."""
+    layout = layout_of(point)
+    if layout is not None:
+        kernel = shard_kernel(point, layout, factored=False)
+        return kernel.matmat(block, column_chunk=column_chunk)
 
     def product(columns: jax.Array) -> jax.Array:
-        return _matmat(jacobians, len(parts), error, columns, reduction)
+        return _matmat(lambda: _linearizations(point), point, columns)
 
-    traced = is_traced((params, batches, block))
-    return in_chunks(product, block, column_chunk, mapped=traced)
+    columns, restore = as_columns("block", block, point.copies, point.error)
+    traced = is_traced((point.params, point.batches, block))
+    return restore(in_chunks(product, columns, column_chunk, mapped=traced))
 
 
 @partial(
@@ -111,10 +108,14 @@ class LinearizedKernel:
     reduction: Reduction
 
     @property
+    def copies(self) -> int:
+        """How many error spaces of one batch make up the whole, K or 1."""
+        return len(self.jacobians) if self.reduction == "stack" else 1
+
+    @property
     def dimension(self) -> int:
         """The dimension n of the error space."""
-        copies = len(self.jacobians) if self.reduction == "stack" else 1
-        return copies * int(np.prod(self.error.shape))
+        return self.copies * int(np.prod(self.error.shape))
 
     @property
     def dtype(self) -> np.dtype:
@@ -125,11 +126,12 @@ class LinearizedKernel:
         """Applies the kernel to a block of columns.
 
         Args:
-            block: Columns V, ``[n, b]``, in the dtype of the error.
+            block: Columns V, ``[n, b]``, or split as for `kernel_matmat`, in the dtype
+                of the error.
             column_chunk: Columns taken at a time, which bounds memory; all if None.
 
         Returns:
-            ``M V``, ``[n, b]``.
+            ``M V``, in the shape of ``block``.
 
         Raises:
             ValueError: If the shape or dtype of ``block`` does not fit, or the chunk is
@@ -137,131 +139,117 @@ class LinearizedKernel:
         """
 
         def product(columns: jax.Array) -> jax.Array:
-            return _matmat(
-                lambda: self.jacobians,
-                len(self.jacobians),
-                self.error,
-                columns,
-                self.reduction,
-            )
+            return _matmat(lambda: self.jacobians, self, columns)
 
+        columns, restore = as_columns("block", block, self.copies, self.error)
         traced = is_traced((self, block))
-        return in_chunks(product, block, column_chunk, mapped=traced)
+        return restore(in_chunks(product, columns, column_chunk, mapped=traced))
 
 
 def linearize_kernel(
-    error_fn: ErrorFn,
-    params: PyTree,
-    batches: PyTree,
-    *,
-    reduction: Reduction = "mean",
-    jacobian: JacobianForm = "auto",
-) -> LinearizedKernel:
+    problem: Problem, params: PyTree
+) -> LinearizedKernel | ShardedKernel:
     """Linearises the kernel at ``params`` once, for many products.
 
-    The plain form shares the primal pass between the products and holds its residuals
-    (about the activations) of all K batches. The factored form, for error functions
-    that know their layers, spends one backward pass for each output first and holds C
-    times the activations; then nothing passes through the network any more.
+    Where the layers of the outputs are known, J is held as factors: one backward pass
+    for each output first and C times the activations, then nothing passes through the
+    network any more. Elsewhere the products share the primal pass and its residuals
+    (about the activations) of all K batches.
 
     Args:
-        error_fn: ``error_fn(params, batch) -> [N, C]``.
-        params: Parameters, a pytree of floating arrays.
-        batches: A pytree with leading axes ``[K, N]``.
-        reduction: ``"mean"`` or ``"stack"``.
-        jacobian: ``"factored"`` (examples must be independent), ``"plain"``, or
-            ``"auto"``: factored where the error function has factors.
+        problem: The problem; examples must be independent for factors. If its batches
+            lie on a mesh, so do the factors or residuals of their examples.
+        params: Parameters.
 
     Returns:
-        A `LinearizedKernel`, whose ``matmat`` equals `kernel_matmat`.
+        What has the ``matmat`` of `kernel_matmat`, as a pytree.
 
     Raises:
-        ValueError: If a shape, dtype, leading axis or choice does not fit.
+        ValueError: If a shape, dtype or leading axis does not fit.
 
     References:
         Paper 7.2 and B.2.
     """
-    check_choice("reduction", reduction, REDUCTIONS)
-    error = check_problem(error_fn, params, batches)
-    parts = split_batches(batches)
-    jacobians: list[Jacobian]
-    if uses_factors(error_fn, jacobian):
-        once = reduction == "mean"  # a stack pulls all batches before it pushes one
+    point = problem.at(params)
+    return linearize_point(point, factored=has_factors(point))
+
+
+def linearize_point(
+    point: Point, *, factored: bool
+) -> LinearizedKernel | ShardedKernel:
+    """Linearises the kernel of a checked problem, by factors or plainly.
+
+    Args:
+        point: The problem at its parameters.
+        factored: Whether to hold factors; the layers must be known.
+
+    Returns:
+        The kernel, on the devices of the batches' mesh if they lie on one.
+    """
+    layout = layout_of(point)
+    if layout is not None:
+        return shard_kernel(point, layout, factored=factored)
+    jacobians: Iterable[Jacobian] = _linearizations(point)
+    if factored:
+        # Several batches of a stack are all pulled before one is pushed.
+        once = point.copies == 1
         jacobians = [
-            factorize(error_fn, params, batch, multiplied=once) for batch in parts
+            factorize(point.error_fn, point.params, batch, multiplied=once)
+            for batch in point.parts
         ]
-    else:
-        jacobians = [linearize(error_fn, params, batch) for batch in parts]
-    return LinearizedKernel(tuple(jacobians), error, reduction)
+    return LinearizedKernel(tuple(jacobians), point.error, point.reduction)
 
 
 def linearize_block_kernels(
-    error_fn: ErrorFn,
-    params: PyTree,
-    batches: PyTree,
-    blocks: ParameterBlocks,
-    *,
-    reduction: Reduction = "mean",
-    jacobian: JacobianForm = "auto",
+    problem: Problem, params: PyTree, blocks: ParameterBlocks
 ) -> tuple[LinearizedKernel, ...]:
     """Linearises the kernel of every block of parameters, ``M_l = J_l J_l^T``.
 
-    They add up to M. In the factored form all come from one set of factors; in the
-    plain form each is linearised in its own parameters, the others held fixed.
+    They add up to M. Where the layers are known all come from one set of factors;
+    elsewhere each is linearised in its own parameters, the others held fixed.
 
     Args:
-        error_fn: ``error_fn(params, batch) -> [N, C]``.
-        params: Parameters, a pytree of floating arrays.
-        batches: A pytree with leading axes ``[K, N]``.
+        problem: The problem.
+        params: Parameters.
         blocks: The partition, L blocks.
-        reduction: ``"mean"`` or ``"stack"``.
-        jacobian: ``"factored"``, ``"plain"`` or ``"auto"``; see `linearize_kernel`.
 
     Returns:
         L kernels, in the order of the blocks.
 
     Raises:
-        ValueError: If a shape, dtype, leading axis or choice does not fit, or
-            ``blocks`` is not a partition of ``params``.
+        ValueError: If a shape, dtype or leading axis does not fit, or ``blocks`` is not
+            a partition of ``params``.
 
     References:
         Paper 4.1, the additive operator.
     """
-    check_choice("reduction", reduction, REDUCTIONS)
     check_blocks(blocks, params)
-    error = check_problem(error_fn, params, batches)
+    point = problem.at(params)
+    fn, params = point.error_fn, point.params
+    blocks = blocks.over(params)
     groups = [blocks.leaves_of(block) for block in range(len(blocks.names))]
+    # A block whose leaves are all held constant has none left.
+    filled = [group for group in groups if group]
     by_batch: list[list[Jacobian]] = []
-    for batch in split_batches(batches):
-        if uses_factors(error_fn, jacobian):
+    for batch in point.parts:
+        if has_factors(point):
+            once = point.copies == 1
             by_batch.append(
-                [
-                    *factorize_by_groups(
-                        error_fn,
-                        params,
-                        batch,
-                        groups,
-                        multiplied=reduction == "mean",
-                    )
-                ]
+                [*factorize_by_groups(fn, params, batch, filled, multiplied=once)]
             )
         else:
-            fn = as_pytree(error_fn)
-            parts = [RestrictedErrorFn(fn, params, group) for group in groups]
-            by_batch.append([linearize(fn, fn.selected(), batch) for fn in parts])
+            restricted = [RestrictedErrorFn(fn, params, group) for group in filled]
+            by_batch.append([linearize(f, f.selected(), batch) for f in restricted])
+    found = zip(*by_batch, strict=True)
+    zero = (ZeroJacobian(point.error),) * point.num_batches
     return tuple(
-        LinearizedKernel(jacobians, error, reduction)
-        for jacobians in zip(*by_batch, strict=True)
+        LinearizedKernel(next(found) if group else zero, point.error, point.reduction)
+        for group in groups
     )
 
 
 def linearize_derivative(
-    error_fn: ErrorFn,
-    params: PyTree,
-    batches: PyTree,
-    direction: PyTree,
-    *,
-    reduction: Reduction = "mean",
+    problem: Problem, params: PyTree, direction: PyTree
 ) -> LinearizedKernel:
     """Returns the Gram operator of the Jacobian's derivative, ``Jdot Jdot^T``.
 
@@ -270,70 +258,43 @@ def linearize_derivative(
     through the network twice, by a JVP of a VJP and back.
 
     Args:
-        error_fn: ``error_fn(params, batch) -> [N, C]``.
-        params: Parameters, a pytree of floating arrays.
-        batches: A pytree with leading axes ``[K, N]``.
+        problem: The problem.
+        params: Parameters.
         direction: The tangent d, a tree like ``params``.
-        reduction: ``"mean"`` or ``"stack"``.
 
     Returns:
         A `LinearizedKernel` whose ``matmat`` applies ``Jdot Jdot^T``.
 
     Raises:
-        ValueError: If a shape, tree, dtype, leading axis or choice does not fit.
+        ValueError: If a shape, tree, dtype or leading axis does not fit.
 
     References:
         Paper 3.2, Condition 3.
     """
-    check_choice("reduction", reduction, REDUCTIONS)
-    check_same_tree("direction", direction, params, "params")
-    error = check_problem(error_fn, params, batches)
-    fn = as_pytree(error_fn)
+    point = problem.at(params, direction)
     derivatives = tuple(
-        PlainDerivative(fn, params, batch, direction)
-        for batch in split_batches(batches)
+        PlainDerivative(point.error_fn, point.params, batch, point.direction)
+        for batch in point.parts
     )
-    return LinearizedKernel(derivatives, error, reduction)
+    return LinearizedKernel(derivatives, point.error, point.reduction)
 
 
-def error_dimension(
-    error_fn: ErrorFn, params: PyTree, batches: PyTree, *, reduction: Reduction = "mean"
-) -> int:
-    """Returns the dimension n of the error space, from shapes alone.
-
-    Args:
-        error_fn: ``error_fn(params, batch) -> [N, C]``.
-        params: Parameters.
-        batches: A pytree with leading axes ``[K, N]``.
-        reduction: ``"mean"`` (``n = N C``) or ``"stack"`` (``n = K N C``).
-
-    Returns:
-        The dimension n.
-
-    Raises:
-        ValueError: If a shape, leading axis or choice does not fit.
-    """
-    check_choice("reduction", reduction, REDUCTIONS)
-    error = check_problem(error_fn, params, batches)
-    copies = check_batches(batches)[0] if reduction == "stack" else 1
-    return copies * int(np.prod(error.shape))
+def _linearizations(point: Point) -> Iterable[Jacobian]:
+    return (linearize(point.error_fn, point.params, batch) for batch in point.parts)
 
 
 def _matmat(
     jacobians: Callable[[], Iterable[Jacobian]],
-    num_batches: int,
-    error: jax.ShapeDtypeStruct,
+    space: Point | LinearizedKernel,
     block: jax.Array,
-    reduction: Reduction,
 ) -> jax.Array:
     """Applies the kernel whose batches have the given Jacobians, streamed."""
-    copies = num_batches if reduction == "stack" else 1
-    parts = split_block("block", block, copies, error)
-    if reduction == "stack":
+    parts = split_block("block", block, space.copies, space.error)
+    if space.reduction == "stack" and space.copies > 1:
         tangents = stacked_pull(jacobians(), parts)
         return join_block([jacobian.push(tangents) for jacobian in jacobians()])
-    products = (jacobian.multiply(parts[0]) for jacobian in jacobians())
-    return join_block([sum_trees(products) / num_batches])
+    products = [jacobian.multiply(parts[0]) for jacobian in jacobians()]
+    return join_block([sum_trees(products) / len(products)])
 
 
 def stacked_pull(jacobians: Iterable[Jacobian], parts: list[jax.Array]) -> PyTree:

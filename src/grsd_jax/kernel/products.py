@@ -1,106 +1,81 @@
-"""The problem that is measured, and its products: on one device or over a mesh."""
+"""Products with M and Mdot in the form that fits: a held Jacobian, or a fresh one."""
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from grsd_jax._typing import Derivative, ErrorFn, Matmat, PyTree, Reduction
-from grsd_jax.jacobian.autodiff import as_pytree
-from grsd_jax.jacobian.factored import JacobianForm
-from grsd_jax.kernel.derivative import kernel_derivative
-from grsd_jax.kernel.mesh import check_mesh
-from grsd_jax.kernel.operator import kernel_matmat, linearize_kernel
-from grsd_jax.kernel.sharded import (
-    shard_batches,
-    sharded_kernel,
-    sharded_kernel_derivative,
-)
-from grsd_jax.kernel.solver import held_bytes
+from grsd_jax._memory import default_bytes, tree_bytes
+from grsd_jax._typing import Matmat, PyTree
+from grsd_jax.jacobian.autodiff import linearize
+from grsd_jax.jacobian.factored import has_factors, output_blocks
+from grsd_jax.jacobian.factors import Factor, for_products
+from grsd_jax.kernel.derivative import Derivative, project_derivative
+from grsd_jax.kernel.mesh import layout_of
+from grsd_jax.kernel.operator import linearize_point, multiply_at
+from grsd_jax.problem import Objective, Point
 
 
-class Problem(NamedTuple):
-    """What every solver is given; ``jacobian`` is resolved, never ``"auto"``."""
+def held_products(point: Point) -> Matmat:
+    """Returns the products with M: of held factors or residuals if they fit.
 
-    error_fn: ErrorFn
-    params: PyTree
-    batches: PyTree
-    direction: PyTree
-    reduction: Reduction
-    derivative: Derivative
-    step: float | None
-    jacobian: JacobianForm
-    max_bytes: int
-    mesh: Mesh | None
+    Args:
+        point: The problem at its parameters.
 
-    def placed(self) -> "Problem":
-        """Returns the problem on its mesh: examples spread, the rest everywhere."""
-        assert self.mesh is not None
-        check_mesh(self.batches, self.mesh, None)
-        held = (as_pytree(self.error_fn), self.params, self.direction)
-        everywhere = NamedSharding(self.mesh, PartitionSpec())
-        error_fn, params, direction = jax.device_put(held, everywhere)
-        return self._replace(
-            error_fn=error_fn,
-            params=params,
-            direction=direction,
-            batches=shard_batches(self.batches, self.mesh),
-        )
+    Returns:
+        ``matmat([n, b]) -> [n, b]``.
+    """
+    forms = (True, False) if has_factors(point) else (False,)
+    for factored in forms:
+        if held_bytes(point, factored=factored) <= default_bytes():
+            return linearize_point(point, factored=factored).matmat
+    return partial(multiply_at, point)
 
-    def by_rows(self, columns: jax.Array) -> jax.Array:
-        """Puts columns ``[n, b]`` on the mesh, if there is one."""
-        if self.mesh is None:
-            return columns
-        rows = NamedSharding(self.mesh, PartitionSpec(self.mesh.axis_names[0]))
-        return jax.device_put(columns, rows)
 
-    def matmat(self, block: jax.Array) -> jax.Array:
-        """Applies the kernel, linearised anew by plain differentiation."""
-        if self.mesh is None:
-            return kernel_matmat(*self[:3], block, reduction=self.reduction)
-        return sharded_kernel(
-            *self[:3], self.mesh, reduction=self.reduction, jacobian="plain"
-        ).matmat(block)
+def projected_derivative(
+    point: Point, vectors: jax.Array, derivative: Derivative, column_chunk: int
+) -> jax.Array:
+    """Computes ``V^T Mdot V``, by factors if J and Jdot fit in memory.
 
-    def products(self) -> Matmat:
-        """Returns the products with M: from a held Jacobian if it fits, else anew."""
-        forms: tuple[JacobianForm, ...] = (self.jacobian, "plain")
-        for jacobian in dict.fromkeys(forms):
-            held = self._held_bytes(
-                jacobian, multiplied=self.mesh is None and self.reduction == "mean"
-            )
-            if held > self.max_bytes:
-                continue
-            options: dict[str, Any] = {
-                "reduction": self.reduction,
-                "jacobian": jacobian,
-            }
-            if self.mesh is None:
-                return linearize_kernel(*self[:3], **options).matmat
-            return sharded_kernel(*self[:3], self.mesh, **options).matmat
-        return self.matmat
+    Args:
+        point: The problem, with its direction.
+        vectors: Columns V, ``[n, r]``.
+        derivative: How it is taken.
+        column_chunk: Columns taken at a time.
 
-    def projected_derivative(
-        self, vectors: jax.Array, method: Derivative, width: int
-    ) -> jax.Array:
-        """Computes ``V^T Mdot V``, ``width`` columns at a time."""
-        # J and Jdot, of all batches for the stack and of one for the mean.
-        held = 3 * self._held_bytes(self.jacobian)
-        num_batches = jax.tree.leaves(self.batches)[0].shape[0]
-        fits = held <= self.max_bytes * (num_batches if self.reduction == "mean" else 1)
-        options: dict[str, Any] = {
-            "method": method,
-            "step": self.step,
-            "reduction": self.reduction,
-            "column_chunk": width,
-            "jacobian": "auto" if fits and self.jacobian == "factored" else "plain",
-        }
-        if self.mesh is None:
-            return kernel_derivative(*self[:4], vectors, **options)
-        return sharded_kernel_derivative(*self[:4], vectors, self.mesh, **options)
+    Returns:
+        The symmetric matrix ``[r, r]``.
+    """
+    factored = has_factors(point)
+    if factored:
+        # The mean holds one batch at a time; Jdot is twice as large as J.
+        held = 3 * held_bytes(point, factored=True)
+        spaces = point.num_batches // point.copies
+        factored = held <= default_bytes() * spaces
+    return project_derivative(
+        point, vectors, derivative, factored=factored, column_chunk=column_chunk
+    )
 
-    def _held_bytes(self, jacobian: JacobianForm, *, multiplied: bool = False) -> int:
-        """Returns the bytes that one device holds of J ready for products."""
-        devices = 1 if self.mesh is None else self.mesh.shape[self.mesh.axis_names[0]]
-        held = held_bytes(*self[:3], jacobian=jacobian, multiplied=multiplied)
-        return held // devices
+
+def held_bytes(point: Point, *, factored: bool) -> int:
+    """Returns the bytes that a device holds of J of all batches, ready for products.
+
+    Args:
+        point: The problem at its parameters.
+        factored: Whether factors, or the residuals of a linearisation.
+
+    Returns:
+        Bytes, from shapes alone.
+    """
+    form: Callable[..., Any] = _factors if factored else linearize
+    shapes = jax.eval_shape(form, point.error_fn, point.params, point.parts[0])
+    layout = layout_of(point)
+    devices = 1 if layout is None else layout.mesh.shape[layout.axis]
+    return point.num_batches * tree_bytes(shapes) // devices
+
+
+@jax.jit  # traced once, unlike `jax.eval_shape`
+def _factors(error_fn: Objective, params: PyTree, batch: PyTree) -> list[Factor]:
+    blocks, _ = output_blocks(error_fn, params, batch)
+    return [for_products(block) for block in blocks if block is not None]

@@ -21,33 +21,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from grsd_jax._arrays import is_traced
-from grsd_jax._checks import check_at_least, check_choice, check_same_tree
-from grsd_jax._typing import Derivative, ErrorFn, PyTree, Reduction
+from grsd_jax._typing import ErrorFn, PyTree
 from grsd_jax.jacobian.autodiff import (
     Jacobian,
     JacobianMap,
     PlainDerivative,
-    as_pytree,
     linearize,
-    split_batches,
 )
-from grsd_jax.jacobian.columns import by_chunks, join_block, split_block, sum_trees
-from grsd_jax.jacobian.factored import (
-    JacobianForm,
-    factorize,
-    factorize_with_derivative,
-    uses_factors,
+from grsd_jax.jacobian.columns import (
+    as_columns,
+    by_chunks,
+    in_chunks,
+    join_block,
+    split_block,
+    sum_trees,
 )
-from grsd_jax.kernel.derivative import (
-    DERIVATIVES,
-    difference_of,
-    like_params,
-    project,
-)
-from grsd_jax.kernel.mesh import Layout, check_mesh, make_layout
+from grsd_jax.jacobian.factored import factorize, factorize_with_derivative
+from grsd_jax.kernel.mesh import Layout
+from grsd_jax.problem import Point, split_batches
 
 
 @partial(
@@ -83,15 +77,16 @@ class ShardedKernel:
         """The sharding of columns ``[n, b]``, by rows."""
         return self.layout.row_sharding
 
-    def matmat(self, block: jax.Array) -> jax.Array:
+    def matmat(self, block: jax.Array, *, column_chunk: int | None = None) -> jax.Array:
         """Applies the kernel to a block of columns.
 
         ``mean`` sums ``J_k^T V`` of every batch over the devices, ``K P b`` numbers;
         ``stack`` sums ``J^T V`` once, ``P b`` numbers.
 
         Args:
-            block: Columns V, ``[n, b]``, in the dtype of the error; moved to
+            block: Columns V, ``[n, b]`` or split, in the dtype of the error; moved to
                 `row_sharding` if it lies otherwise.
+            column_chunk: Columns taken at a time, which bounds memory; all if None.
 
         Returns:
             ``M V``, ``[n, b]``, sharded by rows.
@@ -99,176 +94,88 @@ class ShardedKernel:
         Raises:
             ValueError: If the shape or dtype of ``block`` does not fit.
         """
-        self.layout.check_columns("block", block)
-        return _kernel_product(self, block)
+        columns, restore = as_columns(
+            "block", block, self.layout.copies, self.layout.error
+        )
+        self.layout.check_columns("block", columns)
+        product = partial(_kernel_product, self)
+        traced = is_traced((self, block))
+        return restore(in_chunks(product, columns, column_chunk, mapped=traced))
 
 
-def shard_batches(batches: PyTree, mesh: Mesh, *, axis: str | None = None) -> PyTree:
-    """Puts batches on a mesh, the examples spread over one of its axes.
+def shard_kernel(point: Point, layout: Layout, *, factored: bool) -> ShardedKernel:
+    """Linearises the kernel, each device its own examples.
 
-    With several processes each passes the same batches, and keeps its devices' share.
-
-    Args:
-        batches: A pytree with leading axes ``[K, N]``, N a multiple of the D devices
-            along the axis.
-        mesh: A mesh.
-        axis: The name of the mesh axis, the first if None.
-
-    Returns:
-        The same tree, every leaf sharded as ``PartitionSpec(None, axis)``.
-
-    Raises:
-        ValueError: If there is no such axis, or N does not fit.
-
-    References:
-        Ours.
-    """
-    axis = check_mesh(batches, mesh, axis)
-    return jax.device_put(batches, NamedSharding(mesh, PartitionSpec(None, axis)))
-
-
-def sharded_kernel(
-    error_fn: ErrorFn,
-    params: PyTree,
-    batches: PyTree,
-    mesh: Mesh,
-    *,
-    axis: str | None = None,
-    reduction: Reduction = "mean",
-    jacobian: JacobianForm = "auto",
-) -> ShardedKernel:
-    """Linearises the kernel at ``params``, each device its own examples.
-
-    Examples must be independent: each device evaluates ``error_fn`` on its share of the
+    Examples must be independent: each device evaluates the network on its share of the
     batch alone. Rows are ordered as everywhere. Under ``mean`` device d holds the d-th
     part of every batch's examples; under ``stack`` the d-th part of all K N examples in
     order, so the batches move once more if they lie as `shard_batches` puts them.
 
     Args:
-        error_fn: ``error_fn(params, batch) -> [N, C]``.
-        params: Parameters, a pytree of floating arrays; every device holds all of them.
-        batches: A pytree with leading axes ``[K, N]``, N a multiple of the D devices
-            along the axis; see `shard_batches`.
-        mesh: A mesh whose axis is of type Auto.
-        axis: The name of the mesh axis, the first if None.
-        reduction: ``"mean"`` or ``"stack"``.
-        jacobian: ``"factored"``, ``"plain"`` or ``"auto"``; see `linearize_kernel`.
+        point: The problem at its parameters; every device holds all of them.
+        layout: How the examples lie on the mesh.
+        factored: Whether to hold factors; the layers must be known.
 
     Returns:
         A `ShardedKernel`, whose ``matmat`` equals `kernel_matmat`.
 
-    Raises:
-        ValueError: If a shape, dtype, leading axis, mesh axis or choice does not fit.
-
     References:
         Paper 7.2 and B.2; the distribution is ours.
     """
-    layout = make_layout(error_fn, params, batches, mesh, axis, reduction)
-    prepare = factorize if uses_factors(error_fn, jacobian) else linearize
-    fn = as_pytree(error_fn)
-    jacobians = _prepared(prepare, fn, params, batches, (), layout)
+    prepare = factorize if factored else linearize
+    point = placed(point, layout)
+    jacobians = _prepared(
+        prepare, point.error_fn, point.params, point.batches, (), layout
+    )
     return ShardedKernel(jacobians, layout)
 
 
-def sharded_kernel_derivative(
-    error_fn: ErrorFn,
-    params: PyTree,
-    batches: PyTree,
-    direction: PyTree,
-    vectors: jax.Array,
-    mesh: Mesh,
-    *,
-    axis: str | None = None,
-    method: Derivative = "exact",
-    step: float | None = None,
-    reduction: Reduction = "mean",
-    column_chunk: int | None = None,
-    jacobian: JacobianForm = "auto",
-) -> jax.Array:
-    """Projects the kernel's derivative onto columns, ``V^T Mdot V``, on a mesh.
-
-    The exact one is ``A + A^T`` with ``A = (1/K) sum_k V^T Jdot_k G_k`` and
-    ``G_k = J_k^T V``. G is summed over the devices like a product of the kernel, A once
-    more, ``r^2`` numbers.
-
-    Args:
-        error_fn: ``error_fn(params, batch) -> [N, C]``, examples independent.
-        params: Parameters, a pytree of floating arrays.
-        batches: A pytree with leading axes ``[K, N]``; see `shard_batches`.
-        direction: The tangent d, a tree like ``params``.
-        vectors: Columns V, ``[n, r]``, usually Ritz vectors.
-        mesh: A mesh whose axis is of type Auto.
-        axis: The name of the mesh axis, the first if None.
-        method: ``"exact"`` or ``"finite_difference"``.
-        step: Relative step of the difference; see `kernel_derivative`.
-        reduction: ``"mean"`` or ``"stack"``.
-        column_chunk: Columns taken at a time, which bounds memory; all if None.
-        jacobian: ``"factored"``, ``"plain"`` or ``"auto"``; see `linearize_kernel`.
-
-    Returns:
-        The symmetric matrix ``[r, r]``, on every device; equal to `kernel_derivative`.
-
-    Raises:
-        ValueError: If a shape, tree, dtype, leading axis, mesh axis or choice does not
-            fit.
-
-    References:
-        Paper 7.2 and B.5; the exact form and the distribution are ours.
-    """
-    check_choice("method", method, DERIVATIVES)
-    check_same_tree("direction", direction, params, "params")
-    if column_chunk is not None:
-        check_at_least("column_chunk", column_chunk, 1)
-    layout = make_layout(error_fn, params, batches, mesh, axis, reduction)
-    layout.check_columns("vectors", vectors)
-    direction = like_params(direction, params)
-    chunked = partial(
-        by_chunks,
-        vectors=vectors,
-        width=column_chunk or vectors.shape[1],
-        mapped=is_traced((params, batches, direction, vectors)),
+def placed(point: Point, layout: Layout) -> Point:
+    """Returns the problem with everything but the batches on all devices."""
+    held = (point.error_fn, point.params, point.direction)
+    if is_traced(held):
+        return point
+    everywhere = NamedSharding(layout.mesh, PartitionSpec())
+    error_fn, params, direction = jax.device_put(held, everywhere)
+    return dataclasses.replace(
+        point, error_fn=error_fn, params=params, direction=direction
     )
-    fn = as_pytree(error_fn)
-    if method == "finite_difference":
-
-        def product(p: PyTree, block: jax.Array) -> jax.Array:
-            jacobians = _prepared(linearize, fn, p, batches, (), layout)
-            return _kernel_product(ShardedKernel(jacobians, layout), block)
-
-        moved = chunked(difference_of(product, params, direction, step))
-        projected = project(vectors, moved)
-        return (projected + projected.T) / 2
-    projected = project(
-        vectors,
-        _moved(error_fn, params, batches, direction, jacobian, layout, chunked),
-    )
-    return projected + projected.T
 
 
-def _moved(
-    error_fn: ErrorFn,
-    params: PyTree,
-    batches: PyTree,
-    direction: PyTree,
-    jacobian: JacobianForm,
-    layout: Layout,
-    chunked: Callable[[Callable[[jax.Array], jax.Array]], jax.Array],
+def sharded_half(
+    point: Point, layout: Layout, vectors: jax.Array, width: int, *, factored: bool
 ) -> jax.Array:
     """Computes ``(1/K) sum_k Jdot_k J_k^T V``, or that of the stack, by rows.
 
-    The mean takes one batch after the other, and holds the factors of one at a time.
+    ``G_k = J_k^T V`` is summed over the devices like a product of the kernel. The mean
+    takes one batch after the other, and holds the factors of one at a time.
+
+    Args:
+        point: The problem, with its direction.
+        layout: How the examples lie on the mesh.
+        vectors: Columns V, ``[n, r]``.
+        width: Columns taken at a time.
+        factored: Whether to hold factors; the layers must be known.
+
+    Returns:
+        Columns ``[n, r]``, by rows.
     """
-    factored = uses_factors(error_fn, jacobian)
+    point = placed(point, layout)
     prepare = factorize_with_derivative if factored else _linearized_pair
-    fn = as_pytree(error_fn)
-    num_spaces = 1 if layout.reduction == "stack" else layout.num_batches
-    each = layout.num_batches // num_spaces
-    layout = dataclasses.replace(layout, num_batches=each)
+    num_spaces = layout.num_batches // layout.copies
+    layout = dataclasses.replace(layout, num_batches=layout.copies)
+    traced = is_traced((point.params, point.batches, point.direction, vectors))
     moved = []
-    for first in range(0, num_spaces * each, each):
-        space = jax.tree.map(lambda leaf, k=first: leaf[k : k + each], batches)
-        pairs = _prepared(prepare, fn, params, space, (direction,), layout)
-        moved.append(chunked(partial(_half_product, pairs, layout=layout)))
+    for space in range(num_spaces):
+        first = space * layout.num_batches
+        batches = jax.tree.map(
+            lambda leaf, k=first: leaf[k : k + layout.num_batches], point.batches
+        )
+        pairs = _prepared(
+            prepare, point.error_fn, point.params, batches, (point.direction,), layout
+        )
+        half = partial(_half_product, pairs, layout=layout)
+        moved.append(by_chunks(half, vectors=vectors, width=width, mapped=traced))
     return reduce(jnp.add, moved) / num_spaces
 
 

@@ -1,7 +1,7 @@
 """The leading eigenpairs of an operator, from as few of its columns as they need.
 
-The steps are those of `grsd_jax.linalg.lanczos`; what is added is when to stop. The projected
-operator T is small, so its eigenvectors are found on the host, in float64.
+The steps are those of `grsd_jax.linalg.lanczos`; this module decides when to stop. The
+projected operator T is small, so its eigenvectors are found on the host, in float64.
 """
 
 import functools
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 
+from grsd_jax._arrays import matmul
 from grsd_jax._checks import (
     check_at_least,
     check_choice,
@@ -30,7 +31,7 @@ from grsd_jax.linalg.ritz import default_floor, rounding_bound
 
 REFERENCES = ("value", "largest")
 
-#: Columns for which there is room at first, and at most, for each pair asked for.
+#: Columns allocated at first, and at most, for each pair asked for.
 _FIRST_COLUMNS, _MOST_COLUMNS = 4, 20
 
 
@@ -47,10 +48,11 @@ class LeadingEigenpairs(NamedTuple):
             could show whether larger values are missing.
         num_columns: Columns that were multiplied by M, b for each product.
         orthogonality: [], the largest entry of ``|V^T V - I|``.
-        asymmetry: [], how far the projected blocks were from symmetric, over ``|M|``;
-            far above epsilon it tells of low-precision products or a wrong operator.
+        asymmetry: [], how far the projected blocks were from symmetric, over ``|M|``; a
+            value far above epsilon points to low-precision products or a wrong
+            operator.
         finite: [] bool, whether every product was finite. If not, the run stopped at
-            the next check; nothing in it is a NaN, and nothing in it is of use.
+            the next check; it contains no NaN, but it is of no use.
     """
 
     values: jax.Array
@@ -63,8 +65,8 @@ class LeadingEigenpairs(NamedTuple):
     finite: jax.Array
 
 
-class _Check(NamedTuple):
-    """The leading Ritz pairs so far, in NumPy."""
+class _Progress(NamedTuple):
+    """The leading Ritz pairs so far and which have converged, in NumPy."""
 
     values: np.ndarray  # [num_pairs]
     rotation: np.ndarray  # [r, num_pairs]
@@ -92,7 +94,7 @@ def leading_eigenpairs(
 
     - ``tolerance theta_i``, or ``tolerance theta_1`` with ``relative_to="largest"``;
     - or ``eps |M|``, since no product is more accurate;
-    - or ten eps of ``|M|``, for a value of at most that: it is noise, as good as zero.
+    - or ten eps of ``|M|``, for a value of at most that: it is noise around zero.
 
     The run ends when all leading pairs have converged. A Krylov space that has closed,
     ``|B_j| <= sqrt(eps) |M|``, goes on from random directions until those bring no
@@ -120,8 +122,8 @@ def leading_eigenpairs(
         max_steps: Products at most; if None, enough for ``min(n, 20 num_pairs)``
             columns. With n columns everything has converged.
         check_every: Steps between two checks, each of which takes the eigenvectors of T
-            and waits for the device. If None, a check is followed by the next after a
-            third of the steps that a column for each missing pair would make.
+            and waits for the device. If None, the next check follows after a third of
+            the steps that would add one column for each missing pair.
         progress: Called with the number of steps done.
 
     Returns:
@@ -166,12 +168,12 @@ def leading_eigenpairs(
             if progress is not None:
                 jax.block_until_ready(state.step)
                 progress(done)
-        check = _check(state, done, width, num_pairs, tolerance, relative_to)
-        missing = num_pairs - int(np.sum(check.converged))
+        found = _assess(state, done, width, num_pairs, tolerance, relative_to)
+        missing = num_pairs - int(np.sum(found.converged))
         if missing == 0 or done == max_steps or not state.finite:
             break
         due = min(max_steps, done + (check_every or max(1, missing // (3 * width))))
-    return _finish(state, check, done * width)
+    return _finish(state, found, done * width)
 
 
 def _blocks(columns: int, width: int) -> int:
@@ -188,7 +190,7 @@ def _start(
 
 @functools.partial(jax.jit, donate_argnames="state")
 def _advance(state: LanczosState, product: jax.Array) -> tuple[LanczosState, jax.Array]:
-    # One program, and a basis that grows in place: it is dispatch that costs.
+    # One program and a basis that grows in place, since dispatch dominates the cost.
     state = lanczos_step(state, product)
     return state, lanczos_block(state, product.shape[1])
 
@@ -201,19 +203,19 @@ def _enlarge(state: LanczosState, num_steps: int, width: int) -> LanczosState:
         basis=jnp.pad(state.basis, ((0, 0), (0, columns))),
         tridiagonal=jnp.pad(state.tridiagonal, (0, columns)),
         live_counts=jnp.pad(state.live_counts, (0, steps)),
-        # Under the number of a step to come, the old key has served the start.
+        # The start has used the old key under the number of a step to come.
         key=jax.random.fold_in(state.key, num_steps),
     )
 
 
-def _check(
+def _assess(
     state: LanczosState,
     done: int,
     width: int,
     num_pairs: int,
     tolerance: float,
     relative_to: str,
-) -> _Check:
+) -> _Progress:
     """Computes the leading Ritz pairs after j steps, and which have converged."""
     # Past n dimensions the columns of the basis are zero and not part of the problem.
     used = min(done * width, state.basis.shape[0])
@@ -233,7 +235,7 @@ def _check(
     complete = used == state.basis.shape[0] or not converged.all()
     if not complete:
         complete = _is_complete(projected, values, accurate, eps**0.5 * norm)
-    return _Check(
+    return _Progress(
         values,
         rotation,
         bounds=residuals + rounding_bound(used, state.basis.dtype) * norm,
@@ -247,7 +249,7 @@ def _is_complete(
     accurate: Callable[[np.ndarray, np.ndarray], np.ndarray],
     weak: float,
 ) -> bool:
-    """Returns whether the last random directions have had their chance to bring more.
+    """Returns whether the last random directions could have shown larger values.
 
     A closed Krylov space holds at most b copies of a repeated value. The random block
     that follows it begins a run of its own, whose part of T is nearly decoupled: a
@@ -260,7 +262,7 @@ def _is_complete(
         for end in range(width, used + 1, width)
     ]
     start = width * max(np.flatnonzero(np.array(couplings[:-1]) <= weak) + 1, default=0)
-    if couplings[-1] > weak:  # the last run is open: has it at least seen its own top?
+    if couplings[-1] > weak:  # the last run is open: has its largest value converged?
         top, _, residual = _leading(projected[start:, start:], 1, width)
         return bool(accurate(top, residual)[0])
     before, _, _ = _leading(projected[:start, :start], len(values), width)
@@ -273,8 +275,8 @@ def _leading(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns values, vectors and residuals of T, given it with the rows of ``B_j``.
 
-    As of a band matrix, which T is: LAPACK's dense solvers leave the threads of
-    OpenBLAS spinning for tens of milliseconds, and the next product pays for it.
+    Solved as the band matrix that T is: LAPACK's dense solvers leave the threads of
+    OpenBLAS spinning for tens of milliseconds, which slows the next product.
     """
     used = projected.shape[1]
     band = np.zeros((min(2 * width, used), used))
@@ -304,18 +306,20 @@ def _band_pairs(band: np.ndarray, wanted: int) -> tuple[np.ndarray, np.ndarray] 
     return (values, rotation) if len(values) == wanted else None
 
 
-def _finish(state: LanczosState, check: _Check, num_columns: int) -> LeadingEigenpairs:
+def _finish(
+    state: LanczosState, found: _Progress, num_columns: int
+) -> LeadingEigenpairs:
     dtype = state.basis.dtype
-    # Padded to the columns of the basis, for one program a size and not one a length.
-    used, num_pairs = check.rotation.shape
+    # Padded to the columns of the basis, so that one program serves every length.
+    used, num_pairs = found.rotation.shape
     rotation = np.zeros((state.basis.shape[1], num_pairs), dtype)
-    rotation[:used] = check.rotation
+    rotation[:used] = found.rotation
     vectors, orthogonality = _vectors(state.basis, rotation)
     return LeadingEigenpairs(
-        values=jnp.asarray(check.values, dtype),
+        values=jnp.asarray(found.values, dtype),
         vectors=vectors,
-        residuals=jnp.asarray(check.bounds, dtype),
-        converged=jnp.asarray(check.converged),
+        residuals=jnp.asarray(found.bounds, dtype),
+        converged=jnp.asarray(found.converged),
         num_columns=num_columns,
         orthogonality=orthogonality,
         asymmetry=state.asymmetry,
@@ -325,7 +329,6 @@ def _finish(state: LanczosState, check: _Check, num_columns: int) -> LeadingEige
 
 @jax.jit
 def _vectors(basis: jax.Array, rotation: jax.Array) -> tuple[jax.Array, jax.Array]:
-    precision = jax.lax.Precision.HIGHEST
-    vectors = jnp.matmul(basis, rotation, precision=precision)
-    gram = jnp.matmul(vectors.T, vectors, precision=precision)
+    vectors = matmul(basis, rotation)
+    gram = matmul(vectors.T, vectors)
     return vectors, jnp.max(jnp.abs(gram - jnp.eye(gram.shape[0], dtype=gram.dtype)))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from grsd_jax._arrays import is_traced
+from grsd_jax._arrays import divisor, is_traced, matmul
 from grsd_jax._checks import (
     check_at_least,
     check_choice,
@@ -70,10 +70,11 @@ class LanczosResult(NamedTuple):
             reached; the others are random ones with zero coupling.
         scale: [], the largest norm of a product's column, an estimate of ``|M|``.
         orthogonality: [], the largest entry of ``|Q^T Q - I|`` over non-zero columns.
-        asymmetry: [], how far the projected blocks were from symmetric, over ``|M|``;
-            far above epsilon it tells of low-precision products or a wrong operator.
+        asymmetry: [], how far the projected blocks were from symmetric, over ``|M|``; a
+            value far above epsilon points to low-precision products or a wrong
+            operator.
         finite: [] bool, whether every product was finite. If not, the run stopped
-            building at the first one that was not, and nothing in it is a NaN.
+            growing at the first one that was not; it contains no NaN.
     """
 
     basis: jax.Array
@@ -110,7 +111,7 @@ def block_lanczos(
     Args:
         matmat: ``M V`` for a block ``[n, b]``; linear, symmetric, of the block's dtype.
         start_block: ``[n, b]``, orthonormalised here; Gaussian for unbiased quadrature.
-            The basis lies on the devices of a mesh as this block does.
+            The basis is sharded over a mesh like this block.
         num_steps: m, the number of products.
         key: Consumed for the random replacements of dead directions.
         driver: ``"scan"`` runs `lax.scan` and composes with `jit`; ``"host"`` loops in
@@ -229,13 +230,13 @@ def lanczos_step(state: LanczosState, product: jax.Array) -> LanczosState:
             f"got {product.dtype}."
         )
     finite = state.finite & jnp.all(jnp.isfinite(product))
-    product = jnp.where(finite, product, 0)  # a flag travels on, a NaN does not
+    product = jnp.where(finite, product, 0)  # the flag is passed on, the NaN is not
     offset = state.step * width
     scale = jnp.maximum(state.scale, jnp.max(_norms(product)))
 
     block = lanczos_block(state, width)
-    diagonal = _dot(block.T, product)
-    skew = jnp.max(jnp.abs(diagonal - diagonal.T)) / jnp.where(scale > 0, scale, 1)
+    diagonal = matmul(block.T, product)
+    skew = jnp.max(jnp.abs(diagonal - diagonal.T)) / divisor(scale)
     rest = _project_out(state.basis, _project_out(state.basis, product))
     following, coupling, live = _next_block(
         state.basis,
@@ -278,7 +279,7 @@ def lanczos_finish(state: LanczosState, width: int) -> LanczosResult:
     """
     kept = state.basis.shape[1] - width
     basis = state.basis[:, :kept]
-    gram = _dot(basis.T, basis)
+    gram = matmul(basis.T, basis)
     expected = jnp.diag((jnp.diag(gram) > 0).astype(gram.dtype))
     return LanczosResult(
         basis=basis,
@@ -327,9 +328,9 @@ def _next_block(
     orthonormal, triangular = _tall_qr(block)
     left, sigma, _ = jnp.linalg.svd(triangular)
     position = jnp.arange(width, dtype=jnp.int32)
-    room = offset + position < size  # past n dimensions nothing is left but zero
+    room = offset + position < size  # past n dimensions only zero is left
     alive = (sigma > _DEAD_EPS * jnp.finfo(block.dtype).eps * scale) & room
-    candidates = _dot(orthonormal, left)
+    candidates = matmul(orthonormal, left)
     random = jax.random.normal(key, block.shape, block.dtype) / np.sqrt(size).astype(
         block.dtype
     )
@@ -338,16 +339,16 @@ def _next_block(
     for _ in range(2):
         orthonormal, _ = _tall_qr(_project_out(basis, following))
         following = jnp.where(room, orthonormal, 0)
-    coupling = jnp.where(alive[:, None], _dot(following.T, block), 0)
+    coupling = jnp.where(alive[:, None], matmul(following.T, block), 0)
     return following, coupling, jnp.sum(alive, dtype=jnp.int32)
 
 
 def _tall_qr(block: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Factorises pieces of the rows, then the triangles of the pieces.
 
-    As stable as one factorisation, and on CPU faster than the time it takes: beyond
-    some hundred rows LAPACK's uses threads of OpenBLAS, which go on spinning for tens
-    of milliseconds, and the next product pays for it.
+    As stable as one factorisation, and faster on CPU: beyond some hundred rows LAPACK
+    uses threads of OpenBLAS, which keep spinning for tens of milliseconds and slow the
+    next product.
 
     References:
         Demmel et al. (2012), "Communication-optimal parallel and sequential QR and LU
@@ -364,16 +365,12 @@ def _tall_qr(block: jax.Array) -> tuple[jax.Array, jax.Array]:
     padded = jnp.pad(block, ((0, number * rows - size), (0, 0)))
     inner, triangles = jnp.linalg.qr(padded.reshape(number, rows, width))
     outer, triangular = _tall_qr(triangles.reshape(number * width, width))
-    whole = _dot(inner, outer.reshape(number, width, width))
+    whole = matmul(inner, outer.reshape(number, width, width))
     return whole.reshape(-1, width)[:size], triangular
 
 
 def _project_out(basis: jax.Array, block: jax.Array) -> jax.Array:
-    return block - _dot(basis, _dot(basis.T, block))
-
-
-def _dot(left: jax.Array, right: jax.Array) -> jax.Array:
-    return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
+    return block - matmul(basis, matmul(basis.T, block))
 
 
 def _norms(block: jax.Array) -> jax.Array:

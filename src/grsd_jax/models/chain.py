@@ -83,7 +83,7 @@ class DepthChain(nn.Module):
 
     @nn.nowrap
     def block_prefixes(self) -> dict[str, tuple[str, ...]]:
-        """Returns the blocks by depth, for `grsd_jax.models.resnet.depth_blocks`."""
+        """Returns the blocks by depth, for `grsd_jax.models.depth_blocks`."""
         names = ["stem", *(f"block{i + 1}" for i in range(self.depth)), "head"]
         return {name: (name,) for name in names}
 
@@ -104,7 +104,7 @@ def linen_chain(
 
     Returns:
         ``h_0``, with leading axis N, and the L maps from ``h_l`` to ``h_{l+1}``, as
-        `grsd_jax.state_increments` takes them.
+        `grsd_jax.conditions.state_increments` takes them.
     """
     variables = {"params": params}
 

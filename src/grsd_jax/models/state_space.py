@@ -99,7 +99,7 @@ class LinearStateSpace(DepthChain):
 
     @nn.nowrap
     def block_prefixes(self) -> dict[str, tuple[str, ...]]:
-        """Returns the blocks by time step, for `grsd_jax.models.resnet.depth_blocks`."""
+        """Returns the blocks by time step, for `grsd_jax.models.depth_blocks`."""
         return {f"block{i + 1}": (f"block{i + 1}",) for i in range(self.depth)}
 
     @nn.nowrap

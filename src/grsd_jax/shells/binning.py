@@ -1,8 +1,8 @@
 """Log-spectral shells, and the coupling between them (paper 2.1, 3.2 and 7.3).
 
-Shells cut the axis ``s = log lambda`` into ``S`` intervals of equal width. The matrix
-of a projected operator derivative, averaged over pairs of shells, is what the
-diagnostics of :mod:`grsd_jax.shells.toeplitz` and :mod:`grsd_jax.shells.power_law` look at.
+Shells cut the axis ``s = log lambda`` into ``S`` intervals of equal width. The
+projected derivative of the operator, averaged over pairs of shells, is the input of the
+diagnostics in `grsd_jax.shells.toeplitz` and `grsd_jax.shells.power_law`.
 """
 
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from grsd_jax._arrays import as_floating, as_mask
+from grsd_jax._arrays import as_floating, as_mask, matmul
 from grsd_jax._checks import check_at_least, check_shape
 
 
@@ -35,8 +35,8 @@ class ShellCoupling(NamedTuple):
     """The coupling between shells.
 
     Attributes:
-        matrix: [S, S], the mean over each pair of shells. An entry that ``mask`` leaves
-            out holds 0, which is a placeholder and not a measurement.
+        matrix: [S, S], the mean over each pair of shells. Masked entries hold 0, a
+            placeholder.
         mask: [S, S] bool, True where both shells hold enough values.
     """
 
@@ -56,10 +56,10 @@ def log_shells(
               \qquad s = \log \lambda
 
     between the smallest and the largest unmasked value, which lie in the first and the
-    last shell. Values that are not finite and positive (subnormal ones included) have
-    no logarithm to use and count as masked. Values that agree to rounding cannot be
-    cut: the shells are then as narrow as the precision allows, around them. With every
-    value masked the edges are finite, the counts 0 and the index -1.
+    last shell. Values that are not finite and positive, subnormal ones included, count
+    as masked. If the values agree to rounding, the shells around them are as narrow as
+    the precision allows. If every value is masked, the edges are finite, the counts 0
+    and the index -1.
 
     Args:
         values: [r], in any order.
@@ -93,10 +93,10 @@ def assign_shells(
     mask: jax.typing.ArrayLike | None = None,
     open_ends: bool = False,
 ) -> Shells:
-    """Puts the values into given shells, such as those of an earlier moment.
+    """Puts the values into given shells, such as those of an earlier time.
 
     Shell a holds ``edges[a] <= lambda < edges[a+1]``, the last one its upper edge too.
-    What lies beyond the outer edges is in no shell, unless the ends are open.
+    Values beyond the outer edges are in no shell, unless the ends are open.
 
     Args:
         values: [r], in any order.
@@ -145,8 +145,9 @@ def shell_coupling(
 
     The first, literal, form (``renormalize=False``) grows with the eigenvalues and so
     cannot depend on ``a - b`` alone over several decades; the second, renormalised, is
-    the one that Condition 4 can hold for. Nothing is said of masked modes, whatever
-    their entries hold; a non-finite entry between unmasked modes makes the result NaN.
+    the one that Condition 4 can hold for. Masked modes have no effect, even where their
+    entries are not finite; a non-finite entry between unmasked modes makes the result
+    NaN.
 
     Args:
         coupling: [r, r], the projected operator derivative ``Mdot_ij``.
@@ -215,8 +216,8 @@ def _extremes(values: jax.Array, usable: jax.Array) -> tuple[jax.Array, jax.Arra
 def _log_edges(low: jax.Array, high: jax.Array, num_shells: int) -> jax.Array:
     """Returns [S+1] edges, evenly spaced in the logarithm from ``low`` to ``high``.
 
-    Both ends are met exactly, unless a shell would be narrower than the rounding of
-    the logarithm: then the interval is widened about its middle until it is not.
+    Both ends are exact, unless a shell would be narrower than the rounding of the
+    logarithm; the interval is then widened around its middle.
     """
     dtype = low.dtype
     info = jnp.finfo(dtype)
@@ -243,6 +244,4 @@ def _mean_over_shells(
     member = index[:, None] == jnp.arange(num_shells, dtype=index.dtype)[None, :]
     counts = jnp.sum(member, axis=0, dtype=squares.dtype)
     weights = member.astype(squares.dtype) / jnp.maximum(counts, 1)[None, :]
-    highest = jax.lax.Precision.HIGHEST
-    columns = jnp.matmul(squares, weights, precision=highest)
-    return jnp.matmul(weights.T, columns, precision=highest)
+    return matmul(weights.T, matmul(squares, weights))

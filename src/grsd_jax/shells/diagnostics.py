@@ -1,4 +1,4 @@
-"""What a projected derivative says once it is binned into shells: every diagnostic.
+"""Every diagnostic of a projected derivative that is binned into shells.
 
 Shell couplings, Toeplitz residuals and power-law fits of one measurement, computed by
 one jitted function (paper 7.3 to 7.5).
@@ -11,9 +11,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from grsd_jax._typing import Derivative, Reduction
 from grsd_jax.linalg.ritz import RitzPairs
 from grsd_jax.shells.binning import ShellCoupling, Shells, log_shells, shell_coupling
+from grsd_jax.shells.options import Binning
 from grsd_jax.shells.power_law import PowerLawFit, fit_power_law
 from grsd_jax.shells.toeplitz import (
     toeplitz_residual,
@@ -30,8 +30,8 @@ class ToeplitzDiagnostics(NamedTuple):
         residual: [], ``|A - Toep(A)|_F / |A|_F`` over all valid entries.
         windows: ``[S - w + 1]``, the residual of every run of w shells, from the
             smallest lambda to the largest; NaN where a window has no valid entry.
-        degrees_of_freedom: ``[S - w + 1]`` int32, what each window's residual rests on;
-            0 says that it is zero by construction.
+        degrees_of_freedom: ``[S - w + 1]`` int32, those of each window's residual; with
+            0 the residual is zero by construction.
     """
 
     coupling: ShellCoupling
@@ -67,7 +67,7 @@ class CouplingMeasurement:
         values: lambda, ``[r]``, descending; ``r = n`` for the dense solver.
         vectors: V, ``[n, r]``.
         residuals: ``[r]``, bounds of ``|M v - lambda v|``.
-        resolved: ``[r]`` bool; everything below uses these pairs alone.
+        resolved: ``[r]`` bool; only these pairs enter the fields below.
         coupling: ``V^T Mdot V``, ``[r, r]``, in units of M per unit of s.
         shells: Equal widths in log lambda, between the resolved edges.
         literal: Diagnostics of ``K_ab = mean |coupling_ij|^2``.
@@ -76,10 +76,10 @@ class CouplingMeasurement:
         shell_fit: ``sqrt(K_aa)`` against the shell centres.
         secant_disagreement: [], ``|F - X|_F / |F|_F`` for the finite difference F and
             the exact derivative X, projected on the leading b pairs: for
-            piecewise-linear activations it measures the patterns that flip.
+            piecewise-linear activations it measures the effect of patterns that flip.
         operator_disagreement: [], ``|M V - V Lambda|`` over ``lambda_max`` for the
-            leading b pairs and the matrix-free M. Far above the precision, it says that
-            the examples are not independent or the products not symmetric.
+            leading b pairs and the matrix-free M. A value far above the precision means
+            that examples are not independent or products not symmetric.
         finite: [] bool, whether errors, direction and products were finite. If not,
             nothing is resolved.
         solver: ``"dense"`` or ``"lanczos"``, the one that ran.
@@ -107,28 +107,37 @@ class CouplingMeasurement:
     reduction: str
 
 
-@partial(
-    jax.jit,
-    static_argnames=("labels", "num_shells", "window", "min_count", "num_bootstrap"),
-)
+class CrossChecks(NamedTuple):
+    """The cross-checks of a measurement, see `CouplingMeasurement`."""
+
+    secant_disagreement: jax.Array
+    operator_disagreement: jax.Array
+    finite: jax.Array
+
+
+class Labels(NamedTuple):
+    """How a measurement was made, see `CouplingMeasurement`."""
+
+    solver: str
+    jacobian: str
+    derivative: str
+    reduction: str
+
+
+@partial(jax.jit, static_argnames=("labels", "binning"))
 def diagnose(
     pairs: RitzPairs,
     coupling: jax.Array,
-    checks: tuple[jax.Array, jax.Array, jax.Array],
+    checks: CrossChecks,
     key: jax.Array,
     *,
-    labels: tuple[str, str, Derivative, Reduction],
-    num_shells: int,
-    window: int,
-    min_count: int,
-    num_bootstrap: int,
+    labels: Labels,
+    binning: Binning,
 ) -> CouplingMeasurement:
-    """Bins the coupling and computes every diagnostic."""
-    secant, operator, finite = checks
-    resolved = pairs.resolved & finite
-    coupling = jnp.where(finite, coupling, 0)
-    shells = log_shells(pairs.values, num_shells, mask=resolved)
-
+    """Returns the measurement: the coupling, binned, with every diagnostic."""
+    resolved = pairs.resolved & checks.finite
+    coupling = jnp.where(checks.finite, coupling, 0)
+    shells = log_shells(pairs.values, binning.num_shells, mask=resolved)
     literal, renormalized = (
         toeplitz_diagnostics(
             shell_coupling(
@@ -136,15 +145,14 @@ def diagnose(
                 pairs.values,
                 shells,
                 renormalize=renormalize,
-                min_count=min_count,
+                min_count=binning.min_count,
             ),
-            window,
+            binning.window,
         )
         for renormalize in (False, True)
     )
     mode_key, shell_key = jax.random.split(key)
-    fit = partial(fit_power_law, num_bootstrap=num_bootstrap)
-    solver, jacobian, derivative, reduction = labels
+    fit = partial(fit_power_law, num_bootstrap=binning.num_bootstrap)
     return CouplingMeasurement(
         values=pairs.values,
         vectors=pairs.vectors,
@@ -163,19 +171,14 @@ def diagnose(
             jnp.diag(literal.coupling.mask),
             key=shell_key,
         ),
-        secant_disagreement=secant,
-        operator_disagreement=operator,
-        finite=finite,
-        solver=solver,
-        jacobian=jacobian,
-        derivative=derivative,
-        reduction=reduction,
+        **checks._asdict(),
+        **labels._asdict(),
     )
 
 
 def toeplitz_diagnostics(binned: ShellCoupling, window: int) -> ToeplitzDiagnostics:
-    """Computes the Toeplitz residuals of a coupling, whole and in sliding windows."""
-    matrix, mask = binned
+    """Returns the Toeplitz residuals of a coupling, whole and in sliding windows."""
+    matrix, mask = binned.matrix, binned.mask
     return ToeplitzDiagnostics(
         coupling=binned,
         residual=toeplitz_residual(matrix, mask),

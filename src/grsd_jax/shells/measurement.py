@@ -5,71 +5,56 @@ the two cross-checks that every result carries: how far the pairs are from eigen
 the matrix-free kernel, and how far the exact derivative is from a finite difference.
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
-from grsd_jax._arrays import is_traced
-from grsd_jax._checks import (
-    check_at_least,
-    check_choice,
-    check_positive,
-    check_same_tree,
+from grsd_jax._arrays import all_finite, divisor, is_traced, matmul
+from grsd_jax._checks import check_choice
+from grsd_jax._memory import naming_what_to_lower
+from grsd_jax._typing import PyTree
+from grsd_jax.jacobian.factored import has_factors
+from grsd_jax.kernel.dense import dense_at
+from grsd_jax.kernel.derivative import (
+    Derivative,
+    central_difference,
+    gradient_flow_direction,
 )
-from grsd_jax._memory import default_bytes, naming_what_to_lower
-from grsd_jax._typing import Derivative, ErrorFn, PyTree, Reduction
-from grsd_jax.jacobian.autodiff import check_problem, evaluate, split_batches
-from grsd_jax.jacobian.factored import JacobianForm, uses_factors
-from grsd_jax.kernel.dense import kernel_dense, kernel_with_derivative_dense
-from grsd_jax.kernel.derivative import DERIVATIVES, central_difference
-from grsd_jax.kernel.null_space import class_sums_vanish
-from grsd_jax.kernel.operator import REDUCTIONS, error_dimension
-from grsd_jax.kernel.products import Problem
-from grsd_jax.kernel.solver import SOLVERS, choose_solver
+from grsd_jax.kernel.mesh import layout_of
+from grsd_jax.kernel.null_space import free_start
+from grsd_jax.kernel.operator import multiply_at
+from grsd_jax.kernel.products import held_products, projected_derivative
+from grsd_jax.kernel.solver import Lanczos, solver_at
 from grsd_jax.linalg.lanczos import LanczosResult, block_lanczos
 from grsd_jax.linalg.ritz import RitzPairs, resolved_pairs, ritz_pairs, rounding_bound
-from grsd_jax.shells.diagnostics import CouplingMeasurement, diagnose
+from grsd_jax.problem import Point, Problem, evaluate
+from grsd_jax.shells.diagnostics import (
+    CouplingMeasurement,
+    CrossChecks,
+    Labels,
+    diagnose,
+)
+from grsd_jax.shells.options import Binning, Window
 
-_HIGHEST = jax.lax.Precision.HIGHEST
-
-
-class _Krylov(NamedTuple):
-    """How Lanczos runs."""
-
-    block_size: int
-    num_steps: int
-    driver: Literal["auto", "scan", "host"]
-    progress: Callable[[int], None] | None
+#: What a measurement accepts as its solver.
+Solver = Literal["auto", "dense", "lanczos"] | Lanczos
 
 
 def measure_coupling(
-    error_fn: ErrorFn,
+    problem: Problem,
     params: PyTree,
-    batches: PyTree,
-    direction: PyTree,
+    direction: PyTree | None = None,
     *,
     key: jax.Array,
-    reduction: Reduction = "mean",
-    solver: Literal["auto", "dense", "lanczos"] = "auto",
-    jacobian: JacobianForm = "auto",
-    derivative: Derivative = "exact",
-    step: float | None = None,
-    block_size: int = 8,
-    num_steps: int = 20,
-    driver: Literal["auto", "scan", "host"] = "auto",
-    tolerance: float = 0.05,
-    floor: float | None = None,
-    num_shells: int = 12,
-    window: int = 5,
-    min_count: int = 1,
-    num_bootstrap: int = 1000,
-    max_bytes: int | None = None,
+    solver: Solver = "auto",
+    window: Window = Window(),
+    shells: Binning = Binning(),
+    derivative: Derivative = Derivative(),
     progress: Callable[[int], None] | None = None,
-    mesh: Mesh | None = None,
 ) -> CouplingMeasurement:
     """Measures the shell coupling of the kernel's derivative, with its diagnostics.
 
@@ -81,36 +66,20 @@ def measure_coupling(
     same), or inside `jit`, where nothing is checked but shapes.
 
     Args:
-        error_fn: ``error_fn(params, batch) -> [N, C]``.
-        params: Parameters, a pytree of floating arrays.
-        batches: A pytree with leading axes ``[K, N]``.
-        direction: The tangent d, a tree like ``params``; see `gradient_flow_direction`.
+        problem: The problem. If its batches lie on a mesh (see `shard_batches`), each
+            device takes its own examples, and the solver is Lanczos.
+        params: Parameters.
+        direction: The tangent d, a tree like ``params``; the gradient flow of the
+            problem's loss if None.
         key: Consumed for the start block and the bootstrap.
-        reduction: ``"mean"`` or ``"stack"``.
         solver: ``"dense"`` for all n pairs (examples must be independent),
-            ``"lanczos"`` for the leading ``m b``; ``"auto"`` takes the cheaper by
-            `choose_solver`.
-        jacobian: ``"factored"`` takes J apart by layers (`linen_error_fn`; examples
-            must be independent), ``"plain"`` differentiates; ``"auto"`` is factored
-            where the error function has factors.
-        derivative: ``"exact"`` or ``"finite_difference"``.
-        step: Relative step of the difference; see `kernel_derivative`.
-        block_size: b. At most n; also the columns differentiated at a time.
-        num_steps: m.
-        driver: Of the Lanczos run; ``"auto"`` loops on the host on CPU, unless traced.
-        tolerance: Largest residual of a resolved pair, relative to its value.
-        floor: Smallest resolved value, relative to the largest; ten eps if None.
-        num_shells: S.
-        window: Shells w in one sliding window.
-        min_count: Pairs that a shell needs, lest it be masked.
-        num_bootstrap: Resamples behind the intervals of the fits; 0 for none.
-        max_bytes: Memory to fill with J, its factors or residuals, and dense matrices;
-            half of what is free if None. Lanczos keeps its Jacobian if it fits, and
-            linearises anew for every product if not.
-        progress: Called with the number of Lanczos steps done; host driver only.
-        mesh: A mesh over whose first axis the examples, and the rows of all vectors,
-            are spread; its D devices must divide N, and the solver is Lanczos. One
-            device if None.
+            ``"lanczos"`` or a `Lanczos` for the leading ``m b``; ``"auto"`` takes the
+            cheaper by `choose_solver`.
+        window: Which pairs are used.
+        shells: The shells, and what is computed from them.
+        derivative: How Mdot is computed.
+        progress: Called with the number of Lanczos steps done, where the steps are
+            driven from the host (on a CPU, outside `jit`).
 
     Returns:
         A `CouplingMeasurement`; with a mesh, ``vectors`` lie on it by rows and
@@ -123,122 +92,73 @@ def measure_coupling(
     References:
         Paper 7.2 to 7.5 and B.
     """
-    check_choice("solver", solver, SOLVERS)
-    check_choice("derivative", derivative, DERIVATIVES)
-    check_choice("reduction", reduction, REDUCTIONS)
-    check_choice("driver", driver, ("auto", "scan", "host"))
-    _check_numbers(
-        {"block_size": block_size, "num_steps": num_steps, "min_count": min_count},
-        {"tolerance": tolerance, "floor": floor, "step": step},
-    )
-    _check_shells(num_shells, window, num_bootstrap)
-    problem = Problem(
-        error_fn,
-        params,
-        batches,
-        direction,
-        reduction,
-        derivative,
-        step,
-        "factored" if uses_factors(error_fn, jacobian) else "plain",
-        default_bytes() if max_bytes is None else max_bytes,
-        mesh,
-    )
-    size = _checked_size(problem, block_size)
-    if mesh is not None:
-        check_choice("solver, with a mesh,", solver, ("auto", "lanczos"))
-        problem, solver = problem.placed(), "lanczos"
-    elif solver == "auto":
-        solver = choose_solver(
-            error_fn,
-            params,
-            batches,
-            reduction=reduction,
-            num_columns=min(block_size * num_steps, size),
-            block_size=block_size,
-            jacobian=problem.jacobian,
-            max_bytes=problem.max_bytes,
-        )
+    if direction is None:
+        direction = gradient_flow_direction(problem, params)
+    point = problem.at(params, direction)
+    lanczos = _resolved(solver, point)
+    width = min((lanczos or Lanczos()).block_size, point.dimension)
     start_key, bootstrap_key = jax.random.split(key)
-    with naming_what_to_lower("max_bytes", "block_size", "num_steps", "batches"):
-        if solver == "dense":
-            pairs, coupling = _dense_pairs(problem, tolerance, floor)
+    with naming_what_to_lower("block_size", "num_steps", "batches"):
+        if lanczos is None:
+            pairs, coupling = _dense_pairs(point, window, derivative)
         else:
-            krylov = _Krylov(block_size, num_steps, driver, progress)
-            pairs, coupling = _lanczos_pairs(
-                problem, krylov, start_key, tolerance, floor
-            )
-        checks = _cross_checks(problem, pairs, coupling, block_size)
-    finite = _all_finite((coupling, pairs.values)) & _problem_finite(problem)
+            run = _lanczos_run(point, lanczos, start_key, progress)
+            pairs = _ritz_pairs(run, tolerance=window.tolerance, floor=window.floor)
+            coupling = projected_derivative(point, pairs.vectors, derivative, width)
+        pairs = leading_pairs(pairs, window)
+        checks = _cross_checks(point, pairs, coupling, derivative, width)
     return diagnose(
         pairs,
         coupling,
-        (*checks, finite),
+        checks,
         bootstrap_key,
-        labels=(solver, problem.jacobian, derivative, reduction),
-        num_shells=num_shells,
-        window=window,
-        min_count=min_count,
-        num_bootstrap=num_bootstrap,
+        labels=Labels(
+            "dense" if lanczos is None else "lanczos",
+            "factored" if has_factors(point) else "plain",
+            derivative.method,
+            point.reduction,
+        ),
+        binning=shells,
     )
 
 
-def _check_numbers(counts: dict[str, int], thresholds: dict[str, float | None]) -> None:
-    """Checks options before any work is done: counts from 1, thresholds above zero."""
-    for name, count in counts.items():
-        check_at_least(name, count, 1)
-    for name, threshold in thresholds.items():
-        if threshold is not None:
-            check_positive(name, threshold)
-
-
-def _check_shells(num_shells: int, window: int, num_bootstrap: int) -> None:
-    check_at_least("num_shells", num_shells, 1)
-    check_at_least("window", window, 1)
-    check_at_least("num_bootstrap", num_bootstrap, 0)
-    if window > num_shells:
-        raise ValueError(
-            f"window: expected at most num_shells = {num_shells}, got {window}."
-        )
-
-
-def _checked_size(problem: Problem, block_size: int) -> int:
-    """Returns n, after checking the direction and that a block is not wider than n."""
-    check_same_tree("direction", problem.direction, problem.params, "params")
-    size = error_dimension(
-        problem.error_fn, problem.params, problem.batches, reduction=problem.reduction
-    )
-    if block_size > size:
-        raise ValueError(
-            f"block_size: expected at most the error dimension n = {size}, "
-            f"got {block_size}."
-        )
-    return size
+def _resolved(solver: Solver, point: Point) -> Lanczos | None:
+    """Returns how Lanczos runs, or None for the dense solver."""
+    on_mesh = layout_of(point) is not None
+    if isinstance(solver, Lanczos):
+        if solver.block_size > point.dimension:
+            raise ValueError(
+                "block_size: expected at most the error dimension "
+                f"n = {point.dimension}, got {solver.block_size}."
+            )
+        return solver
+    choices = ("auto", "lanczos") if on_mesh else ("auto", "dense", "lanczos")
+    named = "solver, with batches on a mesh," if on_mesh else "solver"
+    check_choice(named, solver, choices)
+    default = Lanczos()
+    default = Lanczos(min(default.block_size, point.dimension), default.num_steps)
+    if solver == "auto" and not on_mesh:
+        columns = min(default.block_size * default.num_steps, point.dimension)
+        solver = solver_at(point, columns)
+    return None if solver == "dense" else default
 
 
 def _dense_pairs(
-    problem: Problem, tolerance: float, floor: float | None
+    point: Point, window: Window, derivative: Derivative
 ) -> tuple[RitzPairs, jax.Array]:
     """Returns all n eigenpairs and ``V^T Mdot V``, by the dense solver."""
-    fn, params, batches, direction = problem[:4]
-    options = {
-        "reduction": problem.reduction,
-        "jacobian": problem.jacobian,
-        "max_jacobian_bytes": max(problem.max_bytes // 4, 1),
-    }
-    if problem.derivative == "exact":
-        kernel, moved = kernel_with_derivative_dense(
-            fn, params, batches, direction, **options
-        )
+    if derivative.method == "exact":
+        kernel, moved = dense_at(point)
     else:
-        kernel = kernel_dense(fn, params, batches, **options)
+        still = dataclasses.replace(point, direction=None)
+        (kernel,) = dense_at(still)
         moved = central_difference(
-            lambda p: kernel_dense(fn, p, batches, **options),
-            params,
-            direction,
-            step=problem.step,
+            lambda p: dense_at(still.moved(p))[0],
+            point.params,
+            point.direction,
+            step=derivative.step,
         )
-    return diagonalize(kernel, moved, tolerance=tolerance, floor=floor)
+    return diagonalize(kernel, moved, tolerance=window.tolerance, floor=window.floor)
 
 
 @partial(jax.jit, static_argnames=("tolerance", "floor"))
@@ -257,60 +177,49 @@ def diagonalize(
         The pairs, and ``V^T Mdot V``; nothing is resolved if a number is not finite.
         The bounds of the residuals include the rounding of M itself.
     """
-    finite = _all_finite((kernel, moved))
+    finite = all_finite((kernel, moved))
     kernel, moved = (jnp.where(finite, matrix, 0) for matrix in (kernel, moved))
     values, vectors = jnp.linalg.eigh(kernel)
     values, vectors = values[::-1], vectors[:, ::-1]
-    left_over = jnp.matmul(kernel, vectors, precision=_HIGHEST) - vectors * values[None]
+    left_over = matmul(kernel, vectors) - vectors * values[None]
     residuals = jnp.linalg.norm(left_over, axis=0)
     resolved = resolved_pairs(values, residuals, tolerance=tolerance, floor=floor)
-    coupling = jnp.matmul(
-        vectors.T, jnp.matmul(moved, vectors, precision=_HIGHEST), precision=_HIGHEST
-    )
+    coupling = matmul(vectors.T, matmul(moved, vectors))
     bounds = residuals + rounding_bound(len(values), values.dtype) * jnp.max(values)
     return RitzPairs(values, vectors, bounds, resolved & finite), coupling
 
 
-def _lanczos_pairs(
-    problem: Problem,
-    krylov: _Krylov,
+def leading_pairs(pairs: RitzPairs, window: Window) -> RitzPairs:
+    """Returns the pairs, with only the leading ``num_pairs`` still resolved."""
+    if window.num_pairs is None:
+        return pairs
+    leading = jnp.arange(len(pairs.values)) < window.num_pairs
+    return pairs._replace(resolved=pairs.resolved & leading)
+
+
+def _lanczos_run(
+    point: Point,
+    solver: Lanczos,
     key: jax.Array,
-    tolerance: float,
-    floor: float | None,
-) -> tuple[RitzPairs, jax.Array]:
-    """Returns the Ritz pairs and ``V^T Mdot V``, projected b columns at a time."""
-    run = _lanczos_run(problem, krylov, key)
-    pairs = _ritz_pairs(run, tolerance=tolerance, floor=floor)
-    coupling = problem.projected_derivative(
-        pairs.vectors, problem.derivative, krylov.block_size
-    )
-    return pairs, coupling
-
-
-def _lanczos_run(problem: Problem, krylov: _Krylov, key: jax.Array) -> LanczosResult:
+    progress: Callable[[int], None] | None,
+) -> LanczosResult:
     """Runs block Lanczos from a Gaussian block free of the softmax null space."""
-    fn, params, batches = problem[:3]
-    traced = is_traced((params, batches))
     start_key, probe_key, lanczos_key = jax.random.split(key, 3)
-    error = check_problem(fn, params, batches)
-    size = error_dimension(fn, params, batches, reduction=problem.reduction)
-    shape = (size, krylov.block_size)
-    start = jax.random.normal(start_key, shape, error.dtype)
-    centered = class_sums_vanish(fn, params, batches, probe_key)
-    by_class = start.reshape(-1, error.shape[1], krylov.block_size)
-    free = by_class - jnp.mean(by_class, axis=1, keepdims=True)
-    start = jnp.where(centered, free.reshape(shape), start)
-    driver = krylov.driver
-    if driver == "auto":
-        on_cpu = jax.default_backend() == "cpu"
-        driver = "host" if on_cpu and not traced else "scan"
+    shape = (point.dimension, solver.block_size)
+    start = jax.random.normal(start_key, shape, point.error.dtype)
+    start = free_start(point, start, probe_key)
+    layout = layout_of(point)
+    if layout is not None:
+        start = jax.device_put(start, layout.row_sharding)
+    traced = is_traced((point.params, point.batches))
+    on_host = jax.default_backend() == "cpu" and not traced
     return block_lanczos(
-        problem.products(),
-        problem.by_rows(start),
-        krylov.num_steps,
+        held_products(point),
+        start,
+        solver.num_steps,
         key=lanczos_key,
-        driver=driver,
-        progress=krylov.progress,
+        driver="host" if on_host else "scan",
+        progress=progress,
     )
 
 
@@ -318,43 +227,31 @@ _ritz_pairs = partial(jax.jit, static_argnames=("tolerance", "floor"))(ritz_pair
 
 
 def _cross_checks(
-    problem: Problem, pairs: RitzPairs, coupling: jax.Array, block_size: int
-) -> tuple[jax.Array, jax.Array]:
+    point: Point,
+    pairs: RitzPairs,
+    coupling: jax.Array,
+    derivative: Derivative,
+    width: int,
+) -> CrossChecks:
     """Returns the secant's and the matrix-free operator's disagreement."""
-    leading = pairs.vectors[:, :block_size]
-    first = coupling[:block_size, :block_size]
-    exact = problem.derivative == "exact"
-    other_method: Derivative = "finite_difference" if exact else "exact"
-    other = problem.projected_derivative(leading, other_method, block_size)
+    leading = pairs.vectors[:, :width]
+    values = pairs.values[:width]
+    first = coupling[:width, :width]
+    exact = derivative.method == "exact"
+    method = "finite_difference" if exact else "exact"
+    other_method = dataclasses.replace(derivative, method=method)
+    other = projected_derivative(point, leading, other_method, width)
     difference = other if exact else first
-    product = problem.matmat(leading)
-    expected = leading * pairs.values[None, :block_size]
-    return (
-        _ratio(jnp.linalg.norm(first - other), jnp.linalg.norm(difference)),
-        _ratio(
-            jnp.max(jnp.linalg.norm(product - expected, axis=0)),
-            jnp.max(jnp.abs(pairs.values)),
+    product = multiply_at(point, leading)
+    left_over = jnp.linalg.norm(product - leading * values[None], axis=0)
+    errors = [evaluate(point.error_fn, point.params, batch) for batch in point.parts]
+    numbers = (coupling, pairs.values, errors, point.params, point.direction)
+    return CrossChecks(
+        secant_disagreement=(
+            jnp.linalg.norm(first - other) / divisor(jnp.linalg.norm(difference))
         ),
-    )
-
-
-def _problem_finite(problem: Problem) -> jax.Array:
-    errors = [
-        evaluate(problem.error_fn, problem.params, batch)
-        for batch in split_batches(problem.batches)
-    ]
-    return _all_finite((errors, problem.params, problem.direction))
-
-
-@jax.jit
-def _all_finite(tree: PyTree) -> jax.Array:
-    checks = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
-    return jnp.all(jnp.stack(checks))
-
-
-def _ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
-    """Divides, with 0 for 0 / 0."""
-    positive = denominator > 0
-    return jnp.where(
-        positive, numerator / jnp.where(positive, denominator, 1), numerator
+        operator_disagreement=(
+            jnp.max(left_over) / divisor(jnp.max(jnp.abs(pairs.values)))
+        ),
+        finite=all_finite(numbers),
     )

@@ -38,7 +38,7 @@ class PowerLawFit(NamedTuple):
 
 
 class _Line(NamedTuple):
-    """A weighted least-squares line, all of it finite; ``defined`` says what counts."""
+    """A weighted least-squares line; finite even where ``defined`` is False."""
 
     slope: jax.Array
     intercept: jax.Array
@@ -76,7 +76,7 @@ def fit_power_law(
         num_bootstrap: The number of resamples behind ``interval``; 0 for none.
         key: The PRNG key of the bootstrap, which is consumed. Needed if
             ``num_bootstrap > 0``.
-        confidence: The coverage aimed at by ``interval``, between 0 and 1.
+        confidence: The nominal coverage of ``interval``, between 0 and 1.
 
     Returns:
         The fit; ``num_points`` explains any NaN in it.
@@ -148,19 +148,19 @@ def _fit_line(log_x: jax.Array, log_y: jax.Array, used: jax.Array) -> _Line:
     # are large, and equal points come out as exactly equal.
     mean_x = jnp.sum(weights * (log_x - origin_x)) / total
     mean_y = jnp.sum(weights * (log_y - origin_y)) / total
-    centred_x = weights * (log_x - origin_x - mean_x)
-    centred_y = weights * (log_y - origin_y - mean_y)
+    centered_x = weights * (log_x - origin_x - mean_x)
+    centered_y = weights * (log_y - origin_y - mean_y)
 
-    square_x = jnp.sum(jnp.square(centred_x))
+    square_x = jnp.sum(jnp.square(centered_x))
     defined = (spread_x > 0) & (square_x > 0)
     square_x = jnp.where(defined, square_x, 1)
-    slope = jnp.sum(centred_x * centred_y) / square_x
+    slope = jnp.sum(centered_x * centered_y) / square_x
     return _Line(
         slope=slope,
         intercept=(origin_y + mean_y) - slope * (origin_x + mean_x),
         square_x=square_x,
-        square_y=jnp.sum(jnp.square(centred_y)),
-        square_rest=jnp.sum(jnp.square(centred_y - slope * centred_x)),
+        square_y=jnp.sum(jnp.square(centered_y)),
+        square_rest=jnp.sum(jnp.square(centered_y - slope * centered_x)),
         defined=defined,
     )
 
@@ -184,12 +184,12 @@ def _bootstrap(
     confidence: float,
 ) -> jax.Array:
     """Returns the [2] percentiles of the slope over resamples of the points in use."""
-    # The points in use come first, so that a draw below their number is one of them.
+    # Points in use come first, so that a draw below their number picks one of them.
     order = jnp.argsort(~used, stable=True)
     num_points = jnp.sum(used, dtype=jnp.int32)
     drawn = jnp.arange(used.shape[0], dtype=jnp.int32) < num_points
 
-    # One uniform draw of everything: integers compile to several times the program.
+    # One uniform draw: random integers compile to a program several times as large.
     uniform = jax.random.uniform(key, (num_bootstrap, used.shape[0]), log_x.dtype)
     last = jnp.maximum(num_points - 1, 0)
     draws = (uniform * num_points.astype(log_x.dtype)).astype(jnp.int32)

@@ -7,14 +7,14 @@ Every function takes one square matrix and a mask of its valid entries, and work
 import jax
 import jax.numpy as jnp
 
-from grsd_jax._arrays import as_floating, as_mask
+from grsd_jax._arrays import as_mask, as_square, divisor
 from grsd_jax._checks import check_at_least
 
 
 def toeplitz_approximation(
     matrix: jax.typing.ArrayLike, mask: jax.typing.ArrayLike | None = None
 ) -> jax.Array:
-    r"""The nearest Toeplitz matrix: each entry is the mean along its diagonal.
+    r"""Returns the nearest Toeplitz matrix: each entry is the mean along its diagonal.
 
     .. math:: \operatorname{Toep}(A)_{ij} = \operatorname{mean}_{k - l = i - j} A_{kl}
 
@@ -44,7 +44,7 @@ def toeplitz_approximation(
 def toeplitz_residual(
     matrix: jax.typing.ArrayLike, mask: jax.typing.ArrayLike | None = None
 ) -> jax.Array:
-    r"""The relative distance to the nearest Toeplitz matrix.
+    r"""Returns the relative distance to the nearest Toeplitz matrix.
 
     .. math:: \| A - \operatorname{Toep}(A) \|_F \,/\, \| A \|_F
 
@@ -72,10 +72,9 @@ def toeplitz_residual(
     # Scaled to a largest entry of 1, so that no square over- or underflows. The result
     # does not depend on the scale, so neither does its gradient.
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(matrix), initial=0.0))
-    scaled = matrix / jnp.where(largest > 0, largest, 1)
+    scaled = matrix / divisor(largest)
     rest = jnp.where(mask, scaled - toeplitz_approximation(scaled, mask), 0)
-    norm = _norm(scaled)
-    residual = _norm(rest) / jnp.where(norm > 0, norm, 1)
+    residual = _norm(rest) / divisor(_norm(scaled))
     return jnp.where(jnp.any(mask), residual, jnp.nan)
 
 
@@ -84,7 +83,7 @@ def windowed_toeplitz_residual(
     window: int,
     mask: jax.typing.ArrayLike | None = None,
 ) -> jax.Array:
-    """The Toeplitz residual of every run of ``window`` consecutive shells.
+    """Returns the Toeplitz residual of every run of ``window`` consecutive shells.
 
     Entry ``p`` is the :func:`toeplitz_residual` of the diagonal block of the shells
     ``p, ..., p + window - 1`` (Figure 2 of the paper draws it against ``p``).
@@ -110,11 +109,11 @@ def windowed_toeplitz_residual(
 
 
 def toeplitz_degrees_of_freedom(mask: jax.typing.ArrayLike) -> jax.Array:
-    """The valid entries less the diagonals that hold any: what a residual rests on.
+    """Returns the degrees of freedom: valid entries less the diagonals that hold any.
 
     With 0 degrees of freedom every diagonal holds at most one valid entry, its own
-    mean; the :func:`toeplitz_residual` is then 0 whatever the entries, and says
-    nothing.
+    mean; the :func:`toeplitz_residual` is then 0 for any entries and carries no
+    information.
 
     Args:
         mask: [S, S] bool, the valid entries.
@@ -125,8 +124,7 @@ def toeplitz_degrees_of_freedom(mask: jax.typing.ArrayLike) -> jax.Array:
     Raises:
         ValueError: If ``mask`` is not a square bool matrix.
     """
-    mask = as_mask("mask", mask, [None, None])
-    mask = as_mask("mask", mask, [mask.shape[0]] * 2)
+    mask = _square_mask(mask)
     counts = _diagonal_counts(mask)
     # Each diagonal that holds any entry spends one of them on its mean.
     return jnp.sum(jnp.maximum(counts - 1, 0), dtype=jnp.int32)
@@ -135,7 +133,7 @@ def toeplitz_degrees_of_freedom(mask: jax.typing.ArrayLike) -> jax.Array:
 def windowed_toeplitz_degrees_of_freedom(
     mask: jax.typing.ArrayLike, window: int
 ) -> jax.Array:
-    """The degrees of freedom behind each entry of :func:`windowed_toeplitz_residual`.
+    """Returns the degrees of freedom of every :func:`windowed_toeplitz_residual`.
 
     Args:
         mask: [S, S] bool, the valid entries.
@@ -148,8 +146,7 @@ def windowed_toeplitz_degrees_of_freedom(
         ValueError: If ``window`` is not an integer from 1 to S, or ``mask`` not a
             square bool matrix.
     """
-    mask = as_mask("mask", mask, [None, None])
-    mask = as_mask("mask", mask, [mask.shape[0]] * 2)
+    mask = _square_mask(mask)
     _check_window(window, mask.shape[0])
     return jax.vmap(toeplitz_degrees_of_freedom)(_windows(mask, window))
 
@@ -158,9 +155,14 @@ def _matrix_and_mask(
     matrix: jax.typing.ArrayLike, mask: jax.typing.ArrayLike | None
 ) -> tuple[jax.Array, jax.Array]:
     """Returns both as arrays of one square shape [S, S]."""
-    matrix = as_floating("matrix", matrix, [None, None])
-    matrix = as_floating("matrix", matrix, [matrix.shape[0]] * 2)
+    matrix = as_square("matrix", matrix)
     return matrix, as_mask("mask", mask, matrix.shape)
+
+
+def _square_mask(mask: jax.typing.ArrayLike) -> jax.Array:
+    """Returns the mask as an array of one square shape [S, S]."""
+    mask = as_mask("mask", mask, [None, None])
+    return as_mask("mask", mask, [mask.shape[0]] * 2)
 
 
 def _check_window(window: int, size: int) -> None:
@@ -199,6 +201,6 @@ def _windows(matrix: jax.Array, window: int) -> jax.Array:
 
 
 def _norm(matrix: jax.Array) -> jax.Array:
-    """The Frobenius norm, with gradient 0 at 0, where the root's is infinite."""
+    """Returns the Frobenius norm, with gradient 0 at 0 in place of infinity."""
     total = jnp.sum(jnp.square(matrix))
-    return jnp.where(total > 0, jnp.sqrt(jnp.where(total > 0, total, 1)), 0)
+    return jnp.where(total > 0, jnp.sqrt(divisor(total)), 0)

@@ -15,44 +15,53 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grsd_jax import models
+from grsd_jax import (
+    Problem,
+    gradient_flow_direction,
+    kernel_dense,
+    kernel_derivative,
+    kernel_matmat,
+    linearize_kernel,
+    measure_coupling,
+)
 from grsd_jax._memory import peak_bytes
-from grsd_jax._typing import ErrorFn, LossFn, PyTree
+from grsd_jax._typing import PyTree
 from grsd_jax.experiments.common.config import Config
-from grsd_jax.experiments.common.networks import make_model
-from grsd_jax.experiments.common.steps import init_state, make_optimizer
-from grsd_jax.experiments.reproduce.pipeline import measurement_options
-from grsd_jax.jacobian.factored import JacobianForm
-from grsd_jax.kernel.dense import kernel_dense, kernel_with_derivative_dense
-from grsd_jax.kernel.derivative import gradient_flow_direction, kernel_derivative
-from grsd_jax.kernel.operator import kernel_matmat, linearize_kernel
-from grsd_jax.linalg.lanczos import block_lanczos
-from grsd_jax.shells.measurement import measure_coupling
+from grsd_jax.experiments.common.measurement import (
+    measurement_options,
+    network_problem,
+)
+from grsd_jax.experiments.common.networks import init_weights, make_model
+from grsd_jax.experiments.common.tables import aligned, number
+from grsd_jax.linalg import block_lanczos
 
 _CLASSES = 10
 _REPEATS = 3
 
 
-class Problem(NamedTuple):
+class Setup(NamedTuple):
     """An untrained network on random images, and what the cases need of it."""
 
     config: Config
-    error_fn: ErrorFn
-    loss_fn: LossFn
+    problem: Problem
     params: PyTree
-    batches: PyTree
     direction: PyTree
     vectors: jax.Array
 
+    @property
+    def dimension(self) -> int:
+        """The error dimension n."""
+        return len(self.vectors)
 
-def make_problem(config: Config) -> Problem:
+
+def make_setup(config: Config) -> Setup:
     """Builds the network of the settings, with random weights, images and vectors.
 
     Args:
         config: The settings; ``num_batches`` batches of ``batch_size`` images.
 
     Returns:
-        The problem.
+        The setup.
     """
     model = make_model(config.model, _CLASSES, config)
     rng = np.random.default_rng(config.seed)
@@ -62,19 +71,16 @@ def make_problem(config: Config) -> Problem:
         "image": jnp.asarray(images),
         "label": jnp.asarray(rng.integers(0, _CLASSES, leading), jnp.int32),
     }
-    optimizer = make_optimizer(config, total_steps=1)
-    start = init_state(model, optimizer, images[0, 0], seed=config.seed)
-    params, state = start.params, {"batch_stats": start.batch_stats}
-    loss_fn = models.linen_loss_fn(model, state)
-    size = config.batch_size * _CLASSES
-    vectors = np.linalg.qr(rng.normal(size=(size, config.block_size)))[0]
-    return Problem(
+    weights = init_weights(model, images.shape[2:], config.seed)
+    problem = network_problem(model, weights, batches, config)
+    params = weights.params
+    shape = (problem.dimension(params), config.block_size)
+    vectors = np.linalg.qr(rng.normal(size=shape))[0]
+    return Setup(
         config,
-        models.linen_error_fn(model, state),
-        loss_fn,
+        problem,
         params,
-        batches,
-        gradient_flow_direction(loss_fn, params, batches),
+        gradient_flow_direction(problem, params),
         jnp.asarray(vectors, jnp.float32),
     )
 
@@ -84,7 +90,7 @@ def run_case(name: str, config: Config) -> dict[str, Any]:
 
     Args:
         name: A key of `CASES`.
-        config: The settings; the reduction is the mean.
+        config: The settings.
 
     Returns:
         ``seconds`` (minimum of three), ``first_seconds`` (compilation included),
@@ -92,26 +98,18 @@ def run_case(name: str, config: Config) -> dict[str, Any]:
         (of the forward pass's rate, None where it means nothing), ``peak_mib`` of the
         process, and what the case adds.
     """
-    problem = make_problem(config)
-    forward = jax.jit(lambda f, p, x: jax.vmap(lambda b: f(p, b))(x))
-    compiled = forward.lower(
-        problem.error_fn, problem.params, problem.batches
-    ).cost_analysis()
+    setup = make_setup(config)
+    problem, params = setup.problem, setup.params
+    forward = jax.jit(lambda q, p: jax.vmap(lambda b: q.error(p, b))(q.batches))
+    compiled = forward.lower(problem, params).cost_analysis()
     flops = float((compiled or {}).get("flops", np.nan))
-    _, forward_seconds = _timed(
-        lambda: forward(problem.error_fn, problem.params, problem.batches)
-    )
-    _, gradient_seconds = _timed(
-        lambda: gradient_flow_direction(
-            problem.loss_fn, problem.params, problem.batches
-        )
-    )
-    run, multiple, extra = CASES[name](problem)
-    first, seconds = _timed(run)
-    counted = multiple(flops, problem)
+    _, forward_seconds = _timed(lambda: forward(problem, params))
+    _, gradient_seconds = _timed(lambda: gradient_flow_direction(problem, params))
+    case = CASES[name](setup)
+    first, seconds = _timed(case.run)
     share = None
-    if counted is not None:
-        share = (counted / seconds) / (flops / forward_seconds)
+    if case.operations is not None:
+        share = (case.operations(flops) / seconds) / (flops / forward_seconds)
     return {
         "case": name,
         "seconds": seconds,
@@ -121,141 +119,141 @@ def run_case(name: str, config: Config) -> dict[str, Any]:
         "forward_seconds": forward_seconds,
         "flops_share": share,
         "peak_mib": peak_bytes() / 2**20,
-        **extra(seconds),
+        **case.extra(seconds),
     }
 
 
-Run = Callable[[], Any]
-Count = Callable[[float, Problem], float | None]
-Extra = Callable[[float], dict[str, Any]]
-Case = tuple[Run, Count, Extra]
+class Case(NamedTuple):
+    """What is timed.
+
+    Attributes:
+        run: The function.
+        operations: From the operations f of a forward pass to those of a run; None
+            where the rate means nothing.
+        extra: From the seconds of a run to what else the row says.
+    """
+
+    run: Callable[[], Any]
+    operations: Callable[[float], float] | None = None
+    extra: Callable[[float], dict[str, Any]] = lambda _: {}
 
 
-def _nothing(_: float) -> dict[str, Any]:
-    return {}
+def _block_product(setup: Setup) -> Case:
+    kernel = linearize_kernel(setup.problem, setup.params)
+    run = jax.tree_util.Partial(kernel.matmat, setup.vectors)
+    return Case(run, lambda f: 4 * f * setup.config.block_size)
 
 
-def _block_product(p: Problem, jacobian: JacobianForm = "auto") -> Case:
-    kernel = linearize_kernel(p.error_fn, p.params, p.batches, jacobian=jacobian)
-    run = jax.tree_util.Partial(kernel.matmat, p.vectors)
-    return run, lambda f, q: 4 * f * q.config.block_size, _nothing
+def _plain_block_product(setup: Setup) -> Case:
+    """The same of a function whose layers nothing is known of."""
+    objective: Any = setup.problem.objective
+    plain = setup.problem.replace(outputs_fn=lambda p, x: objective.outputs_fn(p, x))
+    return _block_product(setup._replace(problem=plain))
 
 
-def _plain_block_product(p: Problem) -> Case:
-    return _block_product(p, "plain")
+def _gram_operations(setup: Setup) -> float:
+    """Returns the operations of ``J J^T``, batch by batch under the mean."""
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(setup.params))
+    averaged = setup.problem.reduction == "mean"
+    copies = setup.config.num_batches if averaged else 1
+    return 2.0 * copies * setup.dimension**2 * num_params
 
 
-def _gram_flops(p: Problem) -> float:
-    size = p.config.batch_size * _CLASSES
-    num_params = sum(leaf.size for leaf in jax.tree.leaves(p.params))
-    return 2.0 * p.config.num_batches * size**2 * num_params
+def _dense(setup: Setup) -> Case:
+    return Case(
+        lambda: kernel_dense(setup.problem, setup.params),
+        lambda f: 2 * _CLASSES * f + _gram_operations(setup),
+    )
 
 
-def _dense(p: Problem) -> Case:
+def _dense_with_derivative(setup: Setup) -> Case:
+    return Case(
+        lambda: kernel_dense(setup.problem, setup.params, setup.direction),
+        lambda f: 3 * (2 * _CLASSES * f + _gram_operations(setup)),
+    )
+
+
+def _derivative(setup: Setup) -> Case:
+    problem, params, vectors = setup.problem, setup.params, setup.vectors
+
     def run() -> jax.Array:
-        return kernel_dense(p.error_fn, p.params, p.batches)
-
-    return run, lambda f, q: 2 * _CLASSES * f + _gram_flops(q), _nothing
-
-
-def _dense_with_derivative(p: Problem) -> Case:
-    def run() -> tuple[jax.Array, jax.Array]:
-        return kernel_with_derivative_dense(
-            p.error_fn, p.params, p.batches, p.direction
-        )
-
-    return run, lambda f, q: 3 * (2 * _CLASSES * f + _gram_flops(q)), _nothing
-
-
-def _derivative(p: Problem) -> Case:
-    def run() -> jax.Array:
-        return kernel_derivative(
-            p.error_fn, p.params, p.batches, p.direction, p.vectors
-        )
-
-    def product() -> jax.Array:
-        return kernel_matmat(p.error_fn, p.params, p.batches, p.vectors)
+        return kernel_derivative(problem, params, setup.direction, vectors)
 
     def extra(seconds: float) -> dict[str, Any]:
-        prepared = _plain_block_product(p)[0]
+        prepared = _plain_block_product(setup).run
+        single = _timed(lambda: kernel_matmat(problem, params, vectors))[1]
         return {  # the derivative prepares itself, and so does the first of these
-            "in_plain_block_products": seconds / _timed(product)[1],
+            "in_plain_block_products": seconds / single,
             "in_prepared_products": seconds / _timed(prepared)[1],
         }
 
-    return run, lambda f, q: 6 * f * q.config.block_size, extra
+    return Case(run, lambda f: 6 * f * setup.config.block_size, extra)
 
 
-def _lanczos(p: Problem) -> Case:
-    kernel = linearize_kernel(p.error_fn, p.params, p.batches)
-    steps = p.config.num_steps
+def _lanczos(setup: Setup) -> Case:
+    kernel = linearize_kernel(setup.problem, setup.params)
+    steps, vectors = setup.config.num_steps, setup.vectors
 
     def run() -> Any:
         return block_lanczos(
-            kernel.matmat, p.vectors, steps, key=jax.random.key(0), driver="host"
+            kernel.matmat, vectors, steps, key=jax.random.key(0), driver="host"
         )
 
     def products() -> list[jax.Array]:
-        return [kernel.matmat(p.vectors) for _ in range(steps)]
+        return [kernel.matmat(vectors) for _ in range(steps)]
 
     def extra(seconds: float) -> dict[str, Any]:
         return {"in_bare_products": seconds / _timed(products)[1]}
 
-    return run, lambda f, q: 4 * f * q.config.block_size * steps, extra
+    return Case(run, lambda f: 4 * f * setup.config.block_size * steps, extra)
 
 
-def _measurement(p: Problem) -> Case:
+def _measurement(setup: Setup) -> Case:
     """The whole measurement, and the share of its operator products, by solver."""
-    config, found = p.config, {}
+    config, problem, params = setup.config, setup.problem, setup.params
+    options = measurement_options(problem, params, config)
+    found: dict[str, Any] = {}
 
     def run() -> jax.Array:
         result = measure_coupling(
-            p.error_fn,
-            p.params,
-            p.batches,
-            p.direction,
-            key=jax.random.key(0),
-            **measurement_options(config),
+            problem, params, setup.direction, key=jax.random.key(0), **options
         )
         found.update(solver=result.solver, vectors=result.vectors)
         return result.coupling
 
     def checks() -> tuple[jax.Array, jax.Array]:
-        product = kernel_matmat(p.error_fn, p.params, p.batches, p.vectors)
+        product = kernel_matmat(problem, params, setup.vectors)
         secant = kernel_derivative(
-            p.error_fn,
-            p.params,
-            p.batches,
-            p.direction,
-            p.vectors,
+            problem,
+            params,
+            setup.direction,
+            setup.vectors,
             method="finite_difference",
         )
         return product, secant
 
     def whole_derivative() -> jax.Array:
-        vectors = found["vectors"]
         return kernel_derivative(
-            p.error_fn,
-            p.params,
-            p.batches,
-            p.direction,
-            vectors,
+            problem,
+            params,
+            setup.direction,
+            found["vectors"],
             column_chunk=config.block_size,
         )
 
     def extra(seconds: float) -> dict[str, Any]:
         if found["solver"] == "dense":
-            products = _timed(_dense_with_derivative(p)[0])[1]
+            products = _timed(_dense_with_derivative(setup).run)[1]
         else:
-            step = _timed(_block_product(p)[0])[1]
+            step = _timed(_block_product(setup).run)[1]
             products = config.num_steps * step + _timed(whole_derivative)[1]
         products += _timed(checks)[1]
         return {"solver": found["solver"], "operator_share": products / seconds}
 
-    return run, lambda _f, _q: None, extra
+    return Case(run, extra=extra)
 
 
-CASES: dict[str, Callable[[Problem], Case]] = {
+CASES: dict[str, Callable[[Setup], Case]] = {
     "block_product": _block_product,
     "plain_block_product": _plain_block_product,
     "dense": _dense,
@@ -273,30 +271,32 @@ def format_benchmark(rows: list[dict[str, Any]]) -> str:
         rows: One for each case.
 
     Returns:
-        The table.
+        The table; the rate of operations is in units of the forward pass's.
     """
     known = {"case", "seconds", "first_seconds", "gradients", "gradient_seconds"}
-    known |= {"forward_seconds", "flops_share", "peak_mib"}
-    lines = [
-        "| case | seconds | first | gradients | FLOP rate / forward's | peak MiB | |",
-        "| :--- | ---: | ---: | ---: | ---: | ---: | :--- |",
-    ]
+    known |= {"forward_seconds", "flops_share", "peak_mib"}  # columns, or their units
+    table = [["case", "", "seconds", "first", "gradients", "FLOP rate", "peak MiB"]]
     for row in rows:
-        share = row["flops_share"]
         notes = [
             f"{key} {value:.2f}" if isinstance(value, float) else f"{key} {value}"
             for key, value in row.items()
             if key not in known
         ]
-        lines.append(
-            f"| {row['case']} | {row['seconds']:.3f} | {row['first_seconds']:.2f} "
-            f"| {row['gradients']:.1f} | {'' if share is None else f'{share:.2f}'} "
-            f"| {row['peak_mib']:.0f} | {', '.join(notes)} |"
+        table.append(
+            [
+                row["case"],
+                ", ".join(notes),
+                number(row["seconds"]),
+                number(row["first_seconds"], ".2f"),
+                number(row["gradients"], ".1f"),
+                number(row["flops_share"], ".2f"),
+                number(row["peak_mib"], ".0f"),
+            ]
         )
-    return "\n".join(lines)
+    return aligned(table)
 
 
-def _timed(run: Run) -> tuple[float, float]:
+def _timed(run: Callable[[], Any]) -> tuple[float, float]:
     """Returns the first call's seconds and the minimum of the repeats'."""
     seconds = []
     for _ in range(_REPEATS + 1):

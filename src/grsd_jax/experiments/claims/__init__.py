@@ -1,1 +1,1 @@
-"""The study of the paper's claims."""
+"""Both networks from several seeds: do the paper's claims reproduce?"""

@@ -4,8 +4,11 @@ A checkpoint holds the state's arrays by their tree paths, so that any model wit
 same tree can load it, whatever wrote it. No pickle is involved.
 """
 
+import contextlib
 import os
-from collections.abc import Mapping
+import signal
+import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -88,7 +91,10 @@ class Checkpoints:
         """
         where = self._directory / str(step)
         try:
-            saved = self._manager.save(step, args=ocp.args.StandardSave(_named(state)))
+            with _uninterrupted():
+                saved = self._manager.save(
+                    step, args=ocp.args.StandardSave(_named(state))
+                )
         except Exception as error:
             raise UserError(
                 f"--workdir: expected to be able to write the checkpoint '{where}', "
@@ -124,9 +130,10 @@ class Checkpoints:
             stored = getattr(metadata, "tree", None) or {}
             _check_matches(where, template, stored)
             abstract = jax.tree.map(_abstract, stored)
-            loaded = self._manager.restore(
-                step, args=ocp.args.StandardRestore(abstract)
-            )
+            with _uninterrupted():
+                loaded = self._manager.restore(
+                    step, args=ocp.args.StandardRestore(abstract)
+                )
         except UserError:
             raise
         except Exception as error:  # Orbax and its storage raise many kinds
@@ -166,6 +173,26 @@ def restore_latest(directory: str | os.PathLike[str], template: PyTree) -> PyTre
         )
     with Checkpoints(directory, read_only=True) as checkpoints:
         return checkpoints.restore(template)
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Puts off Ctrl-C until the block ends.
+
+    Orbax runs an event loop, under which Python's own handler can lose the signal, and
+    threads, which complain if they are cut off.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came = threading.Event()
+    usual = signal.signal(signal.SIGINT, lambda *_: came.set())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+    if came.is_set():
+        signal.raise_signal(signal.SIGINT)
 
 
 def _named(tree: PyTree) -> PyTree:

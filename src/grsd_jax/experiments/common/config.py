@@ -7,7 +7,7 @@ defaults are those of the main job on the embedded data set.
 import dataclasses
 import json
 import math
-from typing import Any
+from typing import Any, Literal
 
 from grsd_jax._checks import check_at_least, check_choice
 
@@ -124,21 +124,21 @@ class Config(Settings):
     )
     log_every: int = setting(20, "Steps between lines of metrics.", minimum=1)
     record_every: int = setting(10, "Steps between records of the probe.", minimum=1)
-    solver: str = setting(
+    solver: Literal["auto", "dense", "lanczos"] = setting(
         "auto",
         "How the spectrum is found; auto takes the cheaper that fits in memory.",
         choices=("auto", "dense", "lanczos"),
     )
     block_size: int = setting(8, "Columns b of a Lanczos block.", minimum=1)
     num_steps: int = setting(20, "Lanczos steps m.", minimum=1)
-    derivative: str = setting(
+    derivative: Literal["exact", "finite_difference"] = setting(
         "exact",
         "Derivative of the kernel: within one activation pattern, or across patterns.",
         choices=("exact", "finite_difference"),
     )
-    reduction: str = setting(
-        "mean",
-        "Average the batches' kernels, or stack the batches into one.",
+    reduction: Literal["mean", "stack"] = setting(
+        "stack",
+        "Stack the batches into one, or average their kernels (mean, the paper's).",
         choices=("mean", "stack"),
     )
     protocol: tuple[str, ...] = setting(

@@ -70,14 +70,12 @@ def synthetic_textures(
     num_train: int = 2048,
     num_test: int = 512,
     num_classes: int = 10,
-    *,
-    alpha: float = 1.0,
 ) -> Dataset:
     """Makes textures whose class is an orientation and a colour.
 
     An image adds an oriented texture, coloured by its class, to three independent
     isotropic ones; every one is a random-phase field with amplitude spectrum
-    ``|k|^-alpha``, as natural images have with alpha near 1. Orientations and colours
+    ``|k|^-1``, near that of natural images. Orientations and colours
     scatter, so that the classes overlap: nets learn them well above chance, and not
     perfectly.
 
@@ -86,7 +84,6 @@ def synthetic_textures(
         num_train: Training images.
         num_test: Test images.
         num_classes: Classes C, equally frequent up to one.
-        alpha: Exponent of the amplitude spectrum.
 
     Returns:
         The data set.
@@ -100,8 +97,8 @@ def synthetic_textures(
     rng = np.random.default_rng(seed)
     colors = rng.normal(size=(num_classes, 3))
     colors /= np.linalg.norm(colors, axis=1, keepdims=True)
-    train = _textures(rng, num_train, colors, alpha)
-    test = _textures(rng, num_test, colors, alpha)
+    train = _textures(rng, num_train, colors)
+    test = _textures(rng, num_test, colors)
     return make_dataset("synthetic", train, test, num_classes)
 
 
@@ -255,7 +252,7 @@ def measured_batches(
 
 
 def _textures(
-    rng: np.random.Generator, num_images: int, colors: np.ndarray, alpha: float
+    rng: np.random.Generator, num_images: int, colors: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns uint8 images ``[num_images, 32, 32, 3]`` and their labels."""
     num_classes = len(colors)
@@ -263,8 +260,8 @@ def _textures(
     angles = np.pi * np.arange(num_classes) / num_classes
     turns = angles[labels] + _ANGLE_SPREAD * rng.normal(size=num_images)
     tints = colors[labels] + _COLOR_SPREAD * rng.normal(size=(num_images, 3))
-    oriented = _fields(rng, turns[:, None], alpha)
-    isotropic = _fields(rng, np.full((num_images, 3), np.nan), alpha)
+    oriented = _fields(rng, turns[:, None])
+    isotropic = _fields(rng, np.full((num_images, 3), np.nan))
     images = oriented * tints[:, None, None, :] + _NOISE * isotropic
     levels = np.clip(np.rint(128 + _CONTRAST * images), 0, 255)
     return levels.astype(np.uint8), labels
@@ -278,19 +275,18 @@ _NOISE = 0.6
 _CONTRAST = 40.0
 
 
-def _fields(rng: np.random.Generator, angles: np.ndarray, alpha: float) -> np.ndarray:
+def _fields(rng: np.random.Generator, angles: np.ndarray) -> np.ndarray:
     """Returns unit-variance random-phase fields ``[images, 32, 32, channels]``.
 
     Args:
         rng: Source of the phases.
         angles: Orientation of every field ``[images, channels]``; NaN for none.
-        alpha: Exponent of the amplitude spectrum.
     """
     ky, kx = np.meshgrid(*[np.fft.fftfreq(_SIZE, 1 / _SIZE)] * 2, indexing="ij")
     radius = np.hypot(ky, kx)
-    amplitude = np.where(radius > 0, np.maximum(radius, 1.0) ** -alpha, 0.0)
+    amplitude = np.where(radius > 0, np.maximum(radius, 1.0) ** -1.0, 0.0)
     turn = np.cos(np.arctan2(ky, kx) - angles[:, :, None, None])
-    # The band depends on the angle alone, so that the radial law stays |k|^-alpha.
+    # The band depends on the angle alone, so that the radial law stays |k|^-1.
     band = np.where(np.isnan(turn), 1.0, np.abs(turn) ** 3)
     noise = np.fft.fft2(rng.normal(size=band.shape))
     phases = noise / np.maximum(np.abs(noise), 1e-12)

@@ -1,17 +1,12 @@
-"""Files of a run: written whole or not at all, read without pickle, one run at a time.
+"""Files of a run: written whole or not at all, and read without pickle.
 
 Everything that goes wrong with a file is told as a `UserError` of one sentence.
 """
 
 import contextlib
-import errno
-import fcntl
-import importlib.metadata
 import json
 import math
 import os
-import platform
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -52,7 +47,7 @@ def atomic_path(path: PathLike) -> Iterator[Path]:
         os.replace(temporary, path)
         _sync(path.parent)
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -68,7 +63,7 @@ def write_json(path: PathLike, value: Any) -> None:
     Raises:
         UserError: If the file cannot be written.
     """
-    text = json.dumps(_plain(value), indent=2, sort_keys=True, allow_nan=False)
+    text = json.dumps(plain(value), indent=2, sort_keys=True, allow_nan=False)
     with atomic_path(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
 
@@ -90,7 +85,7 @@ def read_json(path: PathLike) -> Any:
     except OSError as error:
         raise _cannot_read(path, "a JSON file", error.strerror) from error
     except ValueError as error:
-        raise _cannot_read(path, "a JSON file", str(error)) from error
+        raise _cannot_read(path, "a JSON file", error) from error
 
 
 def write_npz(path: PathLike, arrays: Mapping[str, Any]) -> None:
@@ -133,9 +128,9 @@ def read_npz(path: PathLike) -> dict[str, np.ndarray]:
             with loaded:
                 return {name: loaded[name] for name in loaded.files}
     except OSError as error:
-        raise _cannot_read(path, wanted, error.strerror or str(error)) from error
+        raise _cannot_read(path, wanted, error.strerror or error) from error
     except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise _cannot_read(path, wanted, str(error)) from error
+        raise _cannot_read(path, wanted, error) from error
 
 
 def append_jsonl(path: PathLike, line: Mapping[str, Any]) -> None:
@@ -148,14 +143,14 @@ def append_jsonl(path: PathLike, line: Mapping[str, Any]) -> None:
     Raises:
         UserError: If the file cannot be written.
     """
-    text = json.dumps(_plain(line), allow_nan=False)
+    text = json.dumps(plain(line), allow_nan=False)
     try:
         with open(path, "a", encoding="utf-8") as file:
             file.write(text + "\n")
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
 
 
 def read_jsonl(path: PathLike) -> list[dict[str, Any]]:
@@ -175,7 +170,7 @@ def read_jsonl(path: PathLike) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     except (OSError, UnicodeDecodeError) as error:
-        raise _cannot_read(path, "a file of JSON lines", str(error)) from error
+        raise _cannot_read(path, "a file of JSON lines", error) from error
     records = []
     for number, line in enumerate(lines[:-1], start=1):
         try:
@@ -198,7 +193,7 @@ def write_jsonl(path: PathLike, records: list[dict[str, Any]]) -> None:
     Raises:
         UserError: If the file cannot be written.
     """
-    text = "".join(f"{json.dumps(_plain(r), allow_nan=False)}\n" for r in records)
+    text = "".join(f"{json.dumps(plain(r), allow_nan=False)}\n" for r in records)
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -223,6 +218,21 @@ def rewind_jsonl(path: PathLike, step: int) -> list[dict[str, Any]]:
     return kept
 
 
+def remove(path: PathLike) -> None:
+    """Removes a file, if it is there.
+
+    Args:
+        path: The file.
+
+    Raises:
+        UserError: If the folder cannot be written.
+    """
+    try:
+        Path(path).unlink(missing_ok=True)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
 def set_aside(folder: Path, names: Sequence[str]) -> None:
     """Renames files of a folder, together, by the next free number: ``name-1.json``.
 
@@ -242,87 +252,11 @@ def set_aside(folder: Path, names: Sequence[str]) -> None:
             if path.exists():
                 os.replace(path, _numbered(path, number))
     except OSError as error:
-        raise _cannot_write(folder, error) from error
+        raise cannot_write(folder, error) from error
 
 
 def _numbered(path: Path, number: int) -> Path:
     return path.with_name(f"{path.stem}-{number}{path.suffix}")
-
-
-def environment(*, precision: str) -> dict[str, Any]:
-    """Describes what a result was computed with.
-
-    Args:
-        precision: The value of ``--precision``.
-
-    Returns:
-        Versions, the kind and number of devices, and the precision.
-    """
-    packages = ("grsd-jax", "jax", "jaxlib", "flax", "optax", "numpy")
-    versions = {}
-    for name in packages:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name.replace("-", "_")] = importlib.metadata.version(name)
-    devices = jax.devices()
-    return {
-        "versions": versions,
-        "python": platform.python_version(),
-        "platform": devices[0].platform,
-        "device_kind": devices[0].device_kind,
-        "device_count": len(devices),
-        "precision": precision,
-    }
-
-
-@contextlib.contextmanager
-def workdir_lock(workdir: PathLike) -> Iterator[Path]:
-    """Makes the folder, checks that it can be written, and keeps other runs out.
-
-    The lock is the system's: it ends with the process, however that ends.
-
-    Args:
-        workdir: The folder.
-
-    Yields:
-        The folder.
-
-    Raises:
-        UserError: If the folder cannot be written, or another run holds it.
-    """
-    workdir = Path(workdir)
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        lock = open(workdir / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
-    except OSError as error:
-        raise _cannot_write(workdir, error) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise _cannot_write(workdir, error) from error
-            lock.seek(0)
-            pid = lock.read().strip() or "unknown"
-            raise UserError(
-                f"--workdir: expected no other run in '{workdir}', "
-                f"got one with pid {pid}."
-            ) from None
-        _probe(workdir)
-        lock.truncate(0)
-        lock.write(f"{os.getpid()}\n")
-        lock.flush()
-        yield workdir
-
-
-def _probe(workdir: Path) -> None:
-    """Writes and removes a small file, so that a full folder is seen at the start."""
-    try:
-        with tempfile.TemporaryFile(dir=workdir) as file:
-            file.write(bytes(2**16))
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise _cannot_write(workdir, error) from error
 
 
 def _sync(path: Path) -> None:
@@ -333,14 +267,21 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _plain(value: Any) -> Any:
-    """Returns ``value`` in JSON's own types, with null for what is not finite."""
+def plain(value: Any) -> Any:
+    """Returns a value as JSON reads it back, with None for what is not finite.
+
+    Args:
+        value: Nested dicts, lists, tuples, and numpy or JAX numbers and arrays.
+
+    Returns:
+        The value in dicts, lists, strings, numbers and None.
+    """
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, np.ndarray | np.generic | jax.Array):
-        return _plain(np.asarray(value).tolist())
+        return plain(np.asarray(value).tolist())
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, os.PathLike):
@@ -348,13 +289,33 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _cannot_write(path: PathLike, error: OSError) -> UserError:
-    reason = error.strerror or str(error)
+def cannot_write(path: PathLike, error: OSError) -> UserError:
+    """Returns the error of a path that cannot be written.
+
+    Args:
+        path: The path.
+        error: What the system says.
+
+    Returns:
+        An error of one sentence.
+    """
+    why = error.strerror or str(error)
     return UserError(
-        f"--workdir: expected to be able to write '{os.fspath(path)}', got: {reason}."
+        f"--workdir: expected to be able to write '{os.fspath(path)}', got: {why}."
     )
 
 
-def _cannot_read(path: PathLike, wanted: str, reason: str | None) -> UserError:
-    reason = " ".join(str(reason).split()).rstrip(".")
-    return UserError(f"'{os.fspath(path)}': expected {wanted}, got: {reason}.")
+def reason(error: Any) -> str:
+    """Returns the text of an error on one line, without its full stop.
+
+    Args:
+        error: The error.
+
+    Returns:
+        The text.
+    """
+    return " ".join(str(error).split()).rstrip(".")
+
+
+def _cannot_read(path: PathLike, wanted: str, why: Any) -> UserError:
+    return UserError(f"'{os.fspath(path)}': expected {wanted}, got: {reason(why)}.")

@@ -5,33 +5,212 @@ slow on XLA's CPU backend. A run that is killed and started again repeats the sa
 batches in the same order from its newest checkpoint, and ends with the same bits.
 """
 
+import inspect
 import time
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import linen as nn
 
 from grsd_jax._checks import check_at_least
 from grsd_jax._typing import PyTree
+from grsd_jax.errors import softmax_cross_entropy
 from grsd_jax.experiments.common import records
 from grsd_jax.experiments.common.checkpoints import Checkpoints
-from grsd_jax.experiments.common.config import TRAINING_FIELDS, Config, UserError
-from grsd_jax.experiments.common.data import Dataset
-from grsd_jax.experiments.common.progress import progress_bar
-from grsd_jax.experiments.common.steps import (
-    Callback,
-    TrainState,
-    init_state,
-    make_optimizer,
-    make_schedule,
-    state_template,
-    train_step,
+from grsd_jax.experiments.common.config import (
+    TRAINING_FIELDS,
+    Config,
+    UserError,
+    parse_schedule_args,
 )
+from grsd_jax.experiments.common.data import Dataset
+from grsd_jax.experiments.common.networks import (
+    Weights,
+    init_weights,
+    weights_template,
+)
+from grsd_jax.experiments.common.runs import (
+    check_same_run,
+    progress_bar,
+    workdir_lock,
+)
+
+
+class TrainState(NamedTuple):
+    """Everything that changes during training.
+
+    Attributes:
+        step: Steps done, int32 ``[]``.
+        params: Parameters.
+        batch_stats: BatchNorm's running statistics, ``{}`` for a model without.
+        opt_state: State of the optimiser.
+    """
+
+    step: jax.Array
+    params: PyTree
+    batch_stats: PyTree
+    opt_state: PyTree
+
+
+class Callback(Protocol):
+    """Looks on while a network trains, with a state that lies in the checkpoints.
+
+    Attributes:
+        settings: What the run must be resumed with, beside its own settings.
+    """
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """The settings, by the names of their flags."""
+        ...
+
+    def init(self, state: TrainState) -> PyTree:
+        """Returns the state before the first update, a pytree of arrays."""
+        ...
+
+    def rewind(self, step: int) -> None:
+        """Drops what was written after ``step``, those steps being done again."""
+        ...
+
+    def update(self, own: PyTree, state: TrainState, step: int) -> PyTree:
+        """Looks at the training after ``step`` steps, and returns the new state.
+
+        It is called once before the first step, with 0, and once after every step.
+        """
+        ...
+
+
+def make_schedule(config: Config, *, total_steps: int) -> optax.Schedule:
+    """Returns the learning-rate schedule, any of optax's by name.
+
+    Args:
+        config: ``schedule``, ``schedule_args`` and ``learning_rate`` are used. What the
+            arguments leave out of ``peak_value``, ``value`` or ``init_value`` (the
+            first that the schedule has) is the learning rate, and ``decay_steps`` is
+            the whole training.
+        total_steps: Steps of the whole training.
+
+    Returns:
+        A function from the step to the rate.
+
+    Raises:
+        UserError: If optax has no such schedule or its arguments do not fit.
+    """
+    make = getattr(optax, config.schedule, None)
+    if not callable(make):
+        raise UserError(
+            "--schedule: expected the name of an optax function that ends in "
+            f"_schedule, got {config.schedule!r}."
+        )
+    signature = inspect.signature(make)
+    arguments = parse_schedule_args(config.schedule_args)
+    rate_names = ("peak_value", "value", "init_value")
+    rate_name = next((name for name in rate_names if name in signature.parameters), "")
+    defaults = {rate_name: config.learning_rate, "decay_steps": total_steps}
+    for name, value in defaults.items():
+        if name in signature.parameters:
+            arguments.setdefault(name, value)
+    try:
+        schedule = make(**arguments)
+        schedule(0)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"--schedule_args: expected arguments of {config.schedule}{signature}, "
+            f"got {arguments} ({error})."
+        ) from error
+    return schedule
+
+
+def make_optimizer(config: Config, *, total_steps: int) -> optax.GradientTransformation:
+    """Returns SGD with momentum: ``t <- mu t + g``, ``theta <- theta - eta t``.
+
+    Args:
+        config: ``momentum`` and the schedule's settings are used.
+        total_steps: Steps of the whole training, for schedules that decay.
+
+    Returns:
+        The optimiser.
+
+    Raises:
+        UserError: As for `make_schedule`.
+    """
+    schedule = make_schedule(config, total_steps=total_steps)
+    return optax.sgd(schedule, momentum=config.momentum)
+
+
+def init_state(weights: Weights, optimizer: optax.GradientTransformation) -> TrainState:
+    """Returns the state before the first step.
+
+    Args:
+        weights: Those that training starts from.
+        optimizer: The optimiser.
+
+    Returns:
+        The state; from a template of the weights under `jax.eval_shape`, its template.
+    """
+    opt_state = jax.jit(optimizer.init)(weights.params)
+    step = jnp.zeros((), jnp.int32)
+    return TrainState(step, weights.params, weights.batch_stats, opt_state)
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def train_step(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    images: jax.Array,
+    labels: jax.Array,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Does one step of SGD on the mean cross-entropy of a batch.
+
+    Args:
+        model: The linen module, static.
+        optimizer: The optimiser, static; reuse one so that nothing is traced again.
+        state: The state; its buffers are donated and must not be used afterwards.
+        images: ``[N, H, W, channels]``.
+        labels: ``[N]``, int32.
+
+    Returns:
+        The new state; and the batch's ``loss`` and ``accuracy`` before the step, and
+        ``finite``, whether the loss and the whole new state are.
+    """
+
+    def loss_fn(params: PyTree) -> tuple[jax.Array, tuple[jax.Array, PyTree]]:
+        variables = {"params": params, "batch_stats": state.batch_stats}
+        logits, updated = model.apply(
+            variables, images, train=True, mutable=["batch_stats"]
+        )
+        loss = jnp.mean(softmax_cross_entropy(logits, labels))
+        return loss, (logits, updated.get("batch_stats", {}))
+
+    gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    (loss, (logits, batch_stats)), gradient = gradient_fn(state.params)
+    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+    new = TrainState(
+        step=state.step + jnp.ones((), jnp.int32),
+        params=optax.apply_updates(state.params, updates),
+        batch_stats=batch_stats,
+        opt_state=opt_state,
+    )
+    hits = jnp.argmax(logits, axis=-1) == labels
+    metrics = {
+        "loss": loss,
+        "accuracy": jnp.mean(hits.astype(jnp.float32)),
+        "finite": _all_finite((loss, new.params, new.batch_stats)),
+    }
+    return new, metrics
+
+
+def _all_finite(tree: PyTree) -> jax.Array:
+    # The loss alone does not tell: a relu can turn the NaN of its input into 0.
+    leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
+    return jnp.all(jnp.stack(leaves))
 
 
 class TrainResult(NamedTuple):
@@ -52,8 +231,7 @@ class TrainResult(NamedTuple):
 
 def evaluate(
     model: nn.Module,
-    params: PyTree,
-    batch_stats: PyTree,
+    weights: Weights,
     images: np.ndarray,
     labels: np.ndarray,
     *,
@@ -63,8 +241,7 @@ def evaluate(
 
     Args:
         model: The linen module.
-        params: Parameters.
-        batch_stats: BatchNorm's running statistics.
+        weights: Its weights.
         images: ``[examples, H, W, channels]``.
         labels: ``[examples]``.
         batch_size: Examples of one forward pass; the last batch is padded.
@@ -86,7 +263,7 @@ def evaluate(
             # No prediction is -1, so that padding never counts.
             batch = np.pad(batch, [(0, missing)] + [(0, 0)] * (batch.ndim - 1))
             classes = np.pad(classes, (0, missing), constant_values=-1)
-        counts.append(_count_hits(model, params, batch_stats, batch, classes))
+        counts.append(_count_hits(model, weights, batch, classes))
     return sum(int(count) for count in counts) / len(images)
 
 
@@ -122,105 +299,15 @@ def train(
         UserError: If the folder holds another run or cannot be written, a checkpoint
             is damaged, or the loss stops being finite without a callback.
     """
-    with records.workdir_lock(Path(workdir) / name) as folder:
+    with workdir_lock(Path(workdir) / name) as folder:
         return _Run(model, dataset, config, folder, callback).run()
-
-
-def check_same_run(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Checks that the run in a folder was made with the given settings.
-
-    Args:
-        folder: The folder of a run, with its ``config.json``.
-        settings: The settings that matter, by the names of their flags.
-
-    Raises:
-        UserError: If one differs, or the file cannot be read.
-    """
-    written = records.read_json(folder / "config.json")
-    for name, value in settings.items():
-        there = written.get(name) if isinstance(written, dict) else None
-        if there != value:
-            raise UserError(
-                f"--{name}: expected {there!r} as in the run that is in '{folder}', "
-                f"got {value!r}; choose another --workdir for other settings."
-            )
-
-
-def recalibrate_batch_stats(
-    model: nn.Module,
-    params: PyTree,
-    batch_stats: PyTree,
-    images: np.ndarray,
-    *,
-    batch_size: int,
-    num_batches: int,
-) -> PyTree:
-    """Re-estimates BatchNorm's statistics: the plain average over batches.
-
-    A running update is affine, ``new = m old + (1 - m) batch``, whatever the momentum
-    m of a layer. One pass with ``old = 0`` gives ``(1 - m) batch``, and the derivative
-    along ``old`` gives m exactly.
-
-    Args:
-        model: The linen module, in train mode in these passes; every layer sees the
-            batch's own statistics, so that the stored ones play no part.
-        params: Parameters.
-        batch_stats: The statistics to replace, for their tree and shapes.
-        images: ``[examples, H, W, channels]``, used in order.
-        batch_size: Examples of one batch.
-        num_batches: Batches to average.
-
-    Returns:
-        The new statistics.
-
-    Raises:
-        ValueError: If there are fewer than ``batch_size * num_batches`` images.
-
-    References:
-        Paper 7.1; the protocol ``recalibrated``.
-    """
-    check_at_least("batch_size", batch_size, 1)
-    check_at_least("num_batches", num_batches, 1)
-    if not jax.tree.leaves(batch_stats):
-        return batch_stats  # a model without BatchNorm
-    if batch_size * num_batches > len(images):
-        raise UserError(
-            "batch_size * num_batches: expected at most the "
-            f"{len(images)} images, got {batch_size * num_batches}."
-        )
-    total = jax.tree.map(jnp.zeros_like, batch_stats)
-    for start in range(0, batch_size * num_batches, batch_size):
-        batch = images[start : start + batch_size]
-        measured = _batch_statistics(model, params, batch_stats, batch)
-        total = jax.tree.map(jnp.add, total, measured)
-    return jax.tree.map(lambda x: x / jnp.asarray(num_batches, x.dtype), total)
-
-
-@partial(jax.jit, static_argnums=0)
-def _batch_statistics(
-    model: nn.Module, params: PyTree, batch_stats: PyTree, images: jax.Array
-) -> PyTree:
-    def update(old: PyTree) -> PyTree:
-        variables = {"params": params, "batch_stats": old}
-        _, new = model.apply(variables, images, train=True, mutable=["batch_stats"])
-        return new["batch_stats"]
-
-    zeros = jax.tree.map(jnp.zeros_like, batch_stats)
-    ones = jax.tree.map(jnp.ones_like, batch_stats)
-    new, momentum = jax.jvp(update, (zeros,), (ones,))
-    return jax.tree.map(lambda x, m: x / (jnp.ones_like(m) - m), new, momentum)
 
 
 @partial(jax.jit, static_argnums=0)
 def _count_hits(
-    model: nn.Module,
-    params: PyTree,
-    batch_stats: PyTree,
-    images: jax.Array,
-    labels: jax.Array,
+    model: nn.Module, weights: Weights, images: jax.Array, labels: jax.Array
 ) -> jax.Array:
-    variables = {"params": params, "batch_stats": batch_stats}
-    logits = model.apply(variables, images, train=False)
+    logits = model.apply(weights._asdict(), images, train=False)
     assert isinstance(logits, jax.Array)
     return jnp.sum(jnp.argmax(logits, axis=-1) == labels, dtype=jnp.int32)
 
@@ -254,17 +341,18 @@ class _Run:
     def run(self) -> TrainResult:
         """Trains from the newest checkpoint, or from the start, to the end."""
         self._check_settings()
-        image = self.dataset.train_images[0]
+        shape = self.dataset.train_images.shape[1:]
         directory = self.folder / "checkpoints"
         keep = self.config.keep_checkpoints
         with Checkpoints(directory, max_to_keep=keep) as checkpoints:
             first = checkpoints.latest_step() or 0
             if first:
-                template = state_template(self.model, self.optimizer, image)
-                state = checkpoints.restore(template)
+                start = partial(init_state, optimizer=self.optimizer)
+                template = weights_template(self.model, shape)
+                state = checkpoints.restore(jax.eval_shape(start, template))
             else:
-                seed = self.config.seed
-                state = init_state(self.model, self.optimizer, image, seed=seed)
+                weights = init_weights(self.model, shape, self.config.seed)
+                state = init_state(weights, self.optimizer)
             seconds = self._rewind_metrics(first)
             own = self._start_callback(state, first, checkpoints)
             started = time.monotonic() - seconds
@@ -363,13 +451,8 @@ class _Run:
 
     def _test_accuracy(self, state: TrainState) -> float:
         data = self.dataset
-        return evaluate(
-            self.model,
-            state.params,
-            state.batch_stats,
-            data.test_images,
-            data.test_labels,
-        )
+        weights = Weights(state.params, state.batch_stats)
+        return evaluate(self.model, weights, data.test_images, data.test_labels)
 
     def _rewind_metrics(self, step: int) -> float:
         """Drops the lines after ``step``; returns the seconds spent until then."""

@@ -9,9 +9,13 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure, SubFigure
 
 from grsd_jax.experiments.common import records
-from grsd_jax.experiments.conditions.results import TITLES, number_with_error
-from grsd_jax.experiments.reproduce.figures import PAGE_WIDTH, save_figures
-from grsd_jax.experiments.reproduce.results import finite
+from grsd_jax.experiments.common.plotting import PAGE_WIDTH, save_figures
+from grsd_jax.experiments.common.tables import finite
+from grsd_jax.experiments.conditions.analyse import (
+    TITLES,
+    find_check,
+    number_with_error,
+)
 
 _BLUE, _RED, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "0.5"
 
@@ -40,20 +44,32 @@ def _page(found: Any) -> Figure:
     parts: Any = figure.subfigures(2, 1, height_ratios=(1, 4))
     top, rest = parts
     _verdicts(top.subplots(), found)
-    axes = rest.subplots(4, 2)
-    names = found["blocks"]
-    _heat(rest, axes[0, 0], found["condition1"]["influence"][-1], names)
-    axes[0, 0].set_title(r"1: influence $R_{lm}$, last point")
-    axes[0, 0].set(xlabel="block that moves, m", ylabel="block whose $J$ changes, l")
-    _influence_shares(axes[0, 1], found)
-    _heat(rest, axes[1, 0], found["condition2"]["coherence"], names, limits=(1e-3, 1))
-    axes[1, 0].set_title(r"2: coherence $|J_l^\top J_m|\,/\,|J_l||J_m|$ at the start")
-    axes[1, 0].set(xlabel="block m", ylabel="block l")
-    _coherence_profile(axes[1, 1], found)
-    _norms(axes[2, 0], found)
-    _drift(axes[2, 1], found)
-    _invariance(axes[3, 0], found)
-    _layers(axes[3, 1], found)
+    axes = rest.subplot_mosaic(
+        [
+            ["influence", "shares"],
+            ["coherence", "profile"],
+            ["norms", "drift"],
+            ["invariance", "layers"],
+        ]
+    )
+    names, last = found["blocks"], found["condition1"]["points"][-1]
+    _heat(rest, axes["influence"], last["influence"], names)
+    axes["influence"].set_title(r"1: influence $R_{lm}$, last point")
+    axes["influence"].set(
+        xlabel="block that moves, m", ylabel="block whose $J$ changes, l"
+    )
+    _influence_shares(axes["shares"], found)
+    coherence = found["condition2"]["coherence"]
+    _heat(rest, axes["coherence"], coherence, names, limits=(1e-3, 1))
+    axes["coherence"].set_title(
+        r"2: coherence $|J_l^\top J_m|\,/\,|J_l||J_m|$ at the start"
+    )
+    axes["coherence"].set(xlabel="block m", ylabel="block l")
+    _coherence_profile(axes["profile"], found)
+    _norms(axes["norms"], found)
+    _drift(axes["drift"], found)
+    _invariance(axes["invariance"], found)
+    _layers(axes["layers"], found)
     return figure
 
 
@@ -103,9 +119,8 @@ def _numbers(values: Any) -> np.ndarray:
     return np.array(np.asarray(values, dtype=object), dtype=np.float64)
 
 
-def _threshold(axis: Axes, found: Any, condition: str, check: int) -> None:
-    """Draws the threshold of one check as a dotted line."""
-    value = found[condition]["verdict"]["checks"][check]["threshold"]
+def _dotted(axis: Axes, value: float) -> None:
+    """Draws a threshold as a dotted line."""
     axis.axhline(value, color=_GREY, linestyle=":", linewidth=0.9, label="threshold")
 
 
@@ -132,19 +147,17 @@ def _heat(
 
 
 def _influence_shares(axis: Axes, found: Any) -> None:
-    part = found["condition1"]
-    shares = zip(part["steps"], part["share_by_distance"], (_RED, _BLUE), strict=False)
-    for step, share, color in shares:
-        held = np.cumsum(_numbers(share))
-        axis.plot(held, "o-", color=color, markersize=3, label=f"step {step}")
+    for point, color in zip(found["condition1"]["points"], (_RED, _BLUE), strict=False):
+        held = np.cumsum(_numbers(point["share_by_distance"]))
+        label = f"step {point['step']}"
+        axis.plot(held, "o-", color=color, markersize=3, label=label)
     size = len(found["blocks"])
     distance = np.abs(np.subtract.outer(np.arange(size), np.arange(size)))
     even = np.cumsum(np.bincount(distance.reshape(-1))) / size**2
     axis.plot(even, color=_GREY, linewidth=0.9, label="even influence")
-    wanted = found["options"]["thresholds"]["influence_share"]
-    axis.axhline(wanted, color=_GREY, linestyle=":", linewidth=0.9, label="threshold")
-    band = part["verdict"]["checks"][0]["threshold"]
-    axis.axvline(band, color=_GREY, linestyle=":", linewidth=0.9)
+    _dotted(axis, found["options"]["thresholds"]["influence_share"])
+    band = find_check(found, "condition1", "band with")
+    axis.axvline(band["threshold"], color=_GREY, linestyle=":", linewidth=0.9)
     axis.set_title("1: share of the squared influence within a band")
     axis.set(xlabel=r"distance $|l - m|$", ylim=(0, 1.03))
     axis.legend(loc="lower right")
@@ -153,11 +166,10 @@ def _influence_shares(axis: Axes, found: Any) -> None:
 def _coherence_profile(axis: Axes, found: Any) -> None:
     profile = _numbers(found["condition2"]["profile"])
     axis.plot(profile, "o-", color=_BLUE, markersize=3, label="largest coherence")
-    _threshold(axis, found, "condition2", 1)
-    axis.axvline(
-        found["options"]["thresholds"]["distant"], color=_GREY, linestyle=":", lw=0.9
-    )
-    tail = found["condition2"]["verdict"]["checks"][0]
+    thresholds = found["options"]["thresholds"]
+    _dotted(axis, thresholds["max_distant_coherence"])
+    axis.axvline(thresholds["distant"], color=_GREY, linestyle=":", linewidth=0.9)
+    tail = find_check(found, "condition2", "tail sum")
     axis.set_title(
         f"2: coherence, tail sum {number_with_error(tail)} (<= {tail['threshold']:.3g})"
     )
@@ -195,23 +207,20 @@ def _drift(axis: Axes, found: Any) -> None:
     if defined.any():
         means = np.nansum(shells, axis=1) / np.maximum(defined.sum(axis=1), 1)
         axis.plot(steps, means, "s--", color=_GREEN, markersize=3, label="mean shell")
-    _threshold(axis, found, "condition3", 2)
+    _dotted(axis, found["options"]["thresholds"]["max_drift"])
     axis.set(xlabel="step", ylim=(0, 1.03), title="3: drift of spectral projectors")
     axis.legend()
 
 
 def _invariance(axis: Axes, found: Any) -> None:
-    part, steps = found["condition4"], found["steps"]
-    residuals = _numbers(part["central_residuals"])
-    axis.plot(steps, residuals, "o-", color=_BLUE, ms=3, label="residual, centre")
-    fits = [m["diagonal_fit"] for m in part["measurements"]]
+    thresholds = found["options"]["thresholds"]
     for name, label, style, color in (
-        ("exponent", "slope", "s--", _RED),
+        ("toeplitz_centre", "residual, centre", "o-", _BLUE),
+        ("slope", "slope", "s--", _RED),
         ("r_squared", "$R^2$", "^:", _GREEN),
     ):
-        values = _numbers([fit[name] for fit in fits])
-        axis.plot(steps, values, style, color=color, ms=3, label=label)
-    thresholds = found["options"]["thresholds"]
+        values = _numbers([point[name] for point in found["condition4"]["points"]])
+        axis.plot(found["steps"], values, style, color=color, ms=3, label=label)
     off = thresholds["max_slope_error"]
     axis.axhspan(1 - off, 1 + off, color=_RED, alpha=0.08, linewidth=0)
     for name, color in (("max_residual", _BLUE), ("min_r_squared", _GREEN)):
@@ -222,12 +231,14 @@ def _invariance(axis: Axes, found: Any) -> None:
 
 
 def _layers(axis: Axes, found: Any) -> None:
-    layers = found["layers"]["blocks"]
-    residuals = [m["toeplitz"]["renormalized"]["residual"] for m in layers]
-    slopes = [m["diagonal_fit"]["exponent"] for m in layers]
-    axis.plot(_numbers(residuals), "o-", color=_BLUE, ms=3, label="residual of $M_l$")
-    axis.plot(_numbers(slopes), "s--", color=_RED, ms=3, label="slope of $M_l$")
-    average = float(_numbers(found["layers"]["depth_average"]["residual"]))
+    layers = found["layers"]
+    for name, label, style, color in (
+        ("toeplitz_residual", "residual of $M_l$", "o-", _BLUE),
+        ("slope", "slope of $M_l$", "s--", _RED),
+    ):
+        values = _numbers([block[name] for block in layers["blocks"]])
+        axis.plot(values, style, color=color, ms=3, label=label)
+    average = float(_numbers(layers["depth_average"]["toeplitz_residual"]))
     axis.axhline(average, color=_BLUE, linewidth=0.9, label="residual, depth average")
     axis.axhline(1, color=_RED, linestyle=":", linewidth=0.9)
     axis.set(xlabel="block by depth", title="additive structure at the last point")

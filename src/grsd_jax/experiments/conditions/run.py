@@ -1,7 +1,6 @@
 """The four conditions of a trained network, over the checkpoints of its run.
 
-The result is one dictionary for ``conditions.json``, which holds every number that the
-table and the figure page show.
+``conditions.json`` holds every number that the table and the figure page show.
 """
 
 import time
@@ -11,33 +10,60 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from grsd_jax import models
-from grsd_jax.conditions.locality import influence_profile
-from grsd_jax.conditions.propagation import propagation_report
-from grsd_jax.conditions.report import ConditionReport, PathPoint, condition_report
-from grsd_jax.conditions.verdicts import Thresholds
-from grsd_jax.errors import squared_error
+from grsd_jax import PathPoint, condition_report
+from grsd_jax.conditions import (
+    ConditionReport,
+    ParameterBlocks,
+    Thresholds,
+    influence_profile,
+    propagation_report,
+)
 from grsd_jax.experiments.common import records
 from grsd_jax.experiments.common.checkpoints import Checkpoints
 from grsd_jax.experiments.common.config import TRAINING_FIELDS, Config, UserError
 from grsd_jax.experiments.common.data import Dataset, measured_batches
-from grsd_jax.experiments.common.networks import NETWORK_FIELDS, make_model
-from grsd_jax.experiments.common.progress import progress_bar
-from grsd_jax.experiments.common.steps import make_optimizer, state_template
-from grsd_jax.experiments.common.training import (
-    check_same_run,
-    train,
+from grsd_jax.experiments.common.measurement import (
+    PROVENANCE,
+    header,
+    made_by,
+    measurement_entry,
+    measurement_options,
+    network_problem,
 )
-from grsd_jax.experiments.common.weights import Weights, initial_weights
-from grsd_jax.experiments.conditions.results import layers_entry, report_entry
-from grsd_jax.experiments.reproduce.pipeline import header, measurement_options
-from grsd_jax.kernel.derivative import gradient_flow_direction
-from grsd_jax.models.state_space import LinearStateSpace
-from grsd_jax.parameter_blocks import ParameterBlocks
-from grsd_jax.shells.layers import LayerMeasurements, measure_layers
+from grsd_jax.experiments.common.networks import (
+    NETWORK_FIELDS,
+    Weights,
+    initial_weights,
+    make_model,
+    weights_template,
+)
+from grsd_jax.experiments.common.runs import (
+    cached,
+    check_same_run,
+    progress_bar,
+    workdir_lock,
+)
+from grsd_jax.experiments.common.training import train
+from grsd_jax.experiments.conditions.analyse import layers_entry, report_entry
+from grsd_jax.kernel import gradient_flow_direction
+from grsd_jax.models import LinearStateSpace, depth_blocks
+from grsd_jax.shells import LayerMeasurements, measure_layers
 
 #: Training settings that the run in the workdir must share with the flags.
 _SAME_RUN = ("dataset", "seed", "model", *NETWORK_FIELDS)
+
+#: What the last point's measurement says of all of them.
+_MEASURED = (
+    "n",
+    "num_pairs",
+    "solver",
+    "jacobian",
+    "derivative",
+    "reduction",
+    "tolerance",
+    "floor",
+    "step",
+)
 
 #: The tolerance of Proposition 2's range, as a share of its constant.
 _INFLUENCE_SHARE = 0.1
@@ -51,16 +77,14 @@ class Options(NamedTuple):
         num_probes: Random probes of the influence; None for the exact influence.
         num_points: Points of the path at most: the initialisation, and checkpoints
             evenly spaced, the newest among them.
-        method: Of `block_coherence`.
     """
 
     thresholds: Thresholds = Thresholds()
     num_probes: int | None = 16
     num_points: int = 5
-    method: str = "auto"
 
 
-def measure_conditions(
+def run_conditions(
     dataset: Dataset, config: Config, options: Options
 ) -> dict[str, Any]:
     """Measures the conditions over the checkpoints of a run, training one if need be.
@@ -80,58 +104,77 @@ def measure_conditions(
         options: Thresholds and extents.
 
     Returns:
-        The contents of ``conditions.json``.
+        The contents of ``conditions.json``, which is written.
 
     Raises:
         UserError: If the workdir holds another run, a checkpoint cannot be read, or a
             network is not finite there.
     """
-    started = time.monotonic()
     folder = Path(config.workdir) / config.model
     model = make_model(config.model, dataset.num_classes, config)
-    batches = measured_batches(dataset, config)  # complains before the training
+    measured_batches(dataset, config)  # complains before the training
     if starts_here(folder, config):
         train(model, dataset, config, config.workdir, name=config.model)
     network = {name: getattr(config, name) for name in _SAME_RUN}
     check_same_run(folder, network | {"data_fingerprint": dataset.fingerprint})
-    points = [
-        _point(model, step, weights, batches)
-        for step, weights in _path(model, dataset, config, folder, options.num_points)
-    ]
-    blocks = models.depth_blocks(model, points[0].params)
-    report, layers = _measured(points, batches, blocks, config, options)
-    finite = [bool(m.finite) for m in report.condition4.measurements]
-    if not all(finite):
-        raise UserError(
-            f"checkpoint of {config.model}: expected finite parameters, errors and "
-            f"products, got others at step {points[finite.index(False)].time:g}."
-        )
-    return header(config) | {
+    steps = _spaced_steps(folder, options.num_points)
+    about = {
         "options": options._asdict() | {"thresholds": options.thresholds._asdict()},
-        "data_fingerprint": dataset.fingerprint,
-        "error_fn": "softmax_error",
-        "direction": "minus the gradient of the mean cross-entropy, same batches",
+        "steps": [0, *steps],
+    }
+    origin = about | made_by(config, dataset)
+    origin["training"] = records.read_json(folder / "config.json")
+    with workdir_lock(folder):
+        entry, _ = cached(
+            folder / "measurements" / "conditions",
+            origin,
+            lambda: (_measure(model, dataset, config, options, steps), {}),
+        )
+        about |= header(config) | PROVENANCE
+        about["data_fingerprint"] = dataset.fingerprint
+        records.write_json(folder / "conditions.json", about | entry)
+    return records.read_json(folder / "conditions.json")
+
+
+def _measure(
+    model: Any, dataset: Dataset, config: Config, options: Options, steps: list[int]
+) -> dict[str, Any]:
+    """Measures everything at the initialisation and the given checkpoints."""
+    started = time.monotonic()
+    batches = measured_batches(dataset, config)
+    points = []
+    for step, weights in _path(model, dataset, config, steps):
+        problem = network_problem(model, weights, batches, config)
+        flow = gradient_flow_direction(problem, weights.params)
+        points.append(PathPoint(float(step), problem, weights.params, flow))
+    blocks = depth_blocks(model, points[0].params)
+    report, layers = _measured(points, blocks, config, options)
+    measurements = report.condition4.measurements
+    for point, measured in zip(points, measurements, strict=True):
+        if not measured.finite:
+            raise UserError(
+                f"checkpoint of {config.model}: expected finite parameters, errors and "
+                f"products, got others at step {point.time:g}."
+            )
+    measured = measurement_entry(measurements[-1], config)
+    return {
+        "measured": {name: measured[name] for name in _MEASURED},
         "blocks": list(blocks.names),
-        "steps": [int(step) for step in report.times],
-        **report_entry(report, config),
-        "layers": layers_entry(layers, blocks, config),
-        "propagation": _propagation(model, points[-1], batches, blocks, config),
+        **report_entry(report),
+        "layers": layers_entry(layers, blocks),
+        "propagation": _propagation(model, points[-1], blocks),
         "seconds": round(time.monotonic() - started, 1),
     }
 
 
 def _measured(
-    points: list[PathPoint],
-    batches: Any,
-    blocks: ParameterBlocks,
-    config: Config,
-    options: Options,
+    points: list[PathPoint], blocks: ParameterBlocks, config: Config, options: Options
 ) -> tuple[ConditionReport, LayerMeasurements]:
     """Measures the conditions along the path, and the layers at its end."""
     key, layers_key = jax.random.split(jax.random.key(config.seed))
-    shells = {"num_shells": config.num_shells, "window": config.window}
-    coupling = measurement_options(config)
-    reduction = coupling.pop("reduction")
+    last = points[-1]
+    how = measurement_options(last.problem, last.params, config)
+    del how["derivative"]  # the exact one
     with progress_bar(total=len(points) + 3, leave=False) as bar:
 
         def progress(text: str) -> None:
@@ -140,27 +183,22 @@ def _measured(
 
         report = condition_report(
             points,
-            batches,
             blocks,
             key=key,
             thresholds=options.thresholds,
-            reduction=reduction,
             num_probes=options.num_probes,
-            coherence_options={"method": options.method},
-            coupling_options=coupling | shells,
             progress=progress,
+            **how,
         )
         progress("every layer's own coupling")
-        last = points[-1]
         layers = measure_layers(
-            last.error_fn,
+            last.problem,
             last.params,
-            batches,
             last.direction,
             key=layers_key,
             layer_of=blocks.block_of,
-            reduction=reduction,
-            **shells,
+            window=how["window"],
+            shells=how["shells"],
         )
     return report, layers
 
@@ -182,44 +220,31 @@ def starts_here(folder: Path, config: Config) -> bool:
     return all(written.get(name) == getattr(config, name) for name in TRAINING_FIELDS)
 
 
-def _path(
-    model: Any, dataset: Dataset, config: Config, folder: Path, num_points: int
-) -> list[tuple[int, Weights]]:
-    """Returns the initialisation and evenly spaced checkpoints, by step."""
-    path = [(0, initial_weights(model, dataset, config))]
-    optimizer = make_optimizer(config, total_steps=1)
-    template = state_template(model, optimizer, dataset.train_images[0])
-    wanted = {"params": template.params, "batch_stats": template.batch_stats}
+def _spaced_steps(folder: Path, num_points: int) -> list[int]:
+    """Returns the steps of evenly spaced checkpoints, after the initialisation."""
     with Checkpoints(folder / "checkpoints", read_only=True) as checkpoints:
         steps = checkpoints.all_steps()
-        if not steps:
-            checkpoints.restore(wanted)  # says what is missing
-        # Evenly spaced, the initialisation standing before the first checkpoint.
-        spaced = np.linspace(-1, len(steps) - 1, min(num_points - 1, len(steps)) + 1)
-        for index in spaced.round().astype(int)[1:].tolist():
-            loaded = checkpoints.restore(wanted, step=steps[index])
-            weights = Weights(loaded["params"], loaded["batch_stats"])
-            path.append((steps[index], weights))
+    if not steps:
+        raise UserError(f"'{folder}': expected checkpoints of a training, got none.")
+    spaced = np.linspace(-1, len(steps) - 1, min(num_points - 1, len(steps)) + 1)
+    return [steps[index] for index in spaced.round().astype(int).tolist() if index >= 0]
+
+
+def _path(
+    model: Any, dataset: Dataset, config: Config, steps: list[int]
+) -> list[tuple[int, Weights]]:
+    """Returns the weights at the initialisation and at the checkpoints, by step."""
+    path = [(0, initial_weights(model, dataset, config))]
+    template = weights_template(model, dataset.train_images.shape[1:])
+    folder = Path(config.workdir) / config.model / "checkpoints"
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        for step in steps:
+            path.append((step, checkpoints.restore(template, step=step)))
     return path
 
 
-def _point(model: Any, step: int, weights: Weights, batches: Any) -> PathPoint:
-    state = {"batch_stats": weights.batch_stats}
-    loss_fn = models.linen_loss_fn(model, state)
-    return PathPoint(
-        float(step),
-        models.linen_error_fn(model, state),
-        weights.params,
-        gradient_flow_direction(loss_fn, weights.params, batches),
-    )
-
-
 def _propagation(
-    model: Any,
-    point: PathPoint,
-    batches: Any,
-    blocks: ParameterBlocks,
-    config: Config,
+    model: Any, point: PathPoint, blocks: ParameterBlocks
 ) -> dict[str, Any] | None:
     """Holds a state-space model's influence against Proposition 2; None for others.
 
@@ -230,19 +255,17 @@ def _propagation(
     if not isinstance(model, LinearStateSpace):
         return None
     profile = influence_profile(
-        models.linen_error_fn(model, {}, error=squared_error),
+        point.problem.replace(loss="squared"),
         point.params,
-        batches,
         point.direction,
         blocks,
         num_probes=None,
-        reduction=measurement_options(config)["reduction"],
     )
     squares = [
         float(model.influence_constant(point.direction, images)) ** 2
-        for images in batches["image"]
+        for images in point.problem.batches["image"]
     ]
-    scale = len(squares) if config.reduction == "mean" else 1
+    scale = len(squares) if point.problem.reduction == "mean" else 1
     constant = (sum(squares) / scale) ** 0.5
     report = propagation_report(
         profile.influence,

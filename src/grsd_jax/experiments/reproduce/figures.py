@@ -1,16 +1,10 @@
-"""The figures of a result, from ``results.json`` and ``arrays.npz`` alone.
-
-Every figure is a PNG and a PDF whose text stays text. Matplotlib's object-oriented
-interface is used throughout: no window, no backend and no setting of the caller's is
-touched.
-"""
+"""The figures of a result, from ``results.json`` and ``arrays.npz`` alone."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
@@ -18,48 +12,16 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from grsd_jax.experiments.common import records
-from grsd_jax.experiments.reproduce.results import Entry, entry_arrays, list_entries
+from grsd_jax.experiments.common.plotting import (
+    PAGE_WIDTH,
+    Look,
+    look_of,
+    save_figures,
+    say_empty,
+    shared_legend,
+)
+from grsd_jax.experiments.reproduce.analyse import Entry, entry_arrays, list_entries
 
-_STYLE = {
-    "font.size": 8,
-    "axes.titlesize": 8.5,
-    "axes.labelsize": 8.5,
-    "axes.linewidth": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.fontsize": 7,
-    "legend.frameon": False,
-    "legend.handlelength": 1.8,
-    "lines.linewidth": 1.2,
-    "xtick.labelsize": 7.5,
-    "ytick.labelsize": 7.5,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "xtick.minor.width": 0.4,
-    "ytick.minor.width": 0.4,
-    "hatch.linewidth": 0.4,
-    "mathtext.fontset": "stixsans",
-    "pdf.fonttype": 42,
-    "savefig.dpi": 300,
-}
-
-#: Width of a page's text, in inches.
-PAGE_WIDTH = 6.9
-
-#: Colour, marker and line of each network and protocol (Okabe and Ito's palette).
-LOOKS = {
-    ("resnet18", "own"): ("#0072B2", "o", "-"),
-    ("plainnet18", "shared"): ("#D55E00", "s", "-"),
-    ("plainnet18", "recalibrated"): ("#E69F00", "^", "--"),
-    ("plainnet18", "own"): ("#CC79A7", "D", "-."),
-    ("mlp", "own"): ("#D55E00", "s", "-"),
-    ("resmlp", "own"): ("#0072B2", "o", "--"),
-    ("cnn", "own"): ("#CC79A7", "D", "-"),
-    ("rescnn", "own"): ("#009E73", "^", "--"),
-    ("transformer", "own"): ("#E69F00", "v", "-."),
-    ("ssm", "own"): ("0.3", "x", ":"),
-}
-_OTHER_LOOK = ("#009E73", "v", ":")
 _DARK, _GREY = "0.15", "0.65"
 
 #: With more shells than this the counts beside them would overlap.
@@ -82,9 +44,7 @@ class _Panel(NamedTuple):
 
     entry: Entry
     arrays: dict[str, np.ndarray]
-    color: str
-    marker: str
-    line: str
+    look: Look
 
 
 def write_figures(
@@ -111,8 +71,8 @@ def write_figures(
     """
     panels = []
     for entry in list_entries(results):
-        look = LOOKS.get((entry.name, entry.protocol), _OTHER_LOOK)
-        panels.append(_Panel(entry, entry_arrays(entry, arrays), *look))
+        look = look_of(entry.name, entry.protocol)
+        panels.append(_Panel(entry, entry_arrays(entry, arrays), look))
     drawings: dict[str, Callable[[], Figure]] = {
         "figure1_diagonal_scaling": lambda: _diagonal_scaling(panels),
         "figure2_toeplitz_residual": lambda: _toeplitz_residual(panels),
@@ -121,35 +81,6 @@ def write_figures(
         "spectrum_shells": lambda: _spectrum(panels),
     }
     return save_figures(drawings, folder)
-
-
-def save_figures(
-    drawings: Mapping[str, Callable[[], Figure]], folder: records.PathLike
-) -> list[Path]:
-    """Draws figures in one style, and writes each as a PNG and a PDF.
-
-    Args:
-        drawings: What draws each figure, by the name of its files.
-        folder: The folder to write to; it is made if need be.
-
-    Returns:
-        The files, each of which was replaced as a whole.
-
-    Raises:
-        UserError: If the folder cannot be written.
-    """
-    paths = []
-    with mpl.rc_context():
-        mpl.rcdefaults()  # whatever the user's own settings are
-        mpl.rcParams.update(_STYLE)
-        for name, draw in drawings.items():
-            figure = draw()
-            for suffix in ("png", "pdf"):
-                path = Path(folder) / f"{name}.{suffix}"
-                with records.atomic_path(path) as temporary:
-                    figure.savefig(temporary, format=suffix)
-                paths.append(path)
-    return paths
 
 
 def _grid(
@@ -192,16 +123,16 @@ def _scaling_panel(axis: Axes, panel: _Panel) -> None:
         arrays["shell_centers"], root, chosen=np.diag(arrays["literal_mask"])
     )
     if not x.size:
-        _say_empty(axis, "no resolved mode")
+        say_empty(axis, "no resolved mode")
         return
     ends = np.array([x.min(), x.max()])
-    modes = dict(color=panel.color, alpha=0.45, markersize=4.5, markeredgewidth=0)
+    modes = dict(color=panel.look.color, alpha=0.45, markersize=4.5, markeredgewidth=0)
     shells = dict(color=_DARK, markersize=4, markerfacecolor="white")
     shells_name = rf"{shell_x.size} shells, $\sqrt{{K_{{aa}}}}$"
     legend = {
         f"{x.size} modes" + _fit_text(panel.entry, "diagonal_fit"): (
             *axis.plot(x, y, ".", **modes),
-            *_draw_fit(axis, panel.entry, "diagonal_fit", ends, "-", panel.color),
+            *_draw_fit(axis, panel.entry, "diagonal_fit", ends, "-", panel.look.color),
         ),
         shells_name + _fit_text(panel.entry, "shell_fit"): (
             *axis.plot(shell_x, shell_y, "D", markeredgewidth=0.9, **shells),
@@ -249,17 +180,10 @@ def _toeplitz_residual(panels: Sequence[_Panel]) -> Figure:
         axis.grid(axis="y", color="0.92", linewidth=0.6)
         axis.set_axisbelow(True)
         if not any([_window_line(axis, panel, kind) for panel in panels]):
-            _say_empty(axis, "no window with degrees of freedom")
+            say_empty(axis, "no window with degrees of freedom")
     axes[0].set_ylabel("relative Toeplitz residual")
     axes[1].tick_params(labelleft=True)
-    lines: dict[str, Any] = {}
-    for axis in axes:
-        handles, labels = axis.get_legend_handles_labels()
-        lines |= dict(zip(labels, handles, strict=True))
-    if lines:
-        figure.legend(
-            lines.values(), lines.keys(), loc="outside upper center", ncols=len(lines)
-        )
+    shared_legend(figure, axes, loc="outside upper center")
     return figure
 
 
@@ -269,9 +193,8 @@ def _window_line(axis: Axes, panel: _Panel, kind: str) -> bool:
     if not np.isfinite(windows[:, 1]).any():
         return False
     axis.plot(
-        *windows.T, panel.line, marker=panel.marker, color=panel.color, markersize=4,
-        markeredgecolor="white", markeredgewidth=0.5, label=panel.entry.label,
-        clip_on=False,
+        *windows.T, **panel.look._asdict(), markersize=4, markeredgecolor="white",
+        markeredgewidth=0.5, label=panel.entry.label, clip_on=False,
     )  # fmt: skip
     return True
 
@@ -296,7 +219,7 @@ def _coupling(panels: Sequence[_Panel], kind: str) -> Figure:
         shown = np.ma.clip(matrix, low, None)
         mesh = axis.pcolormesh(edges, edges, shown, norm=norm, rasterized=True)
         if not positive.size:
-            _say_empty(axis, "no pair of shells")
+            say_empty(axis, "no pair of shells")
         figure.colorbar(mesh, ax=axis, shrink=0.9).outline.set_linewidth(0.6)
     return figure
 
@@ -332,13 +255,13 @@ def _spectrum_panel(axis: Axes, panel: _Panel, bottom: float) -> None:
     resolved = panel.arrays["resolved"].astype(bool)
     index = np.arange(1, values.size + 1, dtype=np.float64)
     if not (values > 0).any():
-        _say_empty(axis, "no positive eigenvalue")
+        say_empty(axis, "no positive eigenvalue")
         return
     if resolved.any():
         _shade_shells(axis, panel.arrays["shell_edges"], panel.arrays["shell_counts"])
     for name, chosen, color in (
         ("unresolved", ~resolved, _GREY),
-        ("resolved", resolved, panel.color),
+        ("resolved", resolved, panel.look.color),
     ):
         x, y = _positive(index, values, chosen=chosen & (values >= bottom))
         hidden = int(chosen.sum()) - x.size
@@ -368,7 +291,3 @@ def _positive(*coordinates: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray,
     stacked = np.stack([np.asarray(x, np.float64) for x in coordinates])
     keep = chosen.astype(bool) & (np.isfinite(stacked) & (stacked > 0)).all(axis=0)
     return tuple(stacked[:, keep])
-
-
-def _say_empty(axis: Axes, text: str) -> None:
-    axis.text(0.5, 0.5, text, transform=axis.transAxes, ha="center", color="0.4")

@@ -1,9 +1,7 @@
 """Settings of a sweep and its cells: which networks, and how each is measured."""
 
 import dataclasses
-import hashlib
 import itertools
-import json
 from typing import NamedTuple
 
 from flax import linen as nn
@@ -39,19 +37,6 @@ class SweepConfig(Settings):
     num_directions: int = setting(
         32, "Directions followed through the state Jacobians.", minimum=1
     )
-
-
-#: Settings that say where and which cells, not what one cell computes.
-_GRID = (
-    "data_dir",
-    "workdir",
-    "models",
-    "depths",
-    "widths",
-    "activations",
-    "branch_scales",
-    "seeds",
-)
 
 
 class Cell(NamedTuple):
@@ -112,26 +97,6 @@ def list_cells(config: SweepConfig) -> list[Cell]:
         for model, depth, width, activation, scale, seed in grid
     ]
     return list(dict.fromkeys(cells))
-
-
-def cell_fingerprint(cell: Cell, config: SweepConfig, data_fingerprint: str) -> str:
-    """Identifies what a cell computes: its network, the settings and the data.
-
-    Args:
-        cell: The cell.
-        config: The settings.
-        data_fingerprint: Of the data set.
-
-    Returns:
-        A SHA-256 in hexadecimal.
-    """
-    settings = dataclasses.asdict(config)
-    made_by = {
-        "cell": cell._asdict(),
-        "settings": {k: v for k, v in settings.items() if k not in _GRID},
-        "data": data_fingerprint,
-    }
-    return hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()
 
 
 def cell_network(cell: Cell, num_classes: int, rho: float) -> nn.Module:

@@ -1,4 +1,4 @@
-"""The figures and the table of a sweep, from ``sweep.json`` alone.
+"""The figures of a sweep, from the rows of ``sweep.csv`` alone.
 
 Every line is a network at one width, activation and branch scale; it goes through the
 mean over seeds, in a band from the smallest to the largest. What a cell could not
@@ -6,7 +6,7 @@ measure is left out.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,36 +15,80 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from grsd_jax.experiments.common import records
-from grsd_jax.experiments.common.config import UserError
-from grsd_jax.experiments.reproduce.figures import LOOKS, PAGE_WIDTH, save_figures
-from grsd_jax.experiments.reproduce.results import finite
-from grsd_jax.experiments.reproduce.tables import aligned
+from grsd_jax.experiments.common.plotting import (
+    PAGE_WIDTH,
+    look_of,
+    save_figures,
+    say_empty,
+    shared_legend,
+)
+from grsd_jax.experiments.common.tables import finite
+from grsd_jax.experiments.sweep.analyse import Line, Row, lines_of
 
-_LINES = ("-", "--", ":", "-.")
+_DASHES = ("-", "--", ":", "-.")
 _FILLS = ("full", "none", "left", "top", "bottom")
 
-Row = Mapping[str, Any]
+#: Titles of the panels, by the columns that they show.
+_COUPLING = {
+    "toeplitz_residual": "Toeplitz residual, renormalised",
+    "slope": r"slope of $|\dot{M}_{ii}|$ against $\lambda_i$",
+    "r_squared": r"$R^2$ of that fit",
+}
+_INCREMENTS = {
+    "initial_increment_mean": "mean increment of the log-norm",
+    "initial_increment_variance": "variance of the increments",
+    "initial_variance_of_mean": "variance of the mean over depth",
+    "initial_normal_distance": "KS distance of the sum to normal",
+}
+_MEMORY = {"initial_correlation_time": "correlation time of directions"}
+_SCALE = {
+    **_INCREMENTS,
+    "initial_variance_ratio": "L var(mean) / var",
+    **_MEMORY,
+}
 
 
-class _Line(NamedTuple):
-    """One network, whatever its depth and seed."""
+class Band(NamedTuple):
+    """One quantity of a line: its mean and its range over seeds.
 
-    label: str
-    rows: list[Row]
-    look: dict[str, Any]
+    Attributes:
+        at: ``[points]``, depths or branch scales, ascending.
+        low: ``[points]``, the smallest.
+        mean: ``[points]``.
+        high: ``[points]``, the largest.
+    """
 
-    def band(self, x: str, y: str) -> np.ndarray:
-        """Returns (x, lowest, mean, highest) for each x with a finite y."""
-        values: dict[float, list[float]] = {}
-        for row in self.rows:
-            at, value = finite(row.get(x)), finite(row.get(y))
-            if at is not None and value is not None:
-                values.setdefault(at, []).append(value)
-        found = [(a, min(v), sum(v) / len(v), max(v)) for a, v in values.items()]
-        return np.array(sorted(found)).reshape(-1, 4)
+    at: np.ndarray
+    low: np.ndarray
+    mean: np.ndarray
+    high: np.ndarray
 
 
-def write_sweep_figures(results: Any, folder: records.PathLike) -> list[Path]:
+def band_of(line: Line, x: str, y: str) -> Band:
+    """Returns the band of a quantity against another column.
+
+    Args:
+        line: The line.
+        x: The column that the band runs over.
+        y: The quantity; what is undefined is left out.
+
+    Returns:
+        The band, empty where nothing is defined.
+    """
+    values: dict[float, list[float]] = {}
+    for row in line.rows:
+        at, value = finite(row[x]), finite(row[y])
+        if at is not None and value is not None:
+            values.setdefault(at, []).append(value)
+    points = sorted(values)
+    summaries = (min, np.mean, max)
+    return Band(
+        np.array(points),
+        *(np.array([summary(values[at]) for at in points]) for summary in summaries),
+    )
+
+
+def write_sweep_figures(rows: Sequence[Row], folder: records.PathLike) -> list[Path]:
     """Draws the figures of a sweep, each as a PNG and a PDF.
 
     ``sweep_coupling`` (Toeplitz residual, slope and R^2 against depth),
@@ -54,19 +98,18 @@ def write_sweep_figures(results: Any, folder: records.PathLike) -> list[Path]:
     residual networks against the branch scale).
 
     Args:
-        results: The contents of ``sweep.json``.
+        rows: The rows.
         folder: The folder to write to; it is made if need be.
 
     Returns:
         The files, each of which was replaced as a whole.
 
     Raises:
-        UserError: If there are no rows, or the folder cannot be written.
+        UserError: If the folder cannot be written.
     """
-    rows = _rows(results)
-    by_depth = _lines(rows)
+    by_depth = lines_of(rows)
     deepest = max(row["depth"] for row in rows)
-    by_scale = _lines([row for row in rows if row["depth"] == deepest], by_scale=False)
+    by_scale = lines_of([r for r in rows if r["depth"] == deepest], by_scale=False)
     drawings: dict[str, Callable[[], Figure]] = {
         "sweep_coupling": lambda: _coupling(by_depth),
         "sweep_increments": lambda: _increments(by_depth),
@@ -76,209 +119,121 @@ def write_sweep_figures(results: Any, folder: records.PathLike) -> list[Path]:
     return save_figures(drawings, folder)
 
 
-def format_sweep(results: Any) -> str:
-    """Writes a sweep as a table, the mean over seeds of each network and depth.
+def _looks(lines: Sequence[Line]) -> dict[str, dict[str, Any]]:
+    """Returns the look of every line by its label.
 
-    Args:
-        results: The contents of ``sweep.json``.
-
-    Returns:
-        The table, valid as Markdown.
-
-    Raises:
-        UserError: If there are no rows.
+    The network is the colour and the marker, the branch scale the dashes, the width how
+    pale the line is, and the activation the filling of the marker.
     """
-    columns = {
-        "loss": "train_loss",
-        "accuracy": "test_accuracy",
-        "Toeplitz": "toeplitz_residual",
-        "slope": "slope",
-        "R^2": "r_squared",
-        "L var(mean)/var": "initial_variance_ratio",
-        "memory": "initial_correlation_time",
-    }
-    table = [["network", "depth", "cells", *columns]]
-    for line in _lines(_rows(results)):
-        for depth in sorted({row["depth"] for row in line.rows}):
-            cells = [row for row in line.rows if row["depth"] == depth]
-            table.append(
-                [
-                    line.label,
-                    str(depth),
-                    str(len(cells)),
-                    *(_mean(cells, key) for key in columns.values()),
-                ]
-            )
-    return aligned(table)
-
-
-def _mean(cells: Sequence[Row], key: str) -> str:
-    values = [v for v in (finite(row.get(key)) for row in cells) if v is not None]
-    return f"{sum(values) / len(values):.3g}" if values else "n/a"
-
-
-def _rows(results: Any) -> list[Row]:
-    rows = results.get("rows") if isinstance(results, Mapping) else None
-    if not rows:
-        raise UserError("sweep.json: expected at least one row, got none.")
-    return rows
-
-
-def _lines(rows: Sequence[Row], *, by_scale: bool = True) -> list[_Line]:
-    """Groups the rows by all that makes a network but its depth and seed."""
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        scale = finite(row.get("branch_scale")) if by_scale else None
-        kind = (row["model"], scale, row.get("width"), row.get("activation"))
-        groups.setdefault(kind, []).append(row)
-    scales = sorted({kind[1] for kind in groups if kind[1] is not None})
-    widths = sorted({kind[2] for kind in groups if kind[2] is not None})
-    activations = sorted({kind[3] for kind in groups if kind[3]})
-    lines = []
-    for (model, scale, width, activation), members in groups.items():
-        color, marker, _ = LOOKS[model, "own"]
-        label, dash, alpha = model, "-", 1.0
-        if scale is not None:
-            label += f", s = {scale:g}"
-            dash = _LINES[scales.index(scale) % len(_LINES)]
-        if len(widths) > 1 and width is not None:
-            label += f", w = {width}"
-            alpha = 1 - 0.6 * widths.index(width) / len(widths)
-        fill = "full"
-        if len(activations) > 1 and activation:
-            label += f", {activation}"
-            fill = _FILLS[activations.index(activation) % len(_FILLS)]
-        look = {
-            "color": color,
-            "marker": marker,
-            "linestyle": dash,
-            "markersize": 3,
-            "alpha": alpha,
-            "fillstyle": fill,
-        }
-        lines.append(_Line(label, members, look))
-    return lines
-
-
-def _draw(axis: Axes, lines: Sequence[_Line], x: str, y: str, title: str) -> None:
-    """Draws the band of every line; an axis without any says so."""
-    axis.set_title(title)
-    drawn = False
+    scales = _ordered(line.branch_scale for line in lines)
+    widths = _ordered(line.width for line in lines)
+    activations = _ordered(line.activation for line in lines)
+    looks = {}
     for line in lines:
-        band = line.band(x, y)
-        if len(band):
-            at, low, mean, high = band.T
-            axis.plot(at, mean, label=line.label, **line.look)
-            color = line.look["color"]
-            axis.fill_between(at, low, high, color=color, alpha=0.15, linewidth=0)
-            drawn = True
-    if not drawn:
-        axis.text(0.5, 0.5, "not measured", ha="center", transform=axis.transAxes)
+        look = look_of(line.model)
+        looks[line.label] = {
+            "color": look.color,
+            "marker": look.marker,
+            "linestyle": _DASHES[scales.get(line.branch_scale, 0) % len(_DASHES)],
+            "markersize": 3,
+            "alpha": 1 - 0.6 * widths[line.width] / len(widths),
+            "fillstyle": _FILLS[activations.get(line.activation, 0) % len(_FILLS)],
+        }
+    return looks
 
 
-def _depth_axis(axis: Axes) -> None:
-    axis.set_xscale("log", base=2)
-    axis.set_xlabel("depth L, blocks")
+def _ordered(values: Iterable[Any]) -> dict[Any, int]:
+    """Returns the place of each value in ascending order, without None."""
+    return {value: k for k, value in enumerate(sorted(set(values) - {None}))}
 
 
-def _legend(figure: Figure, axes: Sequence[Axes]) -> None:
-    found: dict[str, Any] = {}
-    for axis in axes:
-        handles, labels = axis.get_legend_handles_labels()
-        found |= dict(zip(labels, handles, strict=True))
-    if found:
-        figure.legend(
-            list(found.values()),
-            list(found),
-            loc="outside lower center",
-            ncols=4,
-            handlelength=2.8,
-        )
+def _panels(
+    axes: Iterable[Axes], lines: Sequence[Line], x: str, titles: Mapping[str, str]
+) -> dict[str, Axes]:
+    """Draws one column in each axis, and returns the axes by the columns."""
+    looks, panels = _looks(lines), dict(zip(titles, axes, strict=True))
+    for column, axis in panels.items():
+        axis.set_title(titles[column])
+        for line in lines:
+            band, look = band_of(line, x, column), looks[line.label]
+            if len(band.at):
+                axis.plot(band.at, band.mean, label=line.label, **look)
+                axis.fill_between(
+                    band.at, band.low, band.high, color=look["color"], alpha=0.15,
+                    linewidth=0,
+                )  # fmt: skip
+        if not axis.lines:
+            say_empty(axis, "not measured")
+        if x == "depth":
+            axis.set_xscale("log", base=2)
+            axis.set_xlabel("depth L, blocks")
+        else:
+            axis.set(xscale="log", xlabel="branch scale s")
+    return panels
 
 
-def _coupling(lines: Sequence[_Line]) -> Figure:
+def _legend(figure: Figure, panels: Mapping[str, Axes]) -> None:
+    place = {"loc": "outside lower center", "ncols": 4, "handlelength": 2.8}
+    shared_legend(figure, panels.values(), **place)
+
+
+def _coupling(lines: Sequence[Line]) -> Figure:
     figure = Figure(figsize=(PAGE_WIDTH, 2.9), layout="constrained")
-    axes = list(figure.subplots(1, 3))
-    panels = (
-        ("toeplitz_residual", "Toeplitz residual, renormalised"),
-        ("slope", r"slope of $|\dot{M}_{ii}|$ against $\lambda_i$"),
-        ("r_squared", r"$R^2$ of that fit"),
-    )
-    for axis, (key, title) in zip(axes, panels, strict=True):
-        _draw(axis, lines, "depth", key, title)
-        _depth_axis(axis)
-    axes[1].axhline(1, color="0.65", linewidth=0.8, linestyle=":")
-    _legend(figure, axes)
+    panels = _panels(figure.subplots(1, 3), lines, "depth", _COUPLING)
+    panels["slope"].axhline(1, color="0.65", linewidth=0.8, linestyle=":")
+    _legend(figure, panels)
     return figure
 
 
-#: Statistics of the increments, with the titles of their panels.
-_INCREMENTS = (
-    ("initial_increment_mean", "mean increment of the log-norm"),
-    ("initial_increment_variance", "variance of the increments"),
-    ("initial_variance_of_mean", "variance of the mean over depth"),
-    ("initial_normal_distance", "KS distance of the sum to normal"),
-)
-
-
-def _increments(lines: Sequence[_Line]) -> Figure:
+def _increments(lines: Sequence[Line]) -> Figure:
     figure = Figure(figsize=(PAGE_WIDTH, 4.9), layout="constrained")
-    axes = list(figure.subplots(2, 2).flat)
-    for axis, (key, title) in zip(axes, _INCREMENTS, strict=True):
-        _draw(axis, lines, "depth", key, title)
-        _depth_axis(axis)
-    axes[1].set_yscale("log")
-    axes[2].set_yscale("log")
-    bands = [line.band("depth", "initial_variance_of_mean") for line in lines]
-    bands = [band for band in bands if len(band) and band[0, 2] > 0]
-    if bands:
-        first = max(bands, key=lambda band: band[0, 2])
-        guide = 1.5 * first[0, 2] * first[0, 0] / first[:, 0]
-        axes[2].plot(first[:, 0], guide, color="0.65", linestyle=":", label="1 / L")
-    _legend(figure, axes)
+    panels = _panels(figure.subplots(2, 2).flat, lines, "depth", _INCREMENTS)
+    panels["initial_increment_variance"].set_yscale("log")
+    averaged = panels["initial_variance_of_mean"]
+    averaged.set_yscale("log")
+    bands = [band_of(line, "depth", "initial_variance_of_mean") for line in lines]
+    bands = [band for band in bands if len(band.at) and band.mean[0] > 0]
+    if bands:  # a guide above the highest line
+        highest = max(bands, key=lambda band: band.mean[0])
+        guide = 1.5 * highest.mean[0] * highest.at[0] / highest.at
+        averaged.plot(highest.at, guide, color="0.65", linestyle=":", label="1 / L")
+    _legend(figure, panels)
     return figure
 
 
-def _mixing(lines: Sequence[_Line]) -> Figure:
+def _mixing(lines: Sequence[Line]) -> Figure:
     figure = Figure(figsize=(PAGE_WIDTH * 0.6, 3.2), layout="constrained")
-    axis = figure.subplots()
-    title = "correlation time of directions, blocks"
-    _draw(axis, lines, "depth", "initial_correlation_time", title)
-    _depth_axis(axis)
-    axis.set_yscale("symlog", linthresh=1)  # a plain net's is 0
-    _legend(figure, [axis])
+    panels = _panels([figure.subplots()], lines, "depth", _MEMORY)
+    for axis in panels.values():
+        axis.set_yscale("symlog", linthresh=1)  # a plain net's is 0
+        axis.set_ylabel("blocks")
+    _legend(figure, panels)
     return figure
 
 
-def _scale(lines: Sequence[_Line], depth: int) -> Figure:
+def _scale(lines: Sequence[Line], depth: int) -> Figure:
     """Networks of one depth, since a short one cannot show a long memory."""
     figure = Figure(figsize=(PAGE_WIDTH, 4.9), layout="constrained")
-    axes = list(figure.subplots(2, 3).flat)
-    panels = (
-        *_INCREMENTS,
-        ("initial_variance_ratio", "L var(mean) / var"),
-        ("initial_correlation_time", "correlation time of directions"),
+    panels = _panels(figure.subplots(2, 3).flat, lines, "branch_scale", _SCALE)
+    scales = sorted(
+        {row["branch_scale"] for line in lines for row in line.rows} - {None}
     )
-    for axis, (key, title) in zip(axes, panels, strict=True):
-        _draw(axis, lines, "branch_scale", key, title)
-        axis.set(xscale="log", xlabel="branch scale s")
-        ticks = sorted(
-            {at for line in lines for at in line.band("branch_scale", key)[:, 0]}
-        )
-        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    for axis in panels.values():
+        axis.set_xticks(scales, [f"{scale:g}" for scale in scales])
         axis.minorticks_off()
-    for axis in (*axes[1:3], axes[5]):
-        axis.set_yscale("log")
-    scales = [
-        scale
-        for line in lines
-        for scale in line.band("branch_scale", "initial_correlation_time")[:, 0]
-    ]
+    logarithmic = (
+        "initial_increment_variance",
+        "initial_variance_of_mean",
+        "initial_correlation_time",
+    )
+    for name in logarithmic:
+        panels[name].set_yscale("log")
     if scales:
         grid = np.geomspace(min(scales), max(scales), 50)
         law = [2 / math.log1p(s**2) for s in grid]
         label = r"$2 / \log(1 + s^2)$, isotropic"
-        axes[5].plot(grid, law, color="0.65", linestyle=":", label=label)
+        memory = panels["initial_correlation_time"]
+        memory.plot(grid, law, color="0.65", linestyle=":", label=label)
     figure.suptitle(f"L = {depth} blocks, at initialisation", fontsize="medium")
-    _legend(figure, axes)
+    _legend(figure, panels)
     return figure

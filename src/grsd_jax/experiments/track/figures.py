@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from grsd_jax.experiments.common import records
 from grsd_jax.experiments.common.config import TITLES, UserError
-from grsd_jax.experiments.reproduce.figures import LOOKS, PAGE_WIDTH, save_figures
+from grsd_jax.experiments.common.plotting import PAGE_WIDTH, look_of, save_figures
 
 Lines = Sequence[Mapping[str, Any]]
 Tracks = Mapping[str, Lines]
@@ -156,47 +156,44 @@ def _exponent(tracks: Tracks) -> Figure:
     """The exponent of the velocity, with its interval as a band."""
     figure, axis = _single()
     for name, lines in tracks.items():
-        color, marker, line = LOOKS[name, "own"]
-        time, interval = _column(lines, "effective_time"), _column_pairs(lines)
-        axis.fill_between(time, *interval.T, color=color, alpha=0.18, linewidth=0)
+        time = _column(lines, "effective_time")
+        interval = _column(lines, "exponent_interval").reshape(-1, 2)
+        look = look_of(name)
+        low, high = interval.T
+        axis.fill_between(time, low, high, color=look.color, alpha=0.18, linewidth=0)
         # Without an interval there were too few points for the exponent to mean much.
         defined = np.isfinite(interval).all(axis=1)
-        exponent = np.where(defined, _column(lines, "exponent"), np.nan)
-        axis.plot(
-            time, exponent, line, marker=marker, color=color, markersize=3,
-            label=TITLES.get(name, name),
-        )  # fmt: skip
+        _line(axis, name, time, np.where(defined, _column(lines, "exponent"), np.nan))
     axis.set(xlabel=_TIME, ylabel=r"exponent $p$ of $|v| = c \lambda^p$")
     axis.legend()
     return figure
 
 
-def _column_pairs(lines: Lines) -> np.ndarray:
-    return np.array([x["exponent_interval"] for x in lines], np.float64).reshape(-1, 2)
-
-
 def _non_adjacent(tracks: Tracks) -> Figure:
     figure, axis = _single()
-    _draw_column(axis, tracks, "non_adjacent_share")
+    for name, lines in tracks.items():
+        time = _column(lines, "effective_time")
+        _line(axis, name, time, _column(lines, "non_adjacent_share"))
     axis.set(xlabel=_TIME, ylabel="share of transfers between\nnon-adjacent shells")
     axis.set_ylim(0, 1)
+    axis.legend()
     return figure
 
 
 def _closure(tracks: Tracks) -> Figure:
     figure, axis = _single()
-    _draw_column(axis, tracks, "closure_error")
     for name, lines in tracks.items():
+        time, total = _column(lines, "effective_time"), _column(lines, "closure_error")
+        _line(axis, name, time, total)
         held = _column(lines, "counts") > 0
         errors = np.ma.masked_array(_column(lines, "closure_errors"), ~held)
         median = np.ma.median(errors, axis=1)
-        time, label = _column(lines, "effective_time"), "median over shells"
-        axis.plot(time, median, ":", color=LOOKS[name, "own"][0], label=label)
-    axis.legend()
+        color = look_of(name).color
+        axis.plot(time, median, ":", color=color, label="median over shells")
+        _log_scale(axis, total)
     axis.set_xlabel(_TIME)
-    for lines in tracks.values():
-        _log_scale(axis, _column(lines, "closure_error"))
     axis.set_ylabel(r"closure error $|\dot E - \dot E_{meas}| / |\dot E_{meas}|$")
+    axis.legend()
     return figure
 
 
@@ -205,14 +202,10 @@ def _single() -> tuple[Figure, Axes]:
     return figure, figure.subplots()
 
 
-def _draw_column(axis: Axes, tracks: Tracks, field: str) -> None:
-    for name, lines in tracks.items():
-        color, marker, line = LOOKS[name, "own"]
-        axis.plot(
-            _column(lines, "effective_time"), _column(lines, field), line,
-            marker=marker, color=color, markersize=3, label=TITLES.get(name, name),
-        )  # fmt: skip
-    axis.legend()
+def _line(axis: Axes, name: str, time: np.ndarray, values: np.ndarray) -> None:
+    """Draws one quantity of one network over its training."""
+    look = look_of(name)._asdict()
+    axis.plot(time, values, **look, markersize=3, label=TITLES.get(name, name))
 
 
 def _eigenvalues(tracks: Tracks) -> Figure:

@@ -15,17 +15,16 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from grsd_jax import models
-from grsd_jax.dynamics.probe import make_probe
-from grsd_jax.dynamics.record import ProbeState
+from grsd_jax import Problem, Window, make_probe
+from grsd_jax.dynamics import ProbeState
 from grsd_jax.experiments.common import records
 from grsd_jax.experiments.common.config import Config
 from grsd_jax.experiments.common.data import Dataset, measured_batches
+from grsd_jax.experiments.common.measurement import PROVENANCE, header
 from grsd_jax.experiments.common.networks import make_model
-from grsd_jax.experiments.common.steps import TrainState, make_schedule
-from grsd_jax.experiments.common.training import train
-from grsd_jax.experiments.reproduce import pipeline
-from grsd_jax.experiments.track.probe_log import ProbeLog
+from grsd_jax.experiments.common.training import TrainState, make_schedule, train
+from grsd_jax.experiments.track.log import ProbeLog
+from grsd_jax.models import linen_outputs
 
 #: The settings that decide what is recorded; a run resumes only under the same.
 SETTINGS = (
@@ -41,9 +40,6 @@ SETTINGS = (
 #: The outer edges of the shells. The spectrum of a fresh network says little of that of
 #: a trained one, whose largest value is some hundred or ten thousand times as large.
 LAMBDA_RANGE = (1e-2, 1e5)
-
-#: What a line says of the clock, and so the only things in it that no run repeats.
-CLOCK = ("seconds", "gradient_seconds", "cost", "train_step_seconds", "cost_in_steps")
 
 
 class Tracker:
@@ -64,14 +60,11 @@ class Tracker:
         schedule = make_schedule(config, total_steps=epoch_steps * config.epochs)
         self._key = jax.random.key(config.seed)
         self._probe = make_probe(
-            models.linen_error_fn(model, {}),
-            models.linen_loss_fn(model, {}),
-            batches,
+            Problem(linen_outputs(model, {}), batches),
             every=config.record_every,
-            solver=config.solver,  # pyrefly: ignore[bad-argument-type]
-            edges=tuple(np.geomspace(*LAMBDA_RANGE, config.num_shells + 1)),
-            num_pairs=config.block_size * config.num_steps,
-            block_size=config.block_size,
+            solver=config.solver,
+            edges=np.geomspace(*LAMBDA_RANGE, config.num_shells + 1).tolist(),
+            window=Window(config.block_size * config.num_steps, tolerance=0.01),
             # Momentum mu without dampening moves 1 / (1 - mu) times as far.
             schedule=lambda step: schedule(step) / (1 - config.momentum),
         )
@@ -79,8 +72,7 @@ class Tracker:
 
     def init(self, state: TrainState) -> ProbeState:
         """Returns the probe's state before its first record."""
-        error_fn, _ = self._functions(state)
-        return self._probe.init(self._key, state.params, error_fn=error_fn)
+        return self._probe.init(self._key, state.params, problem=self._problem(state))
 
     def rewind(self, step: int) -> None:
         """Drops the lines after ``step``, and a last one that was cut short."""
@@ -94,13 +86,11 @@ class Tracker:
         jax.block_until_ready(state.params)
         passed = time.perf_counter() - self._since
         step_seconds = passed / self._steps if step else float("nan")
-        error_fn, loss_fn = self._functions(state)
         own, record = self._probe.update(
             own,
             state.params,
             step,
-            error_fn=error_fn,
-            loss_fn=loss_fn,
+            problem=self._problem(state),
             step_seconds=step_seconds,
         )
         if record is not None:
@@ -108,12 +98,10 @@ class Tracker:
         self._since, self._steps = time.perf_counter(), 0
         return own
 
-    def _functions(self, state: TrainState) -> tuple[Any, Any]:
-        collections = {"batch_stats": state.batch_stats}
-        return (
-            models.linen_error_fn(self._model, collections),
-            models.linen_loss_fn(self._model, collections),
-        )
+    def _problem(self, state: TrainState) -> Problem:
+        """Returns the probe's problem with the training's BatchNorm statistics."""
+        outputs_fn = linen_outputs(self._model, {"batch_stats": state.batch_stats})
+        return self._probe.problem.replace(outputs_fn=outputs_fn)
 
 
 def track(
@@ -143,15 +131,14 @@ def track(
         )
         lines[name] = records.read_jsonl(folder / "records.jsonl")
         metrics = records.read_jsonl(folder / "metrics.jsonl")
-        entries[name] = summary(lines[name]) | {
+        entries[name] = summary(lines[name]) | PROVENANCE
+        entries[name] |= {
             "test_accuracy": result.test_accuracy,
             "train_seconds": metrics[-1]["seconds"],
-            "error_fn": "softmax_error",
-            "direction": "minus the gradient of the mean cross-entropy, same batches",
             "effective_time": "sum of learning rate / (1 - momentum) over the steps",
             "data_fingerprint": dataset.fingerprint,
         }
-    return pipeline.header(config) | {"tracks": entries}, lines
+    return header(config) | {"tracks": entries}, lines
 
 
 def summary(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

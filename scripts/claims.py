@@ -1,0 +1,68 @@
+r"""Do the paper's claims reproduce? Trains both networks from several seeds.
+
+Trains ResNet-18 and PlainNet-18 on CIFAR-10 from every one of --seeds, and measures the
+coupling at the end: over one stack of the batches, and over their mean as the paper
+does. Writes one file per measurement to WORKDIR/cells, WORKDIR/claims.json, a figure in
+WORKDIR/figures, and prints the quantities with paired intervals over the seeds. A run
+that was killed goes on when the same command is given again. --report_only makes the
+table and the figure from the claims.json that is there.
+
+Examples:
+  python scripts/claims.py --data_dir=DATA
+  python scripts/claims.py --data_dir=DATA --seeds=0,1 --width=8 --epochs=1
+"""
+
+from pathlib import Path
+
+from absl import flags as absl_flags
+
+from grsd_jax.experiments.claims.analyse import format_claims
+from grsd_jax.experiments.claims.figures import write_claims_figure
+from grsd_jax.experiments.claims.run import run_claims
+from grsd_jax.experiments.common import flags, records
+from grsd_jax.experiments.common.config import Config, UserError
+from grsd_jax.experiments.common.data import load_dataset
+from grsd_jax.experiments.common.runs import workdir_lock
+
+DEFAULTS = {
+    "dataset": "cifar10",
+    "workdir": "runs/claims",
+    "width": 16,
+    "epochs": 5,
+    "train_batch_size": 128,
+    "schedule": "cosine_decay_schedule",
+    "num_batches": 4,
+    "solver": "dense",
+}
+#: What the study sets by itself, and what its two networks do not take.
+FIXED = (
+    "model", "seed", "reduction", "protocol", "depth", "branch_scale", "rho",
+    "record_every",
+)  # fmt: skip
+SEEDS = absl_flags.DEFINE_list(
+    "seeds", [str(seed) for seed in range(8)], "Seeds of the trainings."
+)
+REPORT_ONLY = absl_flags.DEFINE_bool(
+    "report_only", False, "Make the table and the figure of the WORKDIR/claims.json."
+)
+
+
+def main(config: Config) -> None:
+    folder = Path(config.workdir)
+    if not all(seed.isdigit() for seed in SEEDS.value) or not SEEDS.value:
+        given = ",".join(SEEDS.value)
+        raise UserError(f"--seeds: expected a list of integers >= 0, got {given!r}.")
+    if REPORT_ONLY.value:
+        results = records.read_json(folder / "claims.json")
+    else:
+        with workdir_lock(folder):
+            seeds = [int(seed) for seed in SEEDS.value]
+            results = run_claims(load_dataset(config), config, seeds)
+    print(format_claims(results))
+    for path in write_claims_figure(results, folder / "figures"):
+        print(path)
+
+
+if __name__ == "__main__":
+    flags.define_flags(only=flags.all_but(*FIXED), **DEFAULTS)
+    flags.run_main(main)

@@ -1,0 +1,137 @@
+"""The quantities of both networks with paired statistics over the seeds.
+
+The unit is the seed: both networks of one seed share the order of the data and the
+measured batches, so that their difference is taken within the seed.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import scipy.stats
+
+from grsd_jax.experiments.claims.run import NETWORKS, REDUCTIONS
+from grsd_jax.experiments.common.config import TITLES, UserError
+from grsd_jax.experiments.common.tables import MISSING, aligned
+
+#: The quantities of the table and the figure, with their headings.
+QUANTITIES = {
+    "slope": "slope of the diagonal",
+    "r_squared": "R^2 of the diagonal",
+    "toeplitz_residual": "Toeplitz residual",
+    "toeplitz_edge": "Toeplitz residual, edge",
+    "toeplitz_centre": "Toeplitz residual, centre",
+}
+
+RESNET, PLAIN = NETWORKS
+
+
+class Interval(NamedTuple):
+    """A mean over seeds with its 95% interval.
+
+    Attributes:
+        mean: The mean.
+        low: Lower end.
+        high: Upper end.
+    """
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        """Returns such as ``"0.912 [0.871, 0.951]"``, ``"n/a"`` where undefined."""
+        if np.isnan(self.mean):
+            return MISSING
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def t_interval(values: np.ndarray) -> Interval:
+    """Returns the mean of independent values and Student's 95% interval for it.
+
+    Args:
+        values: One number a seed.
+
+    Returns:
+        The interval; undefined if one of the values is, and its ends with fewer than
+        two values.
+    """
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return Interval(mean, np.nan, np.nan)
+    half = scipy.stats.sem(values) * scipy.stats.t.ppf(0.975, len(values) - 1)
+    return Interval(mean, float(mean - half), float(mean + half))
+
+
+def values_by_seed(
+    results: Mapping[str, Any], reduction: str, quantity: str
+) -> dict[str, np.ndarray]:
+    """Returns one quantity of every seed under one reduction, by network.
+
+    Args:
+        results: The contents of ``claims.json``.
+        reduction: One of `run.REDUCTIONS`.
+        quantity: A key of `QUANTITIES`.
+
+    Returns:
+        ``[seeds]`` for each network, in the same order of the seeds; NaN for null.
+
+    Raises:
+        UserError: If a network has seeds that the other one does not have.
+    """
+    found = {
+        network: {
+            row["seed"]: np.nan if row[quantity] is None else row[quantity]
+            for row in results.get("rows", ())
+            if (row["network"], row["reduction"]) == (network, reduction)
+        }
+        for network in NETWORKS
+    }
+    seeds = sorted(found[RESNET])
+    if not seeds or seeds != sorted(found[PLAIN]):
+        raise UserError(
+            f"claims.json: expected both networks under {reduction!r} at the same "
+            f"seeds, got {seeds} and {sorted(found[PLAIN])}."
+        )
+    return {
+        network: np.array([by_seed[seed] for seed in seeds], np.float64)
+        for network, by_seed in found.items()
+    }
+
+
+def claim_rows(results: Mapping[str, Any]) -> list[list[str]]:
+    """Lists every quantity of both networks, and their paired difference.
+
+    Args:
+        results: The contents of ``claims.json``.
+
+    Returns:
+        Rows of cells, headings first: means over seeds with 95% intervals.
+
+    Raises:
+        UserError: If there are no rows, or the seeds of the two networks differ.
+    """
+    titles = [TITLES[network] for network in NETWORKS]
+    rows = [["reduction", "quantity", *titles, "ResNet less plain, paired"]]
+    for reduction in REDUCTIONS:
+        for quantity, heading in QUANTITIES.items():
+            values = values_by_seed(results, reduction, quantity)
+            each = [t_interval(values[network]) for network in NETWORKS]
+            paired = t_interval(values[RESNET] - values[PLAIN])
+            rows.append([reduction, heading, *map(str, each), str(paired)])
+    return rows
+
+
+def format_claims(results: Mapping[str, Any]) -> str:
+    """Writes the quantities as a table.
+
+    Args:
+        results: The contents of ``claims.json``.
+
+    Returns:
+        The table of `claim_rows`, valid as Markdown.
+
+    Raises:
+        UserError: As for `claim_rows`.
+    """
+    return aligned(claim_rows(results))

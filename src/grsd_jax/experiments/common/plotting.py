@@ -1,0 +1,139 @@
+"""What the figures share: one style, one look for each network, and their files.
+
+Every figure is a PNG and a PDF whose text stays text. Matplotlib's object-oriented
+interface is used throughout: no window, no backend and no setting of the caller's is
+touched.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from grsd_jax.experiments.common import records
+
+_STYLE = {
+    "font.size": 8,
+    "axes.titlesize": 8.5,
+    "axes.labelsize": 8.5,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    "legend.handlelength": 1.8,
+    "lines.linewidth": 1.2,
+    "xtick.labelsize": 7.5,
+    "ytick.labelsize": 7.5,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "xtick.minor.width": 0.4,
+    "ytick.minor.width": 0.4,
+    "hatch.linewidth": 0.4,
+    "mathtext.fontset": "stixsans",
+    "pdf.fonttype": 42,
+    "savefig.dpi": 300,
+}
+
+#: Width of a page's text, in inches.
+PAGE_WIDTH = 6.9
+
+
+class Look(NamedTuple):
+    """How the marks of one network look.
+
+    Attributes:
+        color: Its colour (Okabe and Ito's palette).
+        marker: Its marker.
+        linestyle: Its line.
+    """
+
+    color: str
+    marker: str
+    linestyle: str
+
+
+_LOOKS = {
+    ("resnet18", "own"): Look("#0072B2", "o", "-"),
+    ("plainnet18", "shared"): Look("#D55E00", "s", "-"),
+    ("plainnet18", "recalibrated"): Look("#E69F00", "^", "--"),
+    ("plainnet18", "own"): Look("#CC79A7", "D", "-."),
+    ("mlp", "own"): Look("#D55E00", "s", "-"),
+    ("resmlp", "own"): Look("#0072B2", "o", "--"),
+    ("cnn", "own"): Look("#CC79A7", "D", "-"),
+    ("rescnn", "own"): Look("#009E73", "^", "--"),
+    ("transformer", "own"): Look("#E69F00", "v", "-."),
+    ("ssm", "own"): Look("0.3", "x", ":"),
+}
+
+
+def look_of(network: str, protocol: str = "own") -> Look:
+    """Returns the look of a network under a protocol, the same in every figure.
+
+    Args:
+        network: One of `config.MODELS`.
+        protocol: Where its weights come from.
+
+    Returns:
+        The look.
+    """
+    return _LOOKS.get((network, protocol), Look("#009E73", "v", ":"))
+
+
+def save_figures(
+    drawings: Mapping[str, Callable[[], Figure]], folder: records.PathLike
+) -> list[Path]:
+    """Draws figures in one style, and writes each as a PNG and a PDF.
+
+    Args:
+        drawings: What draws each figure, by the name of its files.
+        folder: The folder to write to; it is made if need be.
+
+    Returns:
+        The files, each of which was replaced as a whole.
+
+    Raises:
+        UserError: If the folder cannot be written.
+    """
+    paths = []
+    with mpl.rc_context():
+        mpl.rcdefaults()  # whatever the user's own settings are
+        mpl.rcParams.update(_STYLE)
+        for name, draw in drawings.items():
+            figure = draw()
+            for suffix in ("png", "pdf"):
+                path = Path(folder) / f"{name}.{suffix}"
+                with records.atomic_path(path) as temporary:
+                    figure.savefig(temporary, format=suffix)
+                paths.append(path)
+    return paths
+
+
+def shared_legend(figure: Figure, axes: Iterable[Axes], **options: Any) -> None:
+    """Draws one legend for all axes of a figure, each label once.
+
+    Args:
+        figure: The figure; without any label it gets no legend.
+        axes: Its axes.
+        **options: Of `Figure.legend`, such as ``loc``; by default one row of columns.
+    """
+    found: dict[str, Any] = {}
+    for axis in axes:
+        handles, labels = axis.get_legend_handles_labels()
+        found |= dict(zip(labels, handles, strict=True))
+    if found:
+        options = {"ncols": len(found)} | options
+        figure.legend(list(found.values()), list(found), **options)
+
+
+def say_empty(axis: Axes, text: str) -> None:
+    """Writes in the middle of an axis why it shows nothing.
+
+    Args:
+        axis: The axis.
+        text: The reason.
+    """
+    axis.text(0.5, 0.5, text, transform=axis.transAxes, ha="center", color="0.4")

@@ -1,0 +1,204 @@
+"""The contents of ``conditions.json``, and the tables that are made from it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from grsd_jax.conditions import ConditionReport, ParameterBlocks, Verdict
+from grsd_jax.experiments.common.quantities import coupling_quantities
+from grsd_jax.experiments.common.tables import MISSING, aligned, finite, number
+from grsd_jax.shells import LayerMeasurements
+
+TITLES = {
+    "condition1": "1 locality",
+    "condition2": "2 incoherence",
+    "condition3": "3 stability",
+    "condition4": "4 log-shift invariance",
+}
+
+
+def report_entry(report: ConditionReport) -> dict[str, Any]:
+    """Returns the four conditions as ``conditions.json`` holds them.
+
+    Args:
+        report: The report.
+
+    Returns:
+        ``condition1`` to ``condition4``, each with its ``verdict``.
+    """
+    locality, incoherence = report.condition1, report.condition2
+    stability, invariance = report.condition3, report.condition4
+    coherence = incoherence.coherence
+    return {
+        "condition1": {
+            "verdict": _verdict(locality.verdict),
+            "points": [
+                {
+                    "step": int(step),
+                    "influence": profile.influence,
+                    "stderr": profile.stderr,
+                    "num_probes": profile.num_probes,
+                    "share_by_distance": share,
+                    "band": band,
+                }
+                for step, profile, share, band in zip(
+                    locality.times,
+                    locality.profiles,
+                    locality.shares,
+                    locality.bands,
+                    strict=True,
+                )
+            ],
+        },
+        "condition2": {
+            "verdict": _verdict(incoherence.verdict),
+            "norms": coherence.norms,
+            "coherence": coherence.coherence,
+            "profile": coherence.profile,
+            "tail_sum": coherence.tail_sum,
+            "flagged": [
+                [report.blocks.names[i], report.blocks.names[j], value]
+                for i, j, value in incoherence.flagged
+            ],
+        },
+        "condition3": {
+            "verdict": _verdict(stability.verdict),
+            "norms": [found._asdict() for found in stability.norms],
+            "leading_drift": [found._asdict() for found in stability.leading_drift],
+            "shell_drift": stability.shell_drift._asdict(),
+            "lipschitz": stability.lipschitz,
+        },
+        "condition4": {
+            "verdict": _verdict(invariance.verdict),
+            # The verdict's own number, which needs one window where ours needs three.
+            "points": [
+                coupling_quantities(jax.device_get(measured))
+                | {"toeplitz_centre": centre}
+                for measured, centre in zip(
+                    invariance.measurements, invariance.central_residuals, strict=True
+                )
+            ],
+        },
+    }
+
+
+def _verdict(verdict: Verdict) -> dict[str, Any]:
+    checks = [check._asdict() | {"holds": check.holds} for check in verdict.checks]
+    return {"holds": verdict.holds, "checks": checks}
+
+
+def layers_entry(layers: LayerMeasurements, blocks: ParameterBlocks) -> dict[str, Any]:
+    """Returns the additive structure as ``conditions.json`` holds it.
+
+    Args:
+        layers: The layers' measurements, by the names of the blocks.
+        blocks: The partition.
+
+    Returns:
+        The quantities of each block in order of depth and of the total, and the
+        Toeplitz residual of the average over depth.
+    """
+    return {
+        "blocks": [
+            {"name": name, **coupling_quantities(jax.device_get(layers.layers[name]))}
+            for name in blocks.names
+        ],
+        "total": coupling_quantities(jax.device_get(layers.total)),
+        "depth_average": {"toeplitz_residual": layers.average.residual},
+    }
+
+
+def find_check(found: Mapping[str, Any], condition: str, name: str) -> dict[str, Any]:
+    """Returns one check of a condition.
+
+    Args:
+        found: The contents of ``conditions.json``.
+        condition: A key of `TITLES`.
+        name: How the check's name begins; some names go on with a setting.
+
+    Returns:
+        The check.
+
+    Raises:
+        KeyError: If the condition has no such check.
+    """
+    for check in found[condition]["verdict"]["checks"]:
+        if check["name"].startswith(name):
+            return check
+    raise KeyError(f"{condition}: expected a check {name!r}, got none.")
+
+
+def condition_rows(found: Mapping[str, Any]) -> list[list[str]]:
+    """Lists the verdicts, one row for each check.
+
+    Args:
+        found: The contents of ``conditions.json``.
+
+    Returns:
+        Rows of cells, headings first; what is undefined is "n/a".
+    """
+    rows = [["condition", "check", "number", "threshold", "verdict"]]
+    for name, title in TITLES.items():
+        for check in found[name]["verdict"]["checks"]:
+            verdict = "holds" if check["holds"] else "fails"
+            rows.append(
+                [
+                    title,
+                    check["name"],
+                    number_with_error(check),
+                    f"{check['relation']} {check['threshold']:.3g}",
+                    verdict if check["converged"] else f"{verdict}, not converged",
+                ]
+            )
+    return rows
+
+
+def format_conditions(found: Mapping[str, Any]) -> str:
+    """Writes the verdicts as a table.
+
+    Args:
+        found: The contents of ``conditions.json``.
+
+    Returns:
+        The table of `condition_rows`; under it, for a state-space model, what
+        Proposition 2 says.
+    """
+    parts = [aligned(condition_rows(found))]
+    if found.get("propagation"):
+        parts.append(format_propagation(found["propagation"]))
+    return "\n\n".join(parts)
+
+
+def format_propagation(found: Mapping[str, Any]) -> str:
+    """Writes what Proposition 2 says of a state-space model, in one sentence.
+
+    Args:
+        found: ``propagation`` of ``conditions.json``.
+
+    Returns:
+        The sentence; ``rho >= 1`` is told as outside the condition.
+    """
+    start = f"Proposition 2, rho = {found['rho']:g}, squared error: "
+    if not found["in_condition"]:
+        return start + "outside the condition rho < 1, no range is predicted."
+    place = "under" if found["below_bound"] else "NOT under"
+    measured = found["measured_range"]
+    where = "only beyond the depth" if measured is None else f"at {measured} blocks"
+    return (
+        f"{start}the influence lies {place} the bound c rho^distance; it falls below "
+        f"{found['epsilon']:.2g} {where}, predicted {found['predicted_range']}."
+    )
+
+
+def number_with_error(check: Mapping[str, Any]) -> str:
+    """Writes the number of a check with its error; "n/a" where undefined.
+
+    Args:
+        check: A check of ``conditions.json``.
+
+    Returns:
+        Such as ``"0.134 +- 0.02"``; without an error that is zero or unknown.
+    """
+    told, error = number(check["number"], ".3g"), finite(check["error"])
+    return f"{told} +- {error:.1g}" if error and told != MISSING else told

@@ -1,0 +1,268 @@
+"""From ``results.json`` and ``arrays.npz`` to the tables, and to what figures show.
+
+A result holds one measurement (under ``model``) or those of several networks and
+protocols (under ``models`` and ``protocols``). A number that was undefined or masked is
+null there, and None here.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from grsd_jax.experiments.common.config import TITLES, UserError
+from grsd_jax.experiments.common.quantities import (
+    Windows,
+    centre_residual,
+    edge_residual,
+)
+from grsd_jax.experiments.common.tables import MISSING, aligned, finite, number
+
+#: Names of the arrays of one measurement, and their shapes in r modes and S shells.
+_SHAPES = {
+    "values": "r",
+    "resolved": "r",
+    "coupling_diagonal": "r",
+    "shell_edges": "S+1",
+    "shell_centers": "S",
+    "shell_counts": "S",
+    "literal": "SS",
+    "literal_mask": "SS",
+    "renormalized": "SS",
+    "renormalized_mask": "SS",
+}
+
+
+class Entry(NamedTuple):
+    """One measurement in a result.
+
+    Attributes:
+        name: The network, such as ``"resnet18"``.
+        protocol: Where its weights came from, such as ``"shared"``.
+        fields: The entry of ``results.json``.
+    """
+
+    name: str
+    protocol: str
+    fields: Mapping[str, Any]
+
+    @property
+    def title(self) -> str:
+        """The network as it is written in print."""
+        return TITLES.get(self.name, self.name)
+
+    @property
+    def label(self) -> str:
+        """The network and, where there is a choice, the protocol."""
+        if self.name == "plainnet18":
+            return f"{self.title} ({self.protocol})"
+        return self.title
+
+    def number(self, *path: str) -> float | None:
+        """Returns the number at the end of a path of keys, None if there is none."""
+        value: Any = self.fields
+        for key in path:
+            value = value.get(key) if isinstance(value, Mapping) else None
+        return finite(value)
+
+    def windows(self, kind: str) -> Windows:
+        """Returns the windows of a coupling, NaN for null.
+
+        Args:
+            kind: ``"literal"`` or ``"renormalized"``.
+        """
+        value = self.fields.get("toeplitz")
+        value = value.get(kind) if isinstance(value, Mapping) else None
+        value = value.get("windows") if isinstance(value, Mapping) else None
+        found = []
+        for window in value if isinstance(value, list) else []:
+            if not isinstance(window, Mapping):
+                continue
+            position = finite(window.get("position"))
+            residual = finite(window.get("residual"))
+            if position is not None:
+                found.append((position, math.nan if residual is None else residual))
+        return sorted(found)
+
+
+def list_entries(results: Any) -> list[Entry]:
+    """Lists the measurements of a result, each of them once.
+
+    Args:
+        results: The contents of ``results.json``, of one measurement or of several.
+
+    Returns:
+        The networks in order, then the further protocols.
+
+    Raises:
+        UserError: If there is no measurement in it.
+    """
+    found = []
+    results = results if isinstance(results, Mapping) else {}
+    one = results.get("model")
+    if isinstance(one, Mapping):
+        found.append((str(one.get("name", one.get("arrays", "model"))), one))
+    models, protocols = results.get("models"), results.get("protocols")
+    if isinstance(models, Mapping):
+        found += models.items()
+    if isinstance(protocols, Mapping):
+        found += [("plainnet18", fields) for fields in protocols.values()]
+    entries: dict[tuple[str, str], Entry] = {}
+    for name, fields in found:
+        if isinstance(fields, Mapping):
+            protocol = str(fields.get("protocol", "n/a"))
+            entries.setdefault((name, protocol), Entry(name, protocol, fields))
+    if not entries:
+        raise UserError(
+            "results.json: expected measurements under 'model' or 'models', got none."
+        )
+    return list(entries.values())
+
+
+def entry_arrays(
+    entry: Entry, arrays: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Picks the arrays of one measurement, and checks that they fit together.
+
+    Args:
+        entry: The measurement.
+        arrays: The contents of ``arrays.npz``.
+
+    Returns:
+        The arrays by name, without their prefix.
+
+    Raises:
+        UserError: If one is missing, is not numeric, or its shape does not fit.
+    """
+    prefix = entry.fields.get("arrays", entry.name)
+    sizes: dict[str, int] = {}
+    found = {}
+    for name, letters in _SHAPES.items():
+        key = f"{prefix}/{name}"
+        if key not in arrays:
+            raise UserError(f"arrays.npz: expected an array {key!r}, got none.")
+        array = np.asarray(arrays[key])
+        if array.dtype.kind not in "biuf":
+            raise UserError(
+                f"arrays.npz: expected real numbers in {key!r}, got {array.dtype}."
+            )
+        axes = [letters] if letters == "S+1" else list(letters)
+        if array.ndim == len(axes):
+            for axis, size in zip(axes, array.shape, strict=True):
+                letter = axis[0]
+                sizes.setdefault(letter, size - (axis == "S+1"))
+        expected = [sizes.get(axis[0], 0) + (axis == "S+1") for axis in axes]
+        if list(array.shape) != expected:
+            raise UserError(
+                f"arrays.npz: expected {key!r} of shape {expected}, "
+                f"got {list(array.shape)}."
+            )
+        found[name] = array
+    return found
+
+
+def format_table(results: Any) -> str:
+    """Writes a result as two aligned tables, valid as Markdown too.
+
+    The first says what was measured and how the diagonal scales: the slope of
+    ``|Mdot_ii|`` against ``lambda_i`` with its standard error and bootstrap interval,
+    and the slope over shells. The second holds the Toeplitz residuals: of the whole
+    coupling, and from the edges (`edge_residual`) to the centre (`centre_residual`).
+
+    Args:
+        results: The contents of ``results.json``, of one measurement or of several.
+
+    Returns:
+        The tables, one row for each network and protocol; what is undefined is "n/a".
+
+    Raises:
+        UserError: If there is no measurement in ``results``.
+    """
+    return "\n\n".join(aligned(rows) for rows in result_tables(results))
+
+
+def result_tables(results: Any) -> list[list[list[str]]]:
+    """Returns the cells of the tables of `format_table`, headings first.
+
+    Args:
+        results: The contents of ``results.json``, of one measurement or of several.
+
+    Returns:
+        The tables, as rows of cells.
+
+    Raises:
+        UserError: If there is no measurement in ``results``.
+    """
+    entries = list_entries(results)
+    return [
+        [["model", "protocol", *headings], *rows]
+        for headings, rows in (
+            (_SCALING, [[e.title, e.protocol, *_scaling(e)] for e in entries]),
+            (_TOEPLITZ, [[e.title, e.protocol, *_toeplitz(e)] for e in entries]),
+        )
+    ]
+
+
+_SCALING = (
+    "accuracy",
+    "n",
+    "resolved",
+    "solver",
+    "slope +- stderr [interval]",
+    "R^2",
+    "shell slope",
+)
+
+
+def _scaling(entry: Entry) -> list[str]:
+    """The cells of the first table."""
+    resolved, pairs = entry.number("num_resolved"), entry.number("num_pairs")
+    return [
+        number(entry.number("test_accuracy")),
+        number(entry.number("n"), ".0f"),
+        f"{number(resolved, '.0f')}/{number(pairs, '.0f')}",
+        str(entry.fields.get("solver") or MISSING),
+        _slope(entry, "diagonal_fit", interval=True),
+        number(entry.number("diagonal_fit", "r_squared")),
+        _slope(entry, "shell_fit", interval=False),
+    ]
+
+
+_TOEPLITZ = (
+    "literal residual",
+    "edge -> centre",
+    "renormalized residual",
+    "edge -> centre",
+    "secant disagreement",
+)
+
+
+def _toeplitz(entry: Entry) -> list[str]:
+    """The cells of the second table."""
+    cells = []
+    for kind in ("literal", "renormalized"):
+        windows = entry.windows(kind)
+        edge, centre = edge_residual(windows), centre_residual(windows)
+        cells.append(number(entry.number("toeplitz", kind, "residual")))
+        cells.append(f"{number(edge)} -> {number(centre)}")
+    return [*cells, number(entry.number("secant_disagreement"), ".2g")]
+
+
+def _slope(entry: Entry, fit: str, *, interval: bool) -> str:
+    slope = entry.number(fit, "exponent")
+    if slope is None:
+        return MISSING
+    text = f"{slope:.3f} +- {number(entry.number(fit, 'exponent_stderr'))}"
+    if not interval:
+        return text
+    ends = _interval(entry, fit)
+    return f"{text} [{number(ends[0])}, {number(ends[1])}]"
+
+
+def _interval(entry: Entry, fit: str) -> tuple[float | None, float | None]:
+    fields = entry.fields.get(fit)
+    ends = fields.get("interval") if isinstance(fields, dict) else None
+    if not isinstance(ends, list) or len(ends) != 2:
+        return None, None
+    return finite(ends[0]), finite(ends[1])

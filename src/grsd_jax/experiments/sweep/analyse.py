@@ -1,0 +1,273 @@
+"""The rows of a sweep, and the tables that are made from them."""
+
+import csv
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import scipy.stats
+
+from grsd_jax.experiments.common import records
+from grsd_jax.experiments.common.config import UserError
+from grsd_jax.experiments.common.tables import MISSING, aligned, finite, number
+from grsd_jax.experiments.sweep.config import Cell
+
+Row = dict[str, Any]
+
+#: What `coupling_quantities` gives to a row.
+COUPLING = (
+    "num_resolved",
+    "toeplitz_residual",
+    "toeplitz_middle_third",
+    "toeplitz_literal",
+    "slope",
+    "slope_stderr",
+    "r_squared",
+)
+
+#: The columns of ``sweep.csv``.
+COLUMNS = (
+    *Cell._fields,
+    "status",
+    "num_params",
+    "train_loss",
+    "test_accuracy",
+    *COUPLING,
+    *(
+        f"{moment}_{name}"
+        for moment in ("initial", "trained")
+        for name in (
+            "increment_mean",
+            "increment_variance",
+            "variance_of_mean",
+            "variance_ratio",
+            "normal_distance",
+            "wasserstein",
+            "correlation_time",
+        )
+    ),
+    "num_paths",
+    "seconds",
+)
+
+#: The columns that hold words or whole numbers; the others hold numbers.
+_KINDS: dict[str, type] = {"model": str, "activation": str, "status": str}
+_KINDS |= dict.fromkeys(
+    ("depth", "width", "seed", "num_params", "num_resolved", "num_paths"), int
+)
+
+
+def write_rows(path: records.PathLike, rows: Sequence[Row]) -> None:
+    """Writes rows as a CSV of `COLUMNS`, whole or not at all; empty where undefined.
+
+    Args:
+        path: The file.
+        rows: The rows, None where undefined.
+
+    Raises:
+        UserError: If the file cannot be written.
+    """
+    with (
+        records.atomic_path(path) as temporary,
+        open(temporary, "w", newline="", encoding="utf-8") as file,
+    ):
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_rows(path: records.PathLike) -> list[Row]:
+    """Reads the rows of a ``sweep.csv``.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The rows, None where undefined.
+
+    Raises:
+        UserError: If the file cannot be read or has no rows of a sweep.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            lines = list(csv.DictReader(file))
+        rows = [
+            {k: _KINDS.get(k, float)(v) if v else None for k, v in line.items()}
+            for line in lines
+        ]
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(
+            f"'{path}': expected the rows of a sweep, got: {error}."
+        ) from error
+    if not rows or set(rows[0]) != set(COLUMNS):
+        raise UserError(
+            f"'{path}': expected at least one row of {len(COLUMNS)} columns, got "
+            f"{len(rows)} rows of {len(rows[0]) if rows else 0}."
+        )
+    return rows
+
+
+class Line(NamedTuple):
+    """One network of a sweep, whatever its depth and seed.
+
+    Attributes:
+        model: The network.
+        branch_scale: s; None without a residual branch, or where scales are one line.
+        width: Features.
+        activation: Name of the activation; None for the linear ``ssm``.
+        label: The network in words.
+        rows: Its rows.
+    """
+
+    model: str
+    branch_scale: float | None
+    width: int
+    activation: str | None
+    label: str
+    rows: list[Row]
+
+
+def lines_of(rows: Sequence[Row], *, by_scale: bool = True) -> list[Line]:
+    """Groups rows by all that makes a network but its depth and seed.
+
+    Args:
+        rows: The rows.
+        by_scale: Whether networks of different branch scales are different lines.
+
+    Returns:
+        The lines, in the order of the rows. A label names the width and the activation
+        only where there are several.
+    """
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        scale = row["branch_scale"] if by_scale else None
+        kind = (row["model"], scale, row["width"], row["activation"])
+        groups.setdefault(kind, []).append(row)
+    several_widths = len({row["width"] for row in rows}) > 1
+    several_activations = len({row["activation"] for row in rows} - {None}) > 1
+    lines = []
+    for (model, scale, width, activation), members in groups.items():
+        label = model + (f", s = {scale:g}" if scale is not None else "")
+        label += f", w = {width}" if several_widths else ""
+        label += f", {activation}" if several_activations and activation else ""
+        lines.append(Line(model, scale, width, activation, label, members))
+    return lines
+
+
+def format_sweep(rows: Sequence[Row]) -> str:
+    """Writes a sweep as tables: the means over seeds, and the trend with depth.
+
+    Args:
+        rows: The rows.
+
+    Returns:
+        The tables, valid as Markdown; the second one only of three depths or more.
+    """
+    tables = [mean_rows(rows)]
+    if len({row["depth"] for row in rows}) > 2:
+        tables.append(depth_rows(rows))
+    return "\n\n".join(map(aligned, tables))
+
+
+def mean_rows(rows: Sequence[Row]) -> list[list[str]]:
+    """Lists the mean over seeds of each network and depth.
+
+    Args:
+        rows: The rows.
+
+    Returns:
+        Rows of cells, headings first; "n/a" where undefined.
+    """
+    columns = {
+        "loss": "train_loss",
+        "accuracy": "test_accuracy",
+        "Toeplitz": "toeplitz_residual",
+        "slope": "slope",
+        "R^2": "r_squared",
+        "L var(mean)/var": "initial_variance_ratio",
+        "memory": "initial_correlation_time",
+    }
+    table = [["network", "depth", "cells", *columns]]
+    for line in lines_of(rows):
+        for depth in sorted({row["depth"] for row in line.rows}):
+            cells = [row for row in line.rows if row["depth"] == depth]
+            means = [_mean(cells, key) for key in columns.values()]
+            table.append([line.label, str(depth), str(len(cells)), *means])
+    return table
+
+
+def _mean(cells: Sequence[Row], key: str) -> str:
+    values = [v for v in (finite(row[key]) for row in cells) if v is not None]
+    return number(sum(values) / len(values) if values else None, ".3g")
+
+
+def depth_rows(rows: Sequence[Row]) -> list[list[str]]:
+    """Lists how much each network changes with depth, by rank correlations.
+
+    Theorem 2 and Proposition 1 say that residual networks come nearer to log-shift
+    invariance with depth: the first two correlations are then negative, and that of R^2
+    is positive.
+
+    Args:
+        rows: The rows.
+
+    Returns:
+        Rows of cells, headings first: for each network the mean and the range over
+        seeds of Spearman's correlation with depth; "n/a" where that of a seed is
+        undefined.
+    """
+    table = [
+        [
+            "network",
+            "depths",
+            "Toeplitz, middle third",
+            "distance of the slope to 1",
+            "R^2",
+        ]
+    ]
+    for line in lines_of(rows):
+        depths = sorted({row["depth"] for row in line.rows})
+        correlations: dict[str, list[float]] = {}
+        for seed in sorted({row["seed"] for row in line.rows}):
+            of_seed = [row for row in line.rows if row["seed"] == seed]
+            at = [row["depth"] for row in of_seed]
+            slopes = [finite(row["slope"]) for row in of_seed]
+            for name, values in {
+                "middle third": [row["toeplitz_middle_third"] for row in of_seed],
+                "distance": [None if x is None else abs(x - 1) for x in slopes],
+                "R^2": [row["r_squared"] for row in of_seed],
+            }.items():
+                found = rank_correlation(at, values)
+                correlations.setdefault(name, []).append(found)
+        cells = [_mean_and_range(found) for found in correlations.values()]
+        table.append([line.label, ", ".join(map(str, depths)), *cells])
+    return table
+
+
+def _mean_and_range(values: Sequence[float]) -> str:
+    mean = float(np.mean(values))
+    if math.isnan(mean):
+        return MISSING
+    return f"{mean:.2f} [{min(values):.2f}, {max(values):.2f}]"
+
+
+def rank_correlation(x: Sequence[float], y: Sequence[float | None]) -> float:
+    """Returns Spearman's rank correlation of the pairs whose y is defined.
+
+    Equal numbers share the mean of their ranks.
+
+    Args:
+        x: Numbers.
+        y: Numbers, or None.
+
+    Returns:
+        A number between -1 and 1; NaN with fewer than three pairs, or if all x or all y
+        are equal.
+    """
+    pairs = [(a, b) for a, b in zip(x, y, strict=True) if b is not None]
+    if len(pairs) < 3:
+        return math.nan
+    if any(len(set(values)) == 1 for values in zip(*pairs, strict=True)):
+        return math.nan
+    return float(scipy.stats.spearmanr(pairs).statistic)

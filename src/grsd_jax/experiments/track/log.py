@@ -1,0 +1,101 @@
+"""The records of a probe in a file, written as they come, for any training loop.
+
+One JSON line a record. With the probe's state in the training's checkpoint, a run that
+was killed goes on with nothing lost and nothing doubled: `ProbeLog.rewind` drops what
+was written after the checkpoint, and those records are made again.
+"""
+
+from typing import Any
+
+from grsd_jax.dynamics import ProbeRecord
+from grsd_jax.experiments.common import records
+
+
+class ProbeLog:
+    """A file of JSON lines, one for each record.
+
+    Args:
+        path: The file; it need not exist, its folder must.
+    """
+
+    def __init__(self, path: records.PathLike):
+        self._path = path
+
+    def append(self, record: ProbeRecord, **more: Any) -> None:
+        """Appends the line of a record, and syncs it to disk.
+
+        Args:
+            record: The record.
+            **more: What else the line shall say.
+
+        Raises:
+            UserError: If the file cannot be written.
+        """
+        records.append_jsonl(self._path, record_line(record) | more)
+
+    def rewind(self, step: int) -> None:
+        """Drops the lines after a step, and a last one that was cut short.
+
+        Args:
+            step: The step at which the run goes on, such as ``state.last_step`` of the
+                probe's state in the checkpoint.
+
+        Raises:
+            UserError: If the file cannot be read or written.
+        """
+        records.rewind_jsonl(self._path, step)
+
+    def read(self) -> list[dict[str, Any]]:
+        """Returns the lines, as dictionaries; what was not finite is None.
+
+        Raises:
+            UserError: If the file cannot be read.
+        """
+        return records.read_jsonl(self._path)
+
+
+def record_line(record: ProbeRecord) -> dict[str, Any]:
+    """Returns a record as one flat line of JSON; what is not finite will be null.
+
+    Args:
+        record: The record.
+
+    Returns:
+        The names of `ShellDynamics` and of the other parts of the record, with the
+        shells' edges and counts, and without what belongs to single pairs but the
+        leading eigenvalues.
+    """
+    fit, closure, crossings = record.velocity_fit, record.closure, record.crossings
+    return {
+        "step": record.step,
+        "effective_time": record.effective_time,
+        "finite": record.finite,
+        "num_resolved": record.num_resolved,
+        "total_energy": record.total_energy,
+        "edges": record.shells.edges,
+        "counts": record.shells.counts,
+        **record.dynamics._replace(finite=record.finite)._asdict(),
+        "exponent": fit.fit.exponent,
+        "exponent_interval": fit.fit.interval,
+        "exponent_stderr": fit.fit.exponent_stderr,
+        "prefactor": fit.fit.prefactor,
+        "r_squared": fit.fit.r_squared,
+        "sign": fit.sign,
+        "sign_share": fit.sign_share,
+        "curvature": fit.curvature,
+        "p_value": fit.p_value,
+        "measured_rate": closure.measured_rate,
+        "closure_errors": closure.shell_errors,
+        "closure_error": closure.total_error,
+        "crossings_up": crossings.up,
+        "crossings_down": crossings.down,
+        "crossing_energy_up": crossings.energy_up,
+        "crossing_energy_down": crossings.energy_down,
+        "values": record.values,
+        "drift": record.drift,
+        "num_columns": record.num_columns,
+        "seconds": record.seconds,
+        "gradient_seconds": record.gradient_seconds,
+        "cost": record.cost,
+        "cost_in_steps": record.cost_in_steps,
+    }

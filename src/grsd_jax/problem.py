@@ -1,0 +1,641 @@
+"""The problem that is measured: a network, a loss and the batches to measure on.
+
+A user states the network once, as its outputs. The error ``e`` (the gradient of the
+loss by the outputs), the loss and the direction of its gradient flow follow from it.
+"""
+
+import dataclasses
+from collections.abc import Callable, Hashable
+from functools import partial
+from typing import Any, Protocol, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grsd_jax._checks import (
+    check_batches,
+    check_choice,
+    check_floating,
+    check_same_tree,
+)
+from grsd_jax._typing import ErrorFn, LossFn, OutputsFn, PyTree, Reduction
+from grsd_jax.errors import (
+    half_squared_loss,
+    softmax_cross_entropy,
+    softmax_error,
+    squared_error,
+)
+
+REDUCTIONS = ("mean", "stack")
+
+#: The losses known by name: the error and the loss of every example.
+LOSSES: dict[str, tuple[Callable[..., jax.Array], Callable[..., jax.Array]]] = {
+    "softmax_cross_entropy": (softmax_error, softmax_cross_entropy),
+    "squared": (squared_error, half_squared_loss),
+}
+
+
+class Objective(Protocol):
+    """What a problem differentiates; a pytree, so that it crosses `jit`."""
+
+    def __call__(self, params: PyTree, batch: PyTree) -> jax.Array:
+        """Returns the error of one batch, ``[N, C]``."""
+        ...
+
+    def mean_loss(self, params: PyTree, batch: PyTree) -> jax.Array:
+        """Returns the mean loss of one batch, ``[]``."""
+        ...
+
+    def num_classes(self, params: PyTree, batch: PyTree) -> int | None:
+        """Returns the classes over which the error of a position always sums to zero.
+
+        None if nothing is known of such sums.
+        """
+        ...
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["outputs_fn"],
+    meta_fields=["loss", "target"],
+)
+@dataclasses.dataclass(frozen=True)
+class OutputsObjective:
+    """The error and the loss of a network's outputs.
+
+    Attributes:
+        outputs_fn: ``outputs_fn(params, batch) -> [N, ...]``, a pytree.
+        loss: A key of `LOSSES`, or ``loss(outputs, target) -> []`` of one example.
+        target: A key of the batch, or a function of it.
+    """
+
+    outputs_fn: OutputsFn
+    loss: str | Callable[[jax.Array, Any], jax.Array]
+    target: str | Callable[[PyTree], PyTree]
+
+    def __call__(self, params: PyTree, batch: PyTree) -> jax.Array:
+        """Returns the error of one batch, ``[N, C]``."""
+        return self.error_of(self.outputs_fn(params, batch), batch)
+
+    def error_of(self, outputs: jax.Array, batch: PyTree) -> jax.Array:
+        """Returns the error ``[N, C]`` of outputs ``[N, ...]``."""
+        num_examples = _num_examples(batch)
+        _check_outputs(outputs, num_examples)
+        targets = self._targets(batch)
+        if isinstance(self.loss, str):
+            error = LOSSES[self.loss][0](outputs, targets)
+        else:
+            losses = jax.eval_shape(jax.vmap(self.loss), outputs, targets)
+            _check_losses(losses, num_examples)
+            error = jax.vmap(jax.grad(self.loss))(outputs, targets)
+        return error.reshape(num_examples, -1)
+
+    def mean_loss(self, params: PyTree, batch: PyTree) -> jax.Array:
+        """Returns the mean loss of one batch, summed over an example's positions."""
+        outputs, targets = self.outputs_fn(params, batch), self._targets(batch)
+        num_examples = _num_examples(batch)
+        _check_outputs(outputs, num_examples)
+        if isinstance(self.loss, str):
+            losses = LOSSES[self.loss][1](outputs, targets)
+        else:
+            losses = jax.vmap(self.loss)(outputs, targets)
+            _check_losses(losses, num_examples)
+        return jnp.sum(losses) / num_examples
+
+    def num_classes(self, params: PyTree, batch: PyTree) -> int | None:
+        """Returns the last axis of the outputs for a softmax error, else None."""
+        if self.loss != "softmax_cross_entropy":
+            return None
+        # Closed over, since a held leaf may be no array.
+        return jax.eval_shape(lambda: self.outputs_fn(params, batch)).shape[-1]
+
+    def _targets(self, batch: PyTree) -> PyTree:
+        if callable(self.target):
+            return self.target(batch)
+        try:
+            return batch[self.target]
+        except (KeyError, TypeError, IndexError):
+            keys = list(batch) if isinstance(batch, dict) else type(batch).__name__
+            raise ValueError(
+                f"target: expected a key of the batch, or a function of it, got "
+                f"{self.target!r} and a batch with {keys}."
+            ) from None
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["error_fn", "loss_fn"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class ErrorObjective:
+    """An error of the user's own, with the loss that training descends.
+
+    Attributes:
+        error_fn: ``error_fn(params, batch) -> [N, C]``, a pytree.
+        loss_fn: ``loss_fn(params, batch) -> []``, a pytree, or None.
+    """
+
+    error_fn: ErrorFn
+    loss_fn: LossFn | None
+
+    def __call__(self, params: PyTree, batch: PyTree) -> jax.Array:
+        """Returns the error of one batch, ``[N, C]``."""
+        error, num_examples = self.error_fn(params, batch), _num_examples(batch)
+        shape = getattr(error, "shape", None)
+        if shape is None or len(shape) != 2 or shape[0] != num_examples or 0 in shape:
+            got = list(shape) if shape is not None else jax.tree.structure(error)
+            raise ValueError(
+                "error_fn: expected an array [N, C] with the batch's "
+                f"N = {num_examples} examples and C >= 1, got {got}."
+            )
+        check_floating("error_fn(params, batch)", error)
+        return error
+
+    def mean_loss(self, params: PyTree, batch: PyTree) -> jax.Array:
+        """Returns the mean loss of one batch."""
+        if self.loss_fn is None:
+            raise ValueError(
+                "loss_fn: expected one for the loss or its gradient flow, got None; "
+                "give Problem.from_error a loss_fn, or a direction."
+            )
+        loss = self.loss_fn(params, batch)
+        if getattr(loss, "shape", None) != ():
+            raise ValueError(
+                "loss_fn: expected a scalar, the mean loss of one batch, got "
+                f"{getattr(loss, 'shape', jax.tree.structure(loss))}."
+            )
+        return loss
+
+    def num_classes(self, params: PyTree, batch: PyTree) -> None:
+        """Returns None: nothing is known of an error of the user's own."""
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["objective", "held"],
+    meta_fields=["fixed"],
+)
+@dataclasses.dataclass(frozen=True)
+class HeldObjective:
+    """An objective as a function of the floating parameter leaves alone.
+
+    Attributes:
+        objective: The objective.
+        held: A tree like the parameters with the other arrays, None elsewhere.
+        fixed: The leaves that are no arrays, by position.
+    """
+
+    objective: Objective
+    held: PyTree
+    fixed: tuple[tuple[int, Hashable], ...]
+
+    def __call__(self, params: PyTree, batch: PyTree) -> jax.Array:
+        """Returns the error of one batch, ``[N, C]``."""
+        return self.objective(self._whole(params), batch)
+
+    def mean_loss(self, params: PyTree, batch: PyTree) -> jax.Array:
+        """Returns the mean loss of one batch."""
+        return self.objective.mean_loss(self._whole(params), batch)
+
+    def num_classes(self, params: PyTree, batch: PyTree) -> int | None:
+        """Returns those of the objective."""
+        return self.objective.num_classes(self._whole(params), batch)
+
+    def _whole(self, params: PyTree) -> PyTree:
+        moving, tree = jax.tree.flatten(params, is_leaf=_is_none)
+        held = jax.tree.leaves(self.held, is_leaf=_is_none)
+        fixed = dict(self.fixed)
+        whole = [
+            fixed.get(index, b if a is None else a)
+            for index, (a, b) in enumerate(zip(moving, held, strict=True))
+        ]
+        return jax.tree.unflatten(tree, whole)
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """A problem at given parameters: checked, and ready to be differentiated.
+
+    Attributes:
+        error_fn: The objective, as a function of ``params``.
+        params: The floating leaves of the parameters, None in place of the others.
+        batches: The batches, leading axes ``[K, N]``.
+        direction: The tangent d like ``params``, or None.
+        error: Shape ``[N, C]`` and dtype of one batch's error.
+        reduction: ``"mean"`` or ``"stack"``.
+    """
+
+    error_fn: Objective
+    params: PyTree
+    batches: PyTree
+    direction: PyTree | None
+    error: jax.ShapeDtypeStruct
+    reduction: Reduction
+
+    @property
+    def num_batches(self) -> int:
+        """The number K of batches."""
+        return jax.tree.leaves(self.batches)[0].shape[0]
+
+    @property
+    def copies(self) -> int:
+        """How many error spaces of one batch make up the whole, K or 1."""
+        return self.num_batches if self.reduction == "stack" else 1
+
+    @property
+    def dimension(self) -> int:
+        """The dimension n of the error space."""
+        return self.copies * int(np.prod(self.error.shape))
+
+    @property
+    def num_classes(self) -> int | None:
+        """The classes over which a position's error always sums to zero, or None."""
+        # As a shape, which a jitted function finds once for many calls.
+        (size,) = _classes.eval_shape(self.error_fn, self.params, self.parts[0]).shape
+        return size or None
+
+    @property
+    def parts(self) -> list[PyTree]:
+        """The K batches one by one.
+
+        A list, not a scan: XLA runs convolutions inside a loop body on its slow path on
+        CPU, and K is small.
+        """
+        return split_batches(self.batches)
+
+    def moved(self, params: PyTree) -> "Point":
+        """Returns the same problem at other parameters of the same shapes."""
+        return dataclasses.replace(self, params=params)
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True, init=False, eq=False)
+class Problem:
+    """A network, its loss, and the batches on which its kernel is measured.
+
+    The error is the gradient of the loss by the outputs of one example, flattened to C
+    numbers; J is its Jacobian, ``M = J J^T`` the kernel. A pytree: what ``outputs_fn``
+    holds, ``batches`` and ``preconditioner`` are data, so that new BatchNorm statistics
+    or batches retrace nothing; ``loss``, ``target`` and ``reduction`` are static. A
+    function that is made for every problem (a lambda in a loop) traces each time.
+
+    Leaves of the parameters that are not floating arrays are held constant.
+
+    Attributes:
+        objective: The error and the loss as functions of parameters and batch.
+        batches: A pytree whose leaves have leading axes ``[K, N]``.
+        reduction: ``"stack"`` or ``"mean"``.
+        preconditioner: None; reserved for the kernel ``J P J^T``.
+
+    References:
+        Paper 2.1, 3.1 and 7.1; ``docs/theory.md``.
+    """
+
+    objective: OutputsObjective | ErrorObjective
+    batches: PyTree
+    reduction: Reduction
+    preconditioner: PyTree
+
+    def __init__(
+        self,
+        outputs_fn: OutputsFn,
+        batches: PyTree,
+        *,
+        loss: str | Callable[[jax.Array, Any], jax.Array] = "softmax_cross_entropy",
+        target: str | Callable[[PyTree], PyTree] = "label",
+        reduction: Reduction = "stack",
+        preconditioner: None = None,
+    ) -> None:
+        """States the problem of a network by its outputs.
+
+        Args:
+            outputs_fn: ``outputs_fn(params, batch) -> [N, ...]``, a function or a
+                pytree that is callable.
+            batches: A pytree whose leaves have leading axes ``[K, N]``; K is 1 for a
+                single batch.
+            loss: ``"softmax_cross_entropy"`` over the last axis of the outputs, summed
+                over an example's positions; ``"squared"``, half the squared distance;
+                or a function of one example, ``loss(outputs, target) -> []``.
+            target: The key of the batch's targets, or a function of the batch that
+                returns any pytree of them (labels and weights, say), leading axis N.
+            reduction: ``"stack"``: the batches are one set, ``M = J J^T`` in
+                ``R^{K N C}``. ``"mean"`` (the paper's): ``(1/K) sum_k J_k J_k^T`` in
+                ``R^{N C}``.
+            preconditioner: Reserved.
+
+        Raises:
+            ValueError: If a choice is not known. What depends on parameters and batches
+                is checked where the problem is used.
+        """
+        _check_loss(loss)
+        _check_callable("outputs_fn", outputs_fn)
+        objective = OutputsObjective(as_pytree(outputs_fn), loss, target)
+        self._set(objective, batches, reduction, preconditioner)
+
+    @classmethod
+    def from_error(
+        cls,
+        error_fn: ErrorFn,
+        batches: PyTree,
+        *,
+        loss_fn: LossFn | None = None,
+        reduction: Reduction = "stack",
+    ) -> Self:
+        """Returns the problem of an error of the user's own.
+
+        Args:
+            error_fn: ``error_fn(params, batch) -> [N, C]``.
+            batches: A pytree whose leaves have leading axes ``[K, N]``.
+            loss_fn: ``loss_fn(params, batch) -> []``, the mean loss of one batch, for
+                the direction of its gradient flow; None if directions are always given.
+            reduction: ``"stack"`` or ``"mean"``.
+
+        Returns:
+            The problem.
+
+        Raises:
+            ValueError: If a choice is not known.
+        """
+        _check_callable("error_fn", error_fn)
+        if loss_fn is not None:
+            _check_callable("loss_fn", loss_fn)
+        objective = ErrorObjective(
+            as_pytree(error_fn), None if loss_fn is None else as_pytree(loss_fn)
+        )
+        problem = object.__new__(cls)
+        problem._set(objective, batches, reduction, None)
+        return problem
+
+    def replace(self, **changes: Any) -> Self:
+        """Returns the problem with other fields, without checking data again.
+
+        Args:
+            **changes: ``batches``, ``reduction``; and ``outputs_fn``, ``loss``,
+                ``target``, or after `from_error` ``error_fn``, ``loss_fn``.
+
+        Returns:
+            The new problem; new data of the same shapes retraces nothing.
+
+        Raises:
+            ValueError: If the problem has no such field, or a choice is not known.
+        """
+        own = ("batches", "reduction", "preconditioner")
+        known = {field.name for field in dataclasses.fields(self.objective)}
+        for name in changes:
+            check_choice("replace", name, (*own, *sorted(known)))
+        inner = {k: changes[k] for k in changes if k not in own}
+        for name in inner.keys() & {"outputs_fn", "error_fn", "loss_fn"}:
+            if name != "loss_fn" or inner[name] is not None:
+                _check_callable(name, inner[name])
+                inner[name] = as_pytree(inner[name])
+        if "loss" in inner:
+            _check_loss(inner["loss"])
+        problem = object.__new__(type(self))
+        problem._set(
+            dataclasses.replace(self.objective, **inner),
+            *(changes.get(name, getattr(self, name)) for name in own),
+        )
+        return problem
+
+    def dimension(self, params: PyTree) -> int:
+        """Returns n, the dimension of the error space: ``K N C``, or ``N C`` (mean)."""
+        return self.at(params).dimension
+
+    def error(self, params: PyTree, batch: PyTree) -> jax.Array:
+        """Returns the error ``[N, C]`` of one batch, without the axis K."""
+        error_fn, moving = _hold(self.objective, params)
+        return evaluate(error_fn, moving, batch)
+
+    def loss(self, params: PyTree) -> jax.Array:
+        """Returns the mean loss over the K batches, ``[]``."""
+        point = self.at(params)
+        losses = [_mean_loss(point.error_fn, point.params, b) for b in point.parts]
+        return jnp.mean(jnp.stack(losses))
+
+    def split(self, columns: jax.Array) -> jax.Array:
+        """Splits columns ``[n, ...]`` into ``[K, N, C, ...]``, or ``[N, C, ...]``."""
+        leading, shape = self._leading(), np.shape(columns)
+        if not shape or shape[0] % int(np.prod(leading)):
+            raise ValueError(
+                f"columns: expected {int(np.prod(leading))} C rows, C for each "
+                f"example, got shape {list(shape)}."
+            )
+        return columns.reshape(*leading, -1, *shape[1:])
+
+    def join(self, blocks: jax.Array) -> jax.Array:
+        """Joins ``[K, N, C, ...]``, or ``[N, C, ...]``, into columns ``[n, ...]``."""
+        leading, shape = self._leading(), np.shape(blocks)
+        axes = len(leading)
+        if shape[:axes] != leading or len(shape) <= axes:
+            wanted = ", ".join(map(str, leading))
+            raise ValueError(
+                f"blocks: expected shape [{wanted}, C, ...], got {list(shape)}."
+            )
+        return blocks.reshape(-1, *shape[axes + 1 :])
+
+    def at(self, params: PyTree, direction: PyTree | None = None) -> Point:
+        """Checks the problem at given parameters, and holds what does not move.
+
+        Args:
+            params: Parameters, any pytree.
+            direction: The tangent d, a tree like ``params``, or None.
+
+        Returns:
+            The point, for the functions of this package.
+
+        Raises:
+            ValueError: If no leaf of params is floating, the batches do not share
+                leading axes, the outputs do not fit, or the direction does not.
+        """
+        check_batches(self.batches)
+        error_fn, moving = _hold(self.objective, params)
+        if direction is not None:
+            direction = _moving_direction(direction, params, moving)
+        error = _error_struct(error_fn, moving, self.batches)
+        return Point(error_fn, moving, self.batches, direction, error, self.reduction)
+
+    def __repr__(self) -> str:
+        """Returns the problem in one line, without its arrays."""
+        leaves = jax.tree.leaves(self.batches)
+        leading = list(np.shape(leaves[0]))[:2] if leaves else []
+        stated = "an error"
+        if isinstance(self.objective, OutputsObjective):
+            loss = self.objective.loss
+            stated = f"outputs, loss={loss if isinstance(loss, str) else 'a function'}"
+        return f"Problem({stated}, [K, N]={leading}, reduction={self.reduction})"
+
+    def tree_flatten_with_keys(self) -> Any:
+        """Returns data with their names, and what is static."""
+        names = ("objective", "batches", "preconditioner")
+        keyed = [(jax.tree_util.GetAttrKey(n), getattr(self, n)) for n in names]
+        return keyed, self.reduction
+
+    @classmethod
+    def tree_unflatten(cls, reduction: Reduction, children: Any) -> Self:
+        """Returns the problem; nothing is checked, since leaves may be placeholders."""
+        problem = object.__new__(cls)
+        for name, value in zip(
+            ("objective", "batches", "preconditioner"), children, strict=True
+        ):
+            object.__setattr__(problem, name, value)
+        object.__setattr__(problem, "reduction", reduction)
+        return problem
+
+    def _leading(self) -> tuple[int, ...]:
+        """Returns the axes of a split block before C: ``(K, N)``, or ``(N,)``."""
+        axes = check_batches(self.batches)
+        return axes if self.reduction == "stack" else axes[1:]
+
+    def _set(
+        self,
+        objective: OutputsObjective | ErrorObjective,
+        batches: PyTree,
+        reduction: Reduction,
+        preconditioner: PyTree,
+    ) -> None:
+        check_choice("reduction", reduction, REDUCTIONS)
+        if preconditioner is not None:
+            raise ValueError("preconditioner: expected None, since it is reserved.")
+        for name, value in (
+            ("objective", objective),
+            ("batches", batches),
+            ("reduction", reduction),
+            ("preconditioner", preconditioner),
+        ):
+            object.__setattr__(self, name, value)
+
+
+def as_pytree(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns ``fn`` as a callable that may be an argument of a jitted function.
+
+    A callable that is a pytree of arrays keeps its arrays as data; any other becomes
+    static, compared by equality.
+    """
+    leaves = jax.tree.leaves(fn)
+    if all(isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves):
+        return fn
+    return jax.tree_util.Partial(fn)
+
+
+def split_batches(batches: PyTree) -> list[PyTree]:
+    """Returns the K batches one by one."""
+    num_batches, _ = check_batches(batches)
+    return [
+        jax.tree.map(lambda leaf, k=k: leaf[k], batches) for k in range(num_batches)
+    ]
+
+
+@jax.jit
+def evaluate(error_fn: Objective, params: PyTree, batch: PyTree) -> jax.Array:
+    """Evaluates ``e``, ``[N, C]``, on one batch."""
+    return error_fn(params, batch)
+
+
+@jax.jit
+def _classes(error_fn: Objective, params: PyTree, batch: PyTree) -> jax.Array:
+    return jnp.zeros(error_fn.num_classes(params, batch) or 0)
+
+
+@jax.jit
+def _mean_loss(error_fn: Objective, params: PyTree, batch: PyTree) -> jax.Array:
+    return error_fn.mean_loss(params, batch)
+
+
+def _hold(objective: Objective, params: PyTree) -> tuple[Objective, PyTree]:
+    """Returns the objective of the floating leaves alone, and these leaves."""
+    leaves, tree = jax.tree.flatten(params, is_leaf=_is_none)
+    moves = [_is_floating(leaf) for leaf in leaves]
+    if not any(moves):
+        raise ValueError("params: expected at least one floating array, got none.")
+    if all(m or leaf is None for leaf, m in zip(leaves, moves, strict=True)):
+        return objective, params
+    moving, held, fixed = [], [], []
+    for index, (leaf, moves_along) in enumerate(zip(leaves, moves, strict=True)):
+        is_array = isinstance(leaf, jax.Array | np.ndarray)
+        moving.append(leaf if moves_along else None)
+        held.append(leaf if is_array and not moves_along else None)
+        if not (is_array or moves_along or leaf is None):
+            fixed.append((index, leaf))
+    held_objective = HeldObjective(
+        objective, jax.tree.unflatten(tree, held), tuple(fixed)
+    )
+    return held_objective, jax.tree.unflatten(tree, moving)
+
+
+def _moving_direction(direction: PyTree, params: PyTree, moving: PyTree) -> PyTree:
+    """Returns the floating leaves of a direction, in the dtypes of the parameters."""
+    # What is held may be anything in a direction: a number, None, or the leaf itself.
+    leaves, tree = jax.tree.flatten(direction, is_leaf=_is_none)
+    own, own_tree = jax.tree.flatten(moving, is_leaf=_is_none)
+    if tree != own_tree:
+        check_same_tree("direction", direction, params, "params")
+    chosen = [None if leaf is None else d for leaf, d in zip(own, leaves, strict=True)]
+    direction = jax.tree.unflatten(tree, chosen)
+    check_same_tree("direction", direction, moving, "params")
+    return jax.tree.map(
+        lambda d, p: jnp.asarray(d).astype(jnp.result_type(p)), direction, moving
+    )
+
+
+def _error_struct(
+    error_fn: Objective, params: PyTree, batches: PyTree
+) -> jax.ShapeDtypeStruct:
+    one_batch = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf)[1:], jnp.result_type(leaf)),
+        batches,
+    )
+    error = evaluate.eval_shape(error_fn, params, one_batch)
+    return jax.ShapeDtypeStruct(error.shape, error.dtype)
+
+
+def _check_callable(name: str, fn: Any) -> None:
+    if not callable(fn):
+        raise ValueError(f"{name}: expected a callable, got {type(fn).__name__}.")
+
+
+def _check_loss(loss: Any) -> None:
+    if isinstance(loss, str):
+        check_choice("loss", loss, tuple(LOSSES))
+    elif not callable(loss):
+        names = ", ".join(map(repr, LOSSES))
+        raise ValueError(
+            f"loss: expected one of {names}, or a function of one example, got "
+            f"{loss!r}."
+        )
+
+
+def _check_losses(losses: Any, num_examples: int) -> None:
+    shape = getattr(losses, "shape", None)
+    if shape != (num_examples,):
+        got = list(shape[1:]) if shape is not None else jax.tree.structure(losses)
+        raise ValueError(
+            f"loss: expected a scalar of every example, got shape {got} of one."
+        )
+
+
+def _check_outputs(outputs: Any, num_examples: int) -> None:
+    shape = getattr(outputs, "shape", None)
+    if shape is None or len(shape) < 1 or shape[0] != num_examples or 0 in shape:
+        got = list(shape) if shape is not None else jax.tree.structure(outputs)
+        raise ValueError(
+            "outputs_fn: expected an array [N, ...] with the batch's "
+            f"N = {num_examples} examples, got {got}."
+        )
+    check_floating("outputs_fn(params, batch)", outputs)
+
+
+def _num_examples(batch: PyTree) -> int:
+    return jax.tree.leaves(batch)[0].shape[0]
+
+
+def _is_floating(leaf: Any) -> bool:
+    arrays = jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
+    if not isinstance(leaf, arrays):
+        return False
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+
+
+def _is_none(leaf: Any) -> bool:
+    return leaf is None

@@ -1,0 +1,274 @@
+"""The report of all four conditions: its numbers, its verdicts and what spoils them."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import block_problems
+from grsd_jax import (
+    Binning,
+    PathPoint,
+    Problem,
+    condition_report,
+    gradient_flow_direction,
+)
+from grsd_jax.conditions import (
+    Check,
+    InfluenceProfile,
+    Thresholds,
+    Verdict,
+    block_coherence,
+    distance_totals,
+    partition_by_prefix,
+    report,
+    smallest_band,
+)
+from grsd_jax.conditions.checks import locality_checks
+from oracles import network_problem
+
+KEY = jax.random.key(0)
+LENIENT = Thresholds(max_tail_sum=10.0)
+OPTIONS = {
+    "key": KEY,
+    "solver": "dense",
+    "shells": Binning(num_shells=4, window=3, num_bootstrap=0),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _two_leading():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "_NUM_LEADING", 2)
+        yield
+
+
+def path(problem, params, direction, times=(0.0, 0.1)):
+    """Returns points along a straight line."""
+    return [
+        PathPoint(
+            time,
+            problem,
+            jax.tree.map(lambda p, d, t=time: p + t * d, params, direction),
+            direction,
+        )
+        for time in times
+    ]
+
+
+@pytest.fixture(scope="module")
+def mlp():
+    """Returns ``(problem, params, direction, blocks)``."""
+    problem, params = network_problem("mlp", jnp.float32, reduction="mean")
+    direction = gradient_flow_direction(problem, params)
+    blocks = partition_by_prefix(params, {"in": ["Dense_0"], "out": ["Dense_1"]})
+    return problem, params, direction, blocks
+
+
+@pytest.fixture(scope="module")
+def mlp_report(mlp):
+    *point, blocks = mlp
+    told = []
+    points = path(*point, times=(0.0, 0.5, 1.0))
+    return condition_report(points, blocks, progress=told.append, **OPTIONS), told
+
+
+def test_a_report_holds_every_condition_at_its_points(mlp_report):
+    got, told = mlp_report
+    assert got.times == [0.0, 0.5, 1.0]
+    assert got.condition1.times == [0.0, 1.0]
+    assert [p.influence.shape for p in got.condition1.profiles] == [(2, 2)] * 2
+    for shares in got.condition1.shares:
+        np.testing.assert_allclose(jnp.sum(shares), 1, rtol=1e-5)
+    assert got.condition2.coherence.products.shape == (2, 2)
+    assert len(got.condition3.norms) == 3
+    assert len(got.condition3.leading_drift) == 2
+    assert got.condition3.shell_drift.drift.shape == (2, 4)
+    assert len(got.condition4.measurements) == 3
+    assert len(told) == 5
+
+
+def test_every_verdict_shows_numbers_and_thresholds(mlp_report):
+    got, _ = mlp_report
+    assert list(got.verdicts) == [f"condition{i}" for i in range(1, 5)]
+    numbers = {
+        check.name: check.number
+        for verdict in got.verdicts.values()
+        for check in verdict.checks
+    }
+    norms = [float(n.jacobian) for n in got.condition3.norms]
+    assert numbers["growth of the norm of J"] == pytest.approx(max(norms) / norms[0])
+    fit = got.condition4.measurements[-1].diagonal_fit
+    slope_error = abs(float(fit.exponent) - 1)
+    assert numbers["distance of the slope to 1"] == pytest.approx(slope_error)
+    assert numbers["R^2 of the diagonal"] == pytest.approx(float(fit.r_squared))
+    tail = float(got.condition2.coherence.coherence[0, 1])
+    assert numbers["tail sum of the coherence"] == pytest.approx(tail)
+    drifts = [float(d.frobenius) for d in got.condition3.leading_drift]
+    assert numbers["drift of the leading 2"] == pytest.approx(max(drifts))
+
+
+def test_separate_branches_meet_conditions_1_and_2():
+    problem, params, blocks = block_problems.branches()
+    points = path(problem, params, params)
+    got = condition_report(points, blocks, num_probes=None, **OPTIONS)
+    assert got.verdicts["condition1"].holds
+    assert got.verdicts["condition2"].holds
+    assert got.condition1.bands == [0, 0]
+    assert got.condition2.flagged == []
+
+
+def test_a_planted_pair_is_flagged():
+    problem, params, blocks = block_problems.planted_pair()
+    points = path(problem, params, params)
+    got = condition_report(points, blocks, **OPTIONS)
+    verdict = got.verdicts["condition2"]
+    assert not verdict.holds
+    ((first, second, coherence),) = got.condition2.flagged
+    assert (first, second) == (0, 4)
+    assert coherence == pytest.approx(1, rel=1e-3)
+    distant = verdict.checks[1]
+    assert distant.number == pytest.approx(1, rel=1e-3)
+    assert not distant.holds
+    lenient = Thresholds(max_distant_coherence=1.1, max_tail_sum=1.1)
+    got = condition_report(points, blocks, thresholds=lenient, **OPTIONS)
+    assert got.verdicts["condition2"].holds
+
+
+def test_a_chain_influences_and_overlaps_at_every_distance():
+    problem, params, blocks = block_problems.chain(weights=(1.0, -1.0, 1.0))
+    direction = jax.tree.map(jnp.ones_like, params)
+    got = condition_report(
+        path(problem, params, direction),
+        blocks,
+        num_probes=None,
+        thresholds=Thresholds(influence_share=0.99),
+        **OPTIONS,
+    )
+    # R_lm = |e| off the diagonal, 0 on it: 4 of 6 at distance 1, 2 of 6 at distance 2.
+    np.testing.assert_allclose(got.condition1.shares[0], [0, 2 / 3, 1 / 3], rtol=1e-4)
+    assert got.condition1.bands[0] == 2
+    assert not got.verdicts["condition1"].holds
+    assert not got.verdicts["condition2"].holds
+
+
+def test_one_point_leaves_drift_undefined_and_unmet():
+    problem, params, blocks = block_problems.branches()
+    points = path(problem, params, params, times=(0.0,))
+    got = condition_report(points, blocks, **OPTIONS)
+    assert len(got.condition1.profiles) == 1
+    checks = {c.name: c for c in got.verdicts["condition3"].checks}
+    assert np.isnan(checks["drift of the leading 2"].number)
+    assert not got.verdicts["condition3"].holds
+
+
+def test_checks():
+    assert Check("a", 1.0, 1.0).holds
+    assert not Check("a", 1.1, 1.0).holds
+    assert Check("a", 1.0, 1.0, ">=").holds
+    assert not Check("a", 0.9, 1.0, ">=").holds
+    assert not Check("a", float("nan"), 1.0).holds
+    assert not Check("a", 0.5, 1.0, converged=False).holds
+    assert Check("a", 0.5, 1.0, error=0.9).holds
+    assert str(Check("a", 0.5, 1.0)) == "a: 0.5 <= 1 holds"
+    told = str(Check("a", 0.5, 1.0, error=0.125, converged=False))
+    assert told == "a: 0.5 +- 0.12 <= 1 fails (not converged)"
+    assert not Verdict((Check("a", 1.0, 1.0), Check("b", 2.0, 1.0))).holds
+
+
+def test_checks_tell_how_far_off_they_may_be_and_what_did_not_converge(
+    mlp, monkeypatch
+):
+    *point, blocks = mlp
+    points = path(*point)
+
+    def checks(**options):
+        by_power = partial(block_coherence, method="power_iteration", **options)
+        monkeypatch.setattr(report, "block_coherence", by_power)
+        got = condition_report(points, blocks, thresholds=LENIENT, **OPTIONS)
+        found = [c for v in got.verdicts.values() for c in v.checks]
+        return got, {check.name: check for check in found}
+
+    got, found = checks(tolerance=1e-3)
+    coherence = got.condition2.coherence
+    tail = found["tail sum of the coherence"]
+    assert tail.converged
+    assert tail.holds
+    residuals = np.asarray(coherence.residuals, np.float64)
+    relative = residuals[0, 1] / 2 + (residuals[0, 0] + residuals[1, 1]) / 4
+    assert tail.error == pytest.approx(tail.number * relative)
+    assert 0 < tail.error < 1e-3
+    fit = got.condition4.measurements[-1].diagonal_fit
+    slope = found["distance of the slope to 1"]
+    assert slope.error == pytest.approx(float(fit.exponent_stderr))
+    assert 0 < found["growth of the norm of J"].error < 1e-2
+    _, found = checks(tolerance=1e-9, max_iterations=1)
+    assert not found["tail sum of the coherence"].converged
+    assert not found["tail sum of the coherence"].holds
+
+
+def test_nothing_that_rests_on_coupled_examples_holds(mlp):
+    problem, params, direction, blocks = mlp
+
+    def coupled(p, batch):
+        error = problem.error(p, batch)
+        return error - jnp.mean(error, axis=0, keepdims=True)
+
+    coupled = Problem.from_error(coupled, problem.batches, reduction="mean")
+    points = path(coupled, params, direction)
+    got = condition_report(points, blocks, thresholds=LENIENT, **OPTIONS)
+    checks = [c for v in got.verdicts.values() for c in v.checks]
+    undefined = {check.name for check in checks if np.isnan(check.number)}
+    assert undefined == {check.name for check in checks} - {
+        "band with 90% of the influence",
+        "growth of the norm of J",
+        "growth of the norm of Jdot",
+    }
+
+
+def test_the_band_of_an_estimate_has_an_error_where_probes_disagree():
+    size = 6
+    distance = np.abs(np.subtract.outer(np.arange(size), np.arange(size)))
+    influence = jnp.asarray(0.5**distance, jnp.float32)
+    thresholds = Thresholds(influence_share=0.95)
+    band = int(smallest_band(distance_totals(influence**2), 0.95))
+
+    def error(relative, num_probes=4):
+        found = InfluenceProfile(influence, relative * influence, num_probes)
+        (check,) = locality_checks([found], [band], thresholds)
+        assert check.number == band
+        return check.error
+
+    assert error(0.0, num_probes=0) == 0
+    assert error(1e-6) == 0
+    assert error(0.5) > 0.1
+
+
+def test_bad_input_is_named():
+    problem, params, blocks = block_problems.branches()
+    with pytest.raises(ValueError, match=r"len\(points\): expected an integer >= 1"):
+        condition_report([], blocks, key=KEY)
+    with pytest.raises(ValueError, match="loss_fn: expected one for the loss or its"):
+        condition_report([PathPoint(0.0, problem, params)], blocks, key=KEY)
+
+
+def test_a_point_without_a_direction_follows_the_gradient_flow(mlp):
+    problem, params, direction, blocks = mlp
+    given, derived = (
+        condition_report([PathPoint(0.0, problem, params, way)], blocks, **OPTIONS)
+        for way in (direction, None)
+    )
+    jax.tree.map(np.testing.assert_array_equal, derived, given)
+
+
+@pytest.mark.parametrize("method", ["dense", "power_iteration"])
+def test_no_verdict_holds_of_parameters_that_are_not_finite(mlp, method, monkeypatch):
+    problem, params, direction, blocks = mlp
+    by_method = partial(block_coherence, method=method)
+    monkeypatch.setattr(report, "block_coherence", by_method)
+    broken = jax.tree.map(lambda leaf: leaf.at[0].set(jnp.nan), params)
+    got = condition_report(path(problem, broken, direction), blocks, **OPTIONS)
+    for verdict in got.verdicts.values():
+        assert not any(check.holds for check in verdict.checks), verdict
