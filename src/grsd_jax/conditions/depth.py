@@ -97,7 +97,7 @@ def state_increments(
     if not maps:
         raise ValueError("maps: expected at least one map, got none.")
     shape = (num_directions, *state.shape)
-    direction, _ = _normalized(jax.random.normal(key, shape, state.dtype))
+    direction, _ = _unit_directions(jax.random.normal(key, shape, state.dtype))
     directions, increments = [direction], []
     for advance in maps:
         new, push = jax.linearize(advance, state)
@@ -106,7 +106,7 @@ def state_increments(
                 f"maps: expected states of shape {list(state.shape)} throughout, "
                 f"got {list(new.shape)}."
             )
-        direction, norm = _normalized(jax.vmap(push)(direction))
+        direction, norm = _unit_directions(jax.vmap(push)(direction))
         directions.append(direction)
         increments.append(jnp.log(norm))
         state = new
@@ -225,7 +225,7 @@ def _overlap(overlap: jax.typing.ArrayLike) -> jax.Array:
     return overlap
 
 
-def _normalized(directions: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _unit_directions(directions: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns unit directions ``[R, N, ...]``, example by example, and the norms."""
     unit, norms = unit_vectors(directions, tuple(range(2, directions.ndim)))
     return unit, norms.reshape(directions.shape[:2])

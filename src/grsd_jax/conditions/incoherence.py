@@ -190,13 +190,13 @@ def _power_iteration(
     size, dtype = kernels[0].dimension, kernels[0].dtype
     pairs = _pairs(len(kernels))
     start = jax.random.normal(key, (len(kernels), size, pairs.width), dtype)
-    x = _normalized(start)
+    x = _unit_columns(start)
     inner = _by_block(kernels, x)  # M_m x of each pair (m, l)
     residuals = values = jnp.full((len(kernels), pairs.width), jnp.inf, dtype)
     done = 0
     while done < max_iterations and not bool(jnp.all(residuals <= tolerance)):
         outer = _swap(_by_block(kernels, _swap(inner, pairs)), pairs, back=True)
-        next_x = _normalized(outer)
+        next_x = _unit_columns(outer)
         next_inner = _by_block(kernels, next_x)
         values, residuals = _quotients(
             x, inner, outer, next_x, next_inner, pairs.partner
@@ -230,7 +230,7 @@ def _swap(columns: jax.Array, pairs: _Pairs, *, back: bool = False) -> jax.Array
 
 
 @jax.jit
-def _normalized(columns: jax.Array) -> jax.Array:
+def _unit_columns(columns: jax.Array) -> jax.Array:
     return unit_vectors(columns, 1)[0]
 
 

@@ -7,6 +7,7 @@ product ``M Q``, never the operator, so the operator is compiled once, by its ow
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal, NamedTuple
 
 import jax
@@ -149,6 +150,7 @@ def block_lanczos(
             if progress is not None:
                 jax.block_until_ready(state.step)
                 progress(done + 1)
+        return _jitted_finish(state, width)
     return lanczos_finish(state, width)
 
 
@@ -177,17 +179,28 @@ def lanczos_init(
             f"start_block: expected 1 <= b <= n columns, got b = {width}, n = {size}."
         )
     start_block = jnp.asarray(start_block)
+    state = _first_state(start_block, key, num_steps=num_steps)
+    basis = jax.device_put(state.basis, _sharding(start_block))
+    return state._replace(basis=basis)
+
+
+# One program: eager operations on a mesh send their parts one by one, and on simulated
+# devices may wait for each other without end.
+@partial(jax.jit, static_argnames="num_steps")
+def _first_state(
+    start_block: jax.Array, key: jax.Array, *, num_steps: int
+) -> LanczosState:
+    size, width = start_block.shape
     columns, dtype = (num_steps + 1) * width, start_block.dtype
-    basis = jnp.zeros((size, columns), dtype, device=_sharding(start_block))
+    basis = jnp.zeros((size, columns), dtype)
     scale = jnp.max(_norms(start_block))
     first, _, live = _next_block(
         basis, start_block, scale, jnp.int32(0), jax.random.fold_in(key, num_steps)
     )
-    counts = jnp.zeros(num_steps + 1, jnp.int32).at[0].set(live)
     return LanczosState(
-        basis=jax.device_put(basis.at[:, :width].set(first), _sharding(start_block)),
+        basis=basis.at[:, :width].set(first),
         tridiagonal=jnp.zeros((columns, columns), dtype),
-        live_counts=counts,
+        live_counts=jnp.zeros(num_steps + 1, jnp.int32).at[0].set(live),
         step=jnp.int32(0),
         scale=jnp.zeros((), dtype),
         asymmetry=jnp.zeros((), dtype),
@@ -301,6 +314,7 @@ def _sharding(block: jax.Array) -> NamedSharding | None:
 
 _jitted_step = jax.jit(lanczos_step)
 _jitted_block = jax.jit(lanczos_block, static_argnames="width")
+_jitted_finish = jax.jit(lanczos_finish, static_argnames="width")
 
 
 def _next_block(
