@@ -217,8 +217,13 @@ def test_every_operation_agrees_with_the_plain_path(monkeypatch, name, reduction
     assert close(projected, block.T @ moved @ block)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["resnet18", "plain18"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("resnet18", marks=pytest.mark.slow),
+        pytest.param("plain18", marks=pytest.mark.scheduled),
+    ],
+)
 def test_whole_networks_agree_with_the_plain_path(name):
     problem, params, direction = make(name)
     problem = problem.replace(reduction="mean")

@@ -65,7 +65,8 @@ reductions = pytest.mark.parametrize("reduction", ["mean", "stack"])
 
 
 whole = [
-    pytest.param(name, marks=pytest.mark.slow) for name in ("resnet18", "plainnet18")
+    pytest.param(name, marks=pytest.mark.scheduled)
+    for name in ("resnet18", "plainnet18")
 ]
 
 
@@ -81,10 +82,18 @@ def test_all_forms_equal_the_jacobian_product_in_float64(loss):
     check_all_forms("mlp", jnp.float64, loss)
 
 
-@losses
-@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", ["resnet18", "plainnet18"])
+@pytest.mark.parametrize(
+    ("name", "loss"),
+    [
+        pytest.param("resnet18", "softmax_cross_entropy", marks=pytest.mark.slow),
+        pytest.param("resnet18", "squared", marks=pytest.mark.scheduled),
+        pytest.param(
+            "plainnet18", "softmax_cross_entropy", marks=pytest.mark.scheduled
+        ),
+        pytest.param("plainnet18", "squared", marks=pytest.mark.scheduled),
+    ],
+)
 def test_networks_in_float64(name, loss):
     check_all_forms(name, jnp.float64, loss)
 

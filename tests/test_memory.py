@@ -40,7 +40,7 @@ def test_the_peak_of_a_process_leaves_out_the_one_that_started_it():
     assert 2**24 < int(done.stdout) < here.nbytes < memory.peak_bytes()
 
 
-@pytest.mark.slow
+@pytest.mark.scheduled
 def test_a_stack_of_many_batches_runs_in_the_memory_of_one():
     one = peak(1, 1)
     streamed, held = peak(40, 1), peak(40, 2**40)
