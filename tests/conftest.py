@@ -3,6 +3,8 @@
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Threads of OpenBLAS spin between their short turns, and take a core from the others.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # The suite is bound by compilation, so XLA's costly optimisations only slow it down.
 os.environ["XLA_FLAGS"] = " ".join(
     [os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0"]
