@@ -184,7 +184,7 @@ def protocol_weights(
         name: One of `config.MODELS`; the protocol of all but ``"plainnet18"`` is
             ``"own"``.
         protocol: ``"shared"`` takes the ResNet's checkpoint as it is;
-            ``"recalibrated"`` takes it with BatchNorm statistics gathered anew through
+            ``"recalibrated"`` takes it with BatchNorm statistics gathered again through
             the plain network; ``"own"`` takes the network's own checkpoint.
         dataset: The data.
         config: The settings.
@@ -229,7 +229,7 @@ def recalibrated(
 
 
 def initial_weights(model: nn.Module, dataset: Dataset, config: Config) -> Weights:
-    """Returns the weights that training starts from, made anew from the seed.
+    """Returns the weights that training starts from, rebuilt from the seed.
 
     The BatchNorm statistics are gathered from training batches: the stored ones are
     still those of no data.

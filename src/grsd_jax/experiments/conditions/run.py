@@ -93,7 +93,7 @@ def run_conditions(
     short, the network is trained first; a run that was trained otherwise (longer, say)
     is measured as it stands.
 
-    The path begins at the initialisation, which is made anew from the seed, with
+    The path begins at the initialisation, which is rebuilt from the seed, with
     BatchNorm statistics gathered from training batches: the stored ones are then still
     those of no data. The direction is the gradient flow of the mean cross-entropy on
     the measured batches.

@@ -157,7 +157,7 @@ def _train(
 ) -> tuple[TrainState, float, bool]:
     """Trains for some steps; returns the state, the last loss, and if all was finite.
 
-    Batches are drawn anew at every step; the order is a function of the seed.
+    Batches are drawn again at every step; the order is a function of the seed.
     """
     if config.train_batch_size > len(dataset.train_images):
         raise UserError(
