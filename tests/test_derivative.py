@@ -93,7 +93,14 @@ def test_piecewise_linear_networks_differ_by_their_flips():
     assert relative_error(near, exact) < 1e-4 < 1e-2 < relative_error(far, exact)
 
 
-@pytest.mark.parametrize("name", ["mlp", *networks])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mlp",
+        pytest.param("resnet18", marks=pytest.mark.scheduled),
+        pytest.param("plainnet18", marks=pytest.mark.scheduled),
+    ],
+)
 def test_exact_dense_and_projected_agree_in_float32(name):
     for reduction in ("mean", "stack") if name == "mlp" else ("mean",):
         problem, params, direction = with_direction(

@@ -104,8 +104,14 @@ def test_every_network_is_trained_and_measured(name, tmp_path):
         measure(name, "own", dataset, deeper)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["resmlp", "transformer", "ssm"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("resmlp", marks=pytest.mark.scheduled),
+        pytest.param("transformer", marks=pytest.mark.slow),
+        pytest.param("ssm", marks=pytest.mark.slow),
+    ],
+)
 def test_the_conditions_of_a_network_without_batch_norm(name, tmp_path):
     dataset = small_textures()
     config = dataclasses.replace(TINY, model=name, workdir=str(tmp_path))
