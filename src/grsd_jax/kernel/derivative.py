@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grsd_jax._arrays import is_traced
+from grsd_jax._arrays import is_traced, matmul
 from grsd_jax._checks import (
     check_at_least,
     check_choice,
@@ -38,7 +38,6 @@ from grsd_jax.kernel.sharded import sharded_half
 from grsd_jax.problem import Objective, Point, Problem
 
 DERIVATIVES = ("exact", "finite_difference")
-_HIGHEST = jax.lax.Precision.HIGHEST
 
 Pairs = Callable[[], Iterable[tuple[Jacobian, JacobianMap]]]
 
@@ -280,7 +279,7 @@ def default_step(dtype: jax.typing.DTypeLike) -> float:
 
 def project(vectors: jax.Array, columns: jax.Array) -> jax.Array:
     """Computes ``V^T W``."""
-    return jnp.matmul(vectors.T, columns, precision=_HIGHEST)
+    return matmul(vectors.T, columns)
 
 
 def _pairs(point: Point, batches: list[PyTree], *, factored: bool) -> Pairs:
@@ -331,9 +330,7 @@ def _pulled_half(
 def _tree_products(left: PyTree, right: PyTree) -> jax.Array:
     """Computes the inner products ``[b, b']`` of trees with leading axes b and b'."""
     products = jax.tree.map(
-        lambda x, y: jnp.matmul(
-            x.reshape(len(x), -1), y.reshape(len(y), -1).T, precision=_HIGHEST
-        ),
+        lambda x, y: matmul(x.reshape(len(x), -1), y.reshape(len(y), -1).T),
         left,
         right,
     )

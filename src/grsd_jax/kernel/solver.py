@@ -75,9 +75,10 @@ def count_operations(point: Point, num_columns: int) -> tuple[float, float]:
     """Counts the operations of a measurement with derivative, by both solvers.
 
     With g those of a forward pass of all batches, the dense kernel takes ``6 C g`` for
-    the rows of J and Jdot, ``3 n^2 P`` for their Gram products and ``20 n^3`` for the
-    eigenvectors; Lanczos takes ``10 g`` a column, 4 for M and 6 for Mdot, and ``6 n
-    r^2`` for its basis. Factors save both about as much, so they do not count.
+    the rows of J and Jdot, ``3 n K N C P`` for their Gram products (``n = K N C`` for a
+    stack) and ``20 n^3`` for the eigenvectors; Lanczos takes ``10 g`` a column, 4 for M
+    and 6 for Mdot, and ``6 n r^2`` for its basis. Factors save both about as much, so
+    they do not count.
 
     Args:
         point: The problem at its parameters.
@@ -89,7 +90,8 @@ def count_operations(point: Point, num_columns: int) -> tuple[float, float]:
     n, outputs = point.dimension, point.error.shape[1]
     num_params = sum(np.size(leaf) for leaf in jax.tree.leaves(point.params))
     forward = point.num_batches * _forward_operations(point)
-    dense = 6.0 * outputs * forward + 3.0 * n**2 * num_params + 20.0 * n**3
+    rows = point.num_batches * int(np.prod(point.error.shape))
+    dense = 6.0 * outputs * forward + 3.0 * n * rows * num_params + 20.0 * n**3
     lanczos = 10.0 * num_columns * forward + 6.0 * n * num_columns**2
     return dense, lanczos
 

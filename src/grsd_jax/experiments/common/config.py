@@ -144,7 +144,7 @@ class Config(Settings):
     protocol: tuple[str, ...] = setting(
         ("shared", "recalibrated", "own"),
         "Where the plain net's weights come from: the ResNet's (shared), those with "
-        "BatchNorm statistics gathered anew (recalibrated), its own training (own).",
+        "BatchNorm statistics gathered again (recalibrated), its own training (own).",
         each=("shared", "recalibrated", "own"),
     )
 

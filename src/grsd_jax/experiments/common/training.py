@@ -18,6 +18,7 @@ import numpy as np
 import optax
 from flax import linen as nn
 
+from grsd_jax._arrays import all_finite
 from grsd_jax._checks import check_at_least
 from grsd_jax._typing import PyTree
 from grsd_jax.errors import softmax_cross_entropy
@@ -202,15 +203,10 @@ def train_step(
     metrics = {
         "loss": loss,
         "accuracy": jnp.mean(hits.astype(jnp.float32)),
-        "finite": _all_finite((loss, new.params, new.batch_stats)),
+        # The loss alone does not tell: a relu can turn the NaN of its input into 0.
+        "finite": all_finite((loss, new.params, new.batch_stats)),
     }
     return new, metrics
-
-
-def _all_finite(tree: PyTree) -> jax.Array:
-    # The loss alone does not tell: a relu can turn the NaN of its input into 0.
-    leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
-    return jnp.all(jnp.stack(leaves))
 
 
 class TrainResult(NamedTuple):
