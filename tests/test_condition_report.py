@@ -34,7 +34,7 @@ LENIENT = Thresholds(max_tail_sum=10.0)
 OPTIONS = {
     "key": KEY,
     "solver": "dense",
-    "shells": Binning(num_shells=4, window=3, num_bootstrap=0),
+    "shells": Binning(num_shells=5, window=3, num_bootstrap=0),
 }
 
 
@@ -85,7 +85,7 @@ def test_a_report_holds_every_condition_at_its_points(mlp_report):
     assert got.condition2.coherence.products.shape == (2, 2)
     assert len(got.condition3.norms) == 3
     assert len(got.condition3.leading_drift) == 2
-    assert got.condition3.shell_drift.drift.shape == (2, 4)
+    assert got.condition3.shell_drift.drift.shape == (2, 5)
     assert len(got.condition4.measurements) == 3
     assert len(told) == 5
 
@@ -104,6 +104,9 @@ def test_every_verdict_shows_numbers_and_thresholds(mlp_report):
     slope_error = abs(float(fit.exponent) - 1)
     assert numbers["distance of the slope to 1"] == pytest.approx(slope_error)
     assert numbers["R^2 of the diagonal"] == pytest.approx(float(fit.r_squared))
+    centre = got.condition4.central_residuals[-1]
+    assert 0 < centre < 1
+    assert numbers["Toeplitz residual at the centre"] == centre
     tail = float(got.condition2.coherence.coherence[0, 1])
     assert numbers["tail sum of the coherence"] == pytest.approx(tail)
     drifts = [float(d.frobenius) for d in got.condition3.leading_drift]

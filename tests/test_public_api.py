@@ -56,6 +56,7 @@ CONTRACT = {
         "spectral_density",
     },
     "grsd_jax.shells": {
+        "centre_toeplitz_residual",
         "fit_power_law",
         "log_shells",
         "measure_layers",

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from grsd_jax.shells import centre_toeplitz_residual
 from grsd_jax.shells import toeplitz as module
 
 toeplitz_approximation = jax.jit(module.toeplitz_approximation)
@@ -229,6 +230,18 @@ def test_vmap_jit_and_one_trace():
         np.testing.assert_allclose(residuals[k], want, rtol=1e-5, atol=1e-6)
         want = windowed_toeplitz_residual(matrices[k], 3, masks[k])
         np.testing.assert_allclose(windows[k], want, rtol=1e-5, atol=1e-6)
+
+
+def test_the_centre_is_that_of_the_defined_windows():
+    windows = np.float32([0.9, 0.25, 0.5, 0.125, 0.75, 0.625])
+    assert centre_toeplitz_residual(windows) == (0.5 + 0.125) / 2
+    assert centre_toeplitz_residual(windows, np.ones(6, np.int32)) == 0.3125
+    assert centre_toeplitz_residual(windows, np.int32([3, 1, 0, 2, 1, 1])) == 0.125
+    assert centre_toeplitz_residual(windows, np.int32([3, 1, 0, 0, 1, 1])) == 0.5
+    windows[3] = np.nan
+    assert centre_toeplitz_residual(windows) == 0.5
+    assert np.isnan(centre_toeplitz_residual(windows, np.int32([1, 0, 0, 1, 0, 1])))
+    assert np.isnan(centre_toeplitz_residual(windows[:2]))
 
 
 def test_rejects_bad_arguments():

@@ -45,9 +45,10 @@ from grsd_jax.conditions.verdicts import Thresholds, Verdict
 from grsd_jax.kernel.derivative import gradient_flow_direction
 from grsd_jax.parameter_blocks import ParameterBlocks
 from grsd_jax.problem import Problem
-from grsd_jax.shells.diagnostics import CouplingMeasurement, ToeplitzDiagnostics
+from grsd_jax.shells.diagnostics import CouplingMeasurement
 from grsd_jax.shells.measurement import Solver, measure_coupling
 from grsd_jax.shells.options import Binning, Window
+from grsd_jax.shells.toeplitz import centre_toeplitz_residual
 
 #: Eigenvectors of the leading projector, whose drift is measured.
 _NUM_LEADING = 8
@@ -126,8 +127,8 @@ class ShiftInvariance(NamedTuple):
 
     Attributes:
         measurements: The shell coupling at each point.
-        central_residuals: The renormalised coupling's Toeplitz residual in the windows
-            nearest to the centre, at each point.
+        central_residuals: The renormalised coupling's `centre_toeplitz_residual`, at
+            each point.
         verdict: Residual, slope and R^2 at the last point.
     """
 
@@ -309,17 +310,11 @@ def _stability(
 def _shift_invariance(
     measurements: list[CouplingMeasurement], thresholds: Thresholds
 ) -> ShiftInvariance:
-    central = [_central_residual(found.renormalized) for found in measurements]
+    central = [
+        centre_toeplitz_residual(
+            found.renormalized.windows, found.renormalized.degrees_of_freedom
+        )
+        for found in measurements
+    ]
     checks = invariance_checks(central[-1], measurements[-1], thresholds)
     return ShiftInvariance(measurements, central, Verdict(checks))
-
-
-def _central_residual(diagnostics: ToeplitzDiagnostics) -> float:
-    """Returns the mean residual of the defined windows nearest to the centre."""
-    residuals = np.asarray(diagnostics.windows, np.float64)
-    defined = np.asarray(diagnostics.degrees_of_freedom) > 0
-    if not defined.any():
-        return float("nan")
-    offset = np.abs(np.arange(len(residuals)) - (len(residuals) - 1) / 2)
-    nearest = defined & (offset == offset[defined].min())
-    return float(residuals[nearest].mean())

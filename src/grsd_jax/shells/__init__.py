@@ -13,6 +13,7 @@ from grsd_jax.shells.measurement import measure_coupling
 from grsd_jax.shells.options import Binning, Window
 from grsd_jax.shells.power_law import PowerLawFit, fit_power_law
 from grsd_jax.shells.toeplitz import (
+    centre_toeplitz_residual,
     toeplitz_approximation,
     toeplitz_degrees_of_freedom,
     toeplitz_residual,
@@ -30,6 +31,7 @@ __all__ = [
     "ToeplitzDiagnostics",
     "Window",
     "assign_shells",
+    "centre_toeplitz_residual",
     "fit_power_law",
     "log_shells",
     "measure_coupling",

@@ -1,11 +1,15 @@
 """How far a matrix is from depending on ``i - j`` alone (paper 7.4, 7.5).
 
-Every function takes one square matrix and a mask of its valid entries, and works under
-``jit``, ``vmap`` and ``grad``. What a masked entry holds, NaN included, has no effect.
+Every function of a matrix takes a square one and a mask of its valid entries, and works
+under ``jit``, ``vmap`` and ``grad``. What a masked entry holds, NaN included, has no
+effect.
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from grsd_jax._arrays import as_mask, as_square, divisor
 from grsd_jax._checks import check_at_least
@@ -106,6 +110,39 @@ def windowed_toeplitz_residual(
     matrix, mask = _matrix_and_mask(matrix, mask)
     _check_window(window, matrix.shape[0])
     return jax.vmap(toeplitz_residual)(_windows(matrix, window), _windows(mask, window))
+
+
+def centre_toeplitz_residual(
+    windows: jax.typing.ArrayLike,
+    degrees_of_freedom: jax.typing.ArrayLike | None = None,
+) -> float:
+    """Returns the mean residual of the windows nearest to the centre of the spectrum.
+
+    Only defined windows count: those with a residual and a degree of freedom. With
+    fewer than three of them no window lies between the two edges.
+
+    Args:
+        windows: [W], the :func:`windowed_toeplitz_residual`, NaN where undefined. On
+            the host: this function cannot be traced.
+        degrees_of_freedom: [W], the :func:`windowed_toeplitz_degrees_of_freedom`.
+            Default: every residual that is not NaN is defined.
+
+    Returns:
+        The mean, in float64, over the one or two defined windows nearest to the centre;
+        NaN with fewer than three defined windows.
+
+    References:
+        Paper 7.5.
+    """
+    residuals = np.asarray(windows, np.float64)
+    defined = ~np.isnan(residuals)
+    if degrees_of_freedom is not None:
+        defined &= np.asarray(degrees_of_freedom) > 0
+    if np.sum(defined) < 3:
+        return math.nan
+    offset = np.abs(np.arange(len(residuals)) - (len(residuals) - 1) / 2)
+    nearest = defined & (offset == offset[defined].min())
+    return float(residuals[nearest].mean())
 
 
 def toeplitz_degrees_of_freedom(mask: jax.typing.ArrayLike) -> jax.Array:

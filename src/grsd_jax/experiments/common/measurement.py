@@ -14,7 +14,7 @@ from grsd_jax._typing import PyTree
 from grsd_jax.experiments.common.config import Config, Settings, UserError
 from grsd_jax.experiments.common.data import Dataset
 from grsd_jax.experiments.common.networks import Weights
-from grsd_jax.experiments.common.quantities import windows_of
+from grsd_jax.experiments.common.quantities import window_residuals
 from grsd_jax.experiments.common.runs import environment, progress_bar, writes
 from grsd_jax.kernel import choose_solver, shard_batches
 from grsd_jax.kernel.derivative import default_step
@@ -283,16 +283,18 @@ def _toeplitz(
     diagnostics: ToeplitzDiagnostics, edges: np.ndarray, window: int
 ) -> dict[str, Any]:
     """Returns the residuals; one that is zero by construction becomes null."""
+    residuals = window_residuals(diagnostics)
+    last = len(residuals) - 1
     windows = [
         {
             "start": start,
             "stop": start + window,
             "lambda_center": float(np.sqrt(edges[start] * edges[start + window])),
-            "position": position,
-            "residual": residual,
+            "position": start / last if last else 0.5,
+            "residual": float(residual),
             "degrees_of_freedom": int(diagnostics.degrees_of_freedom[start]),
         }
-        for start, (position, residual) in enumerate(windows_of(diagnostics))
+        for start, residual in enumerate(residuals)
     ]
     freedom = int(toeplitz_degrees_of_freedom(diagnostics.coupling.mask))
     residual = float(diagnostics.residual) if freedom > 0 else None

@@ -1,19 +1,15 @@
 """The quantities in the tables, each defined once, under one name."""
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 
 from grsd_jax.shells import (
     CouplingMeasurement,
     ToeplitzDiagnostics,
+    centre_toeplitz_residual,
     toeplitz_degrees_of_freedom,
 )
-
-#: Position from 0 (small lambda) to 1 and Toeplitz residual of each window, in order
-#: of position; the residual is NaN where it is undefined.
-Windows = Sequence[tuple[float, float]]
 
 
 def coupling_quantities(measured: CouplingMeasurement) -> dict[str, float]:
@@ -29,7 +25,7 @@ def coupling_quantities(measured: CouplingMeasurement) -> dict[str, float]:
         renormalised one, and its parts ``toeplitz_edge``, ``toeplitz_centre`` and
         ``toeplitz_middle_third``.
     """
-    fit, windows = measured.diagonal_fit, windows_of(measured.renormalized)
+    fit, windows = measured.diagonal_fit, window_residuals(measured.renormalized)
     return {
         "num_resolved": int(np.sum(measured.resolved)),
         "slope": float(fit.exponent),
@@ -38,7 +34,7 @@ def coupling_quantities(measured: CouplingMeasurement) -> dict[str, float]:
         "toeplitz_literal": _whole_residual(measured.literal),
         "toeplitz_residual": _whole_residual(measured.renormalized),
         "toeplitz_edge": edge_residual(windows),
-        "toeplitz_centre": centre_residual(windows),
+        "toeplitz_centre": centre_toeplitz_residual(windows),
         "toeplitz_middle_third": middle_third_residual(windows),
     }
 
@@ -49,69 +45,50 @@ def _whole_residual(diagnostics: ToeplitzDiagnostics) -> float:
     return float(diagnostics.residual) if free else math.nan
 
 
-def windows_of(diagnostics: ToeplitzDiagnostics) -> Windows:
-    """Returns the windows of a coupling.
+def window_residuals(diagnostics: ToeplitzDiagnostics) -> np.ndarray:
+    """Returns the Toeplitz residual of each window of a coupling.
 
     Args:
         diagnostics: Of the literal or the renormalised coupling.
 
     Returns:
-        Position and residual of each; a residual that is zero by construction, without
-        a degree of freedom, is undefined.
+        ``[W]``, from small to large lambda; one that is zero by construction, without a
+        degree of freedom, is undefined, NaN.
     """
     freedom = np.asarray(diagnostics.degrees_of_freedom)
-    residuals = np.where(freedom > 0, diagnostics.windows, np.nan)
-    positions = np.linspace(0, 1, len(residuals)) if len(residuals) > 1 else [0.5]
-    return list(zip(map(float, positions), map(float, residuals), strict=True))
+    return np.where(freedom > 0, diagnostics.windows, np.nan)
 
 
-def edge_residual(windows: Windows) -> float:
+def edge_residual(residuals: np.ndarray) -> float:
     """Returns the *edge* of the tables: the mean residual of the two outermost windows.
 
+    The *centre* is the `centre_toeplitz_residual` of the same windows.
+
     Args:
-        windows: The windows.
+        residuals: One for each window, from small to large lambda; NaN where undefined.
 
     Returns:
         The mean over the first and the last window that are defined; NaN with fewer
         than three of them.
     """
-    defined = _defined(windows)
-    if len(defined) < 3:
-        return math.nan
-    return (defined[0][1] + defined[-1][1]) / 2
+    defined = _defined(residuals)
+    return (defined[0] + defined[-1]) / 2 if len(defined) >= 3 else math.nan
 
 
-def centre_residual(windows: Windows) -> float:
-    """Returns the *centre* of the tables: the mean residual nearest to the centre.
-
-    Args:
-        windows: The windows.
-
-    Returns:
-        The mean over the defined windows whose position is nearest to 1/2, one or two;
-        NaN with fewer than three defined windows.
-    """
-    defined = _defined(windows)
-    if len(defined) < 3:
-        return math.nan
-    nearest = min(abs(position - 0.5) for position, _ in defined)
-    return float(np.mean([r for p, r in defined if abs(p - 0.5) <= nearest + 1e-9]))
-
-
-def middle_third_residual(windows: Windows) -> float:
+def middle_third_residual(residuals: np.ndarray) -> float:
     """Returns the *middle third* of the tables: the mean residual over that third.
 
     Args:
-        windows: The windows.
+        residuals: One for each window, from small to large lambda; NaN where undefined.
 
     Returns:
         The mean over the defined windows among those that are left without the first
         and the last third; NaN if none of them is defined.
     """
-    third = len(windows) // 3
-    defined = _defined(windows[third : len(windows) - third])
-    return float(np.mean([r for _, r in defined])) if defined else math.nan
+    third = len(residuals) // 3
+    defined = _defined(residuals[third : len(residuals) - third])
+    return float(np.mean(defined)) if defined else math.nan
 
 
-def _defined(windows: Windows) -> Windows:
-    return [window for window in windows if not math.isnan(window[1])]
+def _defined(residuals: np.ndarray) -> list[float]:
+    return [float(residual) for residual in residuals if not math.isnan(residual)]

@@ -12,12 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from grsd_jax.experiments.common.config import TITLES, UserError
-from grsd_jax.experiments.common.quantities import (
-    Windows,
-    centre_residual,
-    edge_residual,
-)
+from grsd_jax.experiments.common.quantities import edge_residual
 from grsd_jax.experiments.common.tables import MISSING, aligned, finite, number
+from grsd_jax.shells import centre_toeplitz_residual
 
 #: Names of the arrays of one measurement, and their shapes in r modes and S shells.
 _SHAPES = {
@@ -66,8 +63,8 @@ class Entry(NamedTuple):
             value = value.get(key) if isinstance(value, Mapping) else None
         return finite(value)
 
-    def windows(self, kind: str) -> Windows:
-        """Returns the windows of a coupling, NaN for null.
+    def windows(self, kind: str) -> list[tuple[float, float]]:
+        """Returns position and residual of each window of a coupling, NaN for null.
 
         Args:
             kind: ``"literal"`` or ``"renormalized"``.
@@ -168,7 +165,8 @@ def format_table(results: Any) -> str:
     The first says what was measured and how the diagonal scales: the slope of
     ``|Mdot_ii|`` against ``lambda_i`` with its standard error and bootstrap interval,
     and the slope over shells. The second holds the Toeplitz residuals: of the whole
-    coupling, and from the edges (`edge_residual`) to the centre (`centre_residual`).
+    coupling, and from the edges (`edge_residual`) to the centre
+    (`centre_toeplitz_residual`).
 
     Args:
         results: The contents of ``results.json``, of one measurement or of several.
@@ -242,8 +240,8 @@ def _toeplitz(entry: Entry) -> list[str]:
     """The cells of the second table."""
     cells = []
     for kind in ("literal", "renormalized"):
-        windows = entry.windows(kind)
-        edge, centre = edge_residual(windows), centre_residual(windows)
+        residuals = np.array([residual for _, residual in entry.windows(kind)])
+        edge, centre = edge_residual(residuals), centre_toeplitz_residual(residuals)
         cells.append(number(entry.number("toeplitz", kind, "residual")))
         cells.append(f"{number(edge)} -> {number(centre)}")
     return [*cells, number(entry.number("secant_disagreement"), ".2g")]
