@@ -14,7 +14,7 @@ from grsd_jax._typing import PyTree
 from grsd_jax.experiments.common.config import Config, Settings, UserError
 from grsd_jax.experiments.common.data import Dataset
 from grsd_jax.experiments.common.networks import Weights
-from grsd_jax.experiments.common.quantities import window_residuals
+from grsd_jax.experiments.common.quantities import whole_residual, window_residuals
 from grsd_jax.experiments.common.runs import environment, progress_bar, writes
 from grsd_jax.kernel import choose_solver, shard_batches
 from grsd_jax.kernel.derivative import default_step
@@ -282,7 +282,7 @@ def _fit(fit: PowerLawFit) -> dict[str, Any]:
 def _toeplitz(
     diagnostics: ToeplitzDiagnostics, edges: np.ndarray, window: int
 ) -> dict[str, Any]:
-    """Returns the residuals; one that is zero by construction becomes null."""
+    """Returns the residuals; one that is zero by construction is NaN, a file's null."""
     residuals = window_residuals(diagnostics)
     last = len(residuals) - 1
     windows = [
@@ -296,6 +296,10 @@ def _toeplitz(
         }
         for start, residual in enumerate(residuals)
     ]
-    freedom = int(toeplitz_degrees_of_freedom(diagnostics.coupling.mask))
-    residual = float(diagnostics.residual) if freedom > 0 else None
-    return {"residual": residual, "degrees_of_freedom": freedom, "windows": windows}
+    return {
+        "residual": whole_residual(diagnostics),
+        "degrees_of_freedom": int(
+            toeplitz_degrees_of_freedom(diagnostics.coupling.mask)
+        ),
+        "windows": windows,
+    }

@@ -31,16 +31,23 @@ def coupling_quantities(measured: CouplingMeasurement) -> dict[str, float]:
         "slope": float(fit.exponent),
         "slope_stderr": float(fit.exponent_stderr),
         "r_squared": float(fit.r_squared),
-        "toeplitz_literal": _whole_residual(measured.literal),
-        "toeplitz_residual": _whole_residual(measured.renormalized),
+        "toeplitz_literal": whole_residual(measured.literal),
+        "toeplitz_residual": whole_residual(measured.renormalized),
         "toeplitz_edge": edge_residual(windows),
         "toeplitz_centre": centre_toeplitz_residual(windows),
         "toeplitz_middle_third": middle_third_residual(windows),
     }
 
 
-def _whole_residual(diagnostics: ToeplitzDiagnostics) -> float:
-    """Returns the residual of the whole coupling, NaN where zero by construction."""
+def whole_residual(diagnostics: ToeplitzDiagnostics) -> float:
+    """Returns the Toeplitz residual of the whole coupling.
+
+    Args:
+        diagnostics: Of the literal or the renormalised coupling.
+
+    Returns:
+        The residual; NaN where it is zero by construction, without a degree of freedom.
+    """
     free = toeplitz_degrees_of_freedom(diagnostics.coupling.mask) > 0
     return float(diagnostics.residual) if free else math.nan
 
