@@ -51,6 +51,7 @@ CONTRACT = {
     },
     "grsd_jax.linalg": {
         "block_lanczos",
+        "default_floor",
         "leading_eigenpairs",
         "ritz_pairs",
         "spectral_density",

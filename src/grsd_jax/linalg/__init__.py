@@ -11,7 +11,12 @@ from grsd_jax.linalg.lanczos import (
     lanczos_init,
     lanczos_step,
 )
-from grsd_jax.linalg.ritz import RitzPairs, resolved_pairs, ritz_pairs
+from grsd_jax.linalg.ritz import (
+    RitzPairs,
+    default_floor,
+    resolved_pairs,
+    ritz_pairs,
+)
 
 __all__ = [
     "LanczosResult",
@@ -20,6 +25,7 @@ __all__ = [
     "RitzPairs",
     "SpectralDensity",
     "block_lanczos",
+    "default_floor",
     "lanczos_block",
     "lanczos_finish",
     "lanczos_init",

@@ -119,5 +119,12 @@ def rounding_bound(num_pairs: int, dtype: jax.typing.DTypeLike) -> float:
 
 
 def default_floor(dtype: jax.typing.DTypeLike) -> float:
-    """Returns ten eps of the dtype: below it eigenvalues are rounding noise."""
+    """Returns ten eps of the dtype: below it eigenvalues are rounding noise.
+
+    Args:
+        dtype: A floating dtype.
+
+    Returns:
+        The floor where none is given, relative to the largest eigenvalue.
+    """
     return 10 * float(jnp.finfo(dtype).eps)

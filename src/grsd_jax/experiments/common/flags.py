@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from absl import app, flags, logging
 
-from grsd_jax.conditions.verdicts import Thresholds
+from grsd_jax.conditions import Thresholds
 from grsd_jax.experiments.common.config import Config, UserError, check_field
 
 

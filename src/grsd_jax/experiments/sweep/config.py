@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from grsd_jax.experiments.common.config import CHAINS, RESIDUAL, Settings, setting
 from grsd_jax.experiments.common.networks import make_network
-from grsd_jax.models.resnet import ACTIVATIONS
+from grsd_jax.models import ACTIVATIONS
 
 
 @dataclasses.dataclass(frozen=True)
