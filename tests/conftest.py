@@ -5,9 +5,16 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Threads of OpenBLAS spin between their short turns, and take a core from the others.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-# The suite is bound by compilation, so XLA's costly optimisations only slow it down.
+# The suite is bound by compilation of tiny programs: XLA's costly optimisations, its
+# newer emitters of fusions and threads within one program only slow it down.
 os.environ["XLA_FLAGS"] = " ".join(
-    [os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0"]
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_backend_optimization_level=0",
+        "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
+        "--xla_cpu_parallel_codegen_split_count=1",
+        "--xla_cpu_multi_thread_eigen=false",
+    ]
 )
 
 import jax
