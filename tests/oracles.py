@@ -50,7 +50,9 @@ def network_problem(
         num_classes = 3
         model = make(num_classes, width=2, activation=activation)
         batches = random_batches(2, 3, (8, 8, 3), num_classes, dtype)
-    variables = model.init(jax.random.key(0), batches["image"][0].astype(jnp.float32))
+    variables = jax.jit(model.init)(
+        jax.random.key(0), batches["image"][0].astype(jnp.float32)
+    )
     variables = cast(dict(variables), dtype)
     params = variables.pop("params")
     outputs_fn = models.linen_outputs(model, variables)
@@ -76,16 +78,19 @@ def plain(problem):
 def dense_jacobians(problem, params):
     """Returns J of every batch, ``[K, n, P]``, by plain reverse mode."""
 
-    def one(batch):
-        jacobian = jax.jacrev(lambda p: problem.error(p, batch).reshape(-1))(params)
-        rows = [leaf.reshape(leaf.shape[0], -1) for leaf in jax.tree.leaves(jacobian)]
-        return jnp.concatenate(rows, axis=1)
-
     num_batches = jax.tree.leaves(problem.batches)[0].shape[0]
     return [
-        one(jax.tree.map(lambda leaf, k=k: leaf[k], problem.batches))
+        _rows(problem, params, jax.tree.map(lambda leaf, k=k: leaf[k], problem.batches))
         for k in range(num_batches)
     ]
+
+
+@jax.jit
+def _rows(problem, params, batch):
+    """Returns J of one batch, ``[n, P]``, compiled as one program."""
+    jacobian = jax.jacrev(lambda p: problem.error(p, batch).reshape(-1))(params)
+    rows = [leaf.reshape(leaf.shape[0], -1) for leaf in jax.tree.leaves(jacobian)]
+    return jnp.concatenate(rows, axis=1)
 
 
 def dense_kernel(problem, params):

@@ -29,7 +29,7 @@ def small_plain_network(dtype, loss):
     """Returns the layers of a PlainNet-18, strides and shortcuts too, in two blocks."""
     model = models.ResNet(3, 2, "gelu", stage_sizes=(1, 1), residual=False)
     batches = random_batches(2, 3, (8, 8, 3), 3, dtype)
-    variables = dict(model.init(jax.random.key(0), batches["image"][0]))
+    variables = dict(jax.jit(model.init)(jax.random.key(0), batches["image"][0]))
     params = variables.pop("params")
     return Problem(models.linen_outputs(model, variables), batches, loss=loss), params
 

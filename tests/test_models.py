@@ -32,7 +32,7 @@ def test_both_networks_have_one_tree():
 
 def test_one_checkpoint_loads_into_both_and_the_skip_is_the_difference():
     resnet, plain = models.ResNet18(width=2), models.PlainNet18(width=2)
-    variables = resnet.init(jax.random.key(0), IMAGES)
+    variables = jax.jit(resnet.init)(jax.random.key(0), IMAGES)
     assert not np.allclose(
         jax.jit(resnet.apply)(variables, IMAGES),
         jax.jit(plain.apply)(variables, IMAGES),
@@ -57,7 +57,7 @@ def test_one_checkpoint_loads_into_both_and_the_skip_is_the_difference():
 
 def test_evaluation_mode_treats_examples_independently():
     model = models.ResNet18(width=2)
-    variables = model.init(jax.random.key(0), IMAGES)
+    variables = jax.jit(model.init)(jax.random.key(0), IMAGES)
     both = model.apply(variables, IMAGES, train=False)
     one = model.apply(variables, IMAGES[:1], train=False)
     np.testing.assert_allclose(both[:1], one, atol=1e-5)
@@ -78,7 +78,7 @@ def test_outputs_are_a_pytree_with_a_visible_model():
 def test_any_linen_module_becomes_a_problem():
     model = MLP()
     images = jnp.ones((1, 2, 4))
-    params = model.init(jax.random.key(0), images[0])["params"]
+    params = jax.jit(model.init)(jax.random.key(0), images[0])["params"]
     batches = {"image": images, "label": jnp.zeros((1, 2), jnp.int32)}
     problem = Problem(models.linen_outputs(model, {}), batches)
     assert kernel_dense(problem, params).shape == (6, 6)

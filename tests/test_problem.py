@@ -209,7 +209,7 @@ def test_factors_of_a_sequence_model_are_those_of_the_plain_path():
         "label": jnp.asarray(rng.integers(0, C, size=(K, N, 2))),
     }
     image = batches["image"][0].astype(jnp.float32)
-    params = cast(model.init(jax.random.key(0), image)["params"], jnp.float64)
+    params = cast(jax.jit(model.init)(jax.random.key(0), image)["params"], jnp.float64)
     problem = Problem(models.linen_outputs(model, {}), batches)
     close(kernel_dense(problem, params), kernel_dense(plain(problem), params))
 
@@ -457,7 +457,7 @@ def test_statistics_of_batch_norm_are_data():
     model = models.ResNet(C, 2, stage_sizes=(1,))
     image = jax.random.normal(jax.random.key(0), (1, N, 4, 4, 3))
     batches = {"image": image, "label": jnp.zeros((1, N), jnp.int32)}
-    variables = dict(model.init(jax.random.key(1), image[0]))
+    variables = dict(jax.jit(model.init)(jax.random.key(1), image[0]))
     params = variables.pop("params")
     problem = Problem(models.linen_outputs(model, variables), batches)
     compiled = 0

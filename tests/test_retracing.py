@@ -53,7 +53,7 @@ def measured(problem, params, direction):
 )
 def test_a_second_call_traces_nothing(operation, hidden):
     model, batches = Counting(), random_batches(1, 4, (5,), 3)
-    params = model.init(KEY, batches["image"][0])["params"]
+    params = jax.jit(model.init)(KEY, batches["image"][0])["params"]
 
     def run(scale):
         problem = grsd.Problem(linen_outputs(model, {}), batches)

@@ -103,7 +103,7 @@ class Convolutions(nn.Module):
 def test_convolutions_statistics_and_a_second_mesh_axis(layers_known):
     batches = random_batches(1, 4, (4, 4, 2), 3)
     model = Convolutions()
-    variables = model.init(jax.random.key(0), batches["image"][0])
+    variables = jax.jit(model.init)(jax.random.key(0), batches["image"][0])
     params = variables["params"]
     stats = jax.tree.map(lambda leaf: leaf + 0.5, variables["batch_stats"])
     outputs_fn = models.linen_outputs(model, {"batch_stats": stats})

@@ -111,7 +111,7 @@ def test_networks_with_few_examples_are_dense():
         models.ResNet(3, 4, stage_sizes=(1,)),
         random_batches(1, 3, (8, 8, 3), 3),
     )
-    variables = dict(model.init(jax.random.key(0), batches["image"][0]))
+    variables = dict(jax.jit(model.init)(jax.random.key(0), batches["image"][0]))
     params = variables.pop("params")
     problem = Problem(models.linen_outputs(model, variables), batches)
     assert choose_solver(problem, params, num_columns=8) == "dense"

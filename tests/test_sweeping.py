@@ -114,7 +114,7 @@ def test_a_row_is_what_the_library_measures(swept):
     batches = evaluation_batches(
         DATA.test_images, DATA.test_labels, num_batches=1, batch_size=4, seed=0
     )
-    params = model.init(jax.random.key(0), batches["image"][0])["params"]
+    params = jax.jit(model.init)(jax.random.key(0), batches["image"][0])["params"]
     measured = measure_coupling(
         Problem(linen_outputs(model, {}), batches),
         params,
