@@ -25,11 +25,27 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+#: Compiled programs that a process may hold; many thousands exhaust it.
+_MANY_PROGRAMS = 2000
+
+_compiled = []
+
+
+def _count_program(event, duration, **details):
+    if event.endswith("backend_compile_duration"):
+        _compiled.append(duration)
+
+
+jax.monitoring.register_event_duration_secs_listener(_count_program)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _forget_programs():
-    """Frees the compiled programs of a test file; many thousands exhaust a process."""
+    """Frees compiled programs between test files, when there are many of them."""
     yield
-    jax.clear_caches()
+    if len(_compiled) > _MANY_PROGRAMS:
+        _compiled.clear()
+        jax.clear_caches()
 
 
 @pytest.fixture
