@@ -132,23 +132,35 @@ def block_coherence(
 def _coherence(
     products: jax.Array, residuals: jax.Array, converged: jax.Array, iterations: int
 ) -> BlockCoherence:
+    norms, coherence = _normalized(products)
+    return BlockCoherence(products, norms, coherence, residuals, converged, iterations)
+
+
+@jax.jit
+def _normalized(products: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the norms of the blocks, and the products over those of each pair."""
     norms = jnp.sqrt(jnp.diag(products))
     scale = norms[:, None] * norms[None, :]
     # Zero over zero is zero; what is not finite stays not finite.
-    coherence = jnp.where(scale == 0, 0, products / jnp.where(scale == 0, 1, scale))
-    return BlockCoherence(products, norms, coherence, residuals, converged, iterations)
+    return norms, jnp.where(scale == 0, 0, products / jnp.where(scale == 0, 1, scale))
 
 
 def _dense_products(kernels: list[jax.Array]) -> jax.Array:
     """Returns ``|F_l^T F_m|_op`` of the symmetric roots' factors, ``M = F F^T``."""
     factors = [_factor(kernel) for kernel in kernels]
-    rows = [
-        jnp.stack([_norm_of_product(left, right) for right in factors[: i + 1]])
+    lower = [
+        [_norm_of_product(left, right) for right in factors[: i + 1]]
         for i, left in enumerate(factors)
     ]
-    size = len(kernels)
-    lower = jnp.stack([jnp.pad(row, (0, size - row.shape[0])) for row in rows])
-    return lower + jnp.tril(lower, -1).T
+    return _symmetric(lower)
+
+
+@jax.jit
+def _symmetric(lower: list[list[jax.Array]]) -> jax.Array:
+    """Returns the symmetric matrix with the given entries up to the diagonal."""
+    size = len(lower)
+    rows = [[lower[max(i, j)][min(i, j)] for j in range(size)] for i in range(size)]
+    return jnp.array(rows)
 
 
 @jax.jit

@@ -5,6 +5,8 @@ and equation 11). What can be measured is the influence ``R_lm``, the part of ``
 that the motion of block m causes, and how it falls with the distance ``|l - m|``.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -83,13 +85,20 @@ def influence_profile(
         _influence_of(point, blocks, block, probes, column_chunk)
         for block in range(len(blocks.names))
     ]
+    influence, stderr = _estimate(columns, exact=num_probes is None)
+    return InfluenceProfile(influence, stderr, num_probes or 0)
+
+
+@partial(jax.jit, static_argnames="exact")
+def _estimate(columns: list[jax.Array], *, exact: bool) -> tuple[jax.Array, jax.Array]:
+    """Returns the influence and its errors from its squared columns by probes."""
     squares = jnp.stack(columns, axis=-1)  # [probes, L, L]
-    if num_probes is None:
+    if exact:
         influence = jnp.sqrt(jnp.sum(squares, axis=0))
-        return InfluenceProfile(influence, jnp.zeros_like(influence), 0)
+        return influence, jnp.zeros_like(influence)
     influence = jnp.sqrt(jnp.mean(squares, axis=0))
-    spread = jnp.std(squares, axis=0, ddof=1) / num_probes**0.5
-    return InfluenceProfile(influence, ratio(spread, 2 * influence), num_probes)
+    spread = jnp.std(squares, axis=0, ddof=1) / squares.shape[0] ** 0.5
+    return influence, ratio(spread, 2 * influence)
 
 
 def distance_totals(matrix: jax.typing.ArrayLike) -> jax.Array:
@@ -105,8 +114,7 @@ def distance_totals(matrix: jax.typing.ArrayLike) -> jax.Array:
         ValueError: If ``matrix`` is not a floating square matrix.
     """
     matrix = as_square("matrix", matrix)
-    size = matrix.shape[0]
-    return jax.ops.segment_sum(matrix.reshape(-1), _distances(size), size)
+    return _by_distance(matrix, jax.ops.segment_sum)
 
 
 def distance_maxima(matrix: jax.typing.ArrayLike) -> jax.Array:
@@ -122,8 +130,7 @@ def distance_maxima(matrix: jax.typing.ArrayLike) -> jax.Array:
         ValueError: If ``matrix`` is not a floating square matrix.
     """
     matrix = as_square("matrix", matrix)
-    size = matrix.shape[0]
-    return jax.ops.segment_max(matrix.reshape(-1), _distances(size), size)
+    return _by_distance(matrix, jax.ops.segment_max)
 
 
 def smallest_band(profile: jax.typing.ArrayLike, share: float) -> jax.Array:
@@ -142,15 +149,24 @@ def smallest_band(profile: jax.typing.ArrayLike, share: float) -> jax.Array:
     profile = as_floating("profile", profile, [None])
     if not 0 < share <= 1:
         raise ValueError(f"share: expected a number in (0, 1], got {share!r}.")
+    return _smallest_band(profile, share)
+
+
+@partial(jax.jit, static_argnames="share")
+def _smallest_band(profile: jax.Array, share: float) -> jax.Array:
     held = jnp.cumsum(profile)
     # Rounding of the sums must not ask for one more distance when the share is 1.
     enough = share * (1 - profile.shape[0] * float(jnp.finfo(profile.dtype).eps))
     return jnp.sum(held < enough * held[-1], dtype=jnp.int32)
 
 
-def _distances(size: int) -> np.ndarray:
+@partial(jax.jit, static_argnames="combine")
+def _by_distance(matrix: jax.Array, combine: Callable[..., jax.Array]) -> jax.Array:
+    """Combines the entries of a square matrix at each distance ``|l - m|``."""
+    size = matrix.shape[0]
     index = np.arange(size)
-    return np.abs(index[:, None] - index[None, :]).reshape(-1)
+    distances = np.abs(index[:, None] - index[None, :]).reshape(-1)
+    return combine(matrix.reshape(-1), distances, size)
 
 
 def _probes(

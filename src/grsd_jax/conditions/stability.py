@@ -7,6 +7,7 @@ in ``log lambda`` (3.2, 5.3 and equation 13).
 
 import itertools
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -156,6 +157,13 @@ def projector_drift(
     others = as_floating("others", others, [vectors.shape[0], None])
     left = as_mask("chosen", chosen, [vectors.shape[1]])
     right = as_mask("others_chosen", others_chosen, [others.shape[1]])
+    return _projector_drift(vectors, others, left, right)
+
+
+@jax.jit
+def _projector_drift(
+    vectors: jax.Array, others: jax.Array, left: jax.Array, right: jax.Array
+) -> ProjectorDrift:
     v = jnp.where(left[None], vectors, 0)
     w = jnp.where(right[None], others, 0)
     # The parts outside the other subspace keep small angles accurate, unlike 1 - cos^2.
@@ -197,7 +205,14 @@ def log_lipschitz(
     """
     statistic = as_floating("statistic", statistic, [None])
     centers = as_floating("centers", centers, statistic.shape)
-    valid = as_mask("mask", mask, statistic.shape) & (statistic > 0)
+    return _largest_slope(statistic, centers, as_mask("mask", mask, statistic.shape))
+
+
+@jax.jit
+def _largest_slope(
+    statistic: jax.Array, centers: jax.Array, mask: jax.Array
+) -> jax.Array:
+    valid = mask & (statistic > 0)
     logs = jnp.log(jnp.where(valid, statistic, 1))
     both = valid[1:] & valid[:-1]
     slopes = jnp.abs(jnp.diff(logs)) / jnp.abs(jnp.diff(jnp.log(centers)))
@@ -238,21 +253,50 @@ def shell_drift(measurements: Sequence[CouplingMeasurement]) -> ShellDrift:
     """
     check_at_least("len(measurements)", len(measurements), 1)
     num_shells = measurements[0].shells.counts.shape[0]
-    values = jnp.stack([measured.values for measured in measurements])
-    resolved = jnp.stack([measured.resolved for measured in measurements])
-    shells = log_shells(values.reshape(-1), num_shells, mask=resolved.reshape(-1))
-    index = shells.index.reshape(values.shape)
-    drift = jnp.full((len(measurements) - 1, num_shells), jnp.nan, values.dtype)
-    for step, (before, after) in enumerate(itertools.pairwise(measurements)):
-        for shell in range(num_shells):
-            chosen, later = index[step] == shell, index[step + 1] == shell
-            found = projector_drift(
-                before.vectors, after.vectors, chosen=chosen, others_chosen=later
-            )
-            empty = ~(jnp.any(chosen) | jnp.any(later))
-            entry = jnp.where(empty, jnp.nan, found.frobenius)
-            drift = drift.at[step, shell].set(entry)
-    return ShellDrift(shells.edges, drift)
+    edges, indices = _common_shells(
+        [measured.values for measured in measurements],
+        [measured.resolved for measured in measurements],
+        num_shells,
+    )
+    steps = [
+        _shell_drift(before.vectors, after.vectors, index, later, num_shells)
+        for (before, after), (index, later) in zip(
+            itertools.pairwise(measurements), itertools.pairwise(indices), strict=True
+        )
+    ]
+    none = jnp.zeros((0, num_shells), measurements[0].values.dtype)
+    return ShellDrift(edges, jnp.stack(steps) if steps else none)
+
+
+@partial(jax.jit, static_argnames="num_shells")
+def _common_shells(
+    values: list[jax.Array], resolved: list[jax.Array], num_shells: int
+) -> tuple[jax.Array, list[jax.Array]]:
+    """Returns the edges of common shells, and each measurement's shell of each pair."""
+    shells = log_shells(
+        jnp.concatenate(values), num_shells, mask=jnp.concatenate(resolved)
+    )
+    return shells.edges, jnp.split(shells.index, len(values))
+
+
+@partial(jax.jit, static_argnames="num_shells")
+def _shell_drift(
+    vectors: jax.Array,
+    others: jax.Array,
+    index: jax.Array,
+    later: jax.Array,
+    num_shells: int,
+) -> jax.Array:
+    """Returns the drift of each shell between two measurements, ``[S]``."""
+
+    def drift(shell: jax.Array) -> jax.Array:
+        left, right = index == shell, later == shell
+        found = _projector_drift(vectors, others, left, right)
+        empty = ~(jnp.any(left) | jnp.any(right))
+        return jnp.where(empty, jnp.nan, found.frobenius)
+
+    # One after the other: at once, they would hold a copy of the vectors for each.
+    return jax.lax.map(drift, jnp.arange(num_shells, dtype=index.dtype))
 
 
 def coupling_exponent(measured: CouplingMeasurement) -> jax.Array:
