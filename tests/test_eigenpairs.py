@@ -210,6 +210,7 @@ def test_room_is_enlarged_when_it_is_used_up():
     values = np.linspace(1.0, 0.9, 60)
     diagonal = jnp.asarray(values, jnp.float32)[:, None]
     pairs = run(lambda block: diagonal * block, 2, 3, 60, tolerance=1e-5)
+    assert pairs.num_columns > 2 * eigenpairs._FIRST_BLOCKS
     assert pairs.num_columns > 3 * eigenpairs._FIRST_COLUMNS
     assert np.all(pairs.converged)
     np.testing.assert_allclose(pairs.values, values[:3], atol=1e-6)

@@ -34,6 +34,9 @@ REFERENCES = ("value", "largest")
 #: Columns allocated at first, and at most, for each pair asked for.
 _FIRST_COLUMNS, _MOST_COLUMNS = 4, 20
 
+#: Blocks allocated at first, at least: each time the room grows, a step is compiled.
+_FIRST_BLOCKS = 8
+
 
 class LeadingEigenpairs(NamedTuple):
     """The leading eigenpairs ``M v = theta v`` and what they cost.
@@ -155,7 +158,8 @@ def leading_eigenpairs(
     if not np.all(np.isfinite(start_block)):
         raise ValueError("start_block: expected finite numbers, got others.")
 
-    room = min(max_steps, _blocks(_FIRST_COLUMNS * num_pairs, width))
+    first = max(_FIRST_BLOCKS, _blocks(_FIRST_COLUMNS * num_pairs, width))
+    room = min(max_steps, first)
     state, block = _start(start_block, room, key)
     done, due = 0, fewest
     while True:
