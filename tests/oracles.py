@@ -50,13 +50,16 @@ def network_problem(
         num_classes = 3
         model = make(num_classes, width=2, activation=activation)
         batches = random_batches(2, 3, (8, 8, 3), num_classes, dtype)
-    variables = jax.jit(model.init)(
-        jax.random.key(0), batches["image"][0].astype(jnp.float32)
-    )
+    variables = _initialize(model, batches["image"][0].astype(jnp.float32))
     variables = cast(dict(variables), dtype)
     params = variables.pop("params")
     outputs_fn = models.linen_outputs(model, variables)
     return Problem(outputs_fn, batches, loss=loss, reduction=reduction), params
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _initialize(model, images):
+    return model.init(jax.random.key(0), images)
 
 
 @functools.partial(

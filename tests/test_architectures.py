@@ -96,7 +96,7 @@ def test_factored_jacobian_of_a_sequence():
         "image": jax.random.normal(jax.random.key(0), (1, N, 5, 2)),
         "label": jnp.zeros((1, N), jnp.int32),
     }
-    params = jax.jit(model.init)(jax.random.key(1), batches["image"][0])["params"]
+    params = model.init(jax.random.key(1), batches["image"][0])["params"]
     params = cast(params, jnp.float64)
     problem = Problem(models.linen_outputs(model, {}), batches)
     got = kernel_dense(problem, params)
@@ -140,7 +140,7 @@ def test_plain_and_residual_nets_share_a_tree_and_differ_by_the_skip():
             make_model(C, 1, 4, residual=skip, branch_scale=0.5)
             for skip in (False, True)
         )
-        variables = jax.jit(plain.init)(jax.random.key(1), x)
+        variables = plain.init(jax.random.key(1), x)
         before, (plain_map,) = linen_chain(plain, variables["params"], x)
         _, (residual_map,) = linen_chain(residual, variables["params"], x)
         np.testing.assert_allclose(
@@ -152,7 +152,7 @@ def test_plain_and_residual_nets_share_a_tree_and_differ_by_the_skip():
 def test_initial_weights_keep_the_second_moment_of_a_plain_net(activation):
     x = jnp.sign(jax.random.normal(jax.random.key(0), (4, 16)))
     model = MLP(C, 2, 1024, activation)
-    params = jax.jit(model.init)(jax.random.key(1), x)["params"]
+    params = model.init(jax.random.key(1), x)["params"]
     state, maps = linen_chain(model, params, x)
     for advance in maps:
         state = advance(state)
@@ -161,7 +161,7 @@ def test_initial_weights_keep_the_second_moment_of_a_plain_net(activation):
 
 def test_state_space_norm_is_exact():
     model = LinearStateSpace(C, 4, 5, rho=0.7)
-    params = jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, 8)))["params"]
+    params = model.init(jax.random.key(1), jnp.zeros((1, 8)))["params"]
     state, maps = linen_chain(model, params, jnp.zeros((1, 8)))
     jacobian = jax.jacobian(lambda h: maps[1](maps[0](h)))(state)[0, :, 0, :]
     singular = np.linalg.svd(jacobian, compute_uv=False)
@@ -219,7 +219,7 @@ def test_coupled_or_random_examples_are_refused(layer, message, layers_known):
     model = Layers(layer)
     keys = {"params": jax.random.key(1), "dropout": jax.random.key(2)}
     with jax.numpy_rank_promotion("allow"):
-        state = dict(jax.jit(model.init)(keys, x[0]))
+        state = dict(model.init(keys, x[0]))
         params = state.pop("params")
         batches = {"image": x, "label": jnp.zeros((1, N), jnp.int32)}
         problem = Problem(models.linen_outputs(model, state), batches)
@@ -244,7 +244,7 @@ def test_the_same_layers_pass_where_examples_are_independent(layer):
     x = jax.random.normal(jax.random.key(0), (1, N, 4))
     model = Layers(layer)
     with jax.numpy_rank_promotion("allow"):
-        state = dict(jax.jit(model.init)(jax.random.key(1), x[0]))
+        state = dict(model.init(jax.random.key(1), x[0]))
         params = state.pop("params")
         batches = {"image": x, "label": jnp.zeros((1, N), jnp.int32)}
         problem = Problem(models.linen_outputs(model, state), batches)

@@ -44,7 +44,7 @@ def test_increments_add_up_to_the_jacobian_of_the_whole_chain(x64):
     keys = jax.random.split(jax.random.key(0), 3)
     model = MLP(2, 4, 5, "gelu", residual=True, branch_scale=0.4)
     x = jax.random.normal(keys[0], (2, 3))
-    params = jax.jit(model.init)(keys[1], x.astype(jnp.float32))["params"]
+    params = model.init(keys[1], x.astype(jnp.float32))["params"]
     params = cast(params, x.dtype)
     state, maps = linen_chain(model, params, x)
     found = state_increments(maps, state, key=keys[2], num_directions=6)

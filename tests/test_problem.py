@@ -175,7 +175,7 @@ def test_positions_of_a_sequence_are_errors_of_one_example(name):
 
     close(problem.error(params, batch), error(params))
     assert problem.dimension(params) == K * N * 2 * C
-    rows = jax.jacrev(error)(params)
+    rows = jax.jit(jax.jacrev(error))(params)
     rows = [rows[key].reshape(N * 2 * C, -1) for key in sorted(rows)]
     close(dense_jacobians(problem, params)[0], jnp.concatenate(rows, axis=1))
     expected = dense_kernel(problem, params)
@@ -188,7 +188,9 @@ def test_positions_of_a_sequence_are_errors_of_one_example(name):
     one = problem.replace(batches=jax.tree.map(lambda leaf: leaf[:1], batches))
     close(one.loss(params), each / N)
     moved = gradient_flow_direction(one, params)
-    direct = jax.grad(lambda p: jnp.sum(problem.objective.mean_loss(p, batch)))(params)
+    direct = jax.jit(
+        jax.grad(lambda p: jnp.sum(problem.objective.mean_loss(p, batch)))
+    )(params)
     jax.tree.map(lambda a, b: close(a, -b), moved, direct)
 
 

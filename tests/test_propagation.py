@@ -37,7 +37,7 @@ def moving_model(rho, *, depth=DEPTH, drive=1.0, read=1.0):
         "image": jnp.asarray(image)[None],
         "label": jnp.zeros((1, N, C), jnp.float32),
     }
-    params = jax.jit(model.init)(jax.random.key(0), image)["params"]
+    params = model.init(jax.random.key(0), image)["params"]
     direction = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape)), params)
     for index, name in enumerate(models.depth_blocks(model, params).names):
         block = direction[name]
