@@ -25,8 +25,8 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-#: Compiled programs that a process may hold; many thousands exhaust it.
-_MANY_PROGRAMS = 2000
+#: Compiled programs kept from file to file; each holds more than a mebibyte.
+_MANY_PROGRAMS = 1000
 
 _compiled = []
 
