@@ -6,16 +6,18 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Threads of OpenBLAS spin between their short turns, and take a core from the others.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # The suite is bound by compilation of tiny programs: XLA's costly optimisations, its
-# newer emitters of fusions and threads within one program only slow it down.
-os.environ["XLA_FLAGS"] = " ".join(
-    [
-        os.environ.get("XLA_FLAGS", ""),
-        "--xla_backend_optimization_level=0",
-        "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
-        "--xla_cpu_parallel_codegen_split_count=1",
-        "--xla_cpu_multi_thread_eigen=false",
-    ]
-)
+# newer emitters of fusions and threads within one program only slow it down. On an
+# accelerator the programs are to be those that a user gets.
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    os.environ["XLA_FLAGS"] = " ".join(
+        [
+            os.environ.get("XLA_FLAGS", ""),
+            "--xla_backend_optimization_level=0",
+            "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
+            "--xla_cpu_parallel_codegen_split_count=1",
+            "--xla_cpu_multi_thread_eigen=false",
+        ]
+    )
 
 import jax
 import pytest

@@ -8,7 +8,7 @@ take it with the parameters. Everything else is found by topic: `grsd_jax.kernel
 `grsd_jax.models`, which needs Flax. The rest depends only on JAX, NumPy and SciPy.
 """
 
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 from grsd_jax import conditions, dynamics, kernel, linalg, shells
 from grsd_jax.conditions import PathPoint, condition_report
@@ -28,7 +28,10 @@ from grsd_jax.parameter_blocks import partition
 from grsd_jax.problem import Problem
 from grsd_jax.shells import Binning, Window, measure_coupling
 
-__version__ = version("grsd-jax")
+try:
+    __version__ = version("grsd-jax")
+except PackageNotFoundError:  # a source tree on the path, not installed
+    __version__ = "unknown"
 
 __all__ = [
     "Binning",
