@@ -27,8 +27,8 @@ from grsd_jax import (
     models,
 )
 from grsd_jax.jacobian import factored
+from grsd_jax.kernel.dense import _Blocks, _gram_tile
 from grsd_jax.kernel.derivative import _tree_products, project
-from grsd_jax.kernel.dense import _gram_tile, _Blocks
 from grsd_jax.linalg import block_lanczos, leading_eigenpairs, ritz_pairs
 from grsd_jax.linalg.lanczos import lanczos_init, lanczos_step
 from grsd_jax.shells import log_shells, shell_coupling, toeplitz_residual
@@ -294,7 +294,7 @@ def imprecise_compiled(text):
 
 def own_programs():
     """Yields the programs of the library's own linear algebra, and their arguments."""
-    problem, params, direction, block = make("mlp")
+    problem, params, _, block = make("mlp")
     batch = jax.tree.map(lambda leaf: leaf[0], problem.batches)
     point = problem.at(params)
     jacobian = factored.factorize(point.error_fn, params, batch, multiplied=False)

@@ -175,11 +175,18 @@ class Results:
         """
         if self.path(name).exists():
             return
+        self.folder.mkdir(parents=True, exist_ok=True)
         if self.clock.left() < needs:
             self.left_out.append(name)
             print(f"{name}: left out, the time is up", flush=True)
             return
         started, failure = time.monotonic(), self.folder / f"{name}.failed.json"
+        marker = self.folder / f"{name}.running"
+        if marker.exists():  # the process before this one did not survive it
+            marker.unlink()
+            write_json(failure, {"name": name, "error": "crash", "lines": []})
+            return
+        marker.touch()
         try:
             record = run()
         except Exception as error:
@@ -189,6 +196,8 @@ class Results:
             message = str(error).strip().splitlines() or [""]
             print(f"{name}: {kind}: {message[0][:200]}", flush=True)
             return
+        finally:
+            marker.unlink(missing_ok=True)
         failure.unlink(missing_ok=True)
         spent = time.monotonic() - started
         write_json(self.path(name), {"name": name, "stage_seconds": spent, **record})

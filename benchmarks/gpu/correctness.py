@@ -102,9 +102,7 @@ def run_tests(
     Returns:
         Whether the run came to its end.
     """
-    passed = [
-        test for test, about in read_tests(record).items() if _is_passed(about)
-    ]
+    passed = [test for test, about in read_tests(record).items() if _is_passed(about)]
     if seconds < 10:
         return False
     here = Path(__file__).resolve().parent
@@ -163,7 +161,9 @@ def told(name: str, result: dict[str, Any]) -> str:
     tests = result["tests"]
     failed = [test for test, about in tests.items() if about["outcome"] == "failed"]
     passed = sum(map(_is_passed, tests.values()))
-    lines = [f"{name}: {passed} passed, {len(failed)} failed of {len(tests)} that ended"]
+    lines = [
+        f"{name}: {passed} passed, {len(failed)} failed of {len(tests)} that ended"
+    ]
     if not result["complete"]:
         lines[0] += "; the time was up before the rest"
     for test in failed:
