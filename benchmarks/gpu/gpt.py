@@ -87,6 +87,17 @@ def make_batches(size: Size) -> dict[str, jax.Array]:
     return {"tokens": tokens[..., :-1], "label": tokens[..., 1:]}
 
 
+def random_vectors(params: dict[str, Any], count: int) -> dict[str, Any]:
+    """Returns a tree like the parameters, of normal numbers with a leading axis b."""
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(5), len(leaves))
+    drawn = [
+        jax.random.normal(key, (count, *leaf.shape))
+        for key, leaf in zip(keys, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(tree, drawn)
+
+
 def logits(params: dict[str, Any], batch: dict[str, jax.Array]) -> jax.Array:
     """Maps tokens ``[N, T]`` to logits ``[N, T, V]``."""
     tokens = batch["tokens"]

@@ -28,7 +28,11 @@ _GRACE = 15.0
 #: Outputs of an image.
 _CLASSES = 10
 
-Records = dict[str, dict[str, Any]]
+#: What is used is allocated, up to nearly all of the card's memory.
+_MEMORY = {
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92",
+}
 
 
 def main() -> None:
@@ -101,7 +105,7 @@ def start(
             command,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", **environ},
+            env={**_MEMORY, **os.environ, **environ},
             start_new_session=True,
         )
 

@@ -161,7 +161,7 @@ class ResNet:
         self.dimension = 10 * count
 
 
-def named(part: Part, model: ResNet) -> str:
+def named(model: ResNet) -> str:
     """Returns the name of a ResNet's problem."""
     copies = jax.tree.leaves(model.problem.batches)[0].shape[0]
     return f"resnet_k{copies}n{model.dimension // copies // 10}"
@@ -181,7 +181,7 @@ def resnet_dense(
     told = "" if chunk is None else f"_chunk{chunk}"
     with at(precision):
         part.measure(
-            f"{named(part, model)}_dense{told}_{precision}",
+            f"{named(model)}_dense{told}_{precision}",
             lambda: grsd.kernel_dense(model.problem, model.params, example_chunk=chunk),
             columns=lambda result: result,
             needs=15,
@@ -190,7 +190,7 @@ def resnet_dense(
 
 def resnet_prepared(part: Part, model: ResNet, precision: str, width: int) -> None:
     """Measures a block product with the linearised kernel."""
-    name = f"{named(part, model)}_block{width}_prepared_{precision}"
+    name = f"{named(model)}_block{width}_prepared_{precision}"
     if part.results.path(name).exists():
         return
     if part.results.clock.left() < 15:
@@ -205,6 +205,7 @@ def resnet_prepared(part: Part, model: ResNet, precision: str, width: int) -> No
             started = time.perf_counter()
             kernel = make()
             first = time.perf_counter() - started
+            kernel = None  # two at once would double the peak of memory
             started = time.perf_counter()
             kernel = make()
             again = time.perf_counter() - started
@@ -232,7 +233,7 @@ def resnet_unprepared(
     told = "" if chunk is None else f"_chunk{chunk}"
     with at(precision):
         part.measure(
-            f"{named(part, model)}_block{width}_unprepared{told}_{precision}",
+            f"{named(model)}_block{width}_unprepared{told}_{precision}",
             lambda: grsd.kernel_matmat(
                 model.problem, model.params, model.block[:, :width], column_chunk=chunk
             ),
@@ -245,7 +246,7 @@ def resnet_derivative(part: Part, model: ResNet, precision: str, width: int) -> 
     """Measures the derivative along the gradient flow, projected."""
     with at(precision):
         part.measure(
-            f"{named(part, model)}_derivative{width}_{precision}",
+            f"{named(model)}_derivative{width}_{precision}",
             lambda: grsd.kernel_derivative(
                 model.problem, model.params, model.direction, model.block[:, :width]
             ),
@@ -258,7 +259,7 @@ def resnet_gradient(part: Part, model: ResNet, precision: str) -> None:
     """Measures one gradient of all batches, the unit."""
     with at(precision):
         part.measure(
-            f"{named(part, model)}_gradient_{precision}",
+            f"{named(model)}_gradient_{precision}",
             lambda: grsd.gradient_flow_direction(model.problem, model.params),
         )
 
@@ -279,7 +280,7 @@ def resnet_whole(part: Part, model: ResNet, precision: str) -> None:
 
     with at(precision):
         part.measure(
-            f"{named(part, model)}_measurement_{precision}",
+            f"{named(model)}_measurement_{precision}",
             call,
             needs=25,
             told=told,
@@ -314,17 +315,14 @@ def gpt_measurements(part: Part, name: str, precision: str) -> None:
             needs=20,
             **details,
         )
-        keys = iter(jax.random.split(jax.random.key(5), len(jax.tree.leaves(params))))
-        vectors = jax.tree.map(
-            lambda leaf: jax.random.normal(next(keys), (8, *leaf.shape)), params
-        )
+        vectors = gpt.random_vectors(params, 8)
         part.measure(
             f"{name}_ggn8_{precision}",
-            lambda: gpt.gauss_newton(params, batch, vectors),
+            functools.partial(gpt.gauss_newton, params, batch, vectors),
             needs=15,
             **details,
         )
-        del vectors
+        vectors = None
 
         def prepared() -> Any:
             if not held:
@@ -412,7 +410,7 @@ def operations(part: Part) -> None:
     whole = ResNet(part, 4, part.examples, np.float32)
     one = jax.tree.map(lambda leaf: leaf[0], whole.problem.batches)
     count(
-        f"{named(part, whole)}_forward",
+        f"{named(whole)}_forward",
         lambda p: whole.problem.error(p, one),
         whole.params,
     )
@@ -422,20 +420,20 @@ def operations(part: Part) -> None:
             lambda p: grsd.linearize_kernel(whole.problem, p), whole.params
         )
         count(
-            f"{named(part, whole)}_block{width}_prepared",
+            f"{named(whole)}_block{width}_prepared",
             lambda k, v: k.matmat(v),
             kernel,
             block,
         )
         count(
-            f"{named(part, whole)}_block{width}_unprepared",
+            f"{named(whole)}_block{width}_unprepared",
             lambda p, v: grsd.kernel_matmat(whole.problem, p, v),
             whole.params,
             block,
         )
     for model in (small, whole):
         count(
-            f"{named(part, model)}_dense",
+            f"{named(model)}_dense",
             lambda p, m=model: grsd.kernel_dense(
                 m.problem, p, example_chunk=m.dimension, max_bytes=2**60
             ),
@@ -443,7 +441,7 @@ def operations(part: Part) -> None:
         )
     width = part.widths[-1]
     count(
-        f"{named(part, whole)}_derivative{width}",
+        f"{named(whole)}_derivative{width}",
         lambda p, d, v: grsd.kernel_derivative(whole.problem, p, d, v),
         whole.params,
         whole.direction,
