@@ -58,6 +58,36 @@ class Clock:
         return time.monotonic() - self.started
 
 
+def claim(folder: Path, stage: str, settings: dict[str, Any]) -> None:
+    """Ends the program if a folder holds results of another kind of run.
+
+    Args:
+        folder: Where the stage writes.
+        stage: Its name.
+        settings: What all results there must have in common, beside the card.
+    """
+    path = folder / f"{stage}.settings.json"
+    settings = {**settings, "card": card()}
+    held = read_json(path)
+    if held not in (None, settings):
+        sys.exit(f"--out: {folder} holds a run with {held}, not {settings}")
+    write_json(path, settings)
+
+
+def card() -> str | None:
+    """Returns what the driver says of the card, None without one."""
+    return _output(
+        "nvidia-smi",
+        "--query-gpu=name,driver_version,memory.total,power.limit,clocks.max.sm",
+        "--format=csv,noheader",
+    )
+
+
+def problem_name(num_examples: int, *, rehearse: bool) -> str:
+    """Returns the name of stage 2's problem, in the comparison's manner."""
+    return f"{'mlp_w4' if rehearse else 'resnet18_w64'}_n{num_examples}"
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file that appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,11 +106,7 @@ def header(device: dict[str, Any] | None = None) -> dict[str, Any]:
     return {
         "command": shlex.join(["python", *sys.argv]),
         "commit": _output("git", "-C", str(ROOT), "rev-parse", "HEAD"),
-        "nvidia_smi": _output(
-            "nvidia-smi",
-            "--query-gpu=name,driver_version,memory.total,power.limit,clocks.max.sm",
-            "--format=csv,noheader",
-        ),
+        "nvidia_smi": card(),
         "machine": describe_machine(),
         "python": platform.python_version(),
         "versions": installed_versions(),

@@ -4,6 +4,7 @@ Pre-norm blocks with causal attention, learned positions, and the embedding as t
 output layer; the loss is the cross-entropy over the vocabulary at every position.
 """
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -49,15 +50,16 @@ TINY = Size(1, 16, 32, 8, 2)
 
 def make_params(size: Size) -> dict[str, Any]:
     """Returns random weights, normal with variance ``1 / fan_in``."""
-    noise = np.random.default_rng(0)
+    keys = iter(jax.random.split(jax.random.key(0), 4 * size.layers + 2))
     width = size.width
+    zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
 
     def matrix(rows: int, columns: int, scale: float = 1.0) -> jax.Array:
-        values = noise.standard_normal((rows, columns), np.float32)
-        return jnp.asarray(values * np.float32(scale / math.sqrt(rows)))
+        values = jax.random.normal(next(keys), (rows, columns), jnp.float32)
+        return values * np.float32(scale / math.sqrt(rows))
 
     def norm() -> dict[str, jax.Array]:
-        return {"scale": jnp.ones(width), "bias": jnp.zeros(width)}
+        return {"scale": 1 + zeros(width), "bias": zeros(width)}
 
     params: dict[str, Any] = {
         "tokens": matrix(width, size.vocabulary).T,
@@ -72,9 +74,9 @@ def make_params(size: Size) -> dict[str, Any]:
             "out": matrix(width, width, branch),
             "norm2": norm(),
             "up": matrix(width, 4 * width),
-            "up_bias": jnp.zeros(4 * width),
+            "up_bias": zeros(4 * width),
             "down": matrix(4 * width, width, branch),
-            "down_bias": jnp.zeros(width),
+            "down_bias": zeros(width),
         }
     return params
 

@@ -15,6 +15,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ def main() -> None:
     if options.part:
         run_part(options.part, folder, clock, options.rehearse)
         return
+    common.claim(options.out, "speed", {"rehearse": options.rehearse})
     # Counting needs no device, and runs beside the parts.
     counting = start("operations", options, clock, JAX_PLATFORMS="cpu")
     left_out = []
@@ -87,8 +89,6 @@ def run_part(part: str, folder: Path, clock: common.Clock, rehearse: bool) -> No
 
 def wait_for(path: Path, clock: common.Clock) -> None:
     """Waits until another part has made a file."""
-    import time
-
     while not path.exists() and clock.left() > 0:
         time.sleep(0.5)
 
@@ -196,11 +196,13 @@ def plain_operations(
     With f those of a forward pass: 4 f for each column of a product, 6 f for one of a
     derivative, 2 f for each output's rows of J and twice their inner products.
     """
-    found = re.match(r"(?:resnet|torch)_k(\d+)n(\d+)_(dense|block_?|derivative)", work)
+    found = re.match(
+        r"(?:resnet|mlp|torch)_k(\d+)n(\d+)_(dense|block_?|derivative)", work
+    )
     if found is None or parameters is None or not (forward or {}).get("operations"):
         return None
     assert forward is not None
-    whole = re.match(r"resnet_k(\d+)n(\d+)", forward["name"].partition("_")[2])
+    whole = re.match(r"(?:resnet|mlp)_k(\d+)n(\d+)", forward["name"].partition("_")[2])
     assert whole is not None
     one_image = forward["operations"] / int(whole[2])
     passes = one_image * int(found[1]) * int(found[2])
@@ -229,9 +231,9 @@ def error_of(folder: Path, name: str, work: str) -> float | None:
     if kind.startswith("gpt"):
         expected = columns(f"{kind}_reference")
     elif "derivative" in work:
-        expected = columns("resnet_reference_derivative")
+        expected = columns("reference_derivative")
     else:
-        expected = columns("resnet_reference")
+        expected = columns("reference")
         if expected is not None:
             dense, product = np.split(expected, 2, axis=1)
             # M of the first images is a corner of that of all.

@@ -36,7 +36,7 @@ class Part:
     def __init__(self, folder: Path, clock: common.Clock, rehearse: bool) -> None:
         self.results = common.Results(folder, clock)
         self.folder, self.rehearse = folder, rehearse
-        self.width = 2 if rehearse else 64
+        self.network = "mlp" if rehearse else "resnet"
         self.examples = 4 if rehearse else 128
         self.widths = (2, 3, 4) if rehearse else (8, 32, 160)
 
@@ -124,7 +124,8 @@ def make_inputs(part: Part) -> None:
     if path.exists():
         return
     started = time.perf_counter()
-    spec = parse_problem(f"resnet18_w{part.width}_n{4 * part.examples}")
+    name = common.problem_name(4 * part.examples, rehearse=part.rehearse)
+    spec = parse_problem(name)
     # Of twice as many images, half are kept, far from the corners of the relus.
     with (
         jax.default_matmul_precision("highest"),
@@ -139,14 +140,15 @@ def make_inputs(part: Part) -> None:
 
 
 class ResNet:
-    """The ResNet-18 of the comparison, on some of its images."""
+    """The ResNet-18 of the comparison, on some of its images; its MLP to rehearse."""
 
     def __init__(self, part: Part, copies: int, examples: int, dtype: Any) -> None:
         arrays = {
             name: array.astype(dtype) if array.dtype == np.float32 else array
             for name, array in part.inputs.items()
         }
-        spec = parse_problem(f"resnet18_w{part.width}_n{examples}")
+        name = common.problem_name(examples, rehearse=part.rehearse)
+        spec = parse_problem(name)
         loaded = made.load(spec, arrays)
         count = copies * examples
         batches = jax.tree.map(
@@ -159,12 +161,7 @@ class ResNet:
         self.params, self.direction = loaded.params, loaded.direction
         self.block = loaded.block[: 10 * count]
         self.dimension = 10 * count
-
-
-def named(model: ResNet) -> str:
-    """Returns the name of a ResNet's problem."""
-    copies = jax.tree.leaves(model.problem.batches)[0].shape[0]
-    return f"resnet_k{copies}n{model.dimension // copies // 10}"
+        self.name = f"{part.network}_k{copies}n{examples}"
 
 
 @contextmanager
@@ -181,7 +178,7 @@ def resnet_dense(
     told = "" if chunk is None else f"_chunk{chunk}"
     with at(precision):
         part.measure(
-            f"{named(model)}_dense{told}_{precision}",
+            f"{model.name}_dense{told}_{precision}",
             lambda: grsd.kernel_dense(model.problem, model.params, example_chunk=chunk),
             columns=lambda result: result,
             needs=15,
@@ -190,7 +187,7 @@ def resnet_dense(
 
 def resnet_prepared(part: Part, model: ResNet, precision: str, width: int) -> None:
     """Measures a block product with the linearised kernel."""
-    name = f"{named(model)}_block{width}_prepared_{precision}"
+    name = f"{model.name}_block{width}_prepared_{precision}"
     if part.results.path(name).exists():
         return
     if part.results.clock.left() < 15:
@@ -233,7 +230,7 @@ def resnet_unprepared(
     told = "" if chunk is None else f"_chunk{chunk}"
     with at(precision):
         part.measure(
-            f"{named(model)}_block{width}_unprepared{told}_{precision}",
+            f"{model.name}_block{width}_unprepared{told}_{precision}",
             lambda: grsd.kernel_matmat(
                 model.problem, model.params, model.block[:, :width], column_chunk=chunk
             ),
@@ -246,7 +243,7 @@ def resnet_derivative(part: Part, model: ResNet, precision: str, width: int) -> 
     """Measures the derivative along the gradient flow, projected."""
     with at(precision):
         part.measure(
-            f"{named(model)}_derivative{width}_{precision}",
+            f"{model.name}_derivative{width}_{precision}",
             lambda: grsd.kernel_derivative(
                 model.problem, model.params, model.direction, model.block[:, :width]
             ),
@@ -259,7 +256,7 @@ def resnet_gradient(part: Part, model: ResNet, precision: str) -> None:
     """Measures one gradient of all batches, the unit."""
     with at(precision):
         part.measure(
-            f"{named(model)}_gradient_{precision}",
+            f"{model.name}_gradient_{precision}",
             lambda: grsd.gradient_flow_direction(model.problem, model.params),
         )
 
@@ -280,7 +277,7 @@ def resnet_whole(part: Part, model: ResNet, precision: str) -> None:
 
     with at(precision):
         part.measure(
-            f"{named(model)}_measurement_{precision}",
+            f"{model.name}_measurement_{precision}",
             call,
             needs=25,
             told=told,
@@ -370,8 +367,8 @@ def resnet_reference(part: Part) -> None:
             model.plain, model.params, model.direction, columns, column_chunk=1
         )
 
-    _reference(part, "resnet_reference", products)
-    _reference(part, "resnet_reference_derivative", derivative)
+    _reference(part, "reference", products)
+    _reference(part, "reference_derivative", derivative)
 
 
 def _reference(part: Part, name: str, call: Callable[[], jax.Array]) -> None:
@@ -410,7 +407,7 @@ def operations(part: Part) -> None:
     whole = ResNet(part, 4, part.examples, np.float32)
     one = jax.tree.map(lambda leaf: leaf[0], whole.problem.batches)
     count(
-        f"{named(whole)}_forward",
+        f"{whole.name}_forward",
         lambda p: whole.problem.error(p, one),
         whole.params,
     )
@@ -420,20 +417,20 @@ def operations(part: Part) -> None:
             lambda p: grsd.linearize_kernel(whole.problem, p), whole.params
         )
         count(
-            f"{named(whole)}_block{width}_prepared",
+            f"{whole.name}_block{width}_prepared",
             lambda k, v: k.matmat(v),
             kernel,
             block,
         )
         count(
-            f"{named(whole)}_block{width}_unprepared",
+            f"{whole.name}_block{width}_unprepared",
             lambda p, v: grsd.kernel_matmat(whole.problem, p, v),
             whole.params,
             block,
         )
     for model in (small, whole):
         count(
-            f"{named(model)}_dense",
+            f"{model.name}_dense",
             lambda p, m=model: grsd.kernel_dense(
                 m.problem, p, example_chunk=m.dimension, max_bytes=2**60
             ),
@@ -441,7 +438,7 @@ def operations(part: Part) -> None:
         )
     width = part.widths[-1]
     count(
-        f"{named(whole)}_derivative{width}",
+        f"{whole.name}_derivative{width}",
         lambda p, d, v: grsd.kernel_derivative(whole.problem, p, d, v),
         whole.params,
         whole.direction,

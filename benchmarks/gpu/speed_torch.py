@@ -22,7 +22,7 @@ def run(folder: Any, clock: common.Clock, rehearse: bool) -> list[str]:
     with np.load(folder / "inputs.npz") as file:
         inputs = dict(file)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    total, width = len(inputs["images"]), inputs["params/stem_conv/kernel"].shape[-1]
+    total = len(inputs["images"])
     results = common.Results(folder, clock)
     widest = inputs["block"].shape[1] if not rehearse else 4
     narrow = 8 if not rehearse else 2
@@ -37,7 +37,7 @@ def run(folder: Any, clock: common.Clock, rehearse: bool) -> list[str]:
     for precision in ("highest", "tf32"):
         for examples, copies, task, variant in tasks:
             name = f"torch_k{copies}n{examples // copies}_{task}_{precision}"
-            spec = parse_problem(f"resnet18_w{width}_n{examples}")
+            spec = parse_problem(common.problem_name(examples, rehearse=rehearse))
             job = Job(
                 peer="torch_func",
                 spec=spec,

@@ -117,6 +117,24 @@ def load_cifar10(data_dir: str | None = None) -> Dataset:
     Raises:
         UserError: If the data is missing, half-written or damaged.
     """
+    splits = read_cifar10(data_dir)
+    return make_dataset("cifar10", splits["train"], splits["test"], 10)
+
+
+def read_cifar10(
+    data_dir: str | None = None,
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Reads the raw images of CIFAR-10, see `load_cifar10`.
+
+    Args:
+        data_dir: As for `load_cifar10`.
+
+    Returns:
+        Images in uint8 and labels, under ``train`` and ``test``.
+
+    Raises:
+        UserError: If the data is missing, half-written or damaged.
+    """
     data_dir = os.path.expanduser(
         data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     )
@@ -133,7 +151,7 @@ def load_cifar10(data_dir: str | None = None) -> Dataset:
         raise _damaged(data_dir, folder, f"{type(error).__name__}: {reason}") from error
     for split, (images, labels) in splits.items():
         _check_split(data_dir, folder, split, images, labels)
-    return make_dataset("cifar10", splits["train"], splits["test"], 10)
+    return splits
 
 
 def make_dataset(

@@ -10,16 +10,18 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 from absl import flags
 from jax.sharding import AxisType, Mesh
-from tqdm import tqdm
 
 from grsd_jax.experiments.common import records
 from grsd_jax.experiments.common.config import UserError
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 #: Scalars for a JSON file, and named arrays for an ``.npz`` file beside it.
 Result = tuple[dict[str, Any], dict[str, np.ndarray]]
@@ -266,7 +268,7 @@ class _Lines:
         sys.stderr.flush()
 
 
-def progress_bar(iterable: Iterable[Any] | None = None, **options: Any) -> tqdm:
+def progress_bar(iterable: Iterable[Any] | None = None, **options: Any) -> "tqdm":
     """Makes a bar of progress, which the first process alone shows.
 
     A run under nohup or a scheduler writes to a file, where a bar that redraws itself
@@ -280,6 +282,8 @@ def progress_bar(iterable: Iterable[Any] | None = None, **options: Any) -> tqdm:
         The bar; where standard error is no terminal it writes a line each
         `LOG_SECONDS`.
     """
+    from tqdm import tqdm  # only what shows a bar needs the package
+
     if not writes():
         return tqdm(iterable, disable=True, **options)
     if not sys.stderr.isatty():
