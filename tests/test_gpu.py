@@ -138,146 +138,6 @@ def check(record, what, got, expected, bound):
     assert error < bound, (what, error)
 
 
-@networks
-@pytest.mark.parametrize("layers", ["known", "hidden"])
-def test_products(record_property, name, layers):
-    problem, params, _, block = make(name)
-    problem = problem if layers == "known" else plain(problem)
-    expected = reference(name)[0] @ np.asarray(block, np.float64)
-    forms = {
-        "kernel_matmat": kernel_matmat(problem, params, block),
-        "column_chunk": kernel_matmat(problem, params, block, column_chunk=5),
-        "linearize_kernel": linearize_kernel(problem, params).matmat(block),
-    }
-    for form, got in forms.items():
-        check(record_property, form, got, expected, BOUND)
-
-
-@networks
-@pytest.mark.parametrize("layers", ["known", "hidden"])
-def test_dense(record_property, name, layers):
-    problem, params, direction, _ = make(name)
-    problem = problem if layers == "known" else plain(problem)
-    kernel, moved = kernel_dense(problem, params, direction)
-    check(record_property, "kernel", kernel, reference(name)[0], BOUND)
-    check(record_property, "derivative", moved, reference(name)[1], DERIVED_BOUND)
-
-
-@networks
-def test_derivative(record_property, name):
-    problem, params, direction, block = make(name)
-    columns = np.asarray(block, np.float64)
-    expected = columns.T @ reference(name)[1] @ columns
-    for what, chosen in (("factored", problem), ("plain", plain(problem))):
-        got = kernel_derivative(chosen, params, direction, block)
-        check(record_property, what, got, expected, DERIVED_BOUND)
-
-
-@networks
-def test_leading_eigenpairs(record_property, name):
-    problem, params, _, block = make(name)
-    kernel = reference(name)[0]
-    linearized = linearize_kernel(problem, params)
-    matmat = jax.jit(lambda k, v: k.matmat(v))
-    found = leading_eigenpairs(
-        functools.partial(matmat, linearized),
-        block[:, :4],
-        8,
-        key=jax.random.key(1),
-        relative_to="largest",
-    )
-    assert np.asarray(found.converged).all()
-    values = np.linalg.eigvalsh(kernel)[::-1][:8]
-    check(record_property, "values", found.values, values, BOUND)
-    vectors = np.asarray(found.vectors, np.float64)
-    left_over = kernel @ vectors - vectors * np.asarray(found.values)
-    residual = np.linalg.norm(left_over, axis=0).max() / values[0]
-    record_property("residual", float(residual))
-    assert residual < 1e-4 + BOUND  # the tolerance, and rounding
-    record_property("orthogonality", float(found.orthogonality))
-    assert found.orthogonality < BOUND
-
-
-@pytest.mark.parametrize("driver", ["scan", "host"])
-def test_block_lanczos(record_property, driver):
-    problem, params, _, block = make("batch_norm")
-    linearized = linearize_kernel(problem, params)
-    run = block_lanczos(
-        linearized.matmat, block[:, :8], 10, key=jax.random.key(1), driver=driver
-    )
-    record_property("orthogonality", float(run.orthogonality))
-    assert run.orthogonality < BOUND
-    assert run.asymmetry < BOUND
-    pairs = ritz_pairs(run)
-    values = np.linalg.eigvalsh(reference("batch_norm")[0])[::-1][:8]
-    check(record_property, "values", pairs.values[:8], values, BOUND)
-
-
-@pytest.mark.parametrize(
-    ("name", "solver"),
-    [
-        *((name, "dense") for name in NETWORKS),
-        ("batch_norm", Lanczos(block_size=8, num_steps=6)),
-        ("transformer", Lanczos(block_size=8, num_steps=6)),
-    ],
-)
-def test_measurement(record_property, name, solver):
-    problem, params, _, _ = make(name)
-    result = measure_coupling(problem, params, key=jax.random.key(0), solver=solver)
-    kernel, _, moved = reference(name)
-    assert result.finite
-    if solver == "dense":
-        assert result.operator_disagreement < BOUND
-    vectors = np.asarray(result.vectors, np.float64)
-    values = np.linalg.eigvalsh(kernel)[::-1][:4]
-    check(record_property, "values", result.values[:4], values, BOUND)
-    expected = vectors.T @ moved @ vectors
-    check(record_property, "coupling", result.coupling, expected, DERIVED_BOUND)
-
-
-def test_shell_statistics(record_property):
-    noise = np.random.default_rng(0)
-    values = np.geomspace(1, 1e-4, 96).astype(np.float32)
-    scale = np.sqrt(values[:, None] * values).astype(np.float32)
-    symmetric = noise.normal(size=(96, 96)).astype(np.float32)
-    coupling = scale * (symmetric + symmetric.T)
-
-    def statistics(dtype):
-        lam, matrix = jnp.asarray(values, dtype), jnp.asarray(coupling, dtype)
-        shells = log_shells(lam, 8, mask=jnp.ones(96, bool))
-        binned = shell_coupling(matrix, lam, shells, renormalize=True)
-        strength = jnp.abs(jnp.diag(matrix))
-        fit = fit_power_law(
-            lam, strength, jnp.ones(96, bool), key=jax.random.key(0), num_bootstrap=0
-        )
-        return {
-            "shells": binned.matrix,
-            "residual": toeplitz_residual(binned.matrix, binned.mask),
-            "exponent": fit.exponent,
-        }
-
-    expected = on_host(lambda: statistics(jnp.float64))
-    for what, got in statistics(jnp.float32).items():
-        check(record_property, what, got, expected[what], BOUND)
-
-
-@networks
-def test_products_twice_are_the_same(record_property, name):
-    problem, params, direction, block = make(name)
-    linearized = linearize_kernel(problem, params)
-    calls = {
-        "matmat": lambda: linearized.matmat(block),
-        "kernel_matmat": lambda: kernel_matmat(problem, params, block),
-        "kernel_dense": lambda: kernel_dense(problem, params),
-        "derivative": lambda: kernel_derivative(problem, params, direction, block),
-    }
-    for what, call in calls.items():
-        first, second = np.asarray(call()), np.asarray(call())
-        record_property(f"{what} bitwise", bool((first == second).all()))
-        # Where the order of a sum is left to the card, only rounding may differ.
-        assert relative_error(second, first) < 1e-6, what
-
-
 def imprecise(text):
     """Returns the products of a lowered program, and those not at the highest."""
     products = re.findall(r".*stablehlo\.(?:dot_general|convolution).*", text)
@@ -343,3 +203,159 @@ def test_networks_follow_the_users_precision(record_property, name):
     record_property("products", len(products))
     assert products
     assert not low, low[0]
+
+
+def test_shell_statistics(record_property):
+    noise = np.random.default_rng(0)
+    values = np.geomspace(1, 1e-4, 96).astype(np.float32)
+    scale = np.sqrt(values[:, None] * values).astype(np.float32)
+    symmetric = noise.normal(size=(96, 96)).astype(np.float32)
+    coupling = scale * (symmetric + symmetric.T)
+
+    def statistics(dtype):
+        lam, matrix = jnp.asarray(values, dtype), jnp.asarray(coupling, dtype)
+        shells = log_shells(lam, 8, mask=jnp.ones(96, bool))
+        binned = shell_coupling(matrix, lam, shells, renormalize=True)
+        strength = jnp.abs(jnp.diag(matrix))
+        fit = fit_power_law(
+            lam, strength, jnp.ones(96, bool), key=jax.random.key(0), num_bootstrap=0
+        )
+        return {
+            "shells": binned.matrix,
+            "residual": toeplitz_residual(binned.matrix, binned.mask),
+            "exponent": fit.exponent,
+        }
+
+    expected = on_host(lambda: statistics(jnp.float64))
+    for what, got in statistics(jnp.float32).items():
+        check(record_property, what, got, expected[what], BOUND)
+
+
+def check_twice(record, what, call, expected, bound):
+    """Checks a product, and that a second one is the same.
+
+    Bit by bit, if the card adds up in one order; the record says whether.
+    """
+    first, second = call(), call()
+    record(f"{what} bitwise", bool(jnp.all(first == second)))
+    assert relative_error(second, first) < 1e-6, what
+    check(record, what, first, expected, bound)
+
+
+@networks
+def test_products_of_factors(record_property, name):
+    problem, params, _, block = make(name)
+    expected = reference(name)[0] @ np.asarray(block, np.float64)
+    kernel = linearize_kernel(problem, params)
+    check_twice(
+        record_property, "factored", lambda: kernel.matmat(block), expected, BOUND
+    )
+
+
+@networks
+def test_plain_products(record_property, name):
+    problem, params, _, block = make(name)
+    problem = plain(problem)
+    expected = reference(name)[0] @ np.asarray(block, np.float64)
+    kernel = linearize_kernel(problem, params)
+    forms = {
+        "kernel_matmat": lambda: kernel_matmat(problem, params, block),
+        "linearized": lambda: kernel.matmat(block),
+        "column_chunk": lambda: kernel.matmat(block, column_chunk=5),
+    }
+    for form, call in forms.items():
+        check_twice(record_property, form, call, expected, BOUND)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [*((name, "known") for name in NETWORKS), ("batch_norm", "hidden")],
+)
+def test_dense(record_property, name, layers):
+    problem, params, direction, _ = make(name)
+    problem = problem if layers == "known" else plain(problem)
+    for index, what in enumerate(("kernel", "derivative")):
+        check_twice(
+            record_property,
+            what,
+            lambda i=index: kernel_dense(problem, params, direction)[i],
+            reference(name)[index],
+            (BOUND, DERIVED_BOUND)[index],
+        )
+
+
+@networks
+@pytest.mark.parametrize("layers", ["known", "hidden"])
+def test_derivative(record_property, name, layers):
+    problem, params, direction, block = make(name)
+    problem = problem if layers == "known" else plain(problem)
+    columns = np.asarray(block, np.float64)
+    check_twice(
+        record_property,
+        "derivative",
+        lambda: kernel_derivative(problem, params, direction, block),
+        columns.T @ reference(name)[1] @ columns,
+        DERIVED_BOUND,
+    )
+
+
+@networks
+def test_leading_eigenpairs(record_property, name):
+    problem, params, _, block = make(name)
+    kernel = reference(name)[0]
+    linearized = linearize_kernel(problem, params)
+    matmat = jax.jit(lambda k, v: k.matmat(v))
+    found = leading_eigenpairs(
+        functools.partial(matmat, linearized),
+        block[:, :4],
+        8,
+        key=jax.random.key(1),
+        relative_to="largest",
+    )
+    assert np.asarray(found.converged).all()
+    values = np.linalg.eigvalsh(kernel)[::-1][:8]
+    check(record_property, "values", found.values, values, BOUND)
+    vectors = np.asarray(found.vectors, np.float64)
+    left_over = kernel @ vectors - vectors * np.asarray(found.values)
+    residual = np.linalg.norm(left_over, axis=0).max() / values[0]
+    record_property("residual", float(residual))
+    assert residual < 1e-4 + BOUND  # the tolerance, and rounding
+    record_property("orthogonality", float(found.orthogonality))
+    assert found.orthogonality < BOUND
+
+
+@pytest.mark.parametrize("driver", ["scan", "host"])
+def test_block_lanczos(record_property, driver):
+    problem, params, _, block = make("batch_norm")
+    linearized = linearize_kernel(problem, params)
+    run = block_lanczos(
+        linearized.matmat, block[:, :8], 10, key=jax.random.key(1), driver=driver
+    )
+    record_property("orthogonality", float(run.orthogonality))
+    assert run.orthogonality < BOUND
+    assert run.asymmetry < BOUND
+    pairs = ritz_pairs(run)
+    values = np.linalg.eigvalsh(reference("batch_norm")[0])[::-1][:8]
+    check(record_property, "values", pairs.values[:8], values, BOUND)
+
+
+@pytest.mark.parametrize(
+    ("name", "solver"),
+    [
+        *((name, "dense") for name in NETWORKS),
+        ("batch_norm", Lanczos(block_size=8, num_steps=6)),
+        ("transformer", Lanczos(block_size=8, num_steps=6)),
+    ],
+)
+def test_measurement(record_property, name, solver):
+    problem, params, _, _ = make(name)
+    result = measure_coupling(problem, params, key=jax.random.key(0), solver=solver)
+    kernel, _, moved = reference(name)
+    assert result.finite
+    if solver == "dense":
+        assert result.operator_disagreement < BOUND
+    vectors = np.asarray(result.vectors, np.float64)
+    values = np.linalg.eigvalsh(kernel)[::-1][:4]
+    check(record_property, "values", result.values[:4], values, BOUND)
+    expected = vectors.T @ moved @ vectors
+    check(record_property, "coupling", result.coupling, expected, DERIVED_BOUND)

@@ -25,6 +25,13 @@ for _folder in (ROOT / "src", ROOT / "benchmarks", ROOT / "tests"):
 
 from comparison.machine import describe_machine, installed_versions  # noqa: E402
 
+#: XLA tries out kernels of Triton for every product and fusion, which takes minutes;
+#: at this precision those of cuBLAS and cuDNN are hardly beaten.
+XLA_FLAGS = (
+    "--xla_gpu_enable_triton_gemm=false "
+    "--xla_gpu_experimental_enable_fusion_autotuner=false"
+)
+
 #: Lines of an error that are written down.
 _ERROR_LINES = 12
 
@@ -39,7 +46,17 @@ def parser(description: str, minutes: float) -> argparse.ArgumentParser:
         action="store_true",
         help="Tiny sizes, on whatever device there is.",
     )
+    made.add_argument(
+        "--xla_flags",
+        default=XLA_FLAGS,
+        help="XLA_FLAGS, given as --xla_flags='...'; empty for XLA's own defaults.",
+    )
     return made
+
+
+def set_xla_flags(flags: str) -> None:
+    """Adds to XLA's flags, for this process, before JAX starts, and those it starts."""
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
 
 
 class Clock:
@@ -107,6 +124,7 @@ def header(device: dict[str, Any] | None = None) -> dict[str, Any]:
         "command": shlex.join(["python", *sys.argv]),
         "commit": _output("git", "-C", str(ROOT), "rev-parse", "HEAD"),
         "nvidia_smi": card(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "machine": describe_machine(),
         "python": platform.python_version(),
         "versions": installed_versions(),

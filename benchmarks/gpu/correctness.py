@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, Clock, claim, header, parser, write_json
+from common import ROOT, Clock, claim, header, parser, set_xla_flags, write_json
 
 #: Ordinary tests that need one device; they are for information.
 ORDINARY = (
@@ -50,13 +50,17 @@ _TEST_SECONDS = {"gpu": 90, "ordinary": 40}
 def main() -> None:
     """Runs what the command line asks for."""
     options = parser(__doc__, minutes=3).parse_args()
+    # Trying out algorithms would take most of the time, and changes no precision.
+    flags = f"{options.xla_flags} --xla_gpu_autotune_level=0"
+    set_xla_flags(flags if options.xla_flags else "")
     clock = Clock(options.minutes)
     options.out.mkdir(parents=True, exist_ok=True)
     device = find_device()
     on_accelerator = device["backend"] not in ("cpu", None)
     if not on_accelerator and not options.rehearse:
         sys.exit(f"no accelerator: JAX found {device}; --rehearse runs without one")
-    claim(options.out, "correctness", {"rehearse": options.rehearse})
+    settings = {"rehearse": options.rehearse, "xla_flags": options.xla_flags}
+    claim(options.out, "correctness", settings)
     about = header(device)
     about["rehearsal"] = options.rehearse
     runs = {
@@ -114,6 +118,8 @@ def run_tests(
         ),
         "JAX_PLATFORMS": "cuda,cpu" if accelerated else "cpu",
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        # The ordinary tests were written for a CPU, where there is no TF32.
+        "JAX_DEFAULT_MATMUL_PRECISION": "highest",
         "GRSD_RECORD": str(record.resolve()),
         "GRSD_SECONDS": str(_TEST_SECONDS[name]),
     }
@@ -121,7 +127,7 @@ def run_tests(
     # A warning of the accelerator's runtime is no failure of a test.
     command += ["-W", "default", "-p", "no:cacheprovider", "--tb", "short"]
     if importlib.util.find_spec("xdist"):
-        most = 8 if name == "gpu" else 12
+        most = 14 if name == "gpu" else 12
         workers = min(most, os.cpu_count() or 1) if accelerated else 0
         command += ["-n", str(workers)]
     for test in passed:

@@ -64,6 +64,7 @@ _TIMED_STEPS = 10
 def main() -> None:
     """Runs what the command line asks for."""
     options = arguments()
+    common.set_xla_flags(options.xla_flags)
     clock = common.Clock(options.minutes)
     try:
         config, dataset = settings(options), load(options)

@@ -21,7 +21,7 @@ from typing import Any
 
 import common
 
-PARTS = ("first", "torch", "second")
+PARTS = ("first", "torch", "second", "torch_tf32")
 
 #: Seconds past the end that a measurement under way may take.
 _GRACE = 15.0
@@ -44,16 +44,18 @@ def main() -> None:
     folder = options.out / "speed"
     folder.mkdir(parents=True, exist_ok=True)
     clock = common.Clock(options.minutes)
+    common.set_xla_flags(options.xla_flags)
     if options.part:
         run_part(options.part, folder, clock, options.rehearse)
         return
-    common.claim(options.out, "speed", {"rehearse": options.rehearse})
+    settings = {"rehearse": options.rehearse, "xla_flags": options.xla_flags}
+    common.claim(options.out, "speed", settings)
     # Counting needs no device, and runs beside the parts.
     counting = start("operations", options, clock, JAX_PLATFORMS="cpu")
     left_out = []
     for part in PARTS:
-        if part == "torch" and importlib.util.find_spec("torch") is None:
-            left_out.append("torch: not installed")
+        if part.startswith("torch") and importlib.util.find_spec("torch") is None:
+            left_out.append(f"{part}: not installed")
             continue
         left_out += finish(part, options, clock)
     try:
@@ -70,10 +72,11 @@ def main() -> None:
 
 def run_part(part: str, folder: Path, clock: common.Clock, rehearse: bool) -> None:
     """Makes the measurements of a part in this process."""
-    if part == "torch":
+    if part.startswith("torch"):
         import speed_torch
 
-        left_out = speed_torch.run(folder, clock, rehearse)
+        precision = "tf32" if part == "torch_tf32" else "highest"
+        left_out = speed_torch.run(folder, clock, precision, rehearse)
     else:
         import speed_jax
 
@@ -99,6 +102,7 @@ def start(
     """Starts a part in a process of its own, with its output in a log."""
     command = [sys.executable, __file__, "--part", part, "--out", str(options.out)]
     command += ["--minutes", str(max(0.0, clock.left() / 60))]
+    command += ["--xla_flags="]  # they are in the environment by now
     command += ["--rehearse"] if options.rehearse else []
     with (options.out / f"speed_{part}.log").open("a") as log:
         return subprocess.Popen(
@@ -257,6 +261,7 @@ def table(report: dict[str, Any]) -> str:
             format(record["seconds"]["minimum"], "9.4f"),
             _cell(record.get("first_seconds"), "7.2f"),
             _cell(record.get("share_of_peak"), "6.2f"),
+            _cell(record.get("share_of_peak_of_plain_differentiation"), "6.2f"),
             _cell(record.get("error"), "8.1e"),
         ]
         lines.append(f"{name:48} {' '.join(cells)}")

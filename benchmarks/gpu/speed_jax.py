@@ -463,47 +463,41 @@ def operations(part: Part) -> None:
 
 
 def first(part: Part) -> None:
-    """The most important: the roofs, and the ResNet at the highest precision."""
+    """The roofs, and the dense kernel that torch is compared with."""
     make_inputs(part)
-    small, whole = models(part)
-    widest = part.widths[-1]
-    run_all(
-        [
-            (peaks,),
-            (resnet_dense, small, "highest"),
-            (resnet_prepared, whole, "highest", widest),
-            (resnet_dense, whole, "highest"),
-        ],
-        part,
-    )
+    small = ResNet(part, 1, part.examples // 4, np.float32)
+    run_all([(peaks,), (resnet_dense, small, "highest")], part)
 
 
 def second(part: Part) -> None:
     """Everything else, by importance."""
-    small, whole = models(part)
+    small = ResNet(part, 1, part.examples // 4, np.float32)
     middle = ResNet(part, 1, part.examples, np.float32)
+    whole = ResNet(part, 4, part.examples, np.float32)
     narrow, medium, widest = part.widths
     run_all(
         [
-            (resnet_derivative, whole, "highest", widest),
+            (resnet_prepared, whole, "highest", widest),
             (gpt_measurements, "gpt10", "highest"),
-            (resnet_unprepared, whole, "highest", narrow),
-            (resnet_whole, small, "highest"),
+            (resnet_dense, whole, "highest"),
+            (resnet_derivative, whole, "highest", widest),
+            (gpt_measurements, "gpt124", "highest"),
             (resnet_reference,),
             (resnet_dense, small, "tf32"),
             (resnet_prepared, whole, "tf32", widest),
+            (resnet_unprepared, whole, "highest", narrow),
+            (resnet_whole, small, "highest"),
+            (gpt_measurements, "gpt10", "tf32"),
+            (gpt_reference, "gpt10"),
             (resnet_whole, whole, "highest"),
-            (gpt_measurements, "gpt124", "highest"),
-            (resnet_unprepared, whole, "highest", widest, narrow),
+            (resnet_prepared, whole, "highest", narrow),
             (resnet_dense, whole, "tf32"),
             (resnet_derivative, whole, "tf32", widest),
             (resnet_unprepared, whole, "tf32", narrow),
-            (gpt_measurements, "gpt10", "tf32"),
-            (gpt_reference, "gpt10"),
-            (resnet_prepared, whole, "highest", medium),
-            (resnet_prepared, whole, "highest", narrow),
-            (resnet_gradient, whole, "highest"),
+            (resnet_unprepared, whole, "highest", widest, narrow),
             (gpt_measurements, "gpt124", "tf32"),
+            (resnet_prepared, whole, "highest", medium),
+            (resnet_gradient, whole, "highest"),
             (resnet_dense, middle, "highest"),
             *((resnet_dense, middle, "highest", c) for c in (8, 16, 64, 128)),
             (resnet_unprepared, whole, "highest", medium),
@@ -524,13 +518,6 @@ def run_all(steps: list[tuple[Any, ...]], part: Part) -> None:
             step(part, *arguments)
         except Exception:
             traceback.print_exc()
-
-
-def models(part: Part) -> tuple[ResNet, ResNet]:
-    """Returns the ResNet on few images, and on four batches."""
-    make_inputs(part)
-    small = ResNet(part, 1, part.examples // 4, np.float32)
-    return small, ResNet(part, 4, part.examples, np.float32)
 
 
 PARTS = {"first": first, "second": second, "operations": operations}

@@ -13,7 +13,7 @@ from peers import torch_func
 _COLUMNS = 4
 
 
-def run(folder: Any, clock: common.Clock, rehearse: bool) -> list[str]:
+def run(folder: Any, clock: common.Clock, precision: str, rehearse: bool) -> list[str]:
     """Measures torch.func on the ResNet of `speed_jax`, with the same weights.
 
     Returns:
@@ -34,26 +34,25 @@ def run(folder: Any, clock: common.Clock, rehearse: bool) -> list[str]:
         (total // 16, 1, "measurement", "composition"),
         (total // 4, 1, "dense", "chunks of 8"),
     ]
-    for precision in ("highest", "tf32"):
-        for examples, copies, task, variant in tasks:
-            name = f"torch_k{copies}n{examples // copies}_{task}_{precision}"
-            spec = parse_problem(common.problem_name(examples, rehearse=rehearse))
-            job = Job(
-                peer="torch_func",
-                spec=spec,
-                task=task,
-                variant=variant,
-                device="gpu" if device == "cuda" else "cpu",
-                inputs=first_images(inputs, examples),
-                folder=folder,
-            )
-            results.measure(
-                name,
-                lambda j=job, p=precision, n=name: one(j, p, folder / f"{n}.npz"),
-                needs=6,
-            )
-            if device == "cuda":
-                torch.cuda.empty_cache()
+    for examples, copies, task, variant in tasks:
+        name = f"torch_k{copies}n{examples // copies}_{task}_{precision}"
+        spec = parse_problem(common.problem_name(examples, rehearse=rehearse))
+        job = Job(
+            peer="torch_func",
+            spec=spec,
+            task=task,
+            variant=variant,
+            device="gpu" if device == "cuda" else "cpu",
+            inputs=first_images(inputs, examples),
+            folder=folder,
+        )
+        results.measure(
+            name,
+            lambda j=job, n=name: one(j, precision, folder / f"{n}.npz"),
+            needs=6,
+        )
+        if device == "cuda":
+            torch.cuda.empty_cache()
     return results.left_out
 
 
