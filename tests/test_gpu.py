@@ -243,28 +243,31 @@ def check_twice(record, what, call, expected, bound):
 
 
 @networks
-def test_products_of_factors(record_property, name):
+@pytest.mark.parametrize("layers", ["known", "hidden"])
+def test_products(record_property, name, layers):
     problem, params, _, block = make(name)
-    expected = reference(name)[0] @ np.asarray(block, np.float64)
-    kernel = linearize_kernel(problem, params)
-    check_twice(
-        record_property, "factored", lambda: kernel.matmat(block), expected, BOUND
-    )
-
-
-@networks
-def test_plain_products(record_property, name):
-    problem, params, _, block = make(name)
-    problem = plain(problem)
-    expected = reference(name)[0] @ np.asarray(block, np.float64)
+    problem = problem if layers == "known" else plain(problem)
+    matrix, columns = reference(name)[0], np.asarray(block, np.float64)
     kernel = linearize_kernel(problem, params)
     forms = {
-        "kernel_matmat": lambda: kernel_matmat(problem, params, block),
         "linearized": lambda: kernel.matmat(block),
         "column_chunk": lambda: kernel.matmat(block, column_chunk=5),
     }
+    if layers == "hidden":  # it takes no notice of layers
+        forms["kernel_matmat"] = lambda: kernel_matmat(problem, params, block)
     for form, call in forms.items():
-        check_twice(record_property, form, call, expected, BOUND)
+        check_twice(record_property, form, call, matrix @ columns, BOUND)
+
+    mean = linearize_kernel(problem.replace(reduction="mean"), params)
+    size = N * C
+    diagonal = [matrix[i : i + size, i : i + size] for i in range(0, K * size, size)]
+    check_twice(
+        record_property,
+        "mean",
+        lambda: mean.matmat(block[:size]),
+        np.mean(diagonal, axis=0) @ columns[:size],
+        BOUND,
+    )
 
 
 @pytest.mark.parametrize(
