@@ -13,7 +13,6 @@ from grsd_jax import (
     linearize_kernel,
     models,
 )
-from grsd_jax.jacobian.factored import output_blocks
 from grsd_jax.models.chains import (
     MLP,
     ConvNet,
@@ -72,9 +71,8 @@ def close(got, expected):
 )
 def test_factored_jacobian_covers_every_layer_and_agrees_with_the_plain_path(name):
     problem, params, direction = make(name)
-    batch = jax.tree.map(lambda leaf: leaf[0], problem.batches)
-    blocks, _ = jax.eval_shape(output_blocks, problem.objective, params, batch)
-    assert all(block is not None for block in blocks)
+    explained = problem.explain(params)
+    assert explained.num_factored == explained.num_leaves
     kernel, moved = kernel_dense(plain(problem), params, direction)
     got = kernel_dense(problem, params, direction)
     assert close(got[0], kernel)
@@ -230,10 +228,21 @@ def test_coupled_or_random_examples_are_refused(layer, message, layers_known):
             gradient_flow_direction(problem, params)
 
 
+class Attention(nn.Module):
+    """Attention whose dropout is told by position not to draw."""
+
+    @nn.compact
+    def __call__(self, x):
+        attention = nn.SelfAttention(2, dropout_rate=0.1, name="attention")
+        return attention(x[:, None], None, True)[:, 0]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of SelfAttention
 @pytest.mark.parametrize(
     "layer",
     [
         nn.Dropout(0.0, deterministic=False),
+        Attention(),
         nn.Dropout(0.5, deterministic=True),
         nn.BatchNorm(use_running_average=True),
         nn.LayerNorm(),
@@ -277,13 +286,19 @@ def test_modules_are_public():
         "ACTIVATIONS",
         "MLP",
         "ConvNet",
+        "EquinoxOutputs",
+        "HaikuOutputs",
         "LinearStateSpace",
         "LinenOutputs",
+        "NNXOutputs",
         "PlainNet18",
         "ResNet",
         "ResNet18",
         "Transformer",
         "depth_blocks",
+        "equinox_outputs",
+        "haiku_outputs",
         "linen_chain",
         "linen_outputs",
+        "nnx_outputs",
     }

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import oracles
-from grsd_jax.jacobian.factored import has_factors
+from grsd_jax.jacobian.plan import plan_of
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -166,11 +166,11 @@ def test_reference_is_that_of_the_whole_jacobian(problem, inputs, reference, x64
 # Our own columns
 
 
-def test_the_plain_path_sees_no_layers(problem, inputs):
+def test_the_plain_path_has_no_factors(problem, inputs):
     loaded = inputs_of.load(problem, inputs)
     for plain in (False, True):
         point = loaded.problem(plain=plain).at(loaded.params)
-        assert has_factors(point) is not plain
+        assert (plan_of(point) is None) is plain
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
-#: A block that needs a package which the tests do not install names it in its fence.
-OPTIONAL = ("equinox",)
+#: A block that needs a package which only the tests install names it in its fence.
+OPTIONAL = ("equinox", "haiku")
 
 
 def python_source(page: str, package: str = "") -> str:

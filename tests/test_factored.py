@@ -17,8 +17,8 @@ from grsd_jax import (
     layer_kernels,
     linearize_kernel,
 )
-from grsd_jax.jacobian import factored, factors
-from grsd_jax.jacobian.factored import has_factors, output_blocks
+from grsd_jax.jacobian import factors, plan
+from grsd_jax.jacobian.plan import plan_of
 from grsd_jax.kernel import dense
 from grsd_jax.models import PlainNet18, ResNet, ResNet18, linen_outputs
 from oracles import plain
@@ -37,7 +37,7 @@ class MLP(nn.Module):
 
 
 class ConvNet(nn.Module):
-    """Every option of a convolution that is factored, and some that are not."""
+    """Every option of a convolution."""
 
     @nn.compact
     def __call__(self, x):
@@ -52,7 +52,7 @@ class ConvNet(nn.Module):
 
 
 class Scale(nn.Module):
-    """A layer that is not affine in its parameters."""
+    """A layer that is not affine in its parameter."""
 
     @nn.compact
     def __call__(self, x):
@@ -60,7 +60,7 @@ class Scale(nn.Module):
 
 
 class Shared(nn.Module):
-    """A layer used twice, one that nobody knows, and one whose output is unused."""
+    """A layer used twice, one that is not affine, and one whose output is unused."""
 
     @nn.compact
     def __call__(self, x):
@@ -139,7 +139,7 @@ def plain_matrices(name, reduction):
 
 
 class Flat(nn.Module):
-    """A model no layer of which is factored: everything is left to the plain path."""
+    """A single product with a parameter of its own."""
 
     @nn.compact
     def __call__(self, x):
@@ -155,15 +155,16 @@ def close(got, expected, tolerance=1e-11):
 #: Networks that compile fast enough for the default tests; all are in the slow ones.
 QUICK = ("shared", "resnet", "mlp", "linear")
 
-LEFT_OUT = {
-    "mlp": set(),
-    "conv": {"grouped/bias", "grouped/kernel", "circular/bias", "circular/kernel"},
-    "shared": {"scale/log"},
-    "transformer": {"places/embedding", "table"},
-    "tied": {"places/embedding", "table", "tokens/embedding"},
-    "resnet": set(),
-    "plain": set(),
-    "linear": {"w"},
+#: How the leaves of a network come, other than by products and single numbers.
+OTHERS = {
+    "mlp": {},
+    "conv": {},
+    "shared": {},
+    "transformer": {"tokens/embedding": "lookup"},
+    "tied": {"tokens/embedding": "composite"},
+    "resnet": {},
+    "plain": {},
+    "linear": {},
 }
 
 
@@ -175,15 +176,15 @@ def _float64():
         yield
 
 
-@pytest.mark.parametrize("name", LEFT_OUT)
-def test_layers_that_can_be_factored_are(name):
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_leaf_is_factored(name):
     problem, params, _ = make(name)
-    batch = jax.tree.map(lambda leaf: leaf[0], problem.batches)
-    blocks, _ = jax.eval_shape(output_blocks, problem.objective, params, batch)
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path in paths]
-    left = {n for n, block in zip(names, blocks, strict=True) if block is None}
-    assert left == LEFT_OUT[name]
+    explained = problem.explain(params)
+    assert explained.num_factored == explained.num_leaves
+    assert explained.coupled is False
+    usual = ("outer", "elementwise", "rows")
+    others = {row.path: row.how for row in explained.rows if row.how not in usual}
+    assert others == OTHERS[name]
 
 
 @pytest.mark.parametrize("reduction", ["mean", "stack"])
@@ -191,7 +192,7 @@ def test_layers_that_can_be_factored_are(name):
     "name",
     [
         pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow)
-        for name in LEFT_OUT
+        for name in OTHERS
     ],
 )
 def test_every_operation_agrees_with_the_plain_path(monkeypatch, name, reduction):
@@ -333,18 +334,18 @@ def test_linearized_kernels_cross_jit_without_retracing(reduction):
     assert traces == 1
 
 
-def test_layers_are_known_of_linen_outputs_alone():
+def test_functions_of_the_users_own_are_factored():
     problem, params, _ = make("mlp")
     own = Problem.from_error(problem.error, problem.batches)
-    assert has_factors(problem.at(params))
-    assert not has_factors(plain(problem).at(params))
-    assert not has_factors(own.at(params))
+    assert plan_of(problem.at(params)) is not None
+    assert plan_of(own.at(params)) is not None
+    assert plan_of(plain(problem).at(params)) is None
 
 
 def test_many_outputs_are_left_to_plain_products(monkeypatch):
     problem, params, _ = make("mlp")
-    monkeypatch.setattr(factored, "_MOST_OUTPUTS", 2)
-    assert not has_factors(problem.at(params))
+    monkeypatch.setattr(plan, "_MOST_OUTPUTS", 2)
+    assert plan_of(problem.at(params)) is None
 
 
 def test_products_by_rows_are_kept_apart():

@@ -27,6 +27,7 @@ from grsd_jax import (
     models,
 )
 from grsd_jax.jacobian import factored
+from grsd_jax.jacobian.plan import plan_of
 from grsd_jax.kernel.dense import _Blocks, _gram_tile
 from grsd_jax.kernel.derivative import _tree_products, project
 from grsd_jax.linalg import block_lanczos, leading_eigenpairs, ritz_pairs
@@ -157,7 +158,8 @@ def own_programs():
     problem, params, _, block = make("mlp")
     batch = jax.tree.map(lambda leaf: leaf[0], problem.batches)
     point = problem.at(params)
-    jacobian = factored.factorize(point.error_fn, params, batch, multiplied=False)
+    plan = plan_of(point)
+    jacobian = factored.held_jacobian(point.error_fn, params, batch, plan=plan)
     columns = block[: N * C].reshape(N, C, -1)
     yield "pull", factored._pull, (jacobian, columns)
     tangents = jacobian.pull(columns)

@@ -35,9 +35,9 @@ def rehearse(stage, out, minutes):
     return json.loads((out / f"{stage}.json").read_text()), done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.scheduled
 def test_correctness_is_rehearsed(tmp_path):
-    report, told = rehearse("correctness", tmp_path, 3)
+    report, told = rehearse("correctness", tmp_path, 30)
     assert report["header"]["versions"]["jax"] == jax.__version__
     assert report["header"]["rehearsal"]
     tests = report["gpu"]["tests"]

@@ -14,7 +14,7 @@ from grsd_jax import (
 )
 from grsd_jax.kernel import products
 from grsd_jax.shells import fit_power_law, measurement
-from oracles import dense_kernel, network_problem, plain, random_batches
+from oracles import dense_kernel, network_problem, plain, random_batches, relative_error
 
 LANCZOS = Lanczos(block_size=4, num_steps=6)
 SHELLS = Binning(num_shells=5, window=3)
@@ -201,7 +201,8 @@ def test_what_is_not_finite_is_flagged_and_resolves_nothing(mlp):
         assert not np.any(got.resolved)
 
 
-def test_coupled_examples_show_in_the_operator_disagreement():
+@pytest.mark.filterwarnings("ignore:grsd_jax. the examples:RuntimeWarning")
+def test_coupled_examples_are_named_and_leave_the_solver_to_lanczos():
     def coupled(params, batch):
         z = batch["x"] @ params["w"]
         return z - jnp.mean(z, axis=0, keepdims=True)
@@ -209,8 +210,13 @@ def test_coupled_examples_show_in_the_operator_disagreement():
     params = {"w": jax.random.normal(jax.random.key(0), (3, 2))}
     batches = {"x": jax.random.normal(jax.random.key(1), (1, 6, 3))}
     problem = Problem.from_error(coupled, batches)
-    got = measure((problem, params, params), solver="dense")
-    assert got.operator_disagreement > 1e-2
+    with pytest.raises(ValueError, match="problem: expected an error whose examples"):
+        measure((problem, params, params), solver="dense")
+    got = measure((problem, params, params), solver="auto")
+    assert got.coupled
+    assert (got.solver, got.jacobian) == ("lanczos", "plain")
+    kernel = dense_kernel(problem, params)
+    assert relative_error(got.values[:4], np.linalg.eigvalsh(kernel)[::-1][:4]) < 1e-5
 
 
 def test_bad_input_is_named(mlp):

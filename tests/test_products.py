@@ -6,6 +6,7 @@ import pytest
 from jax.sharding import AxisType
 
 from grsd_jax._memory import tree_bytes
+from grsd_jax.jacobian.plan import plan_of
 from grsd_jax.kernel import Derivative, kernel_dense, products, shard_batches
 from grsd_jax.kernel.derivative import project_derivative
 from grsd_jax.kernel.operator import linearize_point
@@ -33,13 +34,15 @@ def test_the_first_form_that_fits_is_held(mlp, monkeypatch, reduction, room, hel
     problem = problem.replace(reduction=reduction)
     taken = []
 
-    def spy(point, *, factored):
-        taken.append("factors" if factored else "residuals")
-        return linearize_point(point, factored=factored)
+    def spy(point, *, plan):
+        taken.append("residuals" if plan is None else "factors")
+        return linearize_point(point, plan=plan)
 
-    sizes = {True: 200, False: 100}
+    def sizes(_, *, plan):
+        return 100 if plan is None else 200
+
     monkeypatch.setattr(products, "linearize_point", spy)
-    monkeypatch.setattr(products, "held_bytes", lambda _, factored: sizes[factored])
+    monkeypatch.setattr(products, "held_bytes", sizes)
     monkeypatch.setattr(products, "default_bytes", lambda: room)
     matmat = held_products(problem.at(params))
     assert taken == ([] if held == "nothing" else [held])
@@ -65,9 +68,9 @@ def test_factors_of_the_derivative_are_held_if_they_fit(
     _, moved = kernel_dense(problem, params, params)
     taken = []
 
-    def spy(*arguments, factored, **options):
-        taken.append(factored)
-        return project_derivative(*arguments, factored=factored, **options)
+    def spy(*arguments, plan, **options):
+        taken.append(plan is not None)
+        return project_derivative(*arguments, plan=plan, **options)
 
     monkeypatch.setattr(products, "project_derivative", spy)
     monkeypatch.setattr(products, "held_bytes", lambda *_, **__: 100)
@@ -80,14 +83,15 @@ def test_factors_of_the_derivative_are_held_if_they_fit(
 def test_what_is_held_is_counted_from_shapes(mlp):
     problem, params = mlp
     factored, own = problem.at(params), plain(problem).at(params)
-    held = linearize_point(factored, factored=True).jacobians
+    plan = plan_of(factored)
+    held = linearize_point(factored, plan=plan).jacobians
     blocks = tree_bytes([jacobian.blocks for jacobian in held])
-    assert held_bytes(factored, factored=True) == blocks
-    residuals = tree_bytes(linearize_point(own, factored=False).jacobians)
-    assert held_bytes(own, factored=False) == residuals
+    assert held_bytes(factored, plan=plan) == blocks
+    residuals = tree_bytes(linearize_point(own, plan=None).jacobians)
+    assert held_bytes(own, plan=None) == residuals
     # Spread over the devices of a mesh, each holds its share.
     mesh = jax.make_mesh(
         (5,), ("examples",), axis_types=(AxisType.Auto,), devices=jax.devices()[:5]
     )
     spread = problem.replace(batches=shard_batches(problem.batches, mesh)).at(params)
-    assert held_bytes(spread, factored=True) == blocks // 5
+    assert held_bytes(spread, plan=plan) == blocks // 5

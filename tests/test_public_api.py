@@ -82,7 +82,14 @@ CONTRACT = {
         "operator_norms",
         "partition",
     },
-    "grsd_jax.models": {"PlainNet18", "ResNet18", "linen_outputs"},
+    "grsd_jax.models": {
+        "PlainNet18",
+        "ResNet18",
+        "equinox_outputs",
+        "haiku_outputs",
+        "linen_outputs",
+        "nnx_outputs",
+    },
 }
 
 PUBLIC = [
@@ -101,7 +108,7 @@ ARROWS = {
     "linalg": set(),
     "parameter_blocks": set(),
     "problem": {"errors"},
-    "jacobian": {"problem"},
+    "jacobian": {"problem", "parameter_blocks"},
     "kernel": {"jacobian", "parameter_blocks"},
     "shells": {"kernel", "linalg"},
     "dynamics": {"shells"},
@@ -110,21 +117,15 @@ ARROWS = {
     "models": {"parameter_blocks"},
 }
 
-#: The one import that may not be made before it is needed, since it needs flax.
-LAZY = (PACKAGE / "jacobian/factored.py", "grsd_jax.jacobian.linen_factors")
-
-#: The modules that read linen modules.
-LINEN = {
-    PACKAGE / "jacobian" / name for name in ("linen_factors.py", "linen_layers.py")
-}
-
 #: Everything the experiments need, and the import of the package must not.
 EXTRAS = [
     "PIL",
     "absl",
     "array_record",
     "chex",
+    "equinox",
     "flax",
+    "haiku",
     "matplotlib",
     "optax",
     "orbax",
@@ -147,12 +148,16 @@ def imports(path: Path) -> set[str]:
 
 
 def modules_imported(path: Path) -> set[str]:
-    """Returns the dotted modules of this package that a source file imports."""
+    """Returns the dotted modules of this package that a source file imports.
+
+    But for what `Problem.explain` imports when it is called.
+    """
     found = set()
     for name in imports(path):
         if name.split(".")[0] == "grsd_jax":
             found.add(name if is_module(name) else name.rpartition(".")[0])
-    return found
+    late = {"problem": {"grsd_jax.jacobian.explain"}}
+    return found - late.get(path.stem, set())
 
 
 def is_module(name: str) -> bool:
@@ -266,7 +271,7 @@ import sys
 class Blocker:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in {EXTRAS!r}:
-            raise ImportError(f"{{name}} is blocked")
+            raise ModuleNotFoundError(f"{{name}} is blocked", name=name)
 
 sys.meta_path.insert(0, Blocker())
 """
@@ -283,7 +288,6 @@ after = dict(jax.config.values)
 changed = [name for name in before if before[name] != after[name]]
 assert not changed, changed
 assert "grsd_jax.models" not in sys.modules
-assert "grsd_jax.jacobian.linen_factors" not in sys.modules
 assert not [name for name in sys.modules if name.startswith("grsd_jax.experiments")]
 ones = jax.numpy.ones
 batches = {"x": ones((1, 2, 3)), "label": jax.numpy.zeros((1, 2), int)}
@@ -294,9 +298,26 @@ assert grsd_jax.kernel_dense(problem, ones((3, 2))).shape == (4, 4)
     assert outcome.returncode == 0, outcome.stderr
 
 
-def test_models_without_flax_say_what_to_install():
-    outcome = run_python(BLOCKER + "import grsd_jax.models")
+def test_models_import_no_framework_before_it_is_used():
+    outcome = run_python(
+        """
+import sys
+from grsd_jax.models import equinox_outputs, haiku_outputs, nnx_outputs
+found = {"equinox", "flax", "haiku"} & set(sys.modules)
+assert not found, found
+from grsd_jax.models import linen_outputs
+found = {"equinox", "flax", "haiku"} & set(sys.modules)
+assert found == {"flax"}, found
+"""
+    )
+    assert outcome.returncode == 0, outcome.stderr
+
+
+@pytest.mark.parametrize("name", ["ResNet18", "linen_outputs"])
+def test_models_without_flax_say_what_to_install(name):
+    outcome = run_python(BLOCKER + f"from grsd_jax.models import {name}")
     assert outcome.returncode != 0
+    assert f"grsd_jax.models.{name} needs flax" in outcome.stderr
     assert "pip install 'grsd-jax[models]'" in outcome.stderr
 
 
@@ -316,8 +337,8 @@ def test_library_leaves_the_configuration_alone(path):
 @by_path(LIBRARY)
 def test_library_imports_jax_numpy_and_scipy_alone(path):
     allowed = {"jax", "numpy", "scipy", "grsd_jax", *sys.stdlib_module_names}
-    if PACKAGE / "models" in path.parents or path in LINEN:
-        allowed |= {"flax"}
+    if PACKAGE / "models" in path.parents:
+        allowed |= {"equinox", "flax", "haiku"}
     assert {name.split(".")[0] for name in imports(path)} <= allowed
 
 
@@ -334,25 +355,10 @@ def test_helpers_import_helpers_alone():
 
 
 @by_path(LIBRARY)
-def test_what_needs_flax_is_imported_late_and_in_one_place(path):
-    if PACKAGE / "models" in path.parents or path in LINEN:
-        return
-    needs_flax = {
-        name
-        for name in modules_imported(path)
-        if name.startswith(("grsd_jax.models", "grsd_jax.jacobian.linen"))
-    }
-    place, module = LAZY
-    if path != place:
-        assert not needs_flax
-        return
-    assert needs_flax == {module}
-    at_the_top = {
-        node.module
-        for node in ast.parse(path.read_text()).body
-        if isinstance(node, ast.ImportFrom)
-    }
-    assert module not in at_the_top
+def test_nothing_but_the_models_needs_a_framework(path):
+    if PACKAGE / "models" not in path.parents:
+        found = modules_imported(path)
+        assert not {name for name in found if name.startswith("grsd_jax.models")}
 
 
 def test_modules_have_no_import_cycle():

@@ -215,9 +215,15 @@ def _arrays(flat: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     return {name: jnp.asarray(array) for name, array in flat.items()}
 
 
+@jax.custom_jvp
 def _call(outputs_fn: Callable[..., jax.Array], params: Any, batch: Any) -> jax.Array:
-    """Calls ``outputs_fn``; a function of its own has no layers to be seen."""
+    """Calls ``outputs_fn``; no factors are made of what has a custom derivative."""
     return outputs_fn(params, batch)
+
+
+@_call.defjvp
+def _call_jvp(primals: Any, tangents: Any) -> Any:
+    return jax.jvp(lambda fn, params, batch: fn(params, batch), primals, tangents)
 
 
 def _gradient_flow(

@@ -7,7 +7,7 @@ loss by the outputs), the loss and the direction of its gradient flow follow fro
 import dataclasses
 from collections.abc import Callable, Hashable
 from functools import partial
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,9 @@ from grsd_jax.errors import (
     softmax_error,
     squared_error,
 )
+
+if TYPE_CHECKING:
+    from grsd_jax.jacobian.explain import Explanation
 
 REDUCTIONS = ("mean", "stack")
 
@@ -413,6 +416,27 @@ class Problem:
         point = self.at(params)
         losses = [_mean_loss(point.error_fn, point.params, b) for b in point.parts]
         return jnp.mean(jnp.stack(losses))
+
+    def explain(self, params: PyTree) -> "Explanation":
+        """Returns how J comes for every parameter leaf, and what that costs.
+
+        J is held as factors where the parameter meets the activations in a product, a
+        convolution, a gather of rows, or an equation on single numbers; every other
+        leaf is differentiated plainly. The factors are checked against `jax.vjp` once.
+
+        Args:
+            params: Parameters.
+
+        Returns:
+            An explanation, which prints as a table and has one row a leaf.
+
+        Raises:
+            ValueError: As `at`.
+        """
+        # The one import against the arrows: what a problem is does not depend on it.
+        from grsd_jax.jacobian.explain import explain_point
+
+        return explain_point(self.at(params))
 
     def split(self, columns: jax.Array) -> jax.Array:
         """Splits columns ``[n, ...]`` into ``[K, N, C, ...]``, or ``[N, C, ...]``."""

@@ -1,9 +1,9 @@
-"""The factored Jacobian: products, dense blocks and derivatives from layer factors.
+"""The factored Jacobian: products, dense blocks and derivatives from factors.
 
-An error function that knows its layers yields, after one forward pass and one backward
-pass for each output, every parameter's block of J as factors (see `factors`). From then
-on nothing is differentiated through the network any more. Parameters that no layer
-accounts for keep the plain path, and the parts add up: ``M = sum_l J_l J_l^T``.
+One forward pass and one backward pass for each output give every parameter's block of J
+as factors (see `blocks`). From then on nothing is differentiated through the network
+any more. Parameters that the plan leaves out keep the plain path, and the parts add up:
+``M = sum_l J_l J_l^T``.
 
 Relatives: the structured derivatives of Novak et al. (2022), "Fast finite width neural
 tangent kernel"; BackPACK; the captures of K-FAC.
@@ -21,28 +21,18 @@ import numpy as np
 from grsd_jax._typing import PyTree
 from grsd_jax.errors import softmax_basis
 from grsd_jax.jacobian.autodiff import (
+    Jacobian,
+    JacobianMap,
     PlainDerivative,
     RestrictedErrorFn,
     linearize,
 )
+from grsd_jax.jacobian.blocks import leaf_blocks
 from grsd_jax.jacobian.factors import Factor, for_products, like
-from grsd_jax.problem import Objective, OutputsObjective, Point, evaluate
+from grsd_jax.jacobian.plan import Plan
+from grsd_jax.problem import Objective, evaluate
 
 _einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-
-
-#: Outputs C of an example up to which J comes as factors. They take C backward passes
-#: and a basis ``[C, C]``; a block of fewer than C / 4 columns is cheaper without them.
-_MOST_OUTPUTS = 2048
-
-
-def has_factors(point: Point) -> bool:
-    """Whether the layers behind an error are known, and its outputs few enough."""
-    error_fn = point.error_fn
-    known = isinstance(error_fn, OutputsObjective) and hasattr(
-        error_fn.outputs_fn, "recording"
-    )
-    return known and point.error.shape[1] <= _MOST_OUTPUTS
 
 
 @partial(
@@ -79,25 +69,32 @@ class FactoredJacobian:
         return _multiply(self, columns)
 
 
-def factorize(
+def held_jacobian(
     error_fn: Objective,
     params: PyTree,
     batch: PyTree,
     *,
+    plan: Plan | None,
     multiplied: bool = False,
-) -> FactoredJacobian:
-    """Returns J of one batch as factors, each in the form that is cheaper to apply.
+) -> Jacobian:
+    """Returns J of one batch, ready for products.
 
     Args:
         error_fn: The error function.
         params: Parameters.
         batch: One batch.
+        plan: Its factors, which come in the form that is cheaper to apply; None to
+            linearise plainly.
         multiplied: Whether products ``J J^T V`` will be taken, and not ``J^T V`` alone.
 
     Returns:
-        The factored Jacobian, a pytree that crosses `jit` without retracing.
+        The Jacobian, a pytree that crosses `jit` without retracing.
     """
-    blocks, basis = _product_blocks(error_fn, params, batch, multiplied=multiplied)
+    if plan is None:
+        return linearize(error_fn, params, batch)
+    blocks, basis = product_blocks(
+        error_fn, params, batch, plan=plan, multiplied=multiplied
+    )
     return _assemble(error_fn, params, batch, blocks, basis)
 
 
@@ -107,6 +104,7 @@ def factorize_by_groups(
     batch: PyTree,
     groups: Sequence[Sequence[int]],
     *,
+    plan: Plan,
     multiplied: bool = False,
 ) -> list[FactoredJacobian]:
     """Returns the columns of J that belong to each group of parameter leaves.
@@ -116,22 +114,31 @@ def factorize_by_groups(
         params: Parameters.
         batch: One batch.
         groups: The positions of each group's leaves; no group is empty.
-        multiplied: As for `factorize`.
+        plan: The factors.
+        multiplied: As for `held_jacobian`.
 
     Returns:
         A factored Jacobian for each group, from one set of factors.
     """
-    blocks, basis = _product_blocks(error_fn, params, batch, multiplied=multiplied)
+    blocks, basis = product_blocks(
+        error_fn, params, batch, plan=plan, multiplied=multiplied
+    )
     return [
         _assemble(error_fn, params, batch, blocks, basis, group) for group in groups
     ]
 
 
-def factorize_with_derivative(
-    error_fn: Objective, params: PyTree, batch: PyTree, direction: PyTree
-) -> tuple[FactoredJacobian, FactoredJacobian]:
-    """Returns J and its derivative along ``direction``, from one JVP of the factors.
+def held_pair(
+    error_fn: Objective,
+    params: PyTree,
+    batch: PyTree,
+    direction: PyTree,
+    *,
+    plan: Plan | None,
+) -> tuple[Jacobian, JacobianMap]:
+    """Returns J and its derivative along ``direction``.
 
+    By factors both come from one JVP of the factors:
     ``Jdot_l = <deltadot_l, layer(a_l; .)> + <delta_l, layer(adot_l; .)>``.
 
     Args:
@@ -139,18 +146,19 @@ def factorize_with_derivative(
         params: Parameters.
         batch: One batch.
         direction: A params tree.
+        plan: The factors, None to linearise plainly.
 
     Returns:
         ``(J, Jdot)``.
     """
-    blocks, moved, basis = _moving_blocks(error_fn, params, batch, direction)
+    plainly = PlainDerivative(error_fn, params, batch, direction)
+    if plan is None:
+        return linearize(error_fn, params, batch), plainly
+    blocks, moved, basis = _moving_blocks(error_fn, params, batch, direction, plan=plan)
     jacobian = _assemble(error_fn, params, batch, blocks, basis)
     rest = None
     if jacobian.rest is not None:
-        rest = _RestDerivative(
-            PlainDerivative(error_fn, params, batch, direction),
-            jacobian.rest_leaves,
-        )
+        rest = _RestDerivative(plainly, jacobian.rest_leaves)
     kept = tuple(block for block in moved if block is not None)
     return jacobian, FactoredJacobian(kept, basis, rest, jacobian.rest_leaves)
 
@@ -165,24 +173,22 @@ def output_basis(error: jax.ShapeDtypeStruct, num_classes: int | None) -> jax.Ar
 
 
 def output_blocks(
-    error_fn: Objective, params: PyTree, batch: PyTree
+    error_fn: Objective, params: PyTree, batch: PyTree, *, plan: Plan
 ) -> tuple[list[Factor | None], jax.Array]:
-    """Returns the blocks of J as the layers give them, and their basis."""
-    from grsd_jax.jacobian.linen_factors import linen_factors  # needs flax
-
-    assert isinstance(error_fn, OutputsObjective)
+    """Returns the blocks of J as the meetings give them, and their basis."""
     error = evaluate.eval_shape(error_fn, params, batch)
     basis = output_basis(error, error_fn.num_classes(params, batch))
-    return linen_factors(error_fn, params, batch, basis), basis
+    blocks = leaf_blocks(plan.program, plan.plain, error_fn, params, batch, basis)
+    return blocks, basis
 
 
 def moving_blocks(
-    error_fn: Objective, params: PyTree, batch: PyTree, direction: PyTree
+    error_fn: Objective, params: PyTree, batch: PyTree, direction: PyTree, *, plan: Plan
 ) -> tuple[list[Factor | None], list[Factor | None], jax.Array]:
     """Returns the blocks of J and of Jdot, and their basis."""
 
     def blocks_at(p: PyTree) -> tuple[list[Factor | None], jax.Array]:
-        return output_blocks(error_fn, p, batch)
+        return output_blocks(error_fn, p, batch, plan=plan)
 
     (blocks, basis), (tangents, _) = jax.jvp(blocks_at, (params,), (direction,))
     moved = [
@@ -195,20 +201,21 @@ def moving_blocks(
 Blocks = list[Factor | None]
 
 
-@partial(jax.jit, static_argnames="multiplied")
-def _product_blocks(
-    error_fn: Objective, params: PyTree, batch: PyTree, *, multiplied: bool
+@partial(jax.jit, static_argnames=("plan", "multiplied"))
+def product_blocks(
+    error_fn: Objective, params: PyTree, batch: PyTree, *, plan: Plan, multiplied: bool
 ) -> tuple[Blocks, jax.Array]:
-    blocks, basis = output_blocks(error_fn, params, batch)
+    """Returns the blocks of J in the form of cheaper products, and their basis."""
+    blocks, basis = output_blocks(error_fn, params, batch, plan=plan)
     ready = [block and for_products(block, multiplied=multiplied) for block in blocks]
     return ready, basis
 
 
-@jax.jit
+@partial(jax.jit, static_argnames="plan")
 def _moving_blocks(
-    error_fn: Objective, params: PyTree, batch: PyTree, direction: PyTree
+    error_fn: Objective, params: PyTree, batch: PyTree, direction: PyTree, *, plan: Plan
 ) -> tuple[Blocks, Blocks, jax.Array]:
-    blocks, moved, basis = moving_blocks(error_fn, params, batch, direction)
+    blocks, moved, basis = moving_blocks(error_fn, params, batch, direction, plan=plan)
     cheapest = [block and for_products(block) for block in blocks]
     # Jdot acts on the tangents that J pulls, so both take the same form.
     moved = [

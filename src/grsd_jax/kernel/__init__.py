@@ -1,9 +1,11 @@
 """The kernel ``M = J J^T`` and its derivative: products, dense matrices, solvers."""
 
+from grsd_jax.jacobian.explain import Explanation, LeafForm
 from grsd_jax.kernel.dense import kernel_dense, layer_kernels
 from grsd_jax.kernel.derivative import (
     Derivative,
     central_difference,
+    default_step,
     gradient_flow_direction,
     kernel_derivative,
 )
@@ -20,11 +22,14 @@ from grsd_jax.kernel.solver import Lanczos, choose_solver
 
 __all__ = [
     "Derivative",
+    "Explanation",
     "Lanczos",
+    "LeafForm",
     "LinearizedKernel",
     "ShardedKernel",
     "central_difference",
     "choose_solver",
+    "default_step",
     "gradient_flow_direction",
     "kernel_dense",
     "kernel_derivative",

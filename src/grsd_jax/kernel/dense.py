@@ -2,7 +2,7 @@
 
 Examples are independent (BatchNorm runs on stored statistics), so row block i of J
 depends on example i alone, and all n rows cost C backward passes over the batch, not n.
-Where the layers are known not even these need weight gradients (see
+Where J comes as factors not even these need weight gradients (see
 `grsd_jax.jacobian.factored`). Parameter leaves are taken in groups and examples in
 chunks, so that what is held of J at a time stays under a bound; Gram products add up
 over the leaves: ``M = sum_l J_l J_l^T``.
@@ -20,13 +20,9 @@ import numpy as np
 from grsd_jax._checks import check_at_least, check_batches
 from grsd_jax._memory import default_bytes, tree_bytes
 from grsd_jax._typing import PyTree
-from grsd_jax.jacobian.factored import (
-    has_factors,
-    moving_blocks,
-    output_basis,
-    output_blocks,
-)
+from grsd_jax.jacobian.factored import moving_blocks, output_basis, output_blocks
 from grsd_jax.jacobian.factors import Factor, Rows, for_gram, inner, like
+from grsd_jax.jacobian.plan import Plan, check_independent, plan_of
 from grsd_jax.parameter_blocks import parameter_paths
 from grsd_jax.problem import Objective, Point, Problem
 
@@ -92,8 +88,8 @@ def kernel_dense(
     With a direction also ``Mdot = Jdot J^T + J Jdot^T``, from the same pass. Under
     ``mean`` both are averages over the K batches.
 
-    Assumes that example i of the error depends on example i of the batch alone; a
-    network that couples examples (BatchNorm in training mode, say) needs the
+    Example i of the error must depend on example i of the batch alone, which is checked
+    once; a network that couples examples (BatchNorm in training mode, say) needs the
     matrix-free `kernel_matmat`.
 
     Args:
@@ -111,7 +107,8 @@ def kernel_dense(
         ``(M, Mdot)``, Mdot in units of M per unit of s.
 
     Raises:
-        ValueError: If a shape, tree, dtype, leading axis or bound does not fit.
+        ValueError: If a shape, tree, dtype, leading axis or bound does not fit, or the
+            examples are coupled.
 
     References:
         Paper 7.2 and B.5; the layer-wise sum and the exact derivative are ours.
@@ -202,13 +199,14 @@ def accumulate(point: Point, labels: Sequence[str], chunking: Chunking) -> Matri
             lambda leaf: leaf.reshape(1, -1, *leaf.shape[2:]), batches
         )
     num_spaces, num_examples = check_batches(batches)
-    factored = has_factors(point)
+    check_independent(point)
+    plan = plan_of(point)
     basis = jnp.eye(point.error.shape[1], dtype=point.error.dtype)
-    if factored:
+    if plan is not None:
         basis = output_basis(point.error, point.num_classes)
     fixed = (point.error_fn, point.params, point.direction, basis, num_examples)
-    blocks_of = partial(_blocks, *fixed, factored=factored)
-    shapes_of = partial(_blocks.eval_shape, *fixed, factored=factored)
+    blocks_of = partial(_blocks, *fixed, plan=plan)
+    shapes_of = partial(_blocks.eval_shape, *fixed, plan=plan)
     bytes_of = partial(_leaf_bytes, shapes_of, len(labels))
     chunk_size = chunking.example_chunk or _default_chunk(bytes_of, batches)
     total: Matrices = {}
@@ -289,7 +287,7 @@ def _chunked(batches: PyTree, example_chunk: int) -> Iterator[list[PyTree]]:
         ]
 
 
-@partial(jax.jit, static_argnames=("num_examples", "group", "factored"))
+@partial(jax.jit, static_argnames=("num_examples", "group", "plan"))
 def _blocks(
     error_fn: Any,
     params: PyTree,
@@ -299,20 +297,20 @@ def _blocks(
     chunk: PyTree,
     *,
     group: tuple[int, ...],
-    factored: bool,
+    plan: Plan | None,
 ) -> _Blocks:
     """Returns the blocks of a group of leaves and a chunk of examples.
 
     A factored block takes the form whose Gram product over all ``num_examples``
     examples is cheaper.
     """
-    if not factored:
+    if plan is None:
         rows, moved_rows = _row_blocks(error_fn, params, direction, group, chunk)
         return _Blocks(tuple(rows), tuple(moved_rows))
     if direction is None:
-        found, motions = output_blocks(error_fn, params, chunk)[0], []
+        found, motions = output_blocks(error_fn, params, chunk, plan=plan)[0], []
     else:
-        found, motions, _ = moving_blocks(error_fn, params, chunk, direction)
+        found, motions, _ = moving_blocks(error_fn, params, chunk, direction, plan=plan)
     missing = tuple(index for index in group if found[index] is None)
     rows, moved_rows = [], []
     if missing:

@@ -26,12 +26,11 @@ from grsd_jax._typing import DerivativeMethod, PyTree
 from grsd_jax.jacobian.autodiff import (
     Jacobian,
     JacobianMap,
-    PlainDerivative,
-    linearize,
     linearize_pair,
 )
 from grsd_jax.jacobian.columns import by_chunks, join_block, split_block, sum_trees
-from grsd_jax.jacobian.factored import factorize_with_derivative, has_factors
+from grsd_jax.jacobian.factored import held_pair
+from grsd_jax.jacobian.plan import Plan, plan_of
 from grsd_jax.kernel.mesh import layout_of
 from grsd_jax.kernel.operator import multiply_at
 from grsd_jax.kernel.sharded import sharded_half
@@ -136,14 +135,13 @@ def kernel_derivative(
         Paper 7.2 and B.5; the exact form is ours.
     """
     point = problem.at(params, direction)
-    factored = has_factors(point)
     # Too few columns do not make up for the factors.
     enough = vectors.shape[1] > _FEW_COLUMNS * point.error.shape[1]
     return project_derivative(
         point,
         vectors,
         Derivative(method, step),
-        factored=factored and enough,
+        plan=plan_of(point) if enough else None,
         column_chunk=column_chunk,
     )
 
@@ -153,7 +151,7 @@ def project_derivative(
     vectors: jax.Array,
     derivative: Derivative,
     *,
-    factored: bool,
+    plan: Plan | None,
     column_chunk: int | None = None,
 ) -> jax.Array:
     """Projects the derivative of a checked problem, see `kernel_derivative`.
@@ -162,7 +160,7 @@ def project_derivative(
         point: The problem, with its direction.
         vectors: Columns V, ``[n, r]``.
         derivative: How it is taken.
-        factored: Whether the exact one holds factors; the layers must be known.
+        plan: The factors that the exact one holds, None for none.
         column_chunk: Columns taken at a time; all if None.
 
     Returns:
@@ -177,15 +175,14 @@ def project_derivative(
         return (projected + projected.T) / 2
     layout = layout_of(point)
     if layout is not None:
-        half = sharded_half(point, layout, vectors, width, factored=factored)
+        half = sharded_half(point, layout, vectors, width, plan=plan)
         projected = project(vectors, half)
     else:
         # The mean takes one batch after the other, and holds one batch's factors.
         parts = point.parts
         spaces = [parts] if point.reduction == "stack" else [[b] for b in parts]
         halves = [
-            _projected_half(point, space, vectors, width, factored=factored)
-            for space in spaces
+            _projected_half(point, space, vectors, width, plan=plan) for space in spaces
         ]
         projected = reduce(jnp.add, halves) / len(spaces)
     return projected + projected.T
@@ -215,15 +212,15 @@ def _projected_half(
     vectors: jax.Array,
     width: int,
     *,
-    factored: bool,
+    plan: Plan | None,
 ) -> jax.Array:
     """Computes ``V^T Jdot J^T V`` of stacked batches."""
     copies, error = len(batches), point.error
-    if width >= vectors.shape[1] and not factored:
+    if width >= vectors.shape[1] and plan is None:
         return _pulled_half(
             point, batches, split_block("vectors", vectors, copies, error)
         )
-    pairs = _pairs(point, batches, factored=factored)
+    pairs = _pairs(point, batches, plan)
 
     def half(block: jax.Array) -> jax.Array:
         return _half_product(pairs(), split_block("vectors", block, copies, error))
@@ -282,20 +279,21 @@ def project(vectors: jax.Array, columns: jax.Array) -> jax.Array:
     return matmul(vectors.T, columns)
 
 
-def _pairs(point: Point, batches: list[PyTree], *, factored: bool) -> Pairs:
+def _pairs(point: Point, batches: list[PyTree], plan: Plan | None) -> Pairs:
     """Returns what yields ``(J_k, Jdot_k)`` of the given batches.
 
     Factors are made once and held; plain linearisations are cheap, and made each
     time so that one batch's residuals are held at a time.
     """
     fn, params, direction = point.error_fn, point.params, point.direction
-    if factored:
-        held = [factorize_with_derivative(fn, params, b, direction) for b in batches]
-        return lambda: held
-    return lambda: (
-        (linearize(fn, params, b), PlainDerivative(fn, params, b, direction))
-        for b in batches
-    )
+
+    def made() -> Iterable[tuple[Jacobian, JacobianMap]]:
+        return (held_pair(fn, params, b, direction, plan=plan) for b in batches)
+
+    if plan is None:
+        return made
+    held = list(made())
+    return lambda: held
 
 
 def _half_product(

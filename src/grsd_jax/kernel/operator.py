@@ -28,7 +28,8 @@ from grsd_jax.jacobian.columns import (
     split_block,
     sum_trees,
 )
-from grsd_jax.jacobian.factored import factorize, factorize_by_groups, has_factors
+from grsd_jax.jacobian.factored import factorize_by_groups, held_jacobian
+from grsd_jax.jacobian.plan import Plan, plan_of
 from grsd_jax.kernel.mesh import layout_of
 from grsd_jax.kernel.sharded import ShardedKernel, shard_kernel
 from grsd_jax.parameter_blocks import ParameterBlocks, check_blocks
@@ -74,7 +75,7 @@ def multiply_at(
     """Applies the kernel of a checked problem, see `kernel_matmat`."""
     layout = layout_of(point)
     if layout is not None:
-        kernel = shard_kernel(point, layout, factored=False)
+        kernel = shard_kernel(point, layout, plan=None)
         return kernel.matmat(block, column_chunk=column_chunk)
 
     def product(columns: jax.Array) -> jax.Array:
@@ -151,7 +152,7 @@ def linearize_kernel(
 ) -> LinearizedKernel | ShardedKernel:
     """Linearises the kernel at ``params`` once, for many products.
 
-    Where the layers of the outputs are known, J is held as factors: one backward pass
+    Where the network allows it, J is held as factors: one backward pass
     for each output first and C times the activations, then nothing passes through the
     network any more. Elsewhere the products share the primal pass and its residuals
     (about the activations) of all K batches.
@@ -171,33 +172,31 @@ def linearize_kernel(
         Paper 7.2 and B.2.
     """
     point = problem.at(params)
-    return linearize_point(point, factored=has_factors(point))
+    return linearize_point(point, plan=plan_of(point))
 
 
 def linearize_point(
-    point: Point, *, factored: bool
+    point: Point, *, plan: Plan | None
 ) -> LinearizedKernel | ShardedKernel:
     """Linearises the kernel of a checked problem, by factors or plainly.
 
     Args:
         point: The problem at its parameters.
-        factored: Whether to hold factors; the layers must be known.
+        plan: The factors to hold, None to linearise plainly.
 
     Returns:
         The kernel, on the devices of the batches' mesh if they lie on one.
     """
     layout = layout_of(point)
     if layout is not None:
-        return shard_kernel(point, layout, factored=factored)
-    jacobians: Iterable[Jacobian] = _linearizations(point)
-    if factored:
-        # Several batches of a stack are all pulled before one is pushed.
-        once = point.copies == 1
-        jacobians = [
-            factorize(point.error_fn, point.params, batch, multiplied=once)
-            for batch in point.parts
-        ]
-    return LinearizedKernel(tuple(jacobians), point.error, point.reduction)
+        return shard_kernel(point, layout, plan=plan)
+    # Several batches of a stack are all pulled before one is pushed.
+    once = point.copies == 1
+    jacobians = tuple(
+        held_jacobian(point.error_fn, point.params, b, plan=plan, multiplied=once)
+        for b in point.parts
+    )
+    return LinearizedKernel(jacobians, point.error, point.reduction)
 
 
 def linearize_block_kernels(
@@ -205,7 +204,7 @@ def linearize_block_kernels(
 ) -> tuple[LinearizedKernel, ...]:
     """Linearises the kernel of every block of parameters, ``M_l = J_l J_l^T``.
 
-    They add up to M. Where the layers are known all come from one set of factors;
+    They add up to M. Where J comes as factors all come from one set of them;
     elsewhere each is linearised in its own parameters, the others held fixed.
 
     Args:
@@ -231,12 +230,13 @@ def linearize_block_kernels(
     # A block whose leaves are all held constant has none left.
     filled = [group for group in groups if group]
     by_batch: list[list[Jacobian]] = []
+    plan, once = plan_of(point), point.copies == 1
     for batch in point.parts:
-        if has_factors(point):
-            once = point.copies == 1
-            by_batch.append(
-                [*factorize_by_groups(fn, params, batch, filled, multiplied=once)]
+        if plan is not None:
+            grouped = factorize_by_groups(
+                fn, params, batch, filled, plan=plan, multiplied=once
             )
+            by_batch.append([*grouped])
         else:
             restricted = [RestrictedErrorFn(fn, params, group) for group in filled]
             by_batch.append([linearize(f, f.selected(), batch) for f in restricted])

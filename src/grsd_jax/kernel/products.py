@@ -9,8 +9,9 @@ import jax
 from grsd_jax._memory import default_bytes, tree_bytes
 from grsd_jax._typing import Matmat, PyTree
 from grsd_jax.jacobian.autodiff import linearize
-from grsd_jax.jacobian.factored import has_factors, output_blocks
+from grsd_jax.jacobian.factored import output_blocks
 from grsd_jax.jacobian.factors import Factor, for_products
+from grsd_jax.jacobian.plan import Plan, plan_of
 from grsd_jax.kernel.derivative import Derivative, project_derivative
 from grsd_jax.kernel.mesh import layout_of
 from grsd_jax.kernel.operator import linearize_point, multiply_at
@@ -26,10 +27,9 @@ def held_products(point: Point) -> Matmat:
     Returns:
         ``matmat([n, b]) -> [n, b]``.
     """
-    forms = (True, False) if has_factors(point) else (False,)
-    for factored in forms:
-        if held_bytes(point, factored=factored) <= default_bytes():
-            return linearize_point(point, factored=factored).matmat
+    for plan in dict.fromkeys((plan_of(point), None)):
+        if held_bytes(point, plan=plan) <= default_bytes():
+            return linearize_point(point, plan=plan).matmat
     return partial(multiply_at, point)
 
 
@@ -47,35 +47,37 @@ def projected_derivative(
     Returns:
         The symmetric matrix ``[r, r]``.
     """
-    factored = has_factors(point)
-    if factored:
+    plan = plan_of(point)
+    if plan is not None:
         # The mean holds one batch at a time; Jdot is twice as large as J.
-        held = 3 * held_bytes(point, factored=True)
+        held = 3 * held_bytes(point, plan=plan)
         spaces = point.num_batches // point.copies
-        factored = held <= default_bytes() * spaces
+        plan = plan if held <= default_bytes() * spaces else None
     return project_derivative(
-        point, vectors, derivative, factored=factored, column_chunk=column_chunk
+        point, vectors, derivative, plan=plan, column_chunk=column_chunk
     )
 
 
-def held_bytes(point: Point, *, factored: bool) -> int:
+def held_bytes(point: Point, *, plan: Plan | None) -> int:
     """Returns the bytes that a device holds of J of all batches, ready for products.
 
     Args:
         point: The problem at its parameters.
-        factored: Whether factors, or the residuals of a linearisation.
+        plan: Its factors, or None for the residuals of a linearisation.
 
     Returns:
         Bytes, from shapes alone.
     """
-    form: Callable[..., Any] = _factors if factored else linearize
+    form: Callable[..., Any] = linearize if plan is None else partial(_factors, plan)
     shapes = jax.eval_shape(form, point.error_fn, point.params, point.parts[0])
     layout = layout_of(point)
     devices = 1 if layout is None else layout.mesh.shape[layout.axis]
     return point.num_batches * tree_bytes(shapes) // devices
 
 
-@jax.jit  # traced once, unlike `jax.eval_shape`
-def _factors(error_fn: Objective, params: PyTree, batch: PyTree) -> list[Factor]:
-    blocks, _ = output_blocks(error_fn, params, batch)
+@partial(jax.jit, static_argnums=0)  # traced once, unlike `jax.eval_shape`
+def _factors(
+    plan: Plan, error_fn: Objective, params: PyTree, batch: PyTree
+) -> list[Factor]:
+    blocks, _ = output_blocks(error_fn, params, batch, plan=plan)
     return [for_products(block) for block in blocks if block is not None]

@@ -14,7 +14,6 @@ the rows.
 """
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial, reduce
 from typing import Any
 
@@ -24,12 +23,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from grsd_jax._arrays import is_traced
-from grsd_jax._typing import ErrorFn, PyTree
+from grsd_jax._typing import PyTree
 from grsd_jax.jacobian.autodiff import (
     Jacobian,
-    JacobianMap,
-    PlainDerivative,
-    linearize,
 )
 from grsd_jax.jacobian.columns import (
     as_columns,
@@ -39,9 +35,10 @@ from grsd_jax.jacobian.columns import (
     split_block,
     sum_trees,
 )
-from grsd_jax.jacobian.factored import factorize, factorize_with_derivative
+from grsd_jax.jacobian.factored import held_jacobian, held_pair
+from grsd_jax.jacobian.plan import Plan, check_independent
 from grsd_jax.kernel.mesh import Layout
-from grsd_jax.problem import Point, split_batches
+from grsd_jax.problem import Objective, Point, split_batches
 
 
 @partial(
@@ -103,7 +100,7 @@ class ShardedKernel:
         return restore(in_chunks(product, columns, column_chunk, mapped=traced))
 
 
-def shard_kernel(point: Point, layout: Layout, *, factored: bool) -> ShardedKernel:
+def shard_kernel(point: Point, layout: Layout, *, plan: Plan | None) -> ShardedKernel:
     """Linearises the kernel, each device its own examples.
 
     Examples must be independent: each device evaluates the network on its share of the
@@ -114,7 +111,7 @@ def shard_kernel(point: Point, layout: Layout, *, factored: bool) -> ShardedKern
     Args:
         point: The problem at its parameters; every device holds all of them.
         layout: How the examples lie on the mesh.
-        factored: Whether to hold factors; the layers must be known.
+        plan: The factors to hold, None to linearise plainly.
 
     Returns:
         A `ShardedKernel`, whose ``matmat`` equals `kernel_matmat`.
@@ -122,10 +119,10 @@ def shard_kernel(point: Point, layout: Layout, *, factored: bool) -> ShardedKern
     References:
         Paper 7.2 and B.2; the distribution is ours.
     """
-    prepare = factorize if factored else linearize
+    check_independent(point)
     point = placed(point, layout)
     jacobians = _prepared(
-        prepare, point.error_fn, point.params, point.batches, (), layout
+        point.error_fn, point.params, point.batches, (), layout, plan=plan
     )
     return ShardedKernel(jacobians, layout)
 
@@ -143,7 +140,12 @@ def placed(point: Point, layout: Layout) -> Point:
 
 
 def sharded_half(
-    point: Point, layout: Layout, vectors: jax.Array, width: int, *, factored: bool
+    point: Point,
+    layout: Layout,
+    vectors: jax.Array,
+    width: int,
+    *,
+    plan: Plan | None,
 ) -> jax.Array:
     """Computes ``(1/K) sum_k Jdot_k J_k^T V``, or that of the stack, by rows.
 
@@ -155,13 +157,13 @@ def sharded_half(
         layout: How the examples lie on the mesh.
         vectors: Columns V, ``[n, r]``.
         width: Columns taken at a time.
-        factored: Whether to hold factors; the layers must be known.
+        plan: The factors to hold, None to linearise plainly.
 
     Returns:
         Columns ``[n, r]``, by rows.
     """
+    check_independent(point)
     point = placed(point, layout)
-    prepare = factorize_with_derivative if factored else _linearized_pair
     num_spaces = layout.num_batches // layout.copies
     layout = dataclasses.replace(layout, num_batches=layout.copies)
     traced = is_traced((point.params, point.batches, point.direction, vectors))
@@ -172,33 +174,42 @@ def sharded_half(
             lambda leaf, k=first: leaf[k : k + layout.num_batches], point.batches
         )
         pairs = _prepared(
-            prepare, point.error_fn, point.params, batches, (point.direction,), layout
+            point.error_fn,
+            point.params,
+            batches,
+            (point.direction,),
+            layout,
+            plan=plan,
         )
         half = partial(_half_product, pairs, layout=layout)
         moved.append(by_chunks(half, vectors=vectors, width=width, mapped=traced))
     return reduce(jnp.add, moved) / num_spaces
 
 
-@partial(jax.jit, static_argnames=("prepare", "layout"))
+@partial(jax.jit, static_argnames=("layout", "plan"))
 def _prepared(
-    prepare: Callable[..., PyTree],
-    error_fn: ErrorFn,
+    error_fn: Objective,
     params: PyTree,
     batches: PyTree,
     direction: tuple[PyTree, ...],
     layout: Layout,
+    *,
+    plan: Plan | None,
 ) -> tuple[PyTree, ...]:
-    """Returns ``prepare(error_fn, params, batch, *direction)`` of each batch's shares.
+    """Returns J, or J and Jdot if there is a direction, of each batch's shares.
 
     Every leaf has a leading axis of devices. Residuals have their examples on any axis,
     and some are weights and have none, so that this is the one rule that fits all.
     """
 
     def local(
-        error_fn: ErrorFn, params: PyTree, batches: PyTree, direction: PyTree
+        error_fn: Objective, params: PyTree, batches: PyTree, direction: PyTree
     ) -> PyTree:
         parts = split_batches(_local_batches(batches, layout))
-        made = tuple(prepare(error_fn, params, part, *direction) for part in parts)
+        prepare = held_pair if direction else held_jacobian
+        made = tuple(
+            prepare(error_fn, params, part, *direction, plan=plan) for part in parts
+        )
         return jax.tree.map(lambda leaf: leaf[None], made)
 
     if layout.reduction == "stack":  # devices share the rows, and so these, in order
@@ -209,14 +220,6 @@ def _prepared(
     specs = (everywhere, everywhere, examples, everywhere)
     run = layout.on_devices(local, specs, layout.by_rows)
     return run(error_fn, params, batches, direction)
-
-
-def _linearized_pair(
-    error_fn: ErrorFn, params: PyTree, batch: PyTree, direction: PyTree
-) -> tuple[Jacobian, JacobianMap]:
-    """Returns ``(J, Jdot)`` of one batch by the plain path."""
-    moved = PlainDerivative(error_fn, params, batch, direction)
-    return linearize(error_fn, params, batch), moved
 
 
 @jax.jit

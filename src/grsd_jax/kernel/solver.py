@@ -12,6 +12,7 @@ import numpy as np
 from grsd_jax._checks import check_at_least
 from grsd_jax._memory import default_bytes
 from grsd_jax._typing import PyTree
+from grsd_jax.jacobian.plan import are_coupled
 from grsd_jax.problem import Point, Problem
 
 #: n x n arrays alive at once in the dense solver: M, Mdot, V, and work space.
@@ -48,7 +49,8 @@ def choose_solver(
 
     Returns:
         ``"dense"`` or ``"lanczos"``; Lanczos if the dense solver's matrices do not fit
-        in half of the free memory, dense if Lanczos would span half of the space.
+        in half of the free memory or the examples are coupled, dense if Lanczos would
+        span half of the space.
 
     Raises:
         ValueError: If the problem does not fit or there is no column.
@@ -65,10 +67,11 @@ def solver_at(point: Point, num_columns: int) -> Literal["dense", "lanczos"]:
     n = point.dimension
     if _DENSE_MATRICES * n**2 * point.error.dtype.itemsize > default_bytes():
         return "lanczos"
-    if 2 * num_columns >= n:
-        return "dense"
-    dense, lanczos = count_operations(point, num_columns)
-    return "dense" if dense <= lanczos else "lanczos"
+    if 2 * num_columns < n:
+        dense, lanczos = count_operations(point, num_columns)
+        if lanczos < dense:
+            return "lanczos"
+    return "lanczos" if are_coupled(point) else "dense"
 
 
 def count_operations(point: Point, num_columns: int) -> tuple[float, float]:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import inspect
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -10,6 +9,7 @@ import jax
 from flax import linen as nn
 
 from grsd_jax._typing import PyTree
+from grsd_jax.models.inputs import Inputs, check_inputs, inputs_of
 from grsd_jax.models.linen_checks import refuse_coupled_examples
 from grsd_jax.parameter_blocks import ParameterBlocks, partition_by_prefix
 
@@ -41,7 +41,11 @@ def depth_blocks(model: nn.Module, params: PyTree) -> ParameterBlocks:
     return partition_by_prefix(params, prefixes())
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["state"], meta_fields=["model"])
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["state"],
+    meta_fields=["model", "inputs"],
+)
 @dataclasses.dataclass(frozen=True)
 class LinenOutputs:
     """``outputs_fn(params, batch)`` of a linen module, itself a pytree.
@@ -52,54 +56,48 @@ class LinenOutputs:
     Attributes:
         model: The linen module.
         state: Its non-parameter collections, such as ``{"batch_stats": ...}``.
+        inputs: The key of the batch, or a function of it.
     """
 
     model: nn.Module
     state: PyTree
+    inputs: Inputs = "image"
 
     def __call__(self, params: PyTree, batch: PyTree) -> jax.Array:
         """Returns the outputs ``[N, ...]`` of one batch.
 
         Args:
             params: The ``params`` collection.
-            batch: A mapping with the inputs under ``"image"``.
+            batch: The batch, with the inputs under the key ``inputs``.
 
         Returns:
             The outputs.
         """
-        return _apply(self.model, self.state, params, batch)
-
-    def recording(
-        self, params: PyTree, batch: PyTree, collection: str
-    ) -> tuple[jax.Array, Mapping[str, Any]]:
-        """Returns the outputs, and what the module wrote to a collection.
-
-        Args:
-            params: The ``params`` collection.
-            batch: A mapping with the inputs under ``"image"``.
-            collection: Name of the collection.
-
-        Returns:
-            The outputs ``[N, ...]`` and the collection.
-        """
-        outputs, written = _apply(
-            self.model, self.state, params, batch, mutable=[collection]
-        )
-        return outputs, written.get(collection, {})
+        options: dict[str, Any] = {}
+        if "train" in inspect.signature(type(self.model).__call__).parameters:
+            options["train"] = False
+        variables = {**self.state, "params": params}
+        with nn.intercept_methods(refuse_coupled_examples):
+            inputs = inputs_of(batch, self.inputs)
+            outputs: Any = self.model.apply(variables, inputs, **options)
+        return outputs
 
 
-def linen_outputs(model: nn.Module, state: PyTree) -> LinenOutputs:
+def linen_outputs(
+    model: nn.Module, state: PyTree, *, inputs: Inputs = "image"
+) -> LinenOutputs:
     """Returns a linen module as the ``outputs_fn`` of a `Problem`.
 
-    It reads the inputs under ``"image"`` and runs in evaluation mode: ``train=False``
-    where the module's ``__call__`` takes ``train``. With BatchNorm on stored statistics
-    the examples are independent. A layer that couples examples or draws random numbers
-    (dropout, BatchNorm on the batch's own statistics) raises ValueError when it is
-    called, and says why.
+    It runs in evaluation mode: ``train=False`` where the module's ``__call__`` takes
+    ``train``. With BatchNorm on stored statistics the examples are independent. A layer
+    that couples examples or draws random numbers (dropout, BatchNorm on the batch's own
+    statistics) raises ValueError when it is called, and says why.
 
     Args:
         model: Any linen module that maps inputs to ``[N, ...]``.
         state: The non-parameter collections, ``{"batch_stats": ...}`` or ``{}``.
+        inputs: The key of the batch under which the inputs are, or a function of the
+            batch.
 
     Returns:
         A callable that is a pytree, its state data.
@@ -107,8 +105,9 @@ def linen_outputs(model: nn.Module, state: PyTree) -> LinenOutputs:
     Raises:
         ValueError: If ``state`` is not a mapping, or holds ``params``.
     """
+    check_inputs(inputs)
     _check_state(state)
-    return LinenOutputs(model, state)
+    return LinenOutputs(model, state, inputs)
 
 
 def _check_state(state: PyTree) -> None:
@@ -118,13 +117,3 @@ def _check_state(state: PyTree) -> None:
             "state: expected the non-parameter collections of the module, such as "
             f"{{'batch_stats': ...}} or {{}}, got {got}."
         )
-
-
-def _apply(
-    model: nn.Module, state: PyTree, params: PyTree, batch: PyTree, **options: Any
-) -> Any:
-    """Applies the module in evaluation mode."""
-    if "train" in inspect.signature(type(model).__call__).parameters:
-        options["train"] = False
-    with nn.intercept_methods(refuse_coupled_examples):
-        return model.apply({**state, "params": params}, batch["image"], **options)

@@ -5,6 +5,7 @@ and every path evaluates the error more than once. A layer that mixes examples, 
 draws random numbers, makes their answers wrong without a sign; it is refused instead.
 """
 
+import inspect
 from typing import Any
 
 import numpy as np
@@ -35,15 +36,16 @@ def refuse_coupled_examples(next_fun: Any, args: Any, kwargs: Any, context: Any)
     """
     module = context.module
     if context.method_name == "__call__":
+        call = inspect.signature(type(module).__call__)
+        given = call.bind_partial(module, *args, **kwargs).arguments
         if isinstance(module, nn.Dropout):
-            still = args[1] if len(args) > 1 else kwargs.get("deterministic")
-            _check_dropout(module, module.rate, still)
+            _check_dropout(module, module.rate, given.get("deterministic"))
         elif isinstance(module, _ATTENTION):
-            _check_dropout(module, module.dropout_rate, kwargs.get("deterministic"))
+            _check_dropout(module, module.dropout_rate, given.get("deterministic"))
         elif isinstance(module, nn.BatchNorm):
-            _check_batch_norm(module, args, kwargs)
+            _check_batch_norm(module, given.get("use_running_average"))
         elif isinstance(module, _SLICED_NORMS):
-            _check_reduced_axes(module, args[0] if args else kwargs.get("x"))
+            _check_reduced_axes(module, given.get("x"))
     return next_fun(*args, **kwargs)
 
 
@@ -57,8 +59,7 @@ def _check_dropout(module: Any, rate: float, given: bool | None) -> None:
         )
 
 
-def _check_batch_norm(module: nn.BatchNorm, args: Any, kwargs: Any) -> None:
-    given = args[1] if len(args) > 1 else kwargs.get("use_running_average")
+def _check_batch_norm(module: nn.BatchNorm, given: bool | None) -> None:
     stored = module.use_running_average if given is None else given
     if stored is False:
         raise ValueError(

@@ -57,11 +57,11 @@ class ToeplitzDiagnostics(NamedTuple):
         "operator_disagreement",
         "finite",
     ],
-    meta_fields=["solver", "jacobian", "derivative", "reduction"],
+    meta_fields=["solver", "jacobian", "derivative", "reduction", "coupled"],
 )
 @dataclasses.dataclass(frozen=True)
 class CouplingMeasurement:
-    """The result of `measure_coupling`; a pytree whose last four fields are static.
+    """The result of `measure_coupling`; a pytree whose last five fields are static.
 
     Attributes:
         values: lambda, ``[r]``, descending; ``r = n`` for the dense solver.
@@ -86,6 +86,8 @@ class CouplingMeasurement:
         jacobian: ``"factored"`` or ``"plain"``, the path that was taken.
         derivative: ``"exact"`` or ``"finite_difference"``, behind ``coupling``.
         reduction: ``"mean"`` or ``"stack"``.
+        coupled: Whether the examples are coupled, so that products are taken plainly;
+            None if that was not checked (many outputs, or a traced problem).
     """
 
     values: jax.Array
@@ -105,6 +107,7 @@ class CouplingMeasurement:
     jacobian: str
     derivative: str
     reduction: str
+    coupled: bool | None
 
 
 class CrossChecks(NamedTuple):
@@ -122,6 +125,7 @@ class Labels(NamedTuple):
     jacobian: str
     derivative: str
     reduction: str
+    coupled: bool | None
 
 
 @partial(jax.jit, static_argnames=("labels", "binning"))

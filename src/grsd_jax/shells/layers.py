@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from grsd_jax._arrays import all_finite, divisor, matmul
 from grsd_jax._typing import PyTree
-from grsd_jax.jacobian.factored import has_factors
+from grsd_jax.jacobian.plan import plan_of
 from grsd_jax.kernel.dense import layer_kernels
 from grsd_jax.kernel.derivative import gradient_flow_direction
 from grsd_jax.kernel.operator import multiply_at
@@ -85,7 +85,7 @@ def measure_layers(
     if direction is None:
         direction = gradient_flow_direction(problem, params)
     point = problem.at(params, direction)
-    form = "factored" if has_factors(point) else "plain"
+    form = "plain" if plan_of(point) is None else "factored"
     matrices = layer_kernels(problem, params, direction, layer_of=layer_of)
 
     def measure(kernel: jax.Array, moved: jax.Array) -> CouplingMeasurement:
@@ -99,7 +99,7 @@ def measure_layers(
             coupling,
             CrossChecks(unknown, unknown, all_finite((kernel, moved))),
             key,
-            labels=Labels("dense", form, "exact", point.reduction),
+            labels=Labels("dense", form, "exact", point.reduction, coupled=False),
             binning=shells,
         )
 

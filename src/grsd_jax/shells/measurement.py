@@ -17,7 +17,7 @@ from grsd_jax._arrays import all_finite, divisor, is_traced, matmul
 from grsd_jax._checks import check_choice
 from grsd_jax._memory import naming_what_to_lower
 from grsd_jax._typing import PyTree
-from grsd_jax.jacobian.factored import has_factors
+from grsd_jax.jacobian.plan import verdict_of
 from grsd_jax.kernel.dense import dense_at
 from grsd_jax.kernel.derivative import (
     Derivative,
@@ -107,6 +107,7 @@ def measure_coupling(
             coupling = projected_derivative(point, pairs.vectors, derivative, width)
         pairs = leading_pairs(pairs, window)
         checks = _cross_checks(point, pairs, coupling, derivative, width)
+    verdict = verdict_of(point)
     return diagnose(
         pairs,
         coupling,
@@ -114,9 +115,10 @@ def measure_coupling(
         bootstrap_key,
         labels=Labels(
             "dense" if lanczos is None else "lanczos",
-            "factored" if has_factors(point) else "plain",
+            "plain" if verdict.plan is None else "factored",
             derivative.method,
             point.reduction,
+            verdict.coupled,
         ),
         binning=shells,
     )

@@ -33,6 +33,7 @@ from grsd_jax.experiments.common.measurement import (
 )
 from grsd_jax.experiments.common.networks import init_weights, make_model
 from grsd_jax.experiments.common.tables import aligned, number
+from grsd_jax.kernel.operator import linearize_point
 from grsd_jax.linalg import block_lanczos
 
 _CLASSES = 10
@@ -145,10 +146,10 @@ def _block_product(setup: Setup) -> Case:
 
 
 def _plain_block_product(setup: Setup) -> Case:
-    """The same of a function whose layers nothing is known of."""
-    objective: Any = setup.problem.objective
-    plain = setup.problem.replace(outputs_fn=lambda p, x: objective.outputs_fn(p, x))
-    return _block_product(setup._replace(problem=plain))
+    """The same without factors."""
+    kernel = linearize_point(setup.problem.at(setup.params), plan=None)
+    run = jax.tree_util.Partial(kernel.matmat, setup.vectors)
+    return Case(run, lambda f: 4 * f * setup.config.block_size)
 
 
 def _gram_operations(setup: Setup) -> float:

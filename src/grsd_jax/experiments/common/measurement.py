@@ -16,8 +16,7 @@ from grsd_jax.experiments.common.data import Dataset
 from grsd_jax.experiments.common.networks import Weights
 from grsd_jax.experiments.common.quantities import whole_residual, window_residuals
 from grsd_jax.experiments.common.runs import environment, progress_bar, writes
-from grsd_jax.kernel import choose_solver, shard_batches
-from grsd_jax.kernel.derivative import default_step
+from grsd_jax.kernel import choose_solver, default_step, shard_batches
 from grsd_jax.linalg import default_floor
 from grsd_jax.models import linen_outputs
 from grsd_jax.shells import (

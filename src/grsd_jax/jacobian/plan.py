@@ -1,0 +1,359 @@
+"""How J of a problem comes: which leaves have factors, checked once.
+
+Factors see one example at a time, and rest on the walk of a jaxpr. One check serves
+both: for a random u, ``J_l^T u`` from the factors is compared, leaf by leaf, with the
+gradient of the user's function on the whole batch. A coupling of the examples, a use
+that was missed and a wrong rule all show there. It is made once for each structure; in
+a caller's `jit`, where there are no values, on random arrays of the same shapes.
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grsd_jax._arrays import is_traced
+from grsd_jax._typing import PyTree
+from grsd_jax.jacobian.blocks import LeafTangents, leaf_tangents
+from grsd_jax.jacobian.tracing import Program, walk
+from grsd_jax.parameter_blocks import parameter_paths
+from grsd_jax.problem import Objective, Point
+
+#: Outputs C of an example up to which J comes as factors. They take C backward passes
+#: and a basis ``[C, C]``; a block of fewer than C / 4 columns is cheaper without them.
+_MOST_OUTPUTS = 2048
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+    """The factors of J of a problem; compared by identity, so that it can be static.
+
+    Attributes:
+        program: The walked error of one example.
+        reasons: Why a leaf is differentiated plainly, by its position.
+    """
+
+    program: Program
+    reasons: dict[int, str]
+
+    @property
+    def plain(self) -> frozenset[int]:
+        """The leaves that are differentiated plainly."""
+        return frozenset(self.reasons)
+
+
+class Verdict(NamedTuple):
+    """What is known of a problem's structure.
+
+    Attributes:
+        plan: How J comes as factors, None where it is differentiated plainly.
+        coupled: Whether the error of an example depends on the other examples; None
+            where that was not asked.
+        reason: Why there is no plan.
+    """
+
+    plan: Plan | None
+    coupled: bool | None
+    reason: str = ""
+
+
+def plan_of(point: Point) -> Plan | None:
+    """Returns how J of a problem comes as factors, None if plainly."""
+    return verdict_of(point).plan
+
+
+def are_coupled(point: Point) -> bool:
+    """Whether the error of an example depends on the other examples of its batch.
+
+    Traced problems without factors are taken to be independent.
+    """
+    coupled = verdict_of(point).coupled
+    if coupled is not None:
+        return coupled
+    key = _key(point)
+    if key not in _COUPLED:
+        _remember(_COUPLED, key, _compared(point))
+    return _COUPLED[key]
+
+
+def check_independent(point: Point) -> None:
+    """Raises ValueError if the examples of a problem are coupled."""
+    if are_coupled(point):
+        raise ValueError(
+            "problem: expected an error whose examples are independent, got one whose "
+            "examples are coupled (BatchNorm on the batch's own statistics, say) or "
+            "depend on how many there are; kernel_matmat and the Lanczos solver can "
+            "take it."
+        )
+
+
+def verdict_of(point: Point) -> Verdict:
+    """Returns what is known of a problem, checked once for its structure."""
+    if point.error.shape[1] > _MOST_OUTPUTS:
+        return Verdict(None, None, f"{point.error.shape[1]} outputs an example")
+    key = _key(point)
+    if key not in _VERDICTS:
+        verdict, settled = _verdict(point)
+        if not settled:
+            return verdict
+        _remember(_VERDICTS, key, verdict)
+    return _VERDICTS[key]
+
+
+#: What was found, by jaxpr and shapes; the oldest is forgotten.
+_VERDICTS: dict[Any, Verdict] = {}
+_COUPLED: dict[Any, bool] = {}
+_MOST_REMEMBERED = 64
+
+
+def _remember(memory: dict[Any, Any], key: Any, value: Any) -> None:
+    if len(memory) >= _MOST_REMEMBERED:
+        del memory[next(iter(memory))]
+    memory[key] = value
+
+
+def _key(point: Point) -> Any:
+    """Returns what a problem has in common with others of its structure."""
+    leaves, tree = jax.tree.flatten((point.error_fn, point.params, point.batches))
+    shapes = tuple((np.shape(leaf), str(jnp.result_type(leaf))) for leaf in leaves)
+    closed, reason = _closed(point)
+    return closed, reason, tree, shapes
+
+
+def _closed(point: Point) -> tuple[Any, str]:
+    """Returns the jaxpr of the error of one example, or None and why there is none."""
+    example = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf)[2:], jnp.result_type(leaf)),
+        point.batches,
+    )
+    args = (point.error_fn, point.params, example)
+    try:
+        closed = _error_of_one.trace(*args).jaxpr  # cached by JAX
+    except Exception as error:  # a function may run on N examples, but not on one
+        return None, f"cannot be traced for one example: {error!r}"
+    if len(closed.in_avals) != len(jax.tree.leaves(args)):
+        return None, "closes over traced arrays"
+    return closed, ""
+
+
+@jax.jit
+def _error_of_one(error_fn: Objective, params: PyTree, example: PyTree) -> jax.Array:
+    return error_fn(params, jax.tree.map(lambda leaf: leaf[None], example))
+
+
+def _verdict(point: Point) -> tuple[Verdict, bool]:
+    """Returns what walk and check find, and whether that is settled."""
+    closed, reason = _closed(point)
+    if closed is None:
+        return Verdict(None, None, reason), True
+    num_state = len(jax.tree.leaves(point.error_fn))
+    num_leaves = len(jax.tree.leaves(point.params))
+    try:
+        program = walk(closed, num_state, num_leaves)
+        if len(program.refused) == num_leaves:
+            return Verdict(None, None, _listed(program.refused)), True
+        return _checked(point, Plan(program, dict(program.refused)))
+    except Warning:  # a caller's filter that raises it
+        raise
+    except Exception as error:  # jaxprs are JAX's own affair, and change
+        reason = f"the jaxpr of the error could not be walked: {error!r}"
+        _warn(f"{reason}; every leaf is differentiated plainly")
+        return Verdict(None, None, reason), True
+
+
+def _listed(reasons: dict[int, str]) -> str:
+    return "; ".join(dict.fromkeys(reasons.values()))
+
+
+def _checked(point: Point, plan: Plan) -> tuple[Verdict, bool]:
+    """Returns the plan without the leaves whose factors fail, and whether settled."""
+    rounding = _rounding(plan.program, point.error.dtype)
+    settled, wrong = False, set[int]()
+    sets = _values(point)
+    run = _compiled(_tangents, sets[0], plan=plan)
+    for values in sets:
+        found, wanted = run(values)
+        differing = _differing(found.tangents, wanted, rounding)
+        if differing == []:
+            squares = [np.sum(np.square(np.asarray(leaf, float))) for leaf in wanted]
+            differing = _differing(found.squares, squares, rounding)
+        if differing is None:  # not finite: says nothing of the structure
+            continue
+        settled = True
+        if differing and _differing(
+            _compiled(_tangents_alone, values)(values), wanted, rounding
+        ):
+            _warn("the examples of the error are coupled; products are taken plainly")
+            return Verdict(None, coupled=True, reason="the examples are coupled"), True
+        wrong |= set(differing)
+    if not wrong:
+        return Verdict(plan, coupled=False if settled else None), settled
+    paths = ["/".join(path) for path in parameter_paths(point.params)]
+    named = ", ".join(paths[leaf] for leaf in sorted(wrong))
+    _warn(f"the factors of {named} do not agree with jax.vjp; they are not used")
+    reasons = {**plan.reasons, **dict.fromkeys(wrong, "factors disagree with jax.vjp")}
+    if len(reasons) == len(paths):
+        return Verdict(None, coupled=False, reason=_listed(reasons)), True
+    return Verdict(Plan(plan.program, reasons), coupled=False), True
+
+
+def _compared(point: Point) -> bool:
+    """Whether the gradient of the whole batch differs from that of its examples."""
+    if is_traced((point.error_fn, point.params, point.batches)):
+        return False
+    rounding = _rounding(None, point.error.dtype)
+    sets = _values(point)
+    together = _compiled(_tangents_together, sets[0])
+    alone = _compiled(_tangents_alone, sets[0])
+    for values in sets:
+        if _differing(alone(values), together(values), rounding):
+            _warn("the examples of the error are coupled")
+            return True
+    return False
+
+
+def _compiled(fn: Any, values: tuple[Any, ...], **static: Any) -> Callable[..., Any]:
+    """Returns a jitted function that runs also while something else is being traced.
+
+    On a CPU without XLA's costly optimisations, since it is hardly run again.
+    """
+    arrays = [leaf for leaf in jax.tree.leaves(values) if isinstance(leaf, jax.Array)]
+    if any(len(array.sharding.device_set) > 1 for array in arrays):
+        return lambda values: jax.device_get(fn(*values, **static))  # places them
+    on_cpu = jax.default_backend() == "cpu"
+    options = {"xla_backend_optimization_level": 0} if on_cpu else None
+    compiled = fn.lower(*values, **static).compile(compiler_options=options)
+    return lambda values: jax.device_get(compiled(*values))
+
+
+def _values(point: Point) -> list[tuple[Any, ...]]:
+    """Returns two sets of error function, params, one batch, and factors of a random u.
+
+    The arrays themselves, and others near them with the signs of the parameters turned,
+    since a gate that is shut or a head of zeros would hide what is behind it. If they
+    are traced, random ones of the same shapes.
+    """
+    rng = np.random.default_rng(0)
+    with jax.ensure_compile_time_eval():
+        batch = jax.tree.map(lambda leaf: leaf[0], point.batches)
+        held = (point.error_fn, point.params, batch)
+        if is_traced(held):
+            sets = [jax.tree.map(partial(_random_like, rng), held) for _ in range(2)]
+        else:
+            params = jax.tree.map(partial(_near, rng, sign=-1.0), point.params)
+            varied = jax.tree.map(partial(_near, rng, sign=1.0), batch)
+            sets = [held, (point.error_fn, params, varied)]
+        num_examples, num_outputs = point.error.shape
+        shapes = ((num_outputs, 1), (num_examples, 1, 1))
+        dtype = point.error.dtype
+        ends = [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+    return [(*each, *ends) for each in sets]
+
+
+def _near(rng: np.random.Generator, leaf: Any, *, sign: float) -> Any:
+    """Returns an array near ``sign`` times the given one; other types as they are."""
+    if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+        return leaf
+    size = jnp.sqrt(jnp.mean(jnp.square(leaf)))
+    scale = jnp.where(size > 0, 0.3 * size, 0.1)
+    noise = jnp.asarray(rng.normal(size=leaf.shape), jnp.result_type(leaf))
+    return (sign * leaf + scale * noise).astype(jnp.result_type(leaf))
+
+
+def _random_like(rng: np.random.Generator, leaf: Any) -> Any:
+    """Returns values for which most networks are finite and far from constant."""
+    shape, dtype = np.shape(leaf), jnp.result_type(leaf)
+    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        key = jax.random.key(0, impl=jax.random.key_impl(leaf))
+        return jnp.broadcast_to(key, shape)
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        return rng.integers(0, 2, shape).astype(dtype)  # as indices, inside any table
+    if len(shape) < 2:  # scales, biases, variances
+        return rng.uniform(0.5, 1.5, shape).astype(dtype)
+    return (rng.normal(size=shape) / np.sqrt(np.prod(shape[:-1]))).astype(dtype)
+
+
+@partial(jax.jit, static_argnames="plan")
+def _tangents(
+    error_fn: Objective,
+    params: PyTree,
+    batch: PyTree,
+    column: jax.Array,
+    weights: jax.Array,
+    *,
+    plan: Plan,
+) -> tuple[LeafTangents, list[jax.Array]]:
+    """Returns ``J_l^T u`` of all leaves by the factors, and by `jax.vjp`."""
+    found = leaf_tangents(
+        plan.program, plan.plain, error_fn, params, batch, column, weights
+    )
+    return found, _tangents_together(error_fn, params, batch, column, weights)
+
+
+@jax.jit
+def _tangents_together(
+    error_fn: Objective,
+    params: PyTree,
+    batch: PyTree,
+    column: jax.Array,
+    weights: jax.Array,
+) -> list[jax.Array]:
+    """Returns ``J_l^T u`` of all leaves by `jax.vjp` of the whole batch."""
+    error, pullback = jax.vjp(lambda p: error_fn(p, batch), params)
+    seed = (weights[:, 0] * column.T).astype(error.dtype)
+    return jax.tree.leaves(pullback(seed)[0])
+
+
+@jax.jit
+def _tangents_alone(
+    error_fn: Objective,
+    params: PyTree,
+    batch: PyTree,
+    column: jax.Array,
+    weights: jax.Array,
+) -> list[jax.Array]:
+    """Returns ``J_l^T u`` of all leaves by `jax.grad`, each example alone."""
+
+    def one(p: PyTree, example: PyTree, weight: jax.Array) -> jax.Array:
+        error = error_fn(p, jax.tree.map(lambda leaf: leaf[None], example))
+        return jnp.sum(error * weight * column.T)
+
+    def total(p: PyTree) -> jax.Array:
+        return jnp.sum(jax.vmap(one, in_axes=(None, 0, 0))(p, batch, weights))
+
+    return jax.tree.leaves(jax.grad(total)(params))
+
+
+def _differing(
+    found: Sequence[Any], wanted: Sequence[Any], tolerance: float
+) -> list[int] | None:
+    """Returns the leaves that differ beyond rounding; None if one is not finite."""
+    largest = [np.max(np.abs(np.asarray(leaf, float)), initial=0) for leaf in wanted]
+    if not np.all(np.isfinite(largest)):
+        return None
+    floor = tolerance * max(largest, default=0.0)
+    wrong = []
+    for leaf, (a, b) in enumerate(zip(found, wanted, strict=True)):
+        if a is None:
+            continue
+        apart = np.max(np.abs(np.asarray(a, float) - np.asarray(b, float)), initial=0)
+        if not apart <= tolerance * max(largest[leaf], floor):
+            wrong.append(leaf)
+    return wrong
+
+
+def _rounding(program: Program | None, dtype: Any) -> float:
+    """Returns what two orders of the same sums may differ by: half of the digits."""
+    eps = max(float(jnp.finfo(dtype).eps), 0.0 if program is None else program.eps)
+    if jax.default_backend() != "cpu":
+        eps = max(eps, 2.0**-10)  # the default precision of products
+    return eps**0.5
+
+
+def _warn(message: str) -> None:
+    warnings.warn(f"grsd_jax: {message}.", RuntimeWarning, stacklevel=6)

@@ -1,0 +1,50 @@
+"""Where a model finds its inputs in a batch, and the state that it holds as data."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from grsd_jax._typing import PyTree
+
+#: The key of a batch, or a function of the batch.
+Inputs = str | Callable[[PyTree], Any]
+
+
+def check_inputs(inputs: Inputs) -> None:
+    """Raises ValueError unless ``inputs`` is a key or a function."""
+    if not (isinstance(inputs, str) or callable(inputs)):
+        raise ValueError(
+            f"inputs: expected a key of the batch, or a function of it, got {inputs!r}."
+        )
+
+
+def inputs_of(batch: PyTree, inputs: Inputs) -> Any:
+    """Returns what the model takes.
+
+    Args:
+        batch: One batch.
+        inputs: A key of it, or a function of it.
+
+    Returns:
+        The inputs, leading axis N.
+
+    Raises:
+        ValueError: If the batch has no such key.
+    """
+    if callable(inputs):
+        return inputs(batch)
+    try:
+        return batch[inputs]
+    except (KeyError, TypeError, IndexError):
+        keys = list(batch) if isinstance(batch, dict) else type(batch).__name__
+        raise ValueError(
+            f"inputs: expected a key of the batch, or a function of it, got {inputs!r} "
+            f"and a batch with {keys}."
+        ) from None
+
+
+def as_data(state: PyTree) -> PyTree:
+    """Returns a state with its numbers as arrays, so that new ones retrace nothing."""
+    return jax.tree.map(jnp.asarray, state)

@@ -1,0 +1,302 @@
+"""The check of the factors: what it finds, and that the numbers stay right."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grsd_jax import (
+    Problem,
+    kernel_dense,
+    kernel_derivative,
+    kernel_matmat,
+    layer_kernels,
+    linearize_kernel,
+)
+from grsd_jax.jacobian import blocks, plan
+from oracles import dense_kernel, relative_error
+
+K, N = 2, 4
+
+
+def outputs_fn(params, batch):
+    hidden = jnp.tanh(batch["x"] @ params["w"]) * params["gain"][None]
+    return hidden @ params["w"][:, :3]
+
+
+def batchwise(params, batch):
+    """BatchNorm on the batch's own statistics."""
+    hidden = batch["x"] @ params["w"]
+    hidden = (hidden - jnp.mean(hidden, 0)[None]) * params["gain"][None]
+    return jnp.tanh(hidden)[:, :3]
+
+
+def make(fn=outputs_fn, seed=0, **options):
+    noise = np.random.default_rng(seed)
+    params = {"w": noise.normal(size=(5, 5)), "gain": noise.normal(size=5)}
+    batches = {
+        "x": jnp.asarray(noise.normal(size=(K, N, 5)), jnp.float32),
+        "label": jnp.asarray(noise.integers(0, 3, (K, N))),
+    }
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
+    return Problem(fn, batches, **options), params
+
+
+def own(fn):
+    """Returns a copy of a function, whose structure is not known yet."""
+
+    def copied(params, batch):
+        return fn(params, batch)
+
+    return copied
+
+
+def explained(problem, params):
+    return {row.path: row for row in problem.explain(params).rows}
+
+
+def test_a_network_that_fits_is_checked_once_without_a_word():
+    traces = []
+
+    def counted(params, batch):
+        traces.append(1)
+        return outputs_fn(params, batch)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        problem, params = make(counted)
+        expected = dense_kernel(problem, params)
+        assert relative_error(kernel_dense(problem, params), expected) < 1e-5
+        first = len(traces)
+        other, moved = make(counted, seed=1)
+        other = problem.replace(batches=other.batches)
+        got = kernel_dense(other, moved)
+    assert len(traces) == first
+    assert relative_error(got, dense_kernel(other, moved)) < 1e-5
+
+
+def test_a_walk_that_fails_says_so_and_takes_the_plain_path(monkeypatch):
+    def broken(*_):
+        raise TypeError("jaxprs have changed")
+
+    monkeypatch.setattr(plan, "walk", broken)
+    problem, params = make(own(outputs_fn))
+    with pytest.warns(RuntimeWarning, match="could not be walked: TypeError"):
+        got = kernel_dense(problem, params)
+    assert relative_error(got, dense_kernel(problem, params)) < 1e-5
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once
+        rows = explained(problem, params)
+    assert {row.how for row in rows.values()} == {"plain"}
+    assert "jaxprs have changed" in rows["w"].why
+
+
+@pytest.mark.parametrize("wrong", ["_product", "_elementwise", "_leaf_block", "_rows"])
+def test_a_wrong_rule_is_found_and_not_used(monkeypatch, wrong):
+    right = getattr(blocks, wrong)
+
+    def product(*arguments):
+        (inputs, deltas), arrange = right(*arguments)
+        return (1.01 * inputs, deltas), arrange
+
+    def leaf_block(leaf, shares, rows, traced):
+        return right(leaf, shares[:1], rows, traced)  # forgets a use
+
+    replaced = {
+        "_product": product,
+        "_elementwise": lambda *arguments: -right(*arguments),
+        "_leaf_block": leaf_block,
+        "_rows": lambda *_: {},
+    }
+    monkeypatch.setattr(blocks, wrong, replaced[wrong])
+    problem, params = make(own(outputs_fn))
+    named = "w" if wrong in ("_product", "_leaf_block") else "gain"
+    with pytest.warns(RuntimeWarning, match=f"the factors of {named} do not agree"):
+        got = kernel_dense(problem, params)
+    assert relative_error(got, dense_kernel(problem, params)) < 1e-5
+    rows = explained(problem, params)
+    assert rows[named].how == "plain"
+    assert rows[named].why == "factors disagree with jax.vjp"
+    assert sum(row.how == "plain" for row in rows.values()) == 1
+
+
+@pytest.mark.filterwarnings("ignore:grsd_jax. the examples:RuntimeWarning")
+def test_coupled_examples_go_plainly_or_are_refused():
+    problem, params = make(own(batchwise))
+    for refused in (kernel_dense, layer_kernels):
+        with pytest.raises(ValueError, match="problem: expected an error whose exampl"):
+            refused(problem, params)
+    assert problem.explain(params).coupled
+    assert problem.explain(params).num_factored == 0
+    for reduction in ("stack", "mean"):
+        reduced = problem.replace(reduction=reduction)
+        expected = dense_kernel(reduced, params)
+        identity = jnp.eye(len(expected))
+        linearized = linearize_kernel(reduced, params).matmat(identity)
+        assert relative_error(linearized, expected) < 1e-5
+        product = kernel_matmat(reduced, params, identity)
+        assert relative_error(product, expected) < 1e-5
+    direction = jax.tree.map(jnp.ones_like, params)
+    _, moved = jax.jvp(lambda p: dense_kernel(problem, p), (params,), (direction,))
+    columns = jnp.eye(problem.dimension(params))
+    got = kernel_derivative(problem, params, direction, columns)
+    assert relative_error(got, moved) < 1e-5
+
+
+def shut_gate(params, batch):
+    hidden = batch["x"] @ params["w"]
+    return (hidden + jax.nn.relu(params["gain"])[None] * jnp.mean(hidden, 0)[None])[
+        :, :3
+    ]
+
+
+def zero_head(params, batch):
+    """A branch that couples the examples behind a gate and a head of zeros."""
+    hidden = batch["x"] @ params["w"]
+    normal = hidden / jnp.sqrt(jnp.mean(hidden**2, 0))[None]
+    return (hidden + params["gain"][None] * normal @ params["head"])[:, :3]
+
+
+@pytest.mark.filterwarnings("ignore:grsd_jax. the examples:RuntimeWarning")
+@pytest.mark.parametrize("fn", [shut_gate, zero_head])
+def test_a_coupling_that_the_first_values_hide_is_found(fn):
+    problem, params = make(own(fn))
+    start = {**params, "gain": -jnp.ones(5), "head": jnp.zeros((5, 5))}
+    if fn is zero_head:
+        start["gain"] = jnp.zeros(5)
+    assert problem.explain(start).coupled
+    later = {**start, "gain": jnp.ones(5), "head": jnp.ones((5, 5))}
+    expected = dense_kernel(problem, later)
+    got = linearize_kernel(problem, later).matmat(jnp.eye(len(expected)))
+    assert relative_error(got, expected) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:grsd_jax. the examples:RuntimeWarning")
+def test_a_coupling_behind_an_integer_is_found_while_tracing():
+    def masked(params, batch):
+        hidden = batch["x"] @ params["w"]
+        mean = jnp.where(batch["on"][:, None] > 0, jnp.mean(hidden, 0)[None], 0.0)
+        return jnp.tanh(hidden - mean)[:, :3]
+
+    problem, params = make(masked)
+    on = jnp.ones((K, N), jnp.int32)
+    problem = problem.replace(batches={**problem.batches, "on": on})
+    with pytest.raises(ValueError, match="problem: expected an error whose examples"):
+        jax.jit(kernel_dense)(problem, params)
+
+
+def test_complex_weights_are_differentiated_plainly():
+    def spectral(params, batch):
+        hidden = jax.lax.complex(batch["x"], batch["x"]) @ jax.lax.complex(
+            params["w"], params["w"].T
+        )
+        return hidden.imag @ params["head"]
+
+    problem, params = make(spectral)
+    params = {"w": params["w"], "head": jnp.zeros((5, 3))}
+    assert explained(problem, params)["w"].how == "plain"
+    later = {**params, "head": jnp.ones((5, 3))}
+    got = kernel_dense(problem, later)
+    assert relative_error(got, dense_kernel(problem, later)) < 1e-5
+
+
+def test_empty_leaves_and_constants_that_a_scan_reads():
+    def scanned(params, batch):
+        def step(h, t):
+            return jnp.tanh(h @ (params["w"] * (1 + t))), None
+
+        h, _ = jax.lax.scan(step, batch["x"], jnp.arange(3.0))
+        return h[:, :3] + jnp.sum(params["empty"])
+
+    problem, params = make(scanned)
+    params = {**params, "empty": jnp.zeros((0, 3))}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rows = explained(problem, params)
+    assert {row.how for row in rows.values()} <= {"composite", "elementwise", "unused"}
+    got = kernel_dense(problem, params)
+    assert relative_error(got, dense_kernel(problem, params)) < 1e-5
+
+
+def test_coupled_examples_are_named_once():
+    problem, params = make(own(batchwise))
+    with pytest.warns(RuntimeWarning, match="the examples of the error are coupled"):
+        linearize_kernel(problem, params)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        linearize_kernel(problem, params)
+
+
+@pytest.mark.filterwarnings("ignore:grsd_jax. the examples:RuntimeWarning")
+def test_the_check_is_made_while_tracing():
+    problem, params = make(own(outputs_fn))
+    got = jax.jit(kernel_dense)(problem, params)
+    assert relative_error(got, dense_kernel(problem, params)) < 1e-5
+    seen = []
+
+    def spied(problem, params):
+        seen.append(plan.verdict_of(problem.at(params)))
+        return kernel_matmat(problem, params, jnp.ones((K * N * 3, 1)))
+
+    jax.jit(spied)(problem, params)
+    assert seen[0].plan is not None
+    coupled, params = make(own(batchwise))
+    with pytest.raises(ValueError, match="problem: expected an error whose examples"):
+        jax.jit(kernel_dense)(coupled, params)
+
+
+def test_numbers_that_are_not_finite_settle_nothing():
+    problem, params = make(own(outputs_fn))
+    broken = {**params, "gain": jnp.full(5, jnp.nan)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not np.any(np.isfinite(kernel_dense(problem, broken)))
+        before = len(plan._VERDICTS)
+        got = kernel_dense(problem, params)
+    assert relative_error(got, dense_kernel(problem, params)) < 1e-5
+    assert len(plan._VERDICTS) == before + 1
+
+
+@pytest.mark.parametrize("mode", ["clip", "fill", None])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_embeddings_read_the_rows_that_the_network_reads(mode, dtype):
+    def embedded(params, batch):
+        rows = params["table"].at[batch["token"]].get(mode=mode, fill_value=0)
+        return jnp.tanh(rows.astype(jnp.float32)).reshape(-1, 4) @ params["out"]
+
+    noise = np.random.default_rng(0)
+    params = {
+        "table": jnp.asarray(noise.normal(size=(700, 2)), dtype),
+        "out": jnp.asarray(noise.normal(size=(4, 3)), jnp.float32),
+    }
+    tokens = jnp.asarray([[[600, 5], [601, -1], [699, 257], [256, 2000]]])
+    batches = {"token": tokens, "label": jnp.asarray([[0, 1, 2, 0]])}
+    problem = Problem(embedded, batches)
+    bound = 1e-5 if dtype == jnp.float32 else 2e-2
+    assert explained(problem, params)["table"].how == "lookup"
+
+    def rows(p):
+        error = problem.error(p, jax.tree.map(lambda leaf: leaf[0], batches))
+        return error.reshape(-1)
+
+    jacobian = jax.jacrev(rows)(params)
+    flat = [leaf.reshape(12, -1).astype(jnp.float32) for leaf in jacobian.values()]
+    expected = sum(jnp.matmul(leaf, leaf.T, precision="highest") for leaf in flat)
+    assert relative_error(kernel_dense(problem, params), expected) < bound
+    product = linearize_kernel(problem, params).matmat(jnp.eye(12))
+    assert relative_error(product, expected) < bound
+
+
+def test_an_explanation_prints_as_a_table():
+    problem, params = make()
+    text = str(problem.explain(params))
+    assert text.splitlines()[0].split() == ["leaf", "how", "bytes", "flops", "why"]
+    assert "2 of 2 leaves factored" in text
+    rows = explained(problem, params)
+    assert rows["gain"].how == "elementwise"
+    assert rows["gain"].bytes == K * N * 2 * 5 * 4  # [N, C - 1, 5] in float32
+    assert rows["gain"].flops == 4 * K * N * 2 * 5
+    assert rows["w"].how == "composite"
+    assert rows["w"].why == "dot_general"
