@@ -29,6 +29,10 @@ from grsd_jax.problem import Objective, Point
 _MOST_OUTPUTS = 2048
 
 
+#: How many roundings of the largest leaf's gradient another leaf's may be off by.
+_CANCELLED = 30
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
     """The factors of J of a problem; compared by identity, so that it can be static.
@@ -180,8 +184,9 @@ def _checked(point: Point, plan: Plan) -> tuple[Verdict, bool]:
         found, wanted = run(values)
         differing = _differing(found.tangents, wanted, rounding)
         if differing == []:
-            squares = [np.sum(np.square(np.asarray(leaf, float))) for leaf in wanted]
-            differing = _differing(found.squares, squares, rounding)
+            norms = [None if s is None else np.sqrt(np.abs(s)) for s in found.squares]
+            expected = [np.linalg.norm(np.asarray(leaf, float)) for leaf in wanted]
+            differing = _differing(norms, expected, rounding)
         if differing is None:  # not finite: says nothing of the structure
             continue
         settled = True
@@ -332,17 +337,21 @@ def _tangents_alone(
 def _differing(
     found: Sequence[Any], wanted: Sequence[Any], tolerance: float
 ) -> list[int] | None:
-    """Returns the leaves that differ beyond rounding; None if one is not finite."""
+    """Returns the leaves that differ beyond rounding; None if one is not finite.
+
+    A small gradient may be what is left of large terms, so that its rounding is counted
+    in those of the largest leaf.
+    """
     largest = [np.max(np.abs(np.asarray(leaf, float)), initial=0) for leaf in wanted]
     if not np.all(np.isfinite(largest)):
         return None
-    floor = tolerance * max(largest, default=0.0)
+    floor = _CANCELLED * tolerance * max(largest, default=0.0)
     wrong = []
     for leaf, (a, b) in enumerate(zip(found, wanted, strict=True)):
         if a is None:
             continue
         apart = np.max(np.abs(np.asarray(a, float) - np.asarray(b, float)), initial=0)
-        if not apart <= tolerance * max(largest[leaf], floor):
+        if not apart <= tolerance * (largest[leaf] + floor):
             wrong.append(leaf)
     return wrong
 
