@@ -247,17 +247,30 @@ def test_the_check_is_made_while_tracing():
         jax.jit(kernel_dense)(coupled, params)
 
 
-def test_numbers_that_are_not_finite_settle_nothing():
+def test_numbers_that_are_not_finite_are_replaced_in_the_check():
     problem, params = make(own(outputs_fn))
-    broken = {**params, "gain": jnp.full(5, jnp.nan)}
+    broken = {**params, "gain": jnp.full(5, jnp.nan, jnp.float32)}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert not np.any(np.isfinite(kernel_dense(problem, broken)))
         key = plan._key(problem.at(params))
         assert key not in plan._VERDICTS
+        assert not np.any(np.isfinite(kernel_dense(problem, broken)))
+        assert plan._VERDICTS[key].coupled is False  # settled, and not checked again
         got = kernel_dense(problem, params)
     assert relative_error(got, dense_kernel(problem, params)) < 1e-5
-    assert key in plan._VERDICTS
+
+
+@pytest.mark.filterwarnings("ignore:grsd_jax. the examples:RuntimeWarning")
+def test_what_was_not_checked_while_traced_is_checked_later(monkeypatch):
+    def broken(*_):
+        raise TypeError("no walk")
+
+    monkeypatch.setattr(plan, "walk", broken)
+    problem, params = make(own(batchwise))
+    with pytest.warns(RuntimeWarning, match="no walk"):
+        jax.jit(kernel_dense)(problem, params)
+    with pytest.raises(ValueError, match="problem: expected an error whose examples"):
+        kernel_dense(problem, params)
 
 
 @pytest.mark.parametrize("mode", ["clip", "fill", None])

@@ -133,7 +133,7 @@ def _attention(block: dict[str, Any], x: jax.Array, heads: int) -> jax.Array:
 
 @jax.jit
 def gradient(params: dict[str, Any], batch: dict[str, jax.Array]) -> dict[str, Any]:
-    """Returns the gradient of the mean loss: the unit that products are told in."""
+    """Returns the gradient of the mean loss, whose time is the unit of products."""
 
     def loss(params: dict[str, Any]) -> jax.Array:
         likelihoods = jax.nn.log_softmax(logits(params, batch))

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grsd_jax._arrays import is_traced
+from grsd_jax._arrays import all_finite, is_traced
 from grsd_jax._typing import PyTree
 from grsd_jax.jacobian.blocks import LeafTangents, leaf_tangents
 from grsd_jax.jacobian.tracing import Program, walk
@@ -27,7 +27,6 @@ from grsd_jax.problem import Objective, Point
 #: Outputs C of an example up to which J comes as factors. They take C backward passes
 #: and a basis ``[C, C]``; a block of fewer than C / 4 columns is cheaper without them.
 _MOST_OUTPUTS = 2048
-
 
 #: How many roundings of the largest leaf's gradient another leaf's may be off by.
 _CANCELLED = 30
@@ -79,9 +78,14 @@ def are_coupled(point: Point) -> bool:
     coupled = verdict_of(point).coupled
     if coupled is not None:
         return coupled
+    if is_traced((point.error_fn, point.params, point.batches)):
+        return False
     key = _key(point)
     if key not in _COUPLED:
-        _remember(_COUPLED, key, _compared(point))
+        compared = _compared(point)
+        if compared is None:
+            return False
+        _remember(_COUPLED, key, compared)
     return _COUPLED[key]
 
 
@@ -207,19 +211,20 @@ def _checked(point: Point, plan: Plan) -> tuple[Verdict, bool]:
     return Verdict(Plan(plan.program, reasons), coupled=False), True
 
 
-def _compared(point: Point) -> bool:
-    """Whether the gradient of the whole batch differs from that of its examples."""
-    if is_traced((point.error_fn, point.params, point.batches)):
-        return False
+def _compared(point: Point) -> bool | None:
+    """Whether the gradient of the whole batch differs from that of its examples.
+
+    None if nothing is finite, which says nothing of the structure.
+    """
     rounding = _rounding(None, point.error.dtype)
     sets = _values(point)
     together = _compiled(_tangents_together, sets[0])
     alone = _compiled(_tangents_alone, sets[0])
-    for values in sets:
-        if _differing(alone(values), together(values), rounding):
-            _warn("the examples of the error are coupled")
-            return True
-    return False
+    found = [_differing(alone(each), together(each), rounding) for each in sets]
+    if any(found):
+        _warn("the examples of the error are coupled")
+        return True
+    return None if all(differing is None for differing in found) else False
 
 
 def _compiled(fn: Any, values: tuple[Any, ...], **static: Any) -> Callable[..., Any]:
@@ -241,13 +246,14 @@ def _values(point: Point) -> list[tuple[Any, ...]]:
 
     The arrays themselves, and others near them with the signs of the parameters turned,
     since a gate that is shut or a head of zeros would hide what is behind it. If they
-    are traced, random ones of the same shapes.
+    are traced or not finite, random ones of the same shapes.
     """
     rng = np.random.default_rng(0)
     with jax.ensure_compile_time_eval():
         batch = jax.tree.map(lambda leaf: leaf[0], point.batches)
         held = (point.error_fn, point.params, batch)
-        if is_traced(held):
+        numbers = [x for x in jax.tree.leaves(held) if _is_floating(x)]
+        if is_traced(held) or not all_finite(numbers):
             sets = [jax.tree.map(partial(_random_like, rng), held) for _ in range(2)]
         else:
             params = jax.tree.map(partial(_near, rng, sign=-1.0), point.params)
@@ -260,9 +266,13 @@ def _values(point: Point) -> list[tuple[Any, ...]]:
     return [(*each, *ends) for each in sets]
 
 
+def _is_floating(leaf: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+
+
 def _near(rng: np.random.Generator, leaf: Any, *, sign: float) -> Any:
     """Returns an array near ``sign`` times the given one; other types as they are."""
-    if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+    if not _is_floating(leaf):
         return leaf
     size = jnp.sqrt(jnp.mean(jnp.square(leaf)))
     scale = jnp.where(size > 0, 0.3 * size, 0.1)
