@@ -313,6 +313,25 @@ def _multiply(jacobian: PlainJacobian, block: jax.Array) -> jax.Array:
 
 
 @jax.jit
+def pull(
+    error_fn: ErrorFn, params: PyTree, batch: PyTree, columns: jax.Array
+) -> PyTree:
+    """Computes ``J^T V`` in one program, of which nothing is kept for later.
+
+    Args:
+        error_fn: The error function, a pytree.
+        params: Parameters.
+        batch: One batch.
+        columns: V, ``[N, C, b]``.
+
+    Returns:
+        A params tree with leading axis b.
+    """
+    _, pullback = jax.vjp(lambda p: error_fn(p, batch), params)
+    return jax.vmap(lambda u: pullback(u)[0], in_axes=-1)(columns)
+
+
+@jax.jit
 def pull_derivative(
     error_fn: ErrorFn,
     params: PyTree,
