@@ -1,60 +1,6 @@
-"""Tests the four conditions of the theory on a network along its training.
+"""The command `grsd conditions`, from a clone; --help says what it does."""
 
-Reads the checkpoints that train.py left in WORKDIR/MODEL, and trains a small network
-there first if there are none. Writes WORKDIR/MODEL/conditions.json (condition1 to
-condition4, each with a verdict that shows its numbers and thresholds), a figure page
-beside it, and a table on the terminal. The thresholds are conventions; set them as you
-like. Keep several checkpoints in training: --checkpoint_every and --keep_checkpoints.
-
-The defaults took 137 s on 2 CPU cores, training included.
-
-Examples:
-  python scripts/conditions.py
-  python scripts/conditions.py --workdir=runs/long --width=16 --max_tail_sum=2
-"""
-
-from pathlib import Path
-
-from absl import flags as absl_flags
-
-from grsd_jax.experiments.common import flags
-from grsd_jax.experiments.common.config import Config
-from grsd_jax.experiments.common.data import load_dataset
-from grsd_jax.experiments.common.runs import workdir_lock
-from grsd_jax.experiments.conditions.analyse import format_conditions
-from grsd_jax.experiments.conditions.figures import write_condition_page
-from grsd_jax.experiments.conditions.run import Options, run_conditions
-
-DEFAULTS = {
-    "workdir": "runs/conditions",
-    "batch_size": 16,
-    "num_batches": 1,
-    "checkpoint_every": 24,
-    "keep_checkpoints": 100,
-}
-NUM_PROBES = absl_flags.DEFINE_integer(
-    "num_probes", 16, "Random probes of the influence; 0 for the exact influence.", 0
-)
-NUM_POINTS = absl_flags.DEFINE_integer(
-    "num_points", 5, "Points of the path at most, the initialisation included.", 2
-)
-
-
-def main(config: Config) -> None:
-    options = Options(
-        thresholds=flags.thresholds_from_flags(),
-        num_probes=NUM_PROBES.value or None,
-        num_points=NUM_POINTS.value,
-    )
-    folder = Path(config.workdir) / config.model
-    found = run_conditions(load_dataset(config), config, options)
-    with workdir_lock(folder):
-        paths = write_condition_page(found, folder / "figures")
-    print(format_conditions(found))
-    print(f"{folder / 'conditions.json'}, {paths[0]}, {found['seconds']:.0f} s")
-
+from grsd_jax.experiments.commands import run
 
 if __name__ == "__main__":
-    flags.define_flags(only=flags.all_but("protocol", "record_every"), **DEFAULTS)
-    flags.define_threshold_flags()
-    flags.run_main(main)
+    run("conditions")

@@ -1,45 +1,6 @@
-"""Runs the main job: is a trained ResNet log-shift invariant, and is its plain twin?
+"""The command `grsd reproduce`, from a clone; --help says what it does."""
 
-Trains ResNet-18 (and PlainNet-18, for the protocol "own"), measures the coupling
-between logarithmic shells of the spectrum of M = J J^T for both, and ends with a table
-on the terminal, results.json and arrays.npz in the workdir, and the figures in
-WORKDIR/figures. A run that was killed goes on when the same command is given again.
-
-The defaults took 83 s on 2 CPU cores, on an embedded data set of textures.
-
-Examples:
-  python scripts/reproduce.py
-  python scripts/reproduce.py --dataset=cifar10 --data_dir=DATA --workdir=runs/cifar10 \
-      --width=16 --train_batch_size=128 --epochs=3
-"""
-
-import time
-from pathlib import Path
-
-from grsd_jax.experiments.common import flags
-from grsd_jax.experiments.common.config import Config
-from grsd_jax.experiments.common.data import load_dataset
-from grsd_jax.experiments.common.runs import workdir_lock
-from grsd_jax.experiments.reproduce.analyse import format_table
-from grsd_jax.experiments.reproduce.figures import write_figures
-from grsd_jax.experiments.reproduce.run import reproduce, write_results
-
-#: What the two networks of the comparison do not take.
-FIXED = ("model", "depth", "branch_scale", "rho", "record_every")
-
-
-def main(config: Config) -> None:
-    started = time.monotonic()
-    with workdir_lock(Path(config.workdir)) as folder:
-        results, arrays = reproduce(load_dataset(config), config)
-        write_results(folder, results, arrays)
-        paths = write_figures(results, arrays, folder / "figures")
-    print(format_table(results))
-    print(f"{len(paths)} figures in {folder / 'figures'}")
-    print(f"{time.monotonic() - started:.0f} s")
-
+from grsd_jax.experiments.commands import run
 
 if __name__ == "__main__":
-    # The paper averages the kernels of the batches.
-    flags.define_flags(only=flags.all_but(*FIXED), reduction="mean")
-    flags.run_main(main)
+    run("reproduce")

@@ -1,47 +1,6 @@
-r"""Trains networks with the probe of the shell dynamics on, and draws what it records.
+"""The command `grsd track`, from a clone; --help says what it does."""
 
-Every --record_every steps, one JSON line goes to WORKDIR/MODEL/records.jsonl: energies,
-dissipation, transfers and flux between the shells of the spectrum of M = J J^T, their
-velocity and its exponent, how well the balance closes, and what the record cost. The
-end of both trainings adds WORKDIR/results.json and WORKDIR/figures, PNG and PDF. A run
-that was killed goes on when the same command is given again, and loses no record.
-
-The defaults took 99 s on 2 CPU cores, on an embedded data set of textures.
-
-Examples:
-  python scripts/track.py
-  python scripts/track.py --dataset=cifar10 --data_dir=DATA --workdir=runs/track_cifar \
-      --train_batch_size=128 --epochs=3 --record_every=100
-"""
-
-import json
-from pathlib import Path
-
-from absl import flags as absl_flags
-
-from grsd_jax.experiments.common import flags, records
-from grsd_jax.experiments.common.config import MODELS, TRAINING_FLAGS, Config
-from grsd_jax.experiments.common.data import load_dataset
-from grsd_jax.experiments.common.runs import workdir_lock
-from grsd_jax.experiments.track import run as tracking
-from grsd_jax.experiments.track.figures import write_tracking_figures
-
-FIELDS = {*TRAINING_FLAGS, *tracking.SETTINGS} - {"model"}
-NETWORKS = absl_flags.DEFINE_multi_enum(
-    "models", ["resnet18", "plainnet18"], MODELS, "Networks to train."
-)
-
-
-def main(config: Config) -> None:
-    with workdir_lock(Path(config.workdir)) as folder:
-        results, lines = tracking.track(load_dataset(config), config, NETWORKS.value)
-        records.write_json(folder / "results.json", results)
-        paths = write_tracking_figures(lines, folder / "figures")
-    for name, track in results["tracks"].items():
-        print(f"{name}: {json.dumps(track, indent=2)}")
-    print(f"{len(paths)} figures in {folder / 'figures'}")
-
+from grsd_jax.experiments.commands import run
 
 if __name__ == "__main__":
-    flags.define_flags(only=FIELDS, workdir="runs/track", num_batches=1)
-    flags.run_main(main)
+    run("track")

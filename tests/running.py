@@ -17,6 +17,7 @@ from flax import linen as nn
 from matplotlib.figure import Figure
 
 from grsd_jax import models
+from grsd_jax.experiments import commands
 from grsd_jax.experiments.common import data, runs
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -38,7 +39,11 @@ def run_script(script, *arguments):
     out, err, code = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            with _as_command(SCRIPTS / script, arguments):
+            with (
+                _as_command(SCRIPTS / script, arguments),
+                pytest.MonkeyPatch.context() as patch,
+            ):
+                patch.setattr(commands, "keep_compilations", lambda: None)
                 runpy.run_path(str(SCRIPTS / script), run_name="__main__")
         except SystemExit as stopped:
             code = stopped.code or 0
@@ -71,7 +76,7 @@ def start_script(script, *arguments, env=os.environ):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**env, "JAX_PLATFORMS": "cpu"},
+        env={**env, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"},
     )
 
 

@@ -111,9 +111,9 @@ def test_a_small_study_runs_and_goes_on_where_it_was(tmp_path, monkeypatch):
 
 def test_script_makes_the_table_again(tmp_path):
     records.write_json(tmp_path / "claims.json", planted())
-    done = run_script("claims.py", f"--workdir={tmp_path}", "--report_only")
+    done = run_script("study.py", f"--workdir={tmp_path}", "--report_only")
     assert done.code == 0, done.err
     assert analyse.format_claims(planted()) in done.out
-    wrong = run_script("claims.py", f"--workdir={tmp_path}", "--seeds=one")
+    wrong = run_script("study.py", f"--workdir={tmp_path}", "--seeds=one")
     assert wrong.code == 1
     assert "--seeds: expected a list of integers" in wrong.err

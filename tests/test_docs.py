@@ -1,5 +1,6 @@
 """The documentation: its code runs, its links lead somewhere, its numbers agree."""
 
+import importlib
 import importlib.metadata
 import re
 import tomllib
@@ -120,6 +121,41 @@ def test_readme_documents_every_flag_with_its_default():
         value = ",".join(default) if isinstance(default, tuple) else str(default)
         expected[field.name] = "" if default is None else value
     assert dict(rows) == expected
+
+
+def commands():
+    """Returns every command line of the pages that runs a script or a command."""
+    found = []
+    for page in PAGES:
+        for block in re.findall(
+            r"^ *```bash\n(.*?)^ *```", page.read_text(), re.M | re.S
+        ):
+            if "git checkout" in block:  # of an earlier version
+                continue
+            lines = block.replace("\\\n", " ").splitlines()
+            lines = [re.sub(r"\s+#.*", "", line) for line in lines]
+            runs = [line for line in lines if re.search(r"scripts/|grsd [a-z]", line)]
+            found += [(page.name, line) for line in runs]
+    return found
+
+
+@pytest.mark.parametrize(("page", "line"), commands())
+def test_commands_of_the_pages_have_flags_that_exist(page, line):
+    flags = pytest.importorskip("absl.flags")
+    from grsd_jax.experiments.commands import COMMANDS
+
+    pattern = r"(?:\.venv/bin/python scripts/(?=\w+\.py)|\bgrsd )(\w+)(.*)"
+    name, arguments = re.search(pattern, line).groups()
+    assert name in COMMANDS
+    known = set(flags.FLAGS)
+    module = importlib.import_module(f"grsd_jax.experiments.commands.{name}")
+    try:
+        module.define()
+        given = re.findall(r"--(\w+)", arguments)
+        assert set(given) <= set(flags.FLAGS)
+    finally:
+        for defined in set(flags.FLAGS) - known:
+            delattr(flags.FLAGS, defined)
 
 
 def test_gate_runs_the_commands_of_the_readme():

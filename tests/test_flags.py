@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import sys
 
 import jax
@@ -87,6 +88,37 @@ def test_a_script_takes_the_others_flags_but_does_not_list_them():
     assert "epochs" in values.get_help()
 
 
+def of_run(workdir, *arguments):
+    values = absl_flags.FlagValues()
+    flags.define_flags(flag_values=values)
+    values(["script", f"--workdir={workdir}", *arguments])
+    return flags.config_from_flags(values, reads_run=True)
+
+
+def test_what_a_training_was_made_with_is_read(tmp_path):
+    (tmp_path / "resnet18").mkdir()
+    settings = {"width": 3, "activation": "gelu", "model": "resnet18", "steps": 7}
+    (tmp_path / "resnet18" / "config.json").write_text(json.dumps(settings))
+    expected = Config(workdir=str(tmp_path), width=3, activation="gelu")
+    assert of_run(tmp_path) == expected
+    assert of_run(tmp_path, "--width=5") == dataclasses.replace(expected, width=5)
+    # The plain network takes the ResNet's weights; another network is another run.
+    plain = dataclasses.replace(expected, model="plainnet18")
+    assert of_run(tmp_path, "--model=plainnet18") == plain
+    other = Config(workdir=str(tmp_path), model="mlp")
+    assert of_run(tmp_path, "--model=mlp") == other
+
+
+def test_the_only_training_of_a_folder_is_meant(tmp_path):
+    for name in ("mlp", "cnn"):
+        (tmp_path / name).mkdir()
+        text = json.dumps({"model": name, "depth": 2})
+        (tmp_path / name / "config.json").write_text(text)
+        found = of_run(tmp_path)
+        expected = ("mlp", 2) if name == "mlp" else ("resnet18", 4)
+        assert (found.model, found.depth) == expected
+
+
 @pytest.mark.parametrize(
     "argument",
     [
@@ -115,7 +147,9 @@ def run(monkeypatch):
     """Runs a body as `run_main` does, without absl's own frame around it."""
     before = jax.config.jax_default_matmul_precision
     monkeypatch.setattr(flags.app, "run", lambda main: main(["script"]))
-    monkeypatch.setattr(flags, "config_from_flags", lambda *, settings: settings())
+    monkeypatch.setattr(
+        flags, "config_from_flags", lambda *, settings, reads_run: settings()
+    )
     absl_flags.FLAGS(["script"], known_only=True)
     yield flags.run_main
     jax.config.update("jax_default_matmul_precision", before)

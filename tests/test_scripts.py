@@ -1,11 +1,13 @@
 """The scripts as a user runs them: their help, their errors, what they leave."""
 
 import json
+import sys
 
 import jax
 import numpy as np
 import pytest
 
+from grsd_jax.experiments import commands
 from grsd_jax.experiments.common import records
 from grsd_jax.experiments.common.checkpoints import restore_latest
 from grsd_jax.experiments.common.networks import weights_template
@@ -23,11 +25,57 @@ def _small():
 @pytest.mark.parametrize("script", sorted(path.name for path in SCRIPTS.glob("*.py")))
 def test_help_helps_and_unknown_values_are_named(script):
     shown = run_script(script, "--help")
-    assert "Example" in shown.out
+    assert shown.code == 0
+    assert "\nExample" in shown.out
+    assert "\n  --workdir=" in shown.out
     wrong = run_script(script, "--workdir=")
     assert wrong.code != 0
     assert "workdir" in wrong.err + wrong.out
     assert "Traceback" not in wrong.err
+
+
+def test_every_script_is_a_command():
+    assert {path.stem for path in SCRIPTS.glob("*.py")} == set(commands.COMMANDS)
+
+
+def test_the_command_without_a_name_lists_the_names(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["grsd"])
+    commands.main()
+    shown = capsys.readouterr().out
+    assert all(f"\n  {name} " in shown for name in commands.COMMANDS)
+
+
+def test_an_unknown_command_is_told(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["grsd", "fly"])
+    with pytest.raises(SystemExit) as stopped:
+        commands.main()
+    assert stopped.value.code == 1
+    assert "got 'fly'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("told", [None, "elsewhere"])
+def test_compilations_are_kept_unless_jax_is_told_where(monkeypatch, told):
+    monkeypatch.setenv("XDG_CACHE_HOME", "caches")
+    folder, seconds = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+    )
+    before = {name: getattr(jax.config, name) for name in (folder, seconds)}
+    try:
+        jax.config.update(folder, told)
+        commands.keep_compilations()
+        assert getattr(jax.config, folder) == (told or "caches/grsd_jax")
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+
+
+def test_the_command_passes_its_arguments_on(monkeypatch):
+    seen = []
+    monkeypatch.setattr("sys.argv", ["bin/grsd", "plot", "runs/x"])
+    monkeypatch.setattr(commands, "run", lambda name: seen.append((name, sys.argv)))
+    commands.main()
+    assert seen == [("plot", ["grsd plot", "runs/x"])]
 
 
 @pytest.mark.parametrize(
@@ -96,6 +144,21 @@ def test_a_run_trains_and_says_where_everything_is(tmp_path):
     assert int(restore_latest(folder / "checkpoints", template)["step"]) == 16
     again = run_script("train.py", *flags)
     assert "plainnet18: complete already, 16 steps" in again.out
+
+
+def test_measure_reads_the_settings_of_the_training(tmp_path):
+    trained = run_script(
+        "train.py", *TINY, f"--workdir={tmp_path}", "--model=resmlp", "--depth=1"
+    )
+    assert trained.code == 0, trained.err
+    options = ("--batch_size=2", "--num_batches=1", "--num_shells=4", "--window=2")
+    done = run_script("measure.py", tmp_path, *options)
+    assert done.code == 0, done.err
+    config = json.loads((tmp_path / "resmlp" / "results.json").read_text())["config"]
+    assert (config["model"], config["width"], config["depth"]) == ("resmlp", 1, 1)
+    other = run_script("measure.py", tmp_path, *options, "--depth=2")
+    assert other.code == 1
+    assert "--depth: expected 1" in other.err
 
 
 def test_track_then_plot(tmp_path):

@@ -1,15 +1,23 @@
-"""From `Config` to command-line flags and back, and the frame around every script."""
+"""From `Config` to command-line flags and back, and the frame around every command."""
 
 import dataclasses
 import sys
+import textwrap
 from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any
 
 import jax
 from absl import app, flags, logging
 
 from grsd_jax.conditions import Thresholds
-from grsd_jax.experiments.common.config import Config, UserError, check_field
+from grsd_jax.experiments.common import records
+from grsd_jax.experiments.common.config import (
+    TRAINING_FIELDS,
+    Config,
+    UserError,
+    check_field,
+)
 
 
 def define_flags(
@@ -63,25 +71,58 @@ def all_but(*names: str) -> list[str]:
 
 
 def config_from_flags(
-    flag_values: flags.FlagValues = flags.FLAGS, *, settings: type = Config
+    flag_values: flags.FlagValues = flags.FLAGS,
+    *,
+    settings: type = Config,
+    reads_run: bool = False,
 ) -> Any:
     """Returns the settings that the flags say; fields without a flag keep defaults.
 
     Args:
         flag_values: Parsed flags.
         settings: The dataclass of the settings.
+        reads_run: Whether flags that are not given are read from the training that is
+            in the workdir, if there is one.
 
     Returns:
         The settings, checked.
 
     Raises:
-        UserError: If a setting is out of range.
+        UserError: If a setting is out of range, or the training's cannot be read.
     """
     values: dict[str, Any] = {}
     for field in dataclasses.fields(settings):
         if field.name in flag_values:
             values[field.name] = _parsed(field, flag_values[field.name].value)
-    return settings(**values)
+    config = settings(**values)
+    if not reads_run:
+        return config
+    trained = _settings_of_training(Path(config.workdir), config.model)
+    if not trained and not flag_values["model"].present:
+        trained = _settings_of_the_only_training(Path(config.workdir))
+    kept = {n: value for n, value in trained.items() if not flag_values[n].present}
+    return dataclasses.replace(config, **kept)
+
+
+def _settings_of_training(workdir: Path, model: str) -> dict[str, Any]:
+    """Returns the settings of a training that decide what it computed.
+
+    The plain network's may be the ResNet-18's, whose weights it takes.
+    """
+    for name in (model, "resnet18") if model == "plainnet18" else (model,):
+        file = workdir / name / "config.json"
+        if file.exists():
+            written = records.read_json(file)
+            # What is not a training's is told by what restores its weights.
+            fields = TRAINING_FIELDS if isinstance(written, dict) else ()
+            return {field: written[field] for field in fields if field in written}
+    return {}
+
+
+def _settings_of_the_only_training(workdir: Path) -> dict[str, Any]:
+    """Returns the settings of the training in the workdir if there is only one."""
+    names = [file.parent.name for file in workdir.glob("*/config.json")]
+    return _settings_of_training(workdir, names[0]) if len(names) == 1 else {}
 
 
 #: What each field of `Thresholds` is, for ``--help``.
@@ -131,8 +172,10 @@ def thresholds_from_flags(flag_values: flags.FlagValues = flags.FLAGS) -> Thresh
 def run_main(
     main: Callable[[Any], None],
     *,
+    description: str = "",
     settings: type = Config,
     positional: str | None = None,
+    reads_run: bool = False,
 ) -> None:
     """Parses the flags, sets the matmul precision and calls ``main(config)``.
 
@@ -141,10 +184,16 @@ def run_main(
     and the process exits with status 1.
 
     Args:
-        main: The body of the script.
+        main: The body of the command.
+        description: What ``--help`` says above the flags.
         settings: The dataclass of the settings.
         positional: A field that may also be given as the one argument without a flag.
+        reads_run: As for `config_from_flags`.
     """
+    asked = {argument.lstrip("-") for argument in sys.argv if argument[:1] == "-"}
+    if asked & {"h", "help", "helpshort", "helpfull"}:
+        print(_help(description, full="helpfull" in asked))
+        sys.exit(0)
 
     def wrapped(argv: list[str]) -> None:
         try:
@@ -154,7 +203,7 @@ def run_main(
                 raise UserError(f"arguments: expected only --flags, got {argv[1]!r}.")
             if not flags.FLAGS["verbosity"].present:
                 logging.set_verbosity(logging.ERROR)  # Orbax tells every step
-            config = config_from_flags(settings=settings)
+            config = config_from_flags(settings=settings, reads_run=reads_run)
             if config.precision != "default":
                 jax.config.update("jax_default_matmul_precision", config.precision)
             main(config)
@@ -169,6 +218,20 @@ def run_main(
             sys.exit(130)
 
     app.run(wrapped)
+
+
+def _help(description: str, *, full: bool) -> str:
+    """Returns the description as it is, and the command's own flags below it."""
+    lines = [description.strip(), "", "Flags, with their defaults:", ""]
+    for flag in flags.FLAGS.get_flags_for_module(sys.argv[0]):
+        default = (flag.default_as_str or "").strip("'")
+        lines.append(f"  --{flag.name}={default}")
+        lines += textwrap.wrap(
+            flag.help, 88, initial_indent=" " * 6, subsequent_indent=" " * 6
+        )
+    if full:
+        lines += ["", "Flags that every command takes:", flags.FLAGS.get_help()]
+    return "\n".join(lines)
 
 
 def _define(

@@ -18,10 +18,11 @@ from flax import linen as nn
 from grsd_jax import Problem, Window, make_probe
 from grsd_jax.dynamics import ProbeState
 from grsd_jax.experiments.common import records
-from grsd_jax.experiments.common.config import Config
+from grsd_jax.experiments.common.config import TITLES, Config
 from grsd_jax.experiments.common.data import Dataset, measured_batches
 from grsd_jax.experiments.common.measurement import PROVENANCE, header
 from grsd_jax.experiments.common.networks import make_model
+from grsd_jax.experiments.common.tables import aligned, number
 from grsd_jax.experiments.common.training import TrainState, make_schedule, train
 from grsd_jax.experiments.track.log import ProbeLog
 from grsd_jax.models import linen_outputs
@@ -165,6 +166,44 @@ def summary(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "cost_in_steps_median": _median(lines[2:], "cost_in_steps"),
         "cost_in_gradients_median": _median(lines[2:], "cost"),
     }
+
+
+#: The rows of `format_tracks`: a key of `summary`, what the table says, its format.
+_ROWS = (
+    ("test_accuracy", "test accuracy", ".4f"),
+    ("num_records", "records", "d"),
+    ("num_resolved", "resolved pairs, last record", "d"),
+    ("exponent", "velocity exponent p, last record", ".2f"),
+    ("closure_error_median", "closure error, median", ".2f"),
+    ("non_adjacent_share_median", "non-adjacent share, median", ".2f"),
+    ("record_seconds_median", "seconds a record, median", ".2f"),
+    ("cost_in_steps_median", "cost of a record in training steps", ".1f"),
+)
+
+
+def format_tracks(tracks: Mapping[str, Mapping[str, Any]]) -> str:
+    """Returns what was tracked as a table, a column for each network.
+
+    Args:
+        tracks: Entries of ``results.json`` by the network's name.
+
+    Returns:
+        The table, with its legend.
+    """
+    rows = [["quantity", *(TITLES[name] for name in tracks)]]
+    for key, title, spec in _ROWS:
+        cells = [_cell(track.get(key), spec) for track in tracks.values()]
+        rows.append([title, *cells])
+    legend = (
+        "Closure error: |predicted - measured change of the shells' energies| over the "
+        "measured one.\n"
+        "Non-adjacent share: of the transfer, between shells that are not neighbours."
+    )
+    return f"{aligned(rows)}\n{legend}"
+
+
+def _cell(value: Any, spec: str) -> str:
+    return number(value, spec if isinstance(value, int) else spec.replace("d", ".0f"))
 
 
 def _median(lines: Sequence[Mapping[str, Any]], name: str) -> float | None:

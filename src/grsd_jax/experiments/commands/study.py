@@ -8,10 +8,11 @@ that was killed goes on when the same command is given again. --report_only make
 table and the figure from the claims.json that is there.
 
 Examples:
-  python scripts/claims.py --data_dir=DATA
-  python scripts/claims.py --data_dir=DATA --seeds=0,1 --width=8 --epochs=1
+  grsd study --data_dir=DATA
+  grsd study --data_dir=DATA --seeds=0,1 --width=8 --epochs=1
 """
 
+import sys
 from pathlib import Path
 
 from absl import flags as absl_flags
@@ -39,30 +40,38 @@ FIXED = (
     "model", "seed", "reduction", "protocol", "depth", "branch_scale", "rho",
     "record_every",
 )  # fmt: skip
-SEEDS = absl_flags.DEFINE_list(
-    "seeds", [str(seed) for seed in range(8)], "Seeds of the trainings."
-)
-REPORT_ONLY = absl_flags.DEFINE_bool(
-    "report_only", False, "Make the table and the figure of the WORKDIR/claims.json."
-)
 
 
 def main(config: Config) -> None:
+    """Runs the command with these settings."""
     folder = Path(config.workdir)
-    if not all(seed.isdigit() for seed in SEEDS.value) or not SEEDS.value:
-        given = ",".join(SEEDS.value)
+    seeds = absl_flags.FLAGS.seeds
+    if not all(seed.isdigit() for seed in seeds) or not seeds:
+        given = ",".join(seeds)
         raise UserError(f"--seeds: expected a list of integers >= 0, got {given!r}.")
-    if REPORT_ONLY.value:
+    if absl_flags.FLAGS.report_only:
         results = records.read_json(folder / "claims.json")
     else:
         with workdir_lock(folder):
-            seeds = [int(seed) for seed in SEEDS.value]
-            results = run_claims(load_dataset(config), config, seeds)
+            numbers = [int(seed) for seed in seeds]
+            results = run_claims(load_dataset(config), config, numbers)
     print(format_claims(results))
     for path in write_claims_figure(results, folder / "figures"):
         print(path)
 
 
-if __name__ == "__main__":
+def define() -> None:
+    """Defines the command's flags."""
     flags.define_flags(only=flags.all_but(*FIXED), **DEFAULTS)
-    flags.run_main(main)
+    absl_flags.DEFINE_list(
+        "seeds",
+        [str(seed) for seed in range(8)],
+        "Seeds of the trainings.",
+        module_name=sys.argv[0],
+    )
+    absl_flags.DEFINE_bool(
+        "report_only",
+        False,
+        "Make the table and the figure of the WORKDIR/claims.json.",
+        module_name=sys.argv[0],
+    )

@@ -1,0 +1,25 @@
+"""Makes one self-contained HTML page of any run: figures, tables, settings.
+
+Reads the JSON, CSV and PNG files in WORKDIR and writes WORKDIR/report.html, with the
+figures inside it: it opens without a network, and prints. Nothing is computed.
+
+Examples:
+  grsd report runs/default
+  grsd report --workdir=runs/default
+"""
+
+from grsd_jax.experiments.common import flags
+from grsd_jax.experiments.common.config import Config
+from grsd_jax.experiments.report.page import write_report
+
+POSITIONAL = "workdir"
+
+
+def main(config: Config) -> None:
+    """Runs the command with these settings."""
+    print(write_report(config.workdir))
+
+
+def define() -> None:
+    """Defines the command's flags."""
+    flags.define_flags(only=["workdir"])
