@@ -19,7 +19,7 @@ from absl import flags as absl_flags
 from grsd_jax.experiments.claims.analyse import format_claims
 from grsd_jax.experiments.claims.figures import write_claims_figure
 from grsd_jax.experiments.claims.run import run_claims
-from grsd_jax.experiments.common import flags, records
+from grsd_jax.experiments.common import files, flags, records
 from grsd_jax.experiments.common.config import Config, UserError
 from grsd_jax.experiments.common.data import load_dataset
 from grsd_jax.experiments.common.runs import workdir_lock
@@ -58,9 +58,10 @@ def main(config: Config) -> None:
         with workdir_lock(folder):
             seeds = [int(seed) for seed in SEEDS.value]
             results = run_claims(load_dataset(config), config, seeds)
-    print(format_claims(results))
-    for path in write_claims_figure(results, folder / "figures"):
-        print(path)
+    with files.reading(folder / "claims.json", "the results of a study"):
+        table = format_claims(results)
+        paths = write_claims_figure(results, folder / "figures")
+    print(table, *paths, sep="\n")
 
 
 if __name__ == "__main__":

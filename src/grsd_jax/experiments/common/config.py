@@ -7,6 +7,7 @@ defaults are those of the main job on the embedded data set.
 import dataclasses
 import json
 import math
+import os
 from typing import Any, Literal
 
 from grsd_jax._checks import check_at_least, check_choice
@@ -80,8 +81,11 @@ class Settings:
     )
 
     def __post_init__(self) -> None:
-        """Checks every field."""
+        """Checks every field, and reads ``~`` in a path as the home folder."""
         validate(self)
+        for name in ("workdir", "data_dir"):
+            if path := getattr(self, name):
+                object.__setattr__(self, name, os.path.expanduser(path))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,7 @@ from grsd_jax._arrays import all_finite
 from grsd_jax._checks import check_at_least
 from grsd_jax._typing import PyTree
 from grsd_jax.errors import softmax_cross_entropy
-from grsd_jax.experiments.common import records
+from grsd_jax.experiments.common import files, records
 from grsd_jax.experiments.common.checkpoints import Checkpoints
 from grsd_jax.experiments.common.config import (
     TRAINING_FIELDS,
@@ -75,8 +75,8 @@ class Callback(Protocol):
         """Returns the state before the first update, a pytree of arrays."""
         ...
 
-    def rewind(self, step: int) -> None:
-        """Drops what was written after ``step``, those steps being done again."""
+    def rewind(self, own: PyTree) -> None:
+        """Drops what was written after this state, those steps being done again."""
         ...
 
     def update(self, own: PyTree, state: TrainState, step: int) -> PyTree:
@@ -267,7 +267,7 @@ def train(
     model: nn.Module,
     dataset: Dataset,
     config: Config,
-    workdir: records.PathLike,
+    workdir: files.PathLike,
     *,
     name: str,
     callback: Callback | None = None,
@@ -363,10 +363,10 @@ class _Run:
         if self.callback is None:
             return None
         own = self.callback.init(state)
-        self.callback.rewind(first or -1)  # without a checkpoint, step 0 comes again
-        if first == 0:
-            return self.callback.update(own, state, 0)
-        return checkpoints.restore({"callback": own})["callback"]
+        if first:
+            own = checkpoints.restore({"callback": own})["callback"]
+        self.callback.rewind(own)
+        return own if first else self.callback.update(own, state, 0)
 
     def _loop(
         self,
@@ -451,9 +451,17 @@ class _Run:
         return evaluate(self.model, weights, data.test_images, data.test_labels)
 
     def _rewind_metrics(self, step: int) -> float:
-        """Drops the lines after ``step``; returns the seconds spent until then."""
+        """Drops the lines after ``step``; returns the seconds spent until then.
+
+        There is a line for every checkpoint, written before it.
+        """
         kept = records.rewind_jsonl(self.metrics, step)
-        return float(kept[-1].get("seconds", 0.0)) if kept else 0.0
+        if not step:
+            return 0.0
+        with files.reading(self.metrics, "a line of metrics at every checkpoint"):
+            if not kept or kept[-1]["step"] != step:
+                raise ValueError(f"none at the newest one, of step {step}")
+            return float(kept[-1]["seconds"])
 
     def _check_settings(self) -> None:
         """Writes config.json, or checks that the run there has the same settings."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from grsd_jax.experiments.common import records
+from grsd_jax.experiments.common import files, records
 from grsd_jax.experiments.common.config import Config
 from grsd_jax.experiments.common.data import Dataset, measured_batches
 from grsd_jax.experiments.common.measurement import (
@@ -26,6 +26,7 @@ from grsd_jax.experiments.common.measurement import (
 from grsd_jax.experiments.common.networks import make_model, protocol_weights
 from grsd_jax.experiments.common.runs import cached
 from grsd_jax.experiments.common.training import evaluate, train
+from grsd_jax.experiments.reproduce.analyse import ARRAYS_CHECKSUM
 
 
 def measure(
@@ -121,7 +122,7 @@ def write_results(folder: Path, results: dict[str, Any], arrays: Arrays) -> None
     """Writes ``arrays.npz``, then ``results.json``, each whole or not at all.
 
     Results made with other settings that lie there already are kept beside, under the
-    next free number.
+    next free number. ``results.json`` has the checksum of its arrays.
 
     Args:
         folder: The folder.
@@ -134,11 +135,11 @@ def write_results(folder: Path, results: dict[str, Any], arrays: Arrays) -> None
     names = ("results.json", "arrays.npz")
     if (folder / names[0]).exists():
         earlier = records.read_json(folder / names[0])
-        earlier = earlier.get("config") if isinstance(earlier, dict) else None
-        if _comparable(earlier) != _comparable(results["config"]):
-            records.set_aside(folder, names)
+        if _comparable(earlier.get("config")) != _comparable(results["config"]):
+            files.set_aside(folder, names)
     records.write_npz(folder / names[1], arrays)
-    records.write_json(folder / names[0], results)
+    checksum = files.checksum(folder / names[1])
+    records.write_json(folder / names[0], results | {ARRAYS_CHECKSUM: checksum})
 
 
 def _comparable(config: Any) -> Any:

@@ -22,7 +22,7 @@ from grsd_jax.conditions import (
     increment_statistics,
     state_increments,
 )
-from grsd_jax.experiments.common import records
+from grsd_jax.experiments.common import files, records
 from grsd_jax.experiments.common.config import UserError
 from grsd_jax.experiments.common.data import Dataset, evaluation_batches
 from grsd_jax.experiments.common.measurement import PROVENANCE, header, made_by
@@ -35,7 +35,13 @@ from grsd_jax.experiments.common.training import (
     init_state,
     train_step,
 )
-from grsd_jax.experiments.sweep.analyse import COLUMNS, COUPLING, Row, write_rows
+from grsd_jax.experiments.sweep.analyse import (
+    COLUMNS,
+    COUPLING,
+    ROWS_CHECKSUM,
+    Row,
+    write_rows,
+)
 from grsd_jax.experiments.sweep.config import (
     Cell,
     SweepConfig,
@@ -75,7 +81,6 @@ def run_sweep(dataset: Dataset, config: SweepConfig) -> list[Row]:
     for cell in cells:
         cell_network(cell, dataset.num_classes, config.rho)  # complain before working
     about = header(config) | PROVENANCE | {"data_fingerprint": dataset.fingerprint}
-    records.write_json(folder / "sweep.json", about)
     origin = made_by(config, dataset, without=_GRID)
     optimizer = optax.sgd(config.learning_rate, momentum=config.momentum)
     rows: list[Row] = []
@@ -89,6 +94,8 @@ def run_sweep(dataset: Dataset, config: SweepConfig) -> list[Row]:
             )
             rows.append(row)
             write_rows(folder / "sweep.csv", rows)
+            about[ROWS_CHECKSUM] = files.checksum(folder / "sweep.csv")
+            records.write_json(folder / "sweep.json", about)
     return rows
 
 
