@@ -286,12 +286,16 @@ def reading(path: PathLike, wanted: str) -> Iterator[None]:
         Nothing.
 
     Raises:
-        UserError: If the block raises any error; one that is told already passes.
+        UserError: If the block raises any error; one that names the file passes.
     """
     try:
         yield
-    except (UserError, MemoryError):
+    except MemoryError:
         raise
+    except UserError as error:
+        if os.fspath(path) in str(error) or str(error).startswith("--"):
+            raise  # it names the file or the flag
+        raise cannot_read(path, wanted, error) from error
     except OSError as error:
         raise cannot_read(path, wanted, error) from error
     except Exception as error:
