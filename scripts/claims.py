@@ -47,16 +47,24 @@ REPORT_ONLY = absl_flags.DEFINE_bool(
 )
 
 
+def _seeds(given: list[str]) -> list[int]:
+    """Returns the seeds; raises UserError unless each is a seed, and there once."""
+    seeds = [int(seed) for seed in given if seed.isascii() and seed.isdecimal()]
+    if not given or len({x for x in seeds if x < 2**32}) < len(given):
+        raise UserError(
+            "--seeds: expected a list of different integers >= 0 and < 2^32, got "
+            f"{','.join(given)!r}."
+        )
+    return seeds
+
+
 def main(config: Config) -> None:
     folder = Path(config.workdir)
-    if not all(seed.isdigit() for seed in SEEDS.value) or not SEEDS.value:
-        given = ",".join(SEEDS.value)
-        raise UserError(f"--seeds: expected a list of integers >= 0, got {given!r}.")
+    seeds = _seeds(SEEDS.value)
     if REPORT_ONLY.value:
         results = records.read_json(folder / "claims.json")
     else:
         with workdir_lock(folder):
-            seeds = [int(seed) for seed in SEEDS.value]
             results = run_claims(load_dataset(config), config, seeds)
     with files.reading(folder / "claims.json", "the results of a study"):
         table = format_claims(results)

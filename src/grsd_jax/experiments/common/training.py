@@ -33,6 +33,7 @@ from grsd_jax.experiments.common.config import (
 from grsd_jax.experiments.common.data import Dataset
 from grsd_jax.experiments.common.networks import (
     Weights,
+    check_weights,
     init_weights,
     weights_template,
 )
@@ -87,6 +88,10 @@ class Callback(Protocol):
         ...
 
 
+#: Steps of a training at which its learning rate is checked before it begins.
+_CHECKED_RATES = 100
+
+
 def make_schedule(config: Config, *, total_steps: int) -> optax.Schedule:
     """Returns the learning-rate schedule, any of optax's by name.
 
@@ -101,7 +106,8 @@ def make_schedule(config: Config, *, total_steps: int) -> optax.Schedule:
         A function from the step to the rate.
 
     Raises:
-        UserError: If optax has no such schedule or its arguments do not fit.
+        UserError: If optax has no such schedule, its arguments do not fit, or it gives
+            a rate that is negative or not finite.
     """
     make = getattr(optax, config.schedule, None)
     if not callable(make):
@@ -119,12 +125,21 @@ def make_schedule(config: Config, *, total_steps: int) -> optax.Schedule:
             arguments.setdefault(name, value)
     try:
         schedule = make(**arguments)
-        schedule(0)
-    except (TypeError, ValueError, AttributeError) as error:
+        last = max(total_steps - 1, 0)
+        steps = np.unique(np.linspace(0, last, _CHECKED_RATES, dtype=int)).tolist()
+        rates = np.array([schedule(step) for step in steps], np.float64)
+    except Exception as error:  # whatever optax does with arguments of any kind
         raise UserError(
             f"--schedule_args: expected arguments of {config.schedule}{signature}, "
-            f"got {arguments} ({error})."
+            f"got {arguments} ({files.reason(error)})."
         ) from error
+    good = np.isfinite(rates) & (rates >= 0)
+    if rates.ndim != 1 or not good.all():
+        bad = rates[0] if rates.ndim != 1 else rates[~good][0]
+        raise UserError(
+            "--schedule_args: expected finite learning rates >= 0 over the whole "
+            f"training, got {bad} with {arguments}."
+        )
     return schedule
 
 
@@ -331,6 +346,10 @@ class _Run:
         # The examples left over from the last whole batch change with every epoch.
         self.epoch_steps = num_train // config.train_batch_size
         self.total_steps = self.epoch_steps * config.epochs
+        if self.total_steps >= 2**31:  # steps are counted in int32
+            most = (2**31 - 1) // self.epoch_steps
+            raise UserError(f"--epochs: expected at most {most}, got {config.epochs}.")
+        check_weights(model, dataset.train_images.shape[1:])
         self.schedule = make_schedule(config, total_steps=self.total_steps)
         self.optimizer = make_optimizer(config, total_steps=self.total_steps)
 

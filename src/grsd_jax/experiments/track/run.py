@@ -18,7 +18,7 @@ from flax import linen as nn
 from grsd_jax import Problem, Window, make_probe
 from grsd_jax.dynamics import ProbeState
 from grsd_jax.experiments.common import files, records
-from grsd_jax.experiments.common.config import Config
+from grsd_jax.experiments.common.config import Config, UserError
 from grsd_jax.experiments.common.data import Dataset, measured_batches
 from grsd_jax.experiments.common.measurement import PROVENANCE, header
 from grsd_jax.experiments.common.networks import make_model
@@ -57,7 +57,13 @@ class Tracker:
         self.settings = {name: getattr(config, name) for name in SETTINGS}
         batches = measured_batches(dataset, config)
         epoch_steps = len(dataset.train_images) // config.train_batch_size
-        schedule = make_schedule(config, total_steps=epoch_steps * config.epochs)
+        steps = epoch_steps * config.epochs
+        if 0 < steps < config.record_every:
+            raise UserError(
+                f"--record_every: expected at most the {steps} steps of the training, "
+                f"got {config.record_every}."
+            )
+        schedule = make_schedule(config, total_steps=steps)
         self._key = jax.random.key(config.seed)
         self._probe = make_probe(
             Problem(linen_outputs(model, {}), batches),
