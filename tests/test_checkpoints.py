@@ -1,3 +1,5 @@
+import errno
+import os
 import signal
 import subprocess
 from typing import NamedTuple
@@ -179,7 +181,7 @@ def test_a_half_deleted_checkpoint_is_not_listed_and_is_written_again(saved, mis
 def test_nothing_but_incomplete_checkpoints_is_told(saved):
     for step in (1, 2):
         (saved / str(step) / "files.json").unlink()
-    with pytest.raises(UserError, match=r"only incomplete ones, of the steps \[1, 2\]"):
+    with pytest.raises(UserError, match=r"only ones that are incomplete .* \[1, 2\]"):
         restore_latest(saved, make_state())
 
 
@@ -224,6 +226,28 @@ def test_an_interrupt_waits_until_the_checkpoint_is_whole(saved, monkeypatch):
             checkpoints.save(3, make_state(3))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert_same(restore_latest(saved, make_state()), make_state(3))
+
+
+@pytest.mark.parametrize("where", ["arrays", "manifest", "rename"])
+def test_a_full_disk_keeps_the_older_checkpoints_and_leaves_nothing_else(
+    saved, monkeypatch, where
+):
+    before = contents(saved)
+
+    def full(*_args, **_options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Checkpoints(saved) as checkpoints, monkeypatch.context() as patch:
+        if where == "arrays":
+            patch.setattr(checkpoints._orbax, "save", full)
+        elif where == "manifest":
+            patch.setattr(records, "write_json", full)
+        else:
+            patch.setattr(os, "replace", full)
+        with pytest.raises(UserError, match=r"able to write .* No space left"):
+            checkpoints.save(3, make_state(3))
+        assert contents(saved) == before
+    assert_same(restore_latest(saved, make_state()), make_state(2))
 
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):

@@ -80,8 +80,8 @@ class Checkpoints:
         steps = self.all_steps()
         if not steps and (parts := self._folders()):
             raise self._unusable(
-                f"only incomplete ones, of the steps {sorted(parts)}; remove them to "
-                "start from the beginning"
+                "only ones that are incomplete or older than checksums, of the steps "
+                f"{sorted(parts)}; remove them to start from the beginning"
             )
         return steps[-1] if steps else None
 

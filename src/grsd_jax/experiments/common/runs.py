@@ -154,7 +154,7 @@ def workdir_lock(workdir: files.PathLike) -> Iterator[Path]:
         return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        lock = open(workdir / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
+        lock = open(workdir / ".lock", "a+", encoding="utf-8", errors="replace")  # noqa: SIM115
     except OSError as error:
         raise files.cannot_write(workdir, error) from error
     with lock:
@@ -171,9 +171,12 @@ def workdir_lock(workdir: files.PathLike) -> Iterator[Path]:
             ) from None
         _check_writable(workdir)
         files.remove_temporaries(workdir)
-        lock.truncate(0)
-        lock.write(f"{os.getpid()}\n")
-        lock.flush()
+        try:
+            lock.truncate(0)
+            lock.write(f"{os.getpid()}\n")
+            lock.flush()
+        except OSError as error:
+            raise files.cannot_write(workdir, error) from error
         yield workdir
 
 
