@@ -158,6 +158,10 @@ def test_results_of_other_settings_are_kept(tmp_path):
     assert files == {"results.json", "arrays.npz", "results-1.json", "arrays-1.npz"}
     kept = records.read_json(tmp_path / "results-1.json")
     assert kept["config"]["num_shells"] == 4
+    (tmp_path / "results.json").write_text("mine")
+    pipeline.write_results(tmp_path, header(config), {"x": np.ones(1)})
+    assert (tmp_path / "results-2.json").read_text() == "mine"
+    assert analyse.read_results(tmp_path)[0]["config"]["num_shells"] == 5
 
 
 def test_a_missing_checkpoint_is_named(tmp_path, dataset):

@@ -5,14 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grsd_jax.experiments.common import flags, sizes
+from grsd_jax.experiments.common import flags, sizes, training
 from grsd_jax.experiments.common.config import Config, UserError, parse_schedule_args
 from grsd_jax.experiments.common.networks import (
     make_model,
     weights_bytes,
     weights_template,
 )
-from grsd_jax.experiments.common.training import make_schedule
 from running import run_script, small
 
 CONSTANT, LINEAR = "--schedule=constant_schedule", "--schedule=linear_schedule"
@@ -99,7 +98,7 @@ def test_a_value_that_cannot_work_is_told_by_its_flag(
 )
 def test_schedules_that_work_are_let_through(name, arguments):
     config = Config(schedule=name, schedule_args=arguments)
-    assert float(make_schedule(config, total_steps=100)(99)) >= 0
+    assert float(training.make_schedule(config, total_steps=100)(99)) >= 0
 
 
 def test_a_rate_that_breaks_late_in_training_is_seen_before_it():
@@ -107,9 +106,9 @@ def test_a_rate_that_breaks_late_in_training_is_seen_before_it():
         schedule="polynomial_schedule",
         schedule_args='{"end_value": -0.1, "power": 1, "transition_steps": 90}',
     )
-    make_schedule(config, total_steps=20)
+    training.make_schedule(config, total_steps=20)
     with pytest.raises(UserError, match="learning rates >= 0 over the whole"):
-        make_schedule(config, total_steps=100)
+        training.make_schedule(config, total_steps=100)
 
 
 def test_digits_that_are_no_numbers_stay_text():
@@ -159,6 +158,17 @@ def test_a_device_without_memory_names_what_to_lower(monkeypatch, capsys, asynch
     assert "--width" in error
     assert "--widths" not in error
     assert error.count("\n") == 1
+
+
+def test_a_script_without_memory_names_its_own_flags(monkeypatch, tmp_path):
+    def fail(*_args):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr(training, "init_weights", fail)
+    done = run_script("train.py", f"--workdir={tmp_path}")
+    assert done.code == 1
+    named = "error: out of memory; lower one of: --train_batch_size, --width, --depth. "
+    assert done.err.startswith(named)
 
 
 def test_a_host_without_memory_names_what_to_lower(monkeypatch, capsys):

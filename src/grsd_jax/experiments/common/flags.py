@@ -179,8 +179,7 @@ def run_main(
         settings: The dataclass of the settings.
         positional: A field that may also be given as the one argument without a flag.
     """
-    fields = {field.name for field in dataclasses.fields(settings)}
-    sizes = [f"--{name}" for name in _SIZES if name in fields]
+    sizes = _sizes(settings)
 
     def wrapped(argv: list[str]) -> None:
         try:
@@ -211,6 +210,14 @@ def run_main(
             sys.exit(130)
 
     app.run(wrapped)
+
+
+def _sizes(settings: type) -> list[str]:
+    """Returns the flags of the script that bound memory; all if it has none of them."""
+    own = {flag.name for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0])}
+    fields = [field.name for field in dataclasses.fields(settings)]
+    there = [f"--{name}" for name in _SIZES if name in fields]
+    return [flag for flag in there if flag[2:] in own] or there
 
 
 def _define(

@@ -12,7 +12,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from grsd_jax.experiments.common import files, records
-from grsd_jax.experiments.common.config import Config
+from grsd_jax.experiments.common.config import Config, UserError
 from grsd_jax.experiments.common.data import Dataset, measured_batches
 from grsd_jax.experiments.common.measurement import (
     PROVENANCE,
@@ -121,8 +121,9 @@ def reproduce(dataset: Dataset, config: Config) -> tuple[dict[str, Any], Arrays]
 def write_results(folder: Path, results: dict[str, Any], arrays: Arrays) -> None:
     """Writes ``arrays.npz``, then ``results.json``, each whole or not at all.
 
-    Results made with other settings that lie there already are kept beside, under the
-    next free number. ``results.json`` has the checksum of its arrays.
+    Results of other settings that lie there already are kept beside, under the next
+    free number, and so is a file that holds no results. ``results.json`` has the
+    checksum of its arrays.
 
     Args:
         folder: The folder.
@@ -134,8 +135,11 @@ def write_results(folder: Path, results: dict[str, Any], arrays: Arrays) -> None
     """
     names = ("results.json", "arrays.npz")
     if (folder / names[0]).exists():
-        earlier = records.read_json(folder / names[0])
-        if _comparable(earlier.get("config")) != _comparable(results["config"]):
+        try:
+            earlier = records.read_json(folder / names[0]).get("config")
+        except UserError:  # damaged or foreign: kept, like others' results
+            earlier = None
+        if _comparable(earlier) != _comparable(results["config"]):
             files.set_aside(folder, names)
     records.write_npz(folder / names[1], arrays)
     checksum = files.checksum(folder / names[1])
