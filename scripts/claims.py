@@ -52,7 +52,7 @@ def _seeds(given: list[str]) -> list[int]:
     seeds = [int(seed) for seed in given if seed.isascii() and seed.isdecimal()]
     if not given or len({x for x in seeds if x < 2**32}) < len(given):
         raise UserError(
-            "--seeds: expected a list of different integers >= 0 and < 2^32, got "
+            "--seeds: expected a list of integers >= 0 and < 2^32, each once, got "
             f"{','.join(given)!r}."
         )
     return seeds
