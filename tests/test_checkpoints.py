@@ -82,7 +82,7 @@ def a_dead_process():
 
 
 def test_reading_leaves_a_write_in_progress_alone(saved):
-    unfinished = saved / f".9.{a_dead_process()}.tmp"
+    unfinished = saved / f".9.{a_dead_process()}.grsd.tmp"
     unfinished.mkdir()
     (unfinished / "part").write_text("half")
     restored = restore_latest(saved, make_state())

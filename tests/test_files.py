@@ -275,14 +275,17 @@ def test_what_a_killed_run_left_half_written_is_removed_by_the_next(tmp_path):
     with subprocess.Popen(["true"]) as gone:
         pass
     alive = os.getppid()
-    left = [f".a.json.{gone.pid}.tmp", f"cells/.b.npz.{gone.pid}.tmp"]
-    left += [f".c.json.{os.getpid()}.tmp"]  # of an earlier process by the same number
-    kept = [f".a.json.{alive}.tmp", "a.tmp", ".a.tmp", "cells/b.npz"]
-    kept += ["other/.lock", f"other/.d.json.{gone.pid}.tmp"]  # another run's folder
+    left = [f".a.json.{gone.pid}.grsd.tmp", f"cells/.b.npz.{gone.pid}.grsd.tmp"]
+    left += [f".c.json.{os.getpid()}.grsd.tmp"]  # an earlier one by its number
+    kept = [f".a.json.{alive}.grsd.tmp", f".a.json.{gone.pid}.tmp", "cells/b.npz"]
+    kept += [
+        "other/.lock",
+        f"other/.d.json.{gone.pid}.grsd.tmp",
+    ]  # another run
     for name in (*left, *kept):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("half")
-    folder = tmp_path / f".7.{gone.pid}.tmp" / "arrays"
+    folder = tmp_path / f".7.{gone.pid}.grsd.tmp" / "arrays"
     folder.mkdir(parents=True)
     (folder / "part").write_text("half")
     with runs.workdir_lock(tmp_path):

@@ -251,16 +251,10 @@ def measured_batches(
         ``{"image": [K, N, ...], "label": [K, N]}``.
 
     Raises:
-        UserError: If there are fewer than K N examples, a block of ``block_size``
-            columns is wider than the error dimension n, or as for `check_measurement`.
+        UserError: If there are fewer than K N examples, or as for `check_measurement`.
     """
     stacked = config.num_batches if config.reduction == "stack" else 1
     size = config.batch_size * dataset.num_classes * stacked
-    if config.block_size > size:
-        raise UserError(
-            f"--block_size: expected at most the error dimension n = {size}, "
-            f"got {config.block_size}."
-        )
     check_measurement(config, size)
     return evaluation_batches(
         dataset.train_images if training else dataset.test_images,

@@ -21,7 +21,7 @@ PathLike = str | os.PathLike[str]
 #: What a file system says that cannot sync; some do not let a folder be opened.
 _NO_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EACCES}
 
-_TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")
+_TEMPORARY = re.compile(r"\..+\.(\d+)\.grsd\.tmp")
 
 
 def as_path(path: PathLike) -> Path:
@@ -45,7 +45,7 @@ def temporary_path(path: Path) -> Path:
     Returns:
         A hidden path in the same folder, which `remove_temporaries` recognises.
     """
-    return path.parent / f".{path.name}.{os.getpid()}.tmp"
+    return path.parent / f".{path.name}.{os.getpid()}.grsd.tmp"
 
 
 @contextlib.contextmanager

@@ -56,7 +56,7 @@ def check_fits(options: str, got: Any, what: str, needed: int) -> None:
 
 
 def check_measurement(config: Any, size: int) -> None:
-    """Checks the shells of a measurement, and that its matrices can fit in memory.
+    """Checks the shells and blocks of a measurement, and that it can fit in memory.
 
     The dense solver has M, Mdot and the eigenvectors at once, Lanczos its basis.
 
@@ -65,9 +65,15 @@ def check_measurement(config: Any, size: int) -> None:
         size: The error dimension n.
 
     Raises:
-        UserError: If there are more shells than eigenpairs, or the matrices do not fit.
+        UserError: If there are more shells than eigenpairs, a block is wider than n, or
+            the matrices do not fit.
     """
     solver = getattr(config, "solver", "auto")
+    if (width := getattr(config, "block_size", 1)) > size:
+        raise UserError(
+            f"--block_size: expected at most the error dimension n = {size}, "
+            f"got {width}."
+        )
     columns = config.block_size * config.num_steps if solver != "auto" else size
     pairs = min(size, columns) if solver == "lanczos" else size
     if config.num_shells > pairs:
