@@ -69,6 +69,7 @@ def test_a_line_is_strict_json_with_every_part_of_the_record(training, tmp_path)
 
     text = (tmp_path / "lines").read_text()
     (line,) = [json.loads(x, parse_constant=refuse) for x in text.splitlines()]
+    assert (line.pop("line"), len(line.pop("crc32"))) == (1, 8)
     assert line == log.read()[0]
     dynamics = set(grsd.dynamics.ShellDynamics._fields)
     assert set(line) >= dynamics | {"step", "edges", "exponent", "closure_error"}

@@ -138,6 +138,15 @@ def test_a_second_run_is_kept_out_while_the_first_lasts(tmp_path):
         assert set(files_of(workdir)) == {".lock"}
 
 
+def test_a_lock_file_of_anyones_does_not_matter(tmp_path):
+    (tmp_path / ".lock").write_bytes(b"\xff\xfe")
+    with workdir_lock(tmp_path):
+        assert (tmp_path / ".lock").read_text() == f"{os.getpid()}\n"
+        (tmp_path / ".lock").write_bytes(b"\xff\xfe")
+        with pytest.raises(UserError, match="no other run"), workdir_lock(tmp_path):
+            pass
+
+
 def test_the_environment_says_what_a_result_depends_on():
     found = runs.environment(precision="high")
     assert found["precision"] == "high"

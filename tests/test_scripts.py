@@ -176,7 +176,7 @@ def test_track_then_plot(tmp_path):
     )
     done = run_script("track.py", workdir, *options)
     assert done.code == 0, done.err
-    results = json.loads((tmp_path / "results.json").read_text())
+    results = records.read_json(tmp_path / "results.json")
     assert set(results) == {"config", "environment", "tracks"}
     assert set(results["tracks"]) == {"plainnet18", "resmlp"}
     for name, track in results["tracks"].items():

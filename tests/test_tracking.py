@@ -151,6 +151,18 @@ def test_a_run_resumes_under_its_own_settings_only(dataset, tmp_path):
         track(dataset, tmp_path, config=other)
 
 
+@pytest.mark.parametrize("kept", [0, 1, 2])
+def test_records_lost_before_a_checkpoint_are_noticed(dataset, tmp_path, kept):
+    with pytest.raises(KeyboardInterrupt):
+        track(dataset, tmp_path, kill_at=11)  # the newest checkpoint is of step 10
+    path = tmp_path / "tiny" / "records.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:kept]))
+    with pytest.raises(
+        UserError, match=r"records.jsonl': expected the record of step 9"
+    ):
+        track(dataset, tmp_path)
+
+
 def test_training_without_a_callback_reads_the_same_checkpoints(dataset, tmp_path):
     track(dataset, tmp_path)
     result = training.train(TinyNet(), dataset, CONFIG, tmp_path, name="tiny")

@@ -274,6 +274,37 @@ def test_a_cut_line_of_metrics_does_not_stop_a_resume(dataset, tmp_path, monkeyp
     assert steps == [4, 5, 6, 8, 10, 12, 15, 16, 18]
 
 
+def drop_last_line(path):
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:-1]))
+
+
+def test_metrics_lost_before_a_checkpoint_are_noticed(dataset, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt(patch, 6)
+        with pytest.raises(KeyboardInterrupt):
+            train(dataset, tmp_path)
+    metrics = tmp_path / "tiny" / "metrics.jsonl"
+    drop_last_line(metrics)  # of step 6, after the checkpoint, which is made again
+    drop_last_line(metrics)  # of step 5
+    with pytest.raises(UserError, match=r"metrics.jsonl': .* at every checkpoint.* 5"):
+        train(dataset, tmp_path)
+
+
+def test_a_newest_checkpoint_that_is_half_deleted_is_made_again(
+    whole, dataset, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        interrupt(patch, 16)
+        with pytest.raises(KeyboardInterrupt):
+            train(dataset, tmp_path)
+    (tmp_path / "tiny" / "checkpoints" / "15" / "files.json").unlink()
+    result = train(dataset, tmp_path)
+    assert result.resumed_from == 10
+    assert_same_bits(result.state, whole[0].state)
+    assert metrics_of(tmp_path / "tiny") == metrics_of(whole[1])
+
+
 def test_a_small_net_learns_the_textures(tmp_path):
     textures = data.synthetic_textures(num_train=1000, num_test=300)
     config = Config(train_batch_size=50, epochs=4, learning_rate=0.1)

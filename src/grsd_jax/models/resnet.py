@@ -50,6 +50,9 @@ class BasicBlock(nn.Module):
 class ResNet(nn.Module):
     """CIFAR-form ResNet: a 3x3 stem, no max-pool, four stages of basic blocks.
 
+    Its convolutions are padded as "SAME": at stride 2 and an even side by (0, 1), and
+    not by (1, 1) as with PyTorch's ``padding=1``.
+
     Attributes:
         num_classes: Outputs C.
         width: Channels w of the first stage; the stages have w, 2w, 4w, 8w.

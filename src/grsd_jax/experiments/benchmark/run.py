@@ -31,7 +31,12 @@ from grsd_jax.experiments.common.measurement import (
     measurement_options,
     network_problem,
 )
-from grsd_jax.experiments.common.networks import init_weights, make_model
+from grsd_jax.experiments.common.networks import (
+    check_weights,
+    init_weights,
+    make_model,
+)
+from grsd_jax.experiments.common.sizes import check_measurement
 from grsd_jax.experiments.common.tables import aligned, number
 from grsd_jax.kernel.operator import linearize_point
 from grsd_jax.linalg import block_lanczos
@@ -72,9 +77,11 @@ def make_setup(config: Config) -> Setup:
         "image": jnp.asarray(images),
         "label": jnp.asarray(rng.integers(0, _CLASSES, leading), jnp.int32),
     }
+    check_weights(model, images.shape[2:])
     weights = init_weights(model, images.shape[2:], config.seed)
     problem = network_problem(model, weights, batches, config)
     params = weights.params
+    check_measurement(config, problem.dimension(params))
     shape = (problem.dimension(params), config.block_size)
     vectors = np.linalg.qr(rng.normal(size=shape))[0]
     return Setup(

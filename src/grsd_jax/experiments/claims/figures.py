@@ -9,13 +9,13 @@ from matplotlib.figure import Figure
 
 from grsd_jax.experiments.claims.analyse import QUANTITIES, t_interval, values_by_seed
 from grsd_jax.experiments.claims.run import NETWORKS, REDUCTIONS
-from grsd_jax.experiments.common import records
+from grsd_jax.experiments.common import files
 from grsd_jax.experiments.common.config import TITLES
 from grsd_jax.experiments.common.plotting import PAGE_WIDTH, look_of, save_figures
 
 
 def write_claims_figure(
-    results: Mapping[str, Any], folder: records.PathLike
+    results: Mapping[str, Any], folder: files.PathLike
 ) -> list[Path]:
     """Draws every quantity of both networks, ``claims.png`` and ``claims.pdf``.
 

@@ -13,10 +13,12 @@ Examples:
 
 from pathlib import Path
 
-from grsd_jax.experiments.common import flags, records
+from grsd_jax.experiments.common import files, flags, records
 from grsd_jax.experiments.common.config import Config
 from grsd_jax.experiments.reproduce import figures
+from grsd_jax.experiments.reproduce.analyse import read_results
 from grsd_jax.experiments.track import figures as tracking_figures
+from grsd_jax.experiments.track.log import read_tracks
 
 POSITIONAL = "workdir"
 
@@ -24,14 +26,15 @@ POSITIONAL = "workdir"
 def main(config: Config) -> None:
     """Runs the command with these settings."""
     workdir = Path(config.workdir)
-    results = records.read_json(workdir / "results.json")
-    if "tracks" in results:
-        files = {name: workdir / name / "records.jsonl" for name in results["tracks"]}
-        tracks = {name: records.read_jsonl(file) for name, file in files.items()}
-        paths = tracking_figures.write_tracking_figures(tracks, workdir / "figures")
+    about = workdir / "results.json"
+    if "tracks" in records.read_json(about):
+        tracks = read_tracks(workdir)
+        with files.reading(about, "a tracked training's, with its records.jsonl"):
+            paths = tracking_figures.write_tracking_figures(tracks, workdir / "figures")
     else:
-        arrays = records.read_npz(workdir / "arrays.npz")
-        paths = figures.write_figures(results, arrays, workdir / "figures")
+        results, arrays = read_results(workdir)
+        with files.reading(about, "the results of a measurement"):
+            paths = figures.write_figures(results, arrays, workdir / "figures")
     print(*paths, sep="\n")
 
 

@@ -20,7 +20,7 @@ from absl import flags as absl_flags
 from grsd_jax.experiments.claims.analyse import format_claims
 from grsd_jax.experiments.claims.figures import write_claims_figure
 from grsd_jax.experiments.claims.run import run_claims
-from grsd_jax.experiments.common import flags, records
+from grsd_jax.experiments.common import files, flags, records
 from grsd_jax.experiments.common.config import Config, UserError
 from grsd_jax.experiments.common.data import load_dataset
 from grsd_jax.experiments.common.runs import workdir_lock
@@ -42,22 +42,30 @@ FIXED = (
 )  # fmt: skip
 
 
+def _seeds(given: list[str]) -> list[int]:
+    """Returns the seeds; raises UserError unless each is a seed, and there once."""
+    seeds = [int(seed) for seed in given if seed.isascii() and seed.isdecimal()]
+    if not given or len({x for x in seeds if x < 2**32}) < len(given):
+        raise UserError(
+            "--seeds: expected a list of integers >= 0 and < 2^32, each once, got "
+            f"{','.join(given)!r}."
+        )
+    return seeds
+
+
 def main(config: Config) -> None:
     """Runs the command with these settings."""
     folder = Path(config.workdir)
-    seeds = absl_flags.FLAGS.seeds
-    if not all(seed.isdigit() for seed in seeds) or not seeds:
-        given = ",".join(seeds)
-        raise UserError(f"--seeds: expected a list of integers >= 0, got {given!r}.")
+    seeds = _seeds(absl_flags.FLAGS.seeds)
     if absl_flags.FLAGS.report_only:
         results = records.read_json(folder / "claims.json")
     else:
         with workdir_lock(folder):
-            numbers = [int(seed) for seed in seeds]
-            results = run_claims(load_dataset(config), config, numbers)
-    print(format_claims(results))
-    for path in write_claims_figure(results, folder / "figures"):
-        print(path)
+            results = run_claims(load_dataset(config), config, seeds)
+    with files.reading(folder / "claims.json", "the results of a study"):
+        table = format_claims(results)
+        paths = write_claims_figure(results, folder / "figures")
+    print(table, *paths, sep="\n")
 
 
 def define() -> None:

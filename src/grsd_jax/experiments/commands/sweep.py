@@ -17,7 +17,7 @@ from pathlib import Path
 
 from absl import flags as absl_flags
 
-from grsd_jax.experiments.common import flags
+from grsd_jax.experiments.common import files, flags
 from grsd_jax.experiments.common.data import load_dataset
 from grsd_jax.experiments.common.runs import workdir_lock
 from grsd_jax.experiments.sweep.analyse import format_sweep, read_rows
@@ -35,10 +35,10 @@ def main(config: SweepConfig) -> None:
         with workdir_lock(workdir):
             run_sweep(load_dataset(config), config)
     rows = read_rows(workdir / "sweep.csv")
-    print(format_sweep(rows))
-    for path in write_sweep_figures(rows, workdir / "figures"):
-        print(path)
-    print(f"next: grsd report {config.workdir}")
+    with files.reading(workdir / "sweep.csv", "the rows of a sweep"):
+        table = format_sweep(rows)
+        paths = write_sweep_figures(rows, workdir / "figures")
+    print(table, *paths, f"next: grsd report {workdir}", sep="\n")
 
 
 def define() -> None:

@@ -6,6 +6,7 @@ same tree can load it, whatever wrote it. No pickle is involved.
 
 import contextlib
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Iterator, Mapping
@@ -19,14 +20,18 @@ import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from grsd_jax._typing import PyTree
+from grsd_jax.experiments.common import files, records
 from grsd_jax.experiments.common.config import UserError
 
 
 class Checkpoints:
     """The checkpoints of one run, in one folder; a context manager.
 
-    Each is written whole or not at all, and an older one is removed only after the
-    newer one is complete.
+    Each is a folder by the name of its step, with the arrays as Orbax writes them and
+    the checksum of every file in ``files.json``. It gets its name by one rename, when
+    it is complete, and loses it by one before anything is deleted; an older one is
+    removed only after the newer one is complete. A folder in which a file is missing is
+    not a checkpoint.
 
     Args:
         directory: The folder, made if it is missing.
@@ -37,26 +42,20 @@ class Checkpoints:
 
     def __init__(
         self,
-        directory: str | os.PathLike[str],
+        directory: files.PathLike,
         *,
         max_to_keep: int = 2,
         read_only: bool = False,
     ):
-        self._directory = Path(directory).absolute()
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=max_to_keep,
-            enable_async_checkpointing=False,
-            cleanup_tmp_directories=not read_only,
-            create=not read_only,
-        )
-        try:
-            self._manager = ocp.CheckpointManager(
-                self._directory,
-                options=options,
-                item_handlers=ocp.StandardCheckpointHandler(),
-            )
-        except Exception as error:
-            raise self._unusable(_reason(error)) from error
+        self._directory = files.as_path(directory).absolute()
+        self._max_to_keep = max_to_keep
+        if not read_only:
+            try:
+                self._directory.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise self._unusable(files.reason(error)) from error
+            files.remove_temporaries(self._directory)
+        self._orbax = ocp.Checkpointer(ocp.StandardCheckpointHandler())
 
     def __enter__(self) -> Self:
         """Returns itself."""
@@ -68,16 +67,28 @@ class Checkpoints:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Closes the manager."""
-        self._manager.close()
+        """Closes Orbax."""
+        self._orbax.close()
 
     def latest_step(self) -> int | None:
-        """Returns the step of the newest checkpoint, or None if there is none."""
-        return self._manager.latest_step()
+        """Returns the step of the newest checkpoint, or None if there is none.
+
+        Raises:
+            UserError: If there are folders of checkpoints, and none is complete: a
+                training must not begin again over them by itself.
+        """
+        steps = self.all_steps()
+        if not steps and (parts := self._folders()):
+            raise self._unusable(
+                "only ones that are incomplete or older than checksums, of the steps "
+                f"{sorted(parts)}; remove them to start from the beginning"
+            )
+        return steps[-1] if steps else None
 
     def all_steps(self) -> list[int]:
-        """Returns the steps of all checkpoints, ascending."""
-        return sorted(self._manager.all_steps())
+        """Returns the steps of all complete checkpoints, ascending."""
+        folders = self._folders().items()
+        return sorted(step for step, folder in folders if _is_complete(folder))
 
     def save(self, step: int, state: PyTree) -> None:
         """Writes a checkpoint.
@@ -87,24 +98,41 @@ class Checkpoints:
             state: A pytree of arrays.
 
         Raises:
-            UserError: If it cannot be written, or one of that step exists already.
+            UserError: If it cannot be written, or a newer one exists, or one of that
+                step.
         """
+        steps = self.all_steps()
+        if steps and steps[-1] >= step:
+            raise UserError(
+                f"--workdir: expected no checkpoint newer than step {step - 1} in "
+                f"'{self._directory}', got step {steps[-1]}."
+            )
         where = self._directory / str(step)
         try:
             with _uninterrupted():
-                saved = self._manager.save(
-                    step, args=ocp.args.StandardSave(_named(state))
-                )
+                self._write(where, _named(state))
+        except UserError:
+            raise
         except Exception as error:
             raise UserError(
                 f"--workdir: expected to be able to write the checkpoint '{where}', "
                 f"got: {_reason(error)}."
             ) from error
-        if not saved:
-            raise UserError(
-                f"--workdir: expected no checkpoint newer than step {step - 1} in "
-                f"'{self._directory}', got step {self.latest_step()}."
-            )
+        for old in [*steps, step][: -self._max_to_keep]:
+            files.remove(self._directory / str(old))
+
+    def _write(self, where: Path, state: PyTree) -> None:
+        """Writes a checkpoint beside its place, and gives it its name at the end."""
+        temporary = files.temporary_path(where)
+        files.remove(where)  # what is there is incomplete
+        try:
+            arrays = ocp.args.StandardSave(state)
+            self._orbax.save(temporary / _ARRAYS, args=arrays)
+            records.write_json(temporary / _MANIFEST, _manifest(temporary))
+            os.replace(temporary, where)
+            files.sync(self._directory)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
     def restore(self, template: PyTree, *, step: int | None = None) -> PyTree:
         """Reads a checkpoint, or the part of it that the template asks for.
@@ -125,14 +153,16 @@ class Checkpoints:
         if step is None:
             raise self._unusable("none")
         where = f"step {step} of '{self._directory}'"
+        folder = self._directory / str(step)
         try:
-            metadata = self._manager.item_metadata(step)
+            _verify(folder)
+            metadata = self._orbax.metadata(folder / _ARRAYS).item_metadata
             stored = getattr(metadata, "tree", None) or {}
             _check_matches(where, template, stored)
             abstract = jax.tree.map(_abstract, stored)
             with _uninterrupted():
-                loaded = self._manager.restore(
-                    step, args=ocp.args.StandardRestore(abstract)
+                loaded = self._orbax.restore(
+                    folder / _ARRAYS, args=ocp.args.StandardRestore(abstract)
                 )
         except UserError:
             raise
@@ -145,6 +175,13 @@ class Checkpoints:
         leaves, treedef = jax.tree_util.tree_flatten_with_path(template)
         return treedef.unflatten([arrays[_name(path)] for path, _ in leaves])
 
+    def _folders(self) -> dict[int, Path]:
+        """Returns what lies in the folder under the name of a step."""
+        if not self._directory.is_dir():
+            return {}
+        found = self._directory.iterdir()
+        return {int(path.name): path for path in found if path.name.isdecimal()}
+
     def _unusable(self, got: str) -> UserError:
         return UserError(
             f"checkpoint: expected a folder of checkpoints in '{self._directory}', "
@@ -152,7 +189,37 @@ class Checkpoints:
         )
 
 
-def restore_latest(directory: str | os.PathLike[str], template: PyTree) -> PyTree:
+#: The files of a checkpoint: the arrays, and the checksum of each of their files.
+_ARRAYS, _MANIFEST = "arrays", "files.json"
+
+
+def _manifest(folder: Path) -> dict[str, str]:
+    """Returns the checksum of every file of a checkpoint, by its name in the folder."""
+    paths = sorted(path for path in (folder / _ARRAYS).rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): files.checksum(path) for path in paths}
+
+
+def _is_complete(folder: Path) -> bool:
+    """Returns whether all files are there; a damaged one is noticed on loading."""
+    try:
+        names = records.read_json(folder / _MANIFEST)
+    except UserError:
+        return (folder / _MANIFEST).exists()
+    return all((folder / name).exists() for name in names)
+
+
+def _verify(folder: Path) -> None:
+    """Raises ValueError or OSError unless every file is as it was written."""
+    try:
+        checksums = records.read_json(folder / _MANIFEST)
+    except UserError as error:
+        raise ValueError(str(error)) from error
+    for name, checksum in checksums.items():
+        if files.checksum(folder / name) != checksum:
+            raise ValueError(f"contents of '{name}' that do not fit the checksum")
+
+
+def restore_latest(directory: files.PathLike, template: PyTree) -> PyTree:
     """Reads the newest checkpoint of a folder, without making or changing anything.
 
     Args:
@@ -167,7 +234,7 @@ def restore_latest(directory: str | os.PathLike[str], template: PyTree) -> PyTre
     Raises:
         UserError: If there is none, it is damaged, or it is of another tree.
     """
-    if not Path(directory).is_dir():
+    if not files.as_path(directory).is_dir():
         raise UserError(
             f"checkpoint: expected a folder of checkpoints in '{directory}', got none."
         )

@@ -7,6 +7,7 @@ defaults are those of the main job on the embedded data set.
 import dataclasses
 import json
 import math
+import os
 from typing import Any, Literal
 
 from grsd_jax._checks import check_at_least, check_choice
@@ -80,8 +81,11 @@ class Settings:
     )
 
     def __post_init__(self) -> None:
-        """Checks every field."""
+        """Checks every field, and reads ``~`` in a path as the home folder."""
         validate(self)
+        for name in ("workdir", "data_dir"):
+            if path := getattr(self, name):
+                object.__setattr__(self, name, os.path.expanduser(path))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,7 +230,7 @@ def check_field(field: dataclasses.Field, value: Any) -> None:
     except ValueError as error:
         raise UserError(str(error)) from None
     if "low" in checks:
-        _check_interval(flag, value, checks["low"], checks.get("high", math.inf))
+        check_interval(flag, value, checks["low"], checks.get("high", math.inf))
     if field.name == "schedule" and not str(value).endswith("_schedule"):
         raise UserError(
             f"{flag}: expected the name of an optax function that ends in _schedule, "
@@ -263,10 +267,21 @@ def parse_schedule_args(text: str) -> dict[str, Any]:
 def _integer_keys(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
-    return {int(k) if k.isdigit() else k: item for k, item in value.items()}
+    return {int(k) if k.isdecimal() else k: item for k, item in value.items()}
 
 
-def _check_interval(flag: str, value: Any, low: float, high: float) -> None:
+def check_interval(flag: str, value: Any, low: float, high: float = math.inf) -> None:
+    """Checks a number that has to be finite.
+
+    Args:
+        flag: The flag, for the sentence.
+        value: The value.
+        low: The smallest that fits.
+        high: The first that is too large.
+
+    Raises:
+        UserError: If it is not a finite number in ``[low, high)``.
+    """
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     # `low <= value < high` is false for NaN, and for infinity as high is excluded.
     if not (is_number and low <= value < high):
@@ -286,7 +301,8 @@ def _check_each(flag: str, value: Any, options: tuple[str, ...]) -> None:
 
 def _check_each_number(flag: str, value: Any, low: float) -> None:
     good = isinstance(value, tuple) and bool(value) and len(set(value)) == len(value)
-    if not good or not all(low < entry < math.inf for entry in value):
+    if not good or not all(low < entry < 2**32 for entry in value):
         raise UserError(
-            f"{flag}: expected a list of different numbers > {low:g}, got {value!r}."
+            f"{flag}: expected a list of different numbers > {low:g} and < 2^32, "
+            f"got {value!r}."
         )

@@ -13,6 +13,7 @@ import numpy as np
 
 from grsd_jax._checks import check_at_least
 from grsd_jax.experiments.common.config import Config, Settings, UserError
+from grsd_jax.experiments.common.sizes import check_measurement
 
 _SIZE = 32
 _CIFAR10_COUNTS = {"train": 50_000, "test": 10_000}
@@ -250,16 +251,11 @@ def measured_batches(
         ``{"image": [K, N, ...], "label": [K, N]}``.
 
     Raises:
-        UserError: If there are fewer than K N examples, or a block of ``block_size``
-            columns is wider than the error dimension n.
+        UserError: If there are fewer than K N examples, or as for `check_measurement`.
     """
     stacked = config.num_batches if config.reduction == "stack" else 1
     size = config.batch_size * dataset.num_classes * stacked
-    if config.block_size > size:
-        raise UserError(
-            f"--block_size: expected at most the error dimension n = {size}, "
-            f"got {config.block_size}."
-        )
+    check_measurement(config, size)
     return evaluation_batches(
         dataset.train_images if training else dataset.test_images,
         dataset.train_labels if training else dataset.test_labels,
@@ -327,7 +323,7 @@ def _find_version(data_dir: str) -> Path:
 
 def _version(path: Path) -> tuple[int, ...]:
     parts = path.parent.name.split(".")
-    return tuple(int(part) if part.isdigit() else -1 for part in parts)
+    return tuple(int(part) if part.isdecimal() else -1 for part in parts)
 
 
 def _read_splits(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:

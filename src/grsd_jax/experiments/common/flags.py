@@ -4,12 +4,14 @@ import dataclasses
 import sys
 import textwrap
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 from absl import app, flags, logging
 
+from grsd_jax._memory import naming_what_to_lower
 from grsd_jax.conditions import Thresholds
 from grsd_jax.experiments.common import records
 from grsd_jax.experiments.common.config import (
@@ -17,6 +19,7 @@ from grsd_jax.experiments.common.config import (
     Config,
     UserError,
     check_field,
+    check_interval,
 )
 
 
@@ -141,6 +144,10 @@ _THRESHOLD_HELP = {
 }
 
 
+#: The thresholds that no number beyond 1 can be held against.
+_SHARES = ("influence_share", "max_distant_coherence", "min_r_squared")
+
+
 def define_threshold_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines one absl flag for every field of `Thresholds`.
 
@@ -151,9 +158,24 @@ def define_threshold_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
         define = flags.DEFINE_float
         if Thresholds.__annotations__[name] is not float:
             define = flags.DEFINE_integer
-        help_text = _THRESHOLD_HELP[name]
         options = {"flag_values": flag_values, "module_name": sys.argv[0]}
-        define(name, default, help_text, lower_bound=0, **options)
+        define(name, default, _THRESHOLD_HELP[name], **options)
+        flags.register_validator(
+            name, partial(_check_threshold, name), flag_values=flag_values
+        )
+
+
+def _check_threshold(name: str, value: float | None) -> bool:
+    """Raises ValidationError unless a threshold is finite, >= 0, and a share <= 1."""
+    if value is None:  # the default of some
+        return True
+    try:
+        check_interval(f"--{name}", value, 0.0)
+    except UserError as error:
+        raise flags.ValidationError(str(error).removeprefix(f"--{name}: ")) from None
+    if name in _SHARES and value > 1:
+        raise flags.ValidationError(f"expected a number <= 1, got {value!r}.")
+    return True
 
 
 def thresholds_from_flags(flag_values: flags.FlagValues = flags.FLAGS) -> Thresholds:
@@ -169,6 +191,13 @@ def thresholds_from_flags(flag_values: flags.FlagValues = flags.FLAGS) -> Thresh
     return Thresholds(**values)
 
 
+#: The settings that bound the memory of a run, those of most effect first.
+_SIZES = (
+    "batch_size", "num_batches", "train_batch_size", "width", "widths", "depth",
+    "depths",
+)  # fmt: skip
+
+
 def run_main(
     main: Callable[[Any], None],
     *,
@@ -181,7 +210,8 @@ def run_main(
 
     An expected error (`UserError`, or a check of the library, whose sentences all read
     "argument: expected ..., got ...") is printed as one sentence, without a traceback,
-    and the process exits with status 1.
+    and the process exits with status 1. So is running out of memory, on the host or on
+    a device, whenever the device tells, with the settings that lower it.
 
     Args:
         main: The body of the command.
@@ -194,6 +224,7 @@ def run_main(
     if asked & {"h", "help", "helpshort", "helpfull"}:
         print(_help(description, full="helpfull" in asked))
         sys.exit(0)
+    sizes = _sizes(settings)
 
     def wrapped(argv: list[str]) -> None:
         try:
@@ -206,10 +237,16 @@ def run_main(
             config = config_from_flags(settings=settings, reads_run=reads_run)
             if config.precision != "default":
                 jax.config.update("jax_default_matmul_precision", config.precision)
-            main(config)
-        except (ValueError, MemoryError) as error:
-            told = isinstance(error, UserError | MemoryError)
-            if not told and ": expected " not in str(error):
+            with naming_what_to_lower(*sizes):
+                main(config)
+        except MemoryError as error:
+            text = str(error)
+            if "lower one of" not in text:  # the host's memory, not the device's
+                text = f"out of memory; lower one of: {', '.join(sizes)}. {text}"
+            print(f"error: {text.strip()}", file=sys.stderr)
+            sys.exit(1)
+        except ValueError as error:
+            if not isinstance(error, UserError) and ": expected " not in str(error):
                 raise
             print(f"error: {error}", file=sys.stderr)
             sys.exit(1)
@@ -232,6 +269,14 @@ def _help(description: str, *, full: bool) -> str:
     if full:
         lines += ["", "Flags that every command takes:", flags.FLAGS.get_help()]
     return "\n".join(lines)
+
+
+def _sizes(settings: type) -> list[str]:
+    """Returns the flags of the script that bound memory; all if it has none of them."""
+    own = {flag.name for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0])}
+    fields = [field.name for field in dataclasses.fields(settings)]
+    there = [f"--{name}" for name in _SIZES if name in fields]
+    return [flag for flag in there if flag[2:] in own] or there
 
 
 def _define(

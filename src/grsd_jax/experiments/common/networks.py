@@ -1,5 +1,7 @@
 """The networks of the experiments, by name, and where their weights come from."""
 
+import functools
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +18,7 @@ from grsd_jax.experiments.common.checkpoints import restore_latest
 from grsd_jax.experiments.common.config import RESIDUAL, Config, UserError
 from grsd_jax.experiments.common.data import Dataset
 from grsd_jax.experiments.common.runs import check_same_run
+from grsd_jax.experiments.common.sizes import check_fits
 from grsd_jax.models import MLP, ConvNet, LinearStateSpace, Transformer
 
 #: Strides of the CNNs' stem and sides of the patches: the nets work on 8 x 8 maps.
@@ -147,6 +150,43 @@ def weights_template(model: nn.Module, image_shape: tuple[int, ...]) -> Weights:
 def _init(model: nn.Module, image_shape: tuple[int, ...], key: jax.Array) -> Weights:
     variables = model.init(key, jnp.zeros((1, *image_shape), jnp.float32))
     return Weights(variables["params"], variables.get("batch_stats", {}))
+
+
+def check_weights(model: nn.Module, image_shape: tuple[int, ...]) -> None:
+    """Checks that the weights, their momentum and their gradient can fit in memory.
+
+    Args:
+        model: As for `init_weights`.
+        image_shape: As for `init_weights`.
+
+    Raises:
+        UserError: If they do not fit.
+    """
+    sizes = {x: getattr(model, x) for x in ("width", "depth") if hasattr(model, x)}
+    options = " or ".join(f"--{name}" for name in sizes)
+    got = " and ".join(f"{name} {value}" for name, value in sizes.items())
+    check_fits(options, got, "weights", 3 * weights_bytes(model, image_shape))
+
+
+@functools.cache
+def weights_bytes(model: nn.Module, image_shape: tuple[int, ...]) -> int:
+    """Returns the bytes of a network's weights, computing nothing.
+
+    Args:
+        model: As for `init_weights`. One of any depth has equal blocks, so that only
+            two of them are traced.
+        image_shape: As for `init_weights`.
+
+    Returns:
+        Bytes.
+    """
+    depth = getattr(model, "depth", 0)
+    if depth > 2:
+        one, two = (weights_bytes(model.clone(depth=d), image_shape) for d in (1, 2))
+        return one + (depth - 1) * (two - one)
+    leaves = jax.tree.leaves(weights_template(model, image_shape))
+    # In Python's integers, which do not overflow.
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def load_weights(name: str, dataset: Dataset, config: Config) -> Weights:

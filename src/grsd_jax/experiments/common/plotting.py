@@ -13,7 +13,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from grsd_jax.experiments.common import records
+from grsd_jax.experiments.common import files
 
 _STYLE = {
     "font.size": 8,
@@ -84,7 +84,7 @@ def look_of(network: str, protocol: str = "own") -> Look:
 
 
 def save_figures(
-    drawings: Mapping[str, Callable[[], Figure]], folder: records.PathLike
+    drawings: Mapping[str, Callable[[], Figure]], folder: files.PathLike
 ) -> list[Path]:
     """Draws figures in one style, and writes each as a PNG and a PDF.
 
@@ -106,7 +106,7 @@ def save_figures(
             figure = draw()
             for suffix in ("png", "pdf"):
                 path = Path(folder) / f"{name}.{suffix}"
-                with records.atomic_path(path) as temporary:
+                with files.atomic_path(path) as temporary:
                     figure.savefig(temporary, format=suffix)
                 paths.append(path)
     return paths

@@ -1,60 +1,40 @@
-"""Files of a run: written whole or not at all, and read without pickle.
+"""What the files of a run hold: JSON, arrays and lines, with checksums, no pickle.
 
-Everything that goes wrong with a file is told as a `UserError` of one sentence.
+Every file and every line carries a checksum of its contents, which is verified when it
+is read. Files that were written before there were checksums are read without.
 """
 
-import contextlib
+import hashlib
+import io
 import json
 import math
 import os
-import zipfile
+import struct
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, BinaryIO
 
 import jax
 import numpy as np
 
-from grsd_jax.experiments.common.config import UserError
+from grsd_jax.experiments.common import files
+from grsd_jax.experiments.common.files import PathLike
 
-PathLike = str | os.PathLike[str]
+#: What a JSON file says of itself, beside its contents. That there are two keys shows
+#: that a checksum is missing, not that the file is older than checksums.
+_FORMAT, _CHECKSUM = "file_format", "sha256"
+_VERSION = 2
 
+#: The same for one line; its number shows a line that was lost or doubled.
+_LINE, _LINE_CHECKSUM = "line", "crc32"
 
-@contextlib.contextmanager
-def atomic_path(path: PathLike) -> Iterator[Path]:
-    """Gives a temporary path that replaces ``path`` when the block ends well.
-
-    The temporary file lies in the same folder, so that the replacement is one rename;
-    it is synced first, and removed if the block fails. Whoever reads ``path`` sees the
-    old contents or the new ones, never a part.
-
-    Args:
-        path: The file to write.
-
-    Yields:
-        The path to write to.
-
-    Raises:
-        UserError: If the folder cannot be written or is full.
-    """
-    path = Path(path)
-    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        _sync(temporary)
-        os.replace(temporary, path)
-        _sync(path.parent)
-    except OSError as error:
-        raise cannot_write(path, error) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+#: The comment at the end of an archive: a tag and 64 digits.
+_TAG = b"sha256:"
+_COMMENT_SIZE = len(_TAG) + 64
 
 
-def write_json(path: PathLike, value: Any) -> None:
-    """Writes JSON, whole or not at all; numbers that are not finite become null.
+def write_json(path: PathLike, value: Mapping[str, Any]) -> None:
+    """Writes a JSON object, whole or not at all; what is not finite becomes null.
 
     Args:
         path: The file.
@@ -62,14 +42,38 @@ def write_json(path: PathLike, value: Any) -> None:
 
     Raises:
         UserError: If the file cannot be written.
+        ValueError: If the value has a key that the file itself uses.
     """
-    text = json.dumps(plain(value), indent=2, sort_keys=True, allow_nan=False)
-    with atomic_path(path) as temporary:
+    for key in (_FORMAT, _CHECKSUM):
+        if key in value:
+            raise ValueError(f"{key}: expected no such key, the file itself has one.")
+    contents = plain(value) | {_FORMAT: _VERSION}
+    contents |= {_CHECKSUM: _sha256(_canonical(contents))}
+    text = json.dumps(contents, indent=2, sort_keys=True, allow_nan=False)
+    with files.atomic_path(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
-def read_json(path: PathLike) -> Any:
-    """Reads a JSON file.
+def read_json(path: PathLike) -> dict[str, Any]:
+    """Reads a JSON object, and verifies its checksum.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The object, without what the file says of itself.
+
+    Raises:
+        UserError: If the file is missing, is not a JSON object, or is damaged.
+    """
+    value = read_any_json(path)
+    if not isinstance(value, dict):
+        raise files.cannot_read(path, "a JSON object", f"a {type(value).__name__}")
+    return value
+
+
+def read_any_json(path: PathLike) -> Any:
+    """Reads a JSON file of anyone's, and verifies the checksum if it is one of ours.
 
     Args:
         path: The file.
@@ -78,18 +82,25 @@ def read_json(path: PathLike) -> Any:
         Its value.
 
     Raises:
-        UserError: If the file is missing or is not JSON.
+        UserError: If the file is missing, is not JSON, or is damaged.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise _cannot_read(path, "a JSON file", error.strerror) from error
-    except ValueError as error:
-        raise _cannot_read(path, "a JSON file", error) from error
+        value = _loads(files.as_path(path).read_bytes())
+        if isinstance(value, dict) and (_FORMAT in value or _CHECKSUM in value):
+            written = value.pop(_CHECKSUM, "no checksum")
+            if written != _sha256(_canonical(value)):
+                raise ValueError("contents that do not fit the checksum")
+            del value[_FORMAT]
+    except (OSError, ValueError) as error:
+        raise files.cannot_read(path, "a JSON file", error) from error
+    return value
 
 
 def write_npz(path: PathLike, arrays: Mapping[str, Any]) -> None:
     """Writes named arrays as a compressed ``.npz``, whole or not at all.
+
+    The checksum is the comment of the archive, so that any reader of ``.npz`` files can
+    read it.
 
     Args:
         path: The file.
@@ -103,12 +114,17 @@ def write_npz(path: PathLike, arrays: Mapping[str, Any]) -> None:
     for name, array in arrays.items():
         if array.dtype.hasobject:
             raise ValueError(f"{name}: expected an array of numbers, got dtype object.")
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.savez_compressed(file, allow_pickle=False, **arrays)
+    archive = io.BytesIO()
+    np.savez_compressed(archive, allow_pickle=False, **arrays)
+    whole = archive.getvalue()
+    # An archive ends with the length of its comment, which is 0 so far.
+    end = struct.pack("<H", _COMMENT_SIZE) + _TAG + _sha256(whole).encode()
+    with files.atomic_path(path) as temporary:
+        temporary.write_bytes(whole[:-2] + end)
 
 
 def read_npz(path: PathLike) -> dict[str, np.ndarray]:
-    """Reads all arrays of an ``.npz`` file, without pickle.
+    """Reads all arrays of an ``.npz`` file, without pickle; verifies the checksum.
 
     Args:
         path: The file.
@@ -120,41 +136,52 @@ def read_npz(path: PathLike) -> dict[str, np.ndarray]:
         UserError: If the file is missing, damaged, or needs pickle.
     """
     wanted = "an .npz file of arrays without pickle"
-    try:
-        with open(path, "rb") as file:
-            loaded = np.load(file, allow_pickle=False)
-            if not isinstance(loaded, np.lib.npyio.NpzFile):
-                raise ValueError("a single array")
-            with loaded:
-                return {name: loaded[name] for name in loaded.files}
-    except OSError as error:
-        raise _cannot_read(path, wanted, error.strerror or error) from error
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise _cannot_read(path, wanted, error) from error
+    with files.reading(path, wanted):
+        whole = files.as_path(path).read_bytes()
+        _check_archive(whole)
+        loaded = np.load(io.BytesIO(whole), allow_pickle=False)
+        if not isinstance(loaded, np.lib.npyio.NpzFile):
+            raise ValueError("a single array")
+        with loaded:
+            return {name: loaded[name] for name in loaded.files}
+
+
+def _check_archive(whole: bytes) -> None:
+    """Raises ValueError unless the checksum fits, or there is no comment to hold it."""
+    written = whole[-_COMMENT_SIZE:]
+    if written.startswith(_TAG):
+        before = whole[: -_COMMENT_SIZE - 2] + struct.pack("<H", 0)
+        if written != _TAG + _sha256(before).encode():
+            raise ValueError("contents that do not fit the checksum")
+    elif not whole.endswith(struct.pack("<H", 0)):
+        raise ValueError("an end without a checksum")
 
 
 def append_jsonl(path: PathLike, line: Mapping[str, Any]) -> None:
-    """Appends one line of JSON and syncs it to disk.
+    """Appends one numbered line of JSON with its checksum, and syncs it to disk.
+
+    A last line that an earlier write left without its end is completed if all of it is
+    there, and dropped otherwise.
 
     Args:
-        path: The file.
+        path: The file; its folder must exist.
         line: The record; see `write_json`.
 
     Raises:
-        UserError: If the file cannot be written.
+        UserError: If the file cannot be written, or its last line is not one of ours.
     """
-    text = json.dumps(plain(line), allow_nan=False)
     try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(text + "\n")
+        with open(files.as_path(path), "a+b") as file:
+            number = _mend(path, file) + 1
+            file.write(_line(line, number))
             file.flush()
-            os.fsync(file.fileno())
+            files.sync_descriptor(file.fileno())
     except OSError as error:
-        raise cannot_write(path, error) from error
+        raise files.cannot_write(path, error) from error
 
 
 def read_jsonl(path: PathLike) -> list[dict[str, Any]]:
-    """Reads the records of a JSON-lines file.
+    """Reads the records of a JSON-lines file, and verifies numbers and checksums.
 
     Args:
         path: The file; a missing one has no records.
@@ -163,27 +190,30 @@ def read_jsonl(path: PathLike) -> list[dict[str, Any]]:
         The records. A last line cut short, by a kill in mid-write, is left out.
 
     Raises:
-        UserError: If another line is not a JSON object.
+        UserError: If a line is not a JSON object, is damaged, lost or doubled.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        *lines, rest = files.as_path(path).read_bytes().split(b"\n")
     except FileNotFoundError:
         return []
-    except (OSError, UnicodeDecodeError) as error:
-        raise _cannot_read(path, "a file of JSON lines", error) from error
-    records = []
-    for number, line in enumerate(lines[:-1], start=1):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if not isinstance(record, dict):
-            raise _cannot_read(path, "a JSON object on every line", f"line {number}")
+    except OSError as error:
+        raise files.cannot_read(path, "a file of JSON lines", error) from error
+    records: list[dict[str, Any]] = []
+    numbered = True
+    for place, text in enumerate(lines, start=1):
+        number, record = _checked(path, text, place)
+        if place == 1:
+            numbered = number is not None
+        if number != (place if numbered else None):
+            raise files.cannot_read(
+                path, "lines numbered one by one", f"{number} at line {place}"
+            )
         records.append(record)
-    return records
+    last = _complete(rest, len(lines) + 1)
+    return records if last is None else [*records, last]
 
 
-def write_jsonl(path: PathLike, records: list[dict[str, Any]]) -> None:
+def write_jsonl(path: PathLike, records: Sequence[Mapping[str, Any]]) -> None:
     """Writes all records of a JSON-lines file, whole or not at all.
 
     Args:
@@ -193,9 +223,9 @@ def write_jsonl(path: PathLike, records: list[dict[str, Any]]) -> None:
     Raises:
         UserError: If the file cannot be written.
     """
-    text = "".join(f"{json.dumps(plain(r), allow_nan=False)}\n" for r in records)
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    lines = [_line(record, number) for number, record in enumerate(records, start=1)]
+    with files.atomic_path(path) as temporary:
+        temporary.write_bytes(b"".join(lines))
 
 
 def rewind_jsonl(path: PathLike, step: int) -> list[dict[str, Any]]:
@@ -211,60 +241,108 @@ def rewind_jsonl(path: PathLike, step: int) -> list[dict[str, Any]]:
     Raises:
         UserError: If the file cannot be read or written.
     """
-    if not Path(path).exists():
+    if not files.as_path(path).exists():
         return []
-    kept = [x for x in read_jsonl(path) if x.get("step", math.inf) <= step]
+    found = read_jsonl(path)
+    with files.reading(path, "a step in every line"):
+        kept = [record for record in found if record["step"] <= step]
     write_jsonl(path, kept)
     return kept
 
 
-def remove(path: PathLike) -> None:
-    """Removes a file, if it is there.
-
-    Args:
-        path: The file.
-
-    Raises:
-        UserError: If the folder cannot be written.
-    """
-    try:
-        Path(path).unlink(missing_ok=True)
-    except OSError as error:
-        raise cannot_write(path, error) from error
+def _line(record: Mapping[str, Any], number: int) -> bytes:
+    """Returns a record as a line of a file, with its number and checksum."""
+    for key in (_LINE, _LINE_CHECKSUM):
+        if key in record:
+            raise ValueError(f"{key}: expected no such key, the file itself has one.")
+    contents = plain(record) | {_LINE: number}
+    contents |= {_LINE_CHECKSUM: _crc32(_canonical(contents))}
+    return json.dumps(contents, allow_nan=False).encode() + b"\n"
 
 
-def set_aside(folder: Path, names: Sequence[str]) -> None:
-    """Renames files of a folder, together, by the next free number: ``name-1.json``.
-
-    Args:
-        folder: The folder.
-        names: The files; those that are missing are passed over.
+def _unpack(text: bytes) -> tuple[int | None, dict[str, Any]]:
+    """Returns a line's number and record; no number in a file before there were any.
 
     Raises:
-        UserError: If the folder cannot be written.
+        ValueError: If the line is not a JSON object, or does not fit its checksum.
     """
-    paths = [folder / name for name in names]
-    number = 1
-    while any(_numbered(path, number).exists() for path in paths):
-        number += 1
+    record = _loads(text)
+    if not isinstance(record, dict):
+        raise ValueError(f"a {type(record).__name__}")
+    if _LINE not in record and _LINE_CHECKSUM not in record:
+        return None, record
+    written = record.pop(_LINE_CHECKSUM, "no checksum")
+    if _LINE not in record or written != _crc32(_canonical(record)):
+        raise ValueError("contents that do not fit the checksum")
+    return record.pop(_LINE), record
+
+
+def _checked(
+    path: PathLike, text: bytes, place: int | str
+) -> tuple[int | None, dict[str, Any]]:
     try:
-        for path in paths:
-            if path.exists():
-                os.replace(path, _numbered(path, number))
-    except OSError as error:
-        raise cannot_write(folder, error) from error
+        return _unpack(text)
+    except ValueError as error:
+        got = f"line {place} ({files.reason(error)})"
+        raise files.cannot_read(path, "a JSON object on every line", got) from error
 
 
-def _numbered(path: Path, number: int) -> Path:
-    return path.with_name(f"{path.stem}-{number}{path.suffix}")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _complete(rest: bytes, number: int) -> dict[str, Any] | None:
+    """Returns the record of a last line that lacks only its end, and None otherwise."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        found, record = _unpack(rest)
+    except ValueError:
+        return None
+    return record if found == number else None
+
+
+def _mend(path: PathLike, file: BinaryIO) -> int:
+    """Completes or drops a last line without its end; returns the last one's number."""
+    size = file.seek(0, os.SEEK_END)
+    *lines, rest = _tail(file, size).split(b"\n")
+    number: int | None = 0
+    if lines:
+        number, _ = _checked(path, lines[-1], "last")
+    if number is None:
+        raise files.cannot_read(path, "numbered lines", "a last one without a number")
+    if not rest:
+        return number
+    if _complete(rest, number + 1) is not None:
+        file.write(b"\n")
+        return number + 1
+    file.truncate(size - len(rest))
+    return number
+
+
+def _tail(file: BinaryIO, size: int) -> bytes:
+    """Returns the end of a file, at least from where its last whole line begins."""
+    length = 2**14
+    while True:
+        start = max(0, size - length)
+        file.seek(start)
+        tail = file.read(size - start)
+        if start == 0 or tail.count(b"\n") > 1:
+            return tail
+        length *= 4
+
+
+def _loads(text: bytes) -> Any:
+    try:
+        return json.loads(text.decode("utf-8"))
+    except RecursionError as error:
+        raise ValueError("JSON that is nested too deeply") from error
+
+
+def _canonical(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, sort_keys=True, allow_nan=False).encode()
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _crc32(data: bytes) -> str:
+    return f"{zlib.crc32(data):08x}"
 
 
 def plain(value: Any) -> Any:
@@ -287,35 +365,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     return value
-
-
-def cannot_write(path: PathLike, error: OSError) -> UserError:
-    """Returns the error of a path that cannot be written.
-
-    Args:
-        path: The path.
-        error: What the system says.
-
-    Returns:
-        An error of one sentence.
-    """
-    why = error.strerror or str(error)
-    return UserError(
-        f"--workdir: expected to be able to write '{os.fspath(path)}', got: {why}."
-    )
-
-
-def reason(error: Any) -> str:
-    """Returns the text of an error on one line, without its full stop.
-
-    Args:
-        error: The error.
-
-    Returns:
-        The text.
-    """
-    return " ".join(str(error).split()).rstrip(".")
-
-
-def _cannot_read(path: PathLike, wanted: str, why: Any) -> UserError:
-    return UserError(f"'{os.fspath(path)}': expected {wanted}, got: {reason(why)}.")

@@ -17,7 +17,7 @@ import numpy as np
 from absl import flags
 from jax.sharding import AxisType, Mesh
 
-from grsd_jax.experiments.common import records
+from grsd_jax.experiments.common import files, records
 from grsd_jax.experiments.common.config import UserError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ _ADDRESS = ("coordinator_address", "num_processes", "process_id")
 
 
 def cached(
-    path: records.PathLike, made_by: Mapping[str, Any], compute: Callable[[], Result]
+    path: files.PathLike, made_by: Mapping[str, Any], compute: Callable[[], Result]
 ) -> Result:
     """Returns what ``compute`` returns, from files made under the same ``made_by``.
 
@@ -54,17 +54,17 @@ def cached(
     Raises:
         UserError: If the files cannot be written.
     """
-    path = Path(path)
+    path = files.as_path(path)
     note, file = (path.with_name(path.name + suffix) for suffix in (".json", ".npz"))
     found = _read(note, file, made_by)
     if found is not None:
         return found
     entry, arrays = compute()
-    records.remove(note)  # never beside the arrays of another result
+    files.remove(note)  # never beside the arrays of another result
     if arrays:
         records.write_npz(file, arrays)
     else:
-        records.remove(file)
+        files.remove(file)
     contents = {"made_by": made_by, "entry": entry, "arrays": sorted(arrays)}
     records.write_json(note, contents)
     return records.plain(entry), {name: np.asarray(x) for name, x in arrays.items()}
@@ -74,8 +74,6 @@ def _read(note: Path, file: Path, made_by: Mapping[str, Any]) -> Result | None:
     """Returns the result in the two files, None unless both are whole and match."""
     try:
         contents = records.read_json(note)
-        if not isinstance(contents, dict):
-            return None
         if contents.get("made_by") != records.plain(made_by):
             return None
         arrays = records.read_npz(file) if contents["arrays"] else {}
@@ -94,12 +92,14 @@ def check_same_run(folder: Path, settings: Mapping[str, Any]) -> None:
         settings: The settings that matter, by the names of their flags.
 
     Raises:
-        UserError: If one differs, or the file cannot be read.
+        UserError: If one differs, or the file cannot be read or lacks one.
     """
-    written = records.read_json(folder / "config.json")
+    path = folder / "config.json"
+    written = records.read_json(path)
     for name, value in settings.items():
-        there = written.get(name) if isinstance(written, dict) else None
-        if there != value:
+        if name not in written:
+            raise files.cannot_read(path, f"the setting '{name}'", "none")
+        if (there := written[name]) != value:
             raise UserError(
                 f"--{name}: expected {there!r} as in the run that is in '{folder}', "
                 f"got {value!r}; choose another --workdir for other settings."
@@ -132,11 +132,12 @@ def environment(*, precision: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def workdir_lock(workdir: records.PathLike) -> Iterator[Path]:
+def workdir_lock(workdir: files.PathLike) -> Iterator[Path]:
     """Makes the folder, checks that it can be written, and keeps other runs out.
 
-    The first process of a job holds the lock for all of it. The lock is the system's:
-    it ends with the process, however that ends.
+    What a killed run left half-written there is removed. The first process of a job
+    holds the lock for all of it. The lock is the system's: it ends with the process,
+    however that ends.
 
     Args:
         workdir: The folder.
@@ -147,21 +148,21 @@ def workdir_lock(workdir: records.PathLike) -> Iterator[Path]:
     Raises:
         UserError: If the folder cannot be written, or another run holds it.
     """
-    workdir = Path(workdir)
+    workdir = files.as_path(workdir)
     if not writes():
         yield workdir
         return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        lock = open(workdir / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
+        lock = open(workdir / ".lock", "a+", encoding="utf-8", errors="replace")  # noqa: SIM115
     except OSError as error:
-        raise records.cannot_write(workdir, error) from error
+        raise files.cannot_write(workdir, error) from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise records.cannot_write(workdir, error) from error
+                raise files.cannot_write(workdir, error) from error
             lock.seek(0)
             pid = lock.read().strip() or "unknown"
             raise UserError(
@@ -169,9 +170,13 @@ def workdir_lock(workdir: records.PathLike) -> Iterator[Path]:
                 f"got one with pid {pid}."
             ) from None
         _check_writable(workdir)
-        lock.truncate(0)
-        lock.write(f"{os.getpid()}\n")
-        lock.flush()
+        files.remove_temporaries(workdir)
+        try:
+            lock.truncate(0)
+            lock.write(f"{os.getpid()}\n")
+            lock.flush()
+        except OSError as error:
+            raise files.cannot_write(workdir, error) from error
         yield workdir
 
 
@@ -181,9 +186,9 @@ def _check_writable(workdir: Path) -> None:
         with tempfile.TemporaryFile(dir=workdir) as file:
             file.write(bytes(2**16))
             file.flush()
-            os.fsync(file.fileno())
+            files.sync_descriptor(file.fileno())
     except OSError as error:
-        raise records.cannot_write(workdir, error) from error
+        raise files.cannot_write(workdir, error) from error
 
 
 def define_process_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
@@ -242,7 +247,7 @@ def join_processes(flag_values: flags.FlagValues = flags.FLAGS) -> Mesh | None:
         except (ValueError, RuntimeError) as error:
             raise UserError(
                 "--distributed: expected to find the other processes of the job, "
-                f"got: {records.reason(error)}."
+                f"got: {files.reason(error)}."
             ) from error
     if jax.device_count() == 1:
         return None

@@ -22,7 +22,7 @@ from grsd_jax._arrays import all_finite
 from grsd_jax._checks import check_at_least
 from grsd_jax._typing import PyTree
 from grsd_jax.errors import softmax_cross_entropy
-from grsd_jax.experiments.common import records
+from grsd_jax.experiments.common import files, records
 from grsd_jax.experiments.common.checkpoints import Checkpoints
 from grsd_jax.experiments.common.config import (
     TRAINING_FIELDS,
@@ -33,6 +33,7 @@ from grsd_jax.experiments.common.config import (
 from grsd_jax.experiments.common.data import Dataset
 from grsd_jax.experiments.common.networks import (
     Weights,
+    check_weights,
     init_weights,
     weights_template,
 )
@@ -75,8 +76,8 @@ class Callback(Protocol):
         """Returns the state before the first update, a pytree of arrays."""
         ...
 
-    def rewind(self, step: int) -> None:
-        """Drops what was written after ``step``, those steps being done again."""
+    def rewind(self, own: PyTree) -> None:
+        """Drops what was written after this state, those steps being done again."""
         ...
 
     def update(self, own: PyTree, state: TrainState, step: int) -> PyTree:
@@ -85,6 +86,10 @@ class Callback(Protocol):
         It is called once before the first step, with 0, and once after every step.
         """
         ...
+
+
+#: Steps of a training at which its learning rate is checked before it begins.
+_CHECKED_RATES = 100
 
 
 def make_schedule(config: Config, *, total_steps: int) -> optax.Schedule:
@@ -101,7 +106,8 @@ def make_schedule(config: Config, *, total_steps: int) -> optax.Schedule:
         A function from the step to the rate.
 
     Raises:
-        UserError: If optax has no such schedule or its arguments do not fit.
+        UserError: If optax has no such schedule, its arguments do not fit, or it gives
+            a rate that is negative or not finite.
     """
     make = getattr(optax, config.schedule, None)
     if not callable(make):
@@ -119,12 +125,21 @@ def make_schedule(config: Config, *, total_steps: int) -> optax.Schedule:
             arguments.setdefault(name, value)
     try:
         schedule = make(**arguments)
-        schedule(0)
-    except (TypeError, ValueError, AttributeError) as error:
+        last = max(total_steps - 1, 0)
+        steps = np.unique(np.linspace(0, last, _CHECKED_RATES, dtype=int)).tolist()
+        rates = np.array([schedule(step) for step in steps], np.float64)
+    except Exception as error:  # whatever optax does with arguments of any kind
         raise UserError(
             f"--schedule_args: expected arguments of {config.schedule}{signature}, "
-            f"got {arguments} ({error})."
+            f"got {arguments} ({files.reason(error)})."
         ) from error
+    good = np.isfinite(rates) & (rates >= 0)
+    if rates.ndim != 1 or not good.all():
+        bad = rates[0] if rates.ndim != 1 else rates[~good][0]
+        raise UserError(
+            "--schedule_args: expected finite learning rates >= 0 over the whole "
+            f"training, got {bad} with {arguments}."
+        )
     return schedule
 
 
@@ -267,7 +282,7 @@ def train(
     model: nn.Module,
     dataset: Dataset,
     config: Config,
-    workdir: records.PathLike,
+    workdir: files.PathLike,
     *,
     name: str,
     callback: Callback | None = None,
@@ -331,6 +346,10 @@ class _Run:
         # The examples left over from the last whole batch change with every epoch.
         self.epoch_steps = num_train // config.train_batch_size
         self.total_steps = self.epoch_steps * config.epochs
+        if self.total_steps >= 2**31:  # steps are counted in int32
+            most = (2**31 - 1) // self.epoch_steps
+            raise UserError(f"--epochs: expected at most {most}, got {config.epochs}.")
+        check_weights(model, dataset.train_images.shape[1:])
         self.schedule = make_schedule(config, total_steps=self.total_steps)
         self.optimizer = make_optimizer(config, total_steps=self.total_steps)
 
@@ -363,10 +382,10 @@ class _Run:
         if self.callback is None:
             return None
         own = self.callback.init(state)
-        self.callback.rewind(first or -1)  # without a checkpoint, step 0 comes again
-        if first == 0:
-            return self.callback.update(own, state, 0)
-        return checkpoints.restore({"callback": own})["callback"]
+        if first:
+            own = checkpoints.restore({"callback": own})["callback"]
+        self.callback.rewind(own)
+        return own if first else self.callback.update(own, state, 0)
 
     def _loop(
         self,
@@ -451,9 +470,17 @@ class _Run:
         return evaluate(self.model, weights, data.test_images, data.test_labels)
 
     def _rewind_metrics(self, step: int) -> float:
-        """Drops the lines after ``step``; returns the seconds spent until then."""
+        """Drops the lines after ``step``; returns the seconds spent until then.
+
+        There is a line for every checkpoint, written before it.
+        """
         kept = records.rewind_jsonl(self.metrics, step)
-        return float(kept[-1].get("seconds", 0.0)) if kept else 0.0
+        if not step:
+            return 0.0
+        with files.reading(self.metrics, "a line of metrics at every checkpoint"):
+            if not kept or kept[-1]["step"] != step:
+                raise ValueError(f"none at the newest one, of step {step}")
+            return float(kept[-1]["seconds"])
 
     def _check_settings(self) -> None:
         """Writes config.json, or checks that the run there has the same settings."""

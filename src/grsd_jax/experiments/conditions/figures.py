@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure, SubFigure
 
-from grsd_jax.experiments.common import records
+from grsd_jax.experiments.common import files
 from grsd_jax.experiments.common.plotting import PAGE_WIDTH, save_figures
 from grsd_jax.experiments.common.tables import finite
 from grsd_jax.experiments.conditions.analyse import (
@@ -23,7 +23,7 @@ _BLUE, _RED, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "0.5"
 _RATIOS = (0.05, 20.0)
 
 
-def write_condition_page(found: Any, folder: records.PathLike) -> list[Path]:
+def write_condition_page(found: Any, folder: files.PathLike) -> list[Path]:
     """Draws all four conditions and the layers on one page, as a PNG and a PDF.
 
     Args:

@@ -7,6 +7,7 @@ in the workdir, becomes a section, with the figures and CSV tables beside it.
 
 import base64
 import csv
+import io
 import json
 from collections.abc import Iterator, Mapping
 from importlib import resources
@@ -14,9 +15,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
+from PIL import Image
 
 from grsd_jax.experiments.claims.analyse import claim_rows
-from grsd_jax.experiments.common import records
+from grsd_jax.experiments.common import files, records
 from grsd_jax.experiments.common.config import UserError
 from grsd_jax.experiments.conditions.analyse import condition_rows
 from grsd_jax.experiments.reproduce.analyse import result_tables
@@ -58,7 +60,7 @@ class Section(NamedTuple):
     details: str
 
 
-def write_report(workdir: records.PathLike) -> Path:
+def write_report(workdir: files.PathLike) -> Path:
     """Writes ``WORKDIR/report.html``, whole or not at all.
 
     Args:
@@ -71,10 +73,10 @@ def write_report(workdir: records.PathLike) -> Path:
         UserError: If there is no results file in the folder, one cannot be read, or the
             page cannot be written.
     """
-    workdir = Path(workdir)
+    workdir = files.as_path(workdir)
     page = render(workdir.resolve().name, list(find_sections(workdir)))
     path = workdir / "report.html"
-    with records.atomic_path(path) as temporary:
+    with files.atomic_path(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return path
 
@@ -94,14 +96,16 @@ def find_sections(workdir: Path) -> Iterator[Section]:
         UserError: If there is none, or a file cannot be read.
     """
     found = False
-    files = sorted(workdir.rglob("*.json"), key=lambda p: (len(p.parts), p))
-    for path in files:
+    paths = sorted(workdir.rglob("*.json"), key=lambda p: (len(p.parts), p))
+    for path in paths:
         if "checkpoints" in path.relative_to(workdir).parts:
             continue
-        results = records.read_json(path)
+        results = records.read_any_json(path)
         if isinstance(results, Mapping) and isinstance(results.get("config"), Mapping):
             found = True
-            yield _section(path, results, workdir)
+            with files.reading(path, "the results of a run"):
+                section = _section(path, results, workdir)
+            yield section
     if not found:
         raise UserError(
             f"--workdir: expected a results file (JSON with 'config') in '{workdir}', "
@@ -152,14 +156,21 @@ def _tables(path: Path, results: Mapping[str, Any]) -> list[list[list[str]]]:
 
 
 def _figure(path: Path) -> Figure:
-    data = base64.b64encode(path.read_bytes()).decode("ascii")
+    with files.reading(path, "a PNG figure"):
+        picture = path.read_bytes()
+        with Image.open(io.BytesIO(picture), formats=["PNG"]) as opened:
+            opened.verify()  # the checksums in it
+        data = base64.b64encode(picture).decode("ascii")
     return Figure(path.stem.replace("_", " "), f"data:image/png;base64,{data}")
 
 
 def _read_csv(path: Path) -> list[list[str]]:
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.reader(file))
-    return [row for row in rows[: _MOST_ROWS + 1] if row]
+    with files.reading(path, "a table of comma-separated values"):
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.reader(file, strict=True) if row]
+        if len({len(row) for row in rows}) != 1:
+            raise ValueError("rows of different lengths, or none")
+    return rows[: _MOST_ROWS + 1]
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:

@@ -7,10 +7,12 @@ null there, and None here.
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from grsd_jax.experiments.common import files, records
 from grsd_jax.experiments.common.config import TITLES, UserError
 from grsd_jax.experiments.common.quantities import edge_residual
 from grsd_jax.experiments.common.tables import MISSING, aligned, finite, number
@@ -81,6 +83,31 @@ class Entry(NamedTuple):
             if position is not None:
                 found.append((position, math.nan if residual is None else residual))
         return sorted(found)
+
+
+#: What a results.json says of the arrays.npz that was written with it.
+ARRAYS_CHECKSUM = "arrays_sha256"
+
+
+def read_results(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Reads a result and its arrays, and verifies that they were written together.
+
+    Args:
+        folder: The folder of ``results.json`` and ``arrays.npz``.
+
+    Returns:
+        The contents of both.
+
+    Raises:
+        UserError: If one is missing or damaged, or they are not of one measurement.
+    """
+    results = records.read_json(folder / "results.json")
+    arrays = records.read_npz(folder / "arrays.npz")
+    told = results.pop(ARRAYS_CHECKSUM, None)  # none in older files
+    if told not in (None, files.checksum(folder / "arrays.npz")):
+        wanted = "the arrays that results.json was written with"
+        raise files.cannot_read(folder / "arrays.npz", wanted, "others")
+    return results, arrays
 
 
 def list_entries(results: Any) -> list[Entry]:

@@ -11,7 +11,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from grsd_jax.experiments.common import records
+from grsd_jax.experiments.common import files
 from grsd_jax.experiments.common.plotting import (
     PAGE_WIDTH,
     Look,
@@ -48,7 +48,7 @@ class _Panel(NamedTuple):
 
 
 def write_figures(
-    results: Any, arrays: Mapping[str, np.ndarray], folder: records.PathLike
+    results: Any, arrays: Mapping[str, np.ndarray], folder: files.PathLike
 ) -> list[Path]:
     """Draws every figure of a result, each as a PNG and a PDF.
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from grsd_jax.experiments.common import records
-from grsd_jax.experiments.common.config import Config
+from grsd_jax.experiments.common import files, records
+from grsd_jax.experiments.common.config import Config, UserError
 from grsd_jax.experiments.common.data import Dataset, measured_batches
 from grsd_jax.experiments.common.measurement import (
     PROVENANCE,
@@ -26,6 +26,7 @@ from grsd_jax.experiments.common.measurement import (
 from grsd_jax.experiments.common.networks import make_model, protocol_weights
 from grsd_jax.experiments.common.runs import cached
 from grsd_jax.experiments.common.training import evaluate, train
+from grsd_jax.experiments.reproduce.analyse import ARRAYS_CHECKSUM
 
 
 def measure(
@@ -120,8 +121,9 @@ def reproduce(dataset: Dataset, config: Config) -> tuple[dict[str, Any], Arrays]
 def write_results(folder: Path, results: dict[str, Any], arrays: Arrays) -> None:
     """Writes ``arrays.npz``, then ``results.json``, each whole or not at all.
 
-    Results made with other settings that lie there already are kept beside, under the
-    next free number.
+    Results of other settings that lie there already are kept beside, under the next
+    free number, and so is a file that holds no results. ``results.json`` has the
+    checksum of its arrays.
 
     Args:
         folder: The folder.
@@ -133,12 +135,15 @@ def write_results(folder: Path, results: dict[str, Any], arrays: Arrays) -> None
     """
     names = ("results.json", "arrays.npz")
     if (folder / names[0]).exists():
-        earlier = records.read_json(folder / names[0])
-        earlier = earlier.get("config") if isinstance(earlier, dict) else None
+        try:
+            earlier = records.read_json(folder / names[0]).get("config")
+        except UserError:  # damaged or foreign: kept, like others' results
+            earlier = None
         if _comparable(earlier) != _comparable(results["config"]):
-            records.set_aside(folder, names)
+            files.set_aside(folder, names)
     records.write_npz(folder / names[1], arrays)
-    records.write_json(folder / names[0], results)
+    checksum = files.checksum(folder / names[1])
+    records.write_json(folder / names[0], results | {ARRAYS_CHECKSUM: checksum})
 
 
 def _comparable(config: Any) -> Any:

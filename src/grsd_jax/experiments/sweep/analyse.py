@@ -3,17 +3,20 @@
 import csv
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.stats
 
-from grsd_jax.experiments.common import records
-from grsd_jax.experiments.common.config import UserError
+from grsd_jax.experiments.common import files, records
 from grsd_jax.experiments.common.tables import MISSING, aligned, finite, number
 from grsd_jax.experiments.sweep.config import Cell
 
 Row = dict[str, Any]
+
+#: What a sweep.json says of the sweep.csv that was written with it.
+ROWS_CHECKSUM = "rows_sha256"
 
 #: What `coupling_quantities` gives to a row.
 COUPLING = (
@@ -58,7 +61,7 @@ _KINDS |= dict.fromkeys(
 )
 
 
-def write_rows(path: records.PathLike, rows: Sequence[Row]) -> None:
+def write_rows(path: files.PathLike, rows: Sequence[Row]) -> None:
     """Writes rows as a CSV of `COLUMNS`, whole or not at all; empty where undefined.
 
     Args:
@@ -69,7 +72,7 @@ def write_rows(path: records.PathLike, rows: Sequence[Row]) -> None:
         UserError: If the file cannot be written.
     """
     with (
-        records.atomic_path(path) as temporary,
+        files.atomic_path(path) as temporary,
         open(temporary, "w", newline="", encoding="utf-8") as file,
     ):
         writer = csv.DictWriter(file, COLUMNS)
@@ -77,8 +80,8 @@ def write_rows(path: records.PathLike, rows: Sequence[Row]) -> None:
         writer.writerows(rows)
 
 
-def read_rows(path: records.PathLike) -> list[Row]:
-    """Reads the rows of a ``sweep.csv``.
+def read_rows(path: files.PathLike) -> list[Row]:
+    """Reads the rows of a ``sweep.csv``; a ``sweep.json`` beside it has its checksum.
 
     Args:
         path: The file.
@@ -89,23 +92,33 @@ def read_rows(path: records.PathLike) -> list[Row]:
     Raises:
         UserError: If the file cannot be read or has no rows of a sweep.
     """
-    try:
+    path = files.as_path(path)
+    with files.reading(path, "the rows of a sweep"):
         with open(path, newline="", encoding="utf-8") as file:
-            lines = list(csv.DictReader(file))
-        rows = [
-            {k: _KINDS.get(k, float)(v) if v else None for k, v in line.items()}
-            for line in lines
+            lines = list(csv.reader(file, strict=True))
+        if lines[:1] != [list(COLUMNS)]:
+            raise ValueError("other headings")
+        if len(lines) == 1:
+            wanted = f"at least one row of {len(COLUMNS)} columns"
+            raise files.cannot_read(path, wanted, "none")
+        _check_rows(path)
+        return [
+            {k: _value(k, v) for k, v in zip(COLUMNS, line, strict=True)}
+            for line in lines[1:]
         ]
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(
-            f"'{path}': expected the rows of a sweep, got: {error}."
-        ) from error
-    if not rows or set(rows[0]) != set(COLUMNS):
-        raise UserError(
-            f"'{path}': expected at least one row of {len(COLUMNS)} columns, got "
-            f"{len(rows)} rows of {len(rows[0]) if rows else 0}."
-        )
-    return rows
+
+
+def _check_rows(path: Path) -> None:
+    """Raises UserError unless the rows are those that the ``sweep.json`` speaks of."""
+    about = path.with_name("sweep.json")
+    told = records.read_json(about).get(ROWS_CHECKSUM) if about.exists() else None
+    if told not in (None, files.checksum(path)):  # none in older files
+        wanted = "the rows that sweep.json was written with"
+        raise files.cannot_read(path, wanted, "others; run the sweep again")
+
+
+def _value(column: str, text: str) -> Any:
+    return _KINDS.get(column, float)(text) if text else None
 
 
 class Line(NamedTuple):

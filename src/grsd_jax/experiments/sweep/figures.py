@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from grsd_jax.experiments.common import records
+from grsd_jax.experiments.common import files
 from grsd_jax.experiments.common.plotting import (
     PAGE_WIDTH,
     look_of,
@@ -88,7 +88,7 @@ def band_of(line: Line, x: str, y: str) -> Band:
     )
 
 
-def write_sweep_figures(rows: Sequence[Row], folder: records.PathLike) -> list[Path]:
+def write_sweep_figures(rows: Sequence[Row], folder: files.PathLike) -> list[Path]:
     """Draws the figures of a sweep, each as a PNG and a PDF.
 
     ``sweep_coupling`` (Toeplitz residual, slope and R^2 against depth),

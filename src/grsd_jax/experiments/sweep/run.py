@@ -22,20 +22,27 @@ from grsd_jax.conditions import (
     increment_statistics,
     state_increments,
 )
-from grsd_jax.experiments.common import records
+from grsd_jax.experiments.common import files, records
 from grsd_jax.experiments.common.config import UserError
 from grsd_jax.experiments.common.data import Dataset, evaluation_batches
 from grsd_jax.experiments.common.measurement import PROVENANCE, header, made_by
-from grsd_jax.experiments.common.networks import Weights, init_weights
+from grsd_jax.experiments.common.networks import Weights, check_weights, init_weights
 from grsd_jax.experiments.common.quantities import coupling_quantities
 from grsd_jax.experiments.common.runs import cached, progress_bar
+from grsd_jax.experiments.common.sizes import check_fits, check_measurement
 from grsd_jax.experiments.common.training import (
     TrainState,
     evaluate,
     init_state,
     train_step,
 )
-from grsd_jax.experiments.sweep.analyse import COLUMNS, COUPLING, Row, write_rows
+from grsd_jax.experiments.sweep.analyse import (
+    COLUMNS,
+    COUPLING,
+    ROWS_CHECKSUM,
+    Row,
+    write_rows,
+)
 from grsd_jax.experiments.sweep.config import (
     Cell,
     SweepConfig,
@@ -72,10 +79,8 @@ def run_sweep(dataset: Dataset, config: SweepConfig) -> list[Row]:
     """
     folder = Path(config.workdir)
     cells = list_cells(config)
-    for cell in cells:
-        cell_network(cell, dataset.num_classes, config.rho)  # complain before working
+    _check(cells, dataset, config)  # complains before working
     about = header(config) | PROVENANCE | {"data_fingerprint": dataset.fingerprint}
-    records.write_json(folder / "sweep.json", about)
     origin = made_by(config, dataset, without=_GRID)
     optimizer = optax.sgd(config.learning_rate, momentum=config.momentum)
     rows: list[Row] = []
@@ -89,7 +94,26 @@ def run_sweep(dataset: Dataset, config: SweepConfig) -> list[Row]:
             )
             rows.append(row)
             write_rows(folder / "sweep.csv", rows)
+            about[ROWS_CHECKSUM] = files.checksum(folder / "sweep.csv")
+            records.write_json(folder / "sweep.json", about)
     return rows
+
+
+def _check(cells: list[Cell], dataset: Dataset, config: SweepConfig) -> None:
+    """Raises UserError if a network or its measurement cannot be made."""
+    check_measurement(
+        config, config.batch_size * config.num_batches * dataset.num_classes
+    )
+    if config.train_batch_size > len(dataset.train_images):
+        raise UserError(
+            f"--train_batch_size: expected at most {len(dataset.train_images)} "
+            f"examples, got {config.train_batch_size}."
+        )
+    for cell in cells:
+        network = cell_network(cell, dataset.num_classes, config.rho)
+        check_weights(network, dataset.train_images.shape[1:])
+        paths = 4 * config.num_directions * config.batch_size * cell.width
+        check_fits("--num_directions", config.num_directions, "directions", paths)
 
 
 def measure_cell(
@@ -159,11 +183,6 @@ def _train(
 
     Batches are drawn again at every step; the order is a function of the seed.
     """
-    if config.train_batch_size > len(dataset.train_images):
-        raise UserError(
-            f"--train_batch_size: expected at most {len(dataset.train_images)} "
-            f"examples, got {config.train_batch_size}."
-        )
     rng = np.random.default_rng(seed)
     loss, finite = math.nan, True
     for _ in range(config.steps):

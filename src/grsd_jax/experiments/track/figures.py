@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 
-from grsd_jax.experiments.common import records
+from grsd_jax.experiments.common import files
 from grsd_jax.experiments.common.config import TITLES, UserError
 from grsd_jax.experiments.common.plotting import PAGE_WIDTH, look_of, save_figures
 
@@ -23,7 +23,7 @@ _MOST_PROFILES = 6
 _TIME = r"effective time $\tau = \sum \eta / (1 - \mu)$"
 
 
-def write_tracking_figures(tracks: Tracks, folder: records.PathLike) -> list[Any]:
+def write_tracking_figures(tracks: Tracks, folder: files.PathLike) -> list[Any]:
     """Draws every figure of tracked trainings, each as a PNG and a PDF.
 
     ``track_energies`` (energy of each shell), ``track_profiles`` (flux and velocity

@@ -5,24 +5,33 @@ was killed goes on with nothing lost and nothing doubled: `ProbeLog.rewind` drop
 was written after the checkpoint, and those records are made again.
 """
 
+from pathlib import Path
 from typing import Any
 
 from grsd_jax.dynamics import ProbeRecord
-from grsd_jax.experiments.common import records
+from grsd_jax.experiments.common import files, records
 
 
 class ProbeLog:
     """A file of JSON lines, one for each record.
 
+    Every line has its number and a checksum, so that one that was changed, lost or
+    doubled is noticed when the file is read.
+
     Args:
         path: The file; it need not exist, its folder must.
+
+    Attributes:
+        path: The file.
     """
 
-    def __init__(self, path: records.PathLike):
-        self._path = path
+    def __init__(self, path: files.PathLike):
+        self.path = files.as_path(path)
 
     def append(self, record: ProbeRecord, **more: Any) -> None:
         """Appends the line of a record, and syncs it to disk.
+
+        A last line that was cut short is completed or dropped first.
 
         Args:
             record: The record.
@@ -31,27 +40,58 @@ class ProbeLog:
         Raises:
             UserError: If the file cannot be written.
         """
-        records.append_jsonl(self._path, record_line(record) | more)
+        records.append_jsonl(self.path, record_line(record) | more)
 
-    def rewind(self, step: int) -> None:
+    def rewind(self, step: int) -> list[dict[str, Any]]:
         """Drops the lines after a step, and a last one that was cut short.
 
         Args:
             step: The step at which the run goes on, such as ``state.last_step`` of the
                 probe's state in the checkpoint.
 
+        Returns:
+            The lines that stay.
+
         Raises:
             UserError: If the file cannot be read or written.
         """
-        records.rewind_jsonl(self._path, step)
+        return records.rewind_jsonl(self.path, step)
 
     def read(self) -> list[dict[str, Any]]:
         """Returns the lines, as dictionaries; what was not finite is None.
 
         Raises:
-            UserError: If the file cannot be read.
+            UserError: If the file cannot be read, or a line was changed, lost or
+                doubled.
         """
-        return records.read_jsonl(self._path)
+        return records.read_jsonl(self.path)
+
+
+def read_tracks(workdir: Path) -> dict[str, list[dict[str, Any]]]:
+    """Reads the records of every network of a tracked training.
+
+    Args:
+        workdir: The folder of its ``results.json``.
+
+    Returns:
+        The records, by the network's name.
+
+    Raises:
+        UserError: If a file cannot be read, or has not as many records as the results
+            say.
+    """
+    about = workdir / "results.json"
+    results = records.read_json(about)
+    with files.reading(about, "the number of records of every network"):
+        counts = {name: int(x["num_records"]) for name, x in results["tracks"].items()}
+    tracks = {}
+    for name, count in counts.items():
+        log = ProbeLog(workdir / name / "records.jsonl")
+        tracks[name] = log.read()
+        if len(tracks[name]) != count:
+            wanted = f"{count} records, as '{about}' says"
+            raise files.cannot_read(log.path, wanted, len(tracks[name]))
+    return tracks
 
 
 def record_line(record: ProbeRecord) -> dict[str, Any]:

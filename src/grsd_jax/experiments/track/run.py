@@ -17,8 +17,8 @@ from flax import linen as nn
 
 from grsd_jax import Problem, Window, make_probe
 from grsd_jax.dynamics import ProbeState
-from grsd_jax.experiments.common import records
-from grsd_jax.experiments.common.config import TITLES, Config
+from grsd_jax.experiments.common import files, records
+from grsd_jax.experiments.common.config import TITLES, Config, UserError
 from grsd_jax.experiments.common.data import Dataset, measured_batches
 from grsd_jax.experiments.common.measurement import PROVENANCE, header
 from grsd_jax.experiments.common.networks import make_model
@@ -54,11 +54,17 @@ class Tracker:
     """
 
     def __init__(self, model: nn.Module, dataset: Dataset, config: Config, path: Path):
-        self._model, self._log = model, ProbeLog(path)
+        self._model, self.log = model, ProbeLog(path)
         self.settings = {name: getattr(config, name) for name in SETTINGS}
         batches = measured_batches(dataset, config)
         epoch_steps = len(dataset.train_images) // config.train_batch_size
-        schedule = make_schedule(config, total_steps=epoch_steps * config.epochs)
+        steps = epoch_steps * config.epochs
+        if 0 < steps < config.record_every:
+            raise UserError(
+                f"--record_every: expected at most the {steps} steps of the training, "
+                f"got {config.record_every}."
+            )
+        schedule = make_schedule(config, total_steps=steps)
         self._key = jax.random.key(config.seed)
         self._probe = make_probe(
             Problem(linen_outputs(model, {}), batches),
@@ -75,9 +81,13 @@ class Tracker:
         """Returns the probe's state before its first record."""
         return self._probe.init(self._key, state.params, problem=self._problem(state))
 
-    def rewind(self, step: int) -> None:
-        """Drops the lines after ``step``, and a last one that was cut short."""
-        self._log.rewind(step)
+    def rewind(self, own: ProbeState) -> None:
+        """Drops the lines after this state, and a last one that was cut short."""
+        last = int(own.last_step)
+        kept = [line["step"] for line in self.log.rewind(last)]
+        if last >= 0 and kept[-1:] != [last]:
+            wanted = f"the record of step {last}, the last before the checkpoint"
+            raise files.cannot_read(self.log.path, wanted, f"{kept[-1:]}")
 
     def update(self, own: ProbeState, state: TrainState, step: int) -> ProbeState:
         """Takes a record if one is due, and appends its line."""
@@ -95,7 +105,7 @@ class Tracker:
             step_seconds=step_seconds,
         )
         if record is not None:
-            self._log.append(record, train_step_seconds=step_seconds)
+            self.log.append(record, train_step_seconds=step_seconds)
         self._since, self._steps = time.perf_counter(), 0
         return own
 
@@ -130,9 +140,10 @@ def track(
         result = train(
             model, dataset, settings, config.workdir, name=name, callback=tracker
         )
-        lines[name] = records.read_jsonl(folder / "records.jsonl")
+        lines[name] = tracker.log.read()
         metrics = records.read_jsonl(folder / "metrics.jsonl")
-        entries[name] = summary(lines[name]) | PROVENANCE
+        with files.reading(tracker.log.path, "the records of a probe"):
+            entries[name] = summary(lines[name]) | PROVENANCE
         entries[name] |= {
             "test_accuracy": result.test_accuracy,
             "train_seconds": metrics[-1]["seconds"],
