@@ -206,6 +206,38 @@ def test_copies_are_found_when_the_krylov_space_closes():
     assert not np.any(cut.converged)
 
 
+REPEATED = {
+    "two": np.r_[np.full(6, 3.0), np.full(6, 2.0)],
+    "mixed": np.r_[[3.0] * 6, 2.5, 2.2, [2.0] * 5, [1.0] * 3],
+    "far apart": np.r_[np.full(6, 1.0), np.full(6, 1e-3), np.full(6, 1e-5)],
+}
+
+
+@pytest.mark.parametrize("width", [1, 2, 4])
+@pytest.mark.parametrize("name", REPEATED)
+def test_every_copy_is_found_or_said_to_be_missing(name, width):
+    # Directions die at different steps, so that new random ones run beside old ones.
+    values = np.r_[REPEATED[name], np.zeros(40 - len(REPEATED[name]))]
+    diagonal = jnp.asarray(values, jnp.float32)[:, None]
+    for num_pairs in (6, 12):
+        pairs = run(jax.jit(lambda block: diagonal * block), width, num_pairs, 40)
+        np.testing.assert_allclose(pairs.values, values[:num_pairs], atol=2e-6)
+        assert np.all(pairs.converged)
+        assert pairs.complete
+    cut = run(lambda block: diagonal * block, width, 6, 40, max_steps=-(-10 // width))
+    wrong = np.abs(cut.values - values[:6]) > 1e-3 * values[:6]
+    assert not np.any(cut.converged & wrong)
+
+
+def test_what_no_random_direction_has_shown_is_not_complete():
+    simple = operator("power -1")
+    assert run(simple, 2).complete  # a second copy of any value would have shown
+    assert not run(simple, 1).complete  # one start holds one copy of each
+    repeated = run(operator("12-fold top"), 4)
+    assert np.all(repeated.converged)
+    assert not repeated.complete
+
+
 def test_room_is_enlarged_when_it_is_used_up():
     values = np.linspace(1.0, 0.9, 60)
     diagonal = jnp.asarray(values, jnp.float32)[:, None]

@@ -86,8 +86,44 @@ def unit_vectors(
 
     The norms keep the axes, with length 1.
     """
-    norms = jnp.sqrt(jnp.sum(jnp.square(vectors), axis=axes, keepdims=True))
-    return vectors / divisor(norms), norms
+    unit = magnitude(vectors, axes)
+    scaled = vectors / unit
+    norms = jnp.sqrt(jnp.sum(jnp.square(scaled), axis=axes, keepdims=True))
+    return scaled / divisor(norms), norms * unit
+
+
+def magnitude(
+    array: jax.Array, axes: int | tuple[int, ...] | None = None
+) -> jax.Array:
+    """Returns the power of two at or below the largest absolute value along ``axes``.
+
+    Divided by it, numbers can be squared: none overflows, and what underflows does not
+    count beside the largest. The division is exact. It is 1 where all are zero or one
+    is not finite, and a constant to derivatives. The axes are kept, with length 1, or
+    all dropped for None.
+    """
+    sizes = jnp.abs(jax.lax.stop_gradient(array))
+    largest = jnp.max(sizes, axis=axes, keepdims=axes is not None, initial=0)
+    usable = jnp.isfinite(largest) & (largest > 0)
+    _, exponent = jnp.frexp(jnp.where(usable, largest, 1))
+    # In two factors, since the smallest exponent alone has no normal number.
+    half = exponent // 2
+    one = jnp.ones_like(largest)
+    power = jnp.ldexp(jnp.ldexp(one, half), exponent - 1 - half)
+    return jnp.where(usable, power, 1)
+
+
+def norm(
+    array: jax.Array, axis: int | tuple[int, ...] | None = None
+) -> jax.Array:
+    """Returns the Euclidean (or Frobenius) norm, whose squares never leave the dtype.
+
+    Its gradient at zero is zero.
+    """
+    unit = magnitude(array, axis)
+    total = jnp.sum(jnp.square(array / unit), axis=axis, keepdims=axis is not None)
+    root = jnp.where(total > 0, jnp.sqrt(jnp.where(total > 0, total, 1)), total)
+    return jnp.squeeze(root * unit, axis=() if axis is None else axis)
 
 
 @jax.jit

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from grsd_jax._arrays import divisor, matmul
+from grsd_jax._arrays import divisor, magnitude, matmul, norm
 from grsd_jax._checks import check_positive
 from grsd_jax.linalg.lanczos import LanczosResult
 
@@ -68,21 +68,23 @@ def ritz_pairs(
     # Columns beyond the n dimensions get a value of their own, so that they do not mix
     # with a null space.
     empty = jnp.all(result.basis == 0, axis=0)
-    apart = -2 * divisor(result.scale)
-    shifted = result.tridiagonal + jnp.diag(jnp.where(empty, apart, 0))
+    unit = magnitude(result.scale)
+    scale = result.scale / unit
+    apart = -2 * divisor(scale)
+    shifted = result.tridiagonal / unit + jnp.diag(jnp.where(empty, apart, 0))
     values, rotation = jnp.linalg.eigh(shifted)
     values, rotation = values[::-1], rotation[:, ::-1]
     real = values > apart / 2
     values = jnp.where(real, values, jnp.min(values, where=real, initial=jnp.inf))
     last_rows = rotation[-result.block_size :]
-    left_over = matmul(result.residual_block, last_rows)
-    residuals = jnp.linalg.norm(left_over, axis=0)
+    residuals = norm(matmul(result.residual_block / unit, last_rows), 0)
     eps = float(jnp.finfo(values.dtype).eps)
     vectors = matmul(result.basis, rotation)
-    bounds = residuals + rounding_bound(len(values), values.dtype) * result.scale
-    small = residuals + _SMALL_ROUNDING_EPS * eps * result.scale
+    bounds = residuals + rounding_bound(len(values), values.dtype) * scale
+    small = residuals + _SMALL_ROUNDING_EPS * eps * scale
     resolved = resolved_pairs(values, small, tolerance=tolerance, floor=floor)
-    return RitzPairs(values, vectors, bounds, resolved & real & result.finite)
+    resolved &= real & result.finite
+    return RitzPairs(values * unit, vectors, bounds * unit, resolved)
 
 
 def resolved_pairs(
