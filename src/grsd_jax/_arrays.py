@@ -14,13 +14,19 @@ def as_floating(
 ) -> jax.Array:
     """Returns ``array`` as a floating-point JAX array of the given shape.
 
+    Half precision is raised to float32: its squares leave the dtype at 256.
+
     Raises:
         ValueError: If the dtype is not a real floating one, or the shape differs.
     """
-    result = jnp.asarray(array)
-    check_floating(name, result)
-    check_shape(name, result, shape)
-    return result
+    check_floating(name, array)
+    check_shape(name, array, shape)
+    return at_least_single(jnp.asarray(array))
+
+
+def at_least_single(array: jax.Array) -> jax.Array:
+    """Returns floating numbers of less than 32 bits as float32, others unchanged."""
+    return array.astype(jnp.float32) if jnp.finfo(array.dtype).bits < 32 else array
 
 
 def as_mask(
