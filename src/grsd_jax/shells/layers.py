@@ -13,15 +13,16 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from grsd_jax._arrays import all_finite, divisor, matmul
+from grsd_jax._arrays import all_finite, divisor, matmul, norm
 from grsd_jax._typing import PyTree
 from grsd_jax.jacobian.plan import plan_of
 from grsd_jax.kernel.dense import layer_kernels
 from grsd_jax.kernel.derivative import gradient_flow_direction
 from grsd_jax.kernel.operator import multiply_at
 from grsd_jax.problem import Problem
-from grsd_jax.shells.binning import Shells, shell_coupling
+from grsd_jax.shells.binning import Shells, root_mean_squares
 from grsd_jax.shells.diagnostics import (
     CouplingMeasurement,
     CrossChecks,
@@ -93,14 +94,19 @@ def measure_layers(
             kernel, moved, tolerance=window.tolerance, floor=window.floor
         )
         pairs = leading_pairs(pairs, window)
-        unknown = jnp.full((), jnp.nan, kernel.dtype)
-        return diagnose(
+        unmade = jnp.zeros((), kernel.dtype)
+        measured = diagnose(
             pairs,
             coupling,
-            CrossChecks(unknown, unknown, all_finite((kernel, moved))),
+            CrossChecks(unmade, unmade, all_finite((kernel, moved))),
             key,
             labels=Labels("dense", form, "exact", point.reduction, coupled=False),
             binning=shells,
+        )
+        # NaN from the host: computed, it would stop a run under `jax_debug_nans`.
+        unknown = np.full((), np.nan, kernel.dtype)
+        return dataclasses.replace(
+            measured, secant_disagreement=unknown, operator_disagreement=unknown
         )
 
     kernels, moved = (list(part) for part in zip(*matrices.values(), strict=True))
@@ -115,7 +121,7 @@ def measure_layers(
 
 @jax.jit
 def _disagreement(product: jax.Array, vector: jax.Array, value: jax.Array) -> jax.Array:
-    return jnp.linalg.norm(product - value * vector) / divisor(value)
+    return norm(product - value * vector) / divisor(value)
 
 
 @partial(jax.jit, static_argnames="binning")
@@ -129,7 +135,7 @@ def _average(
 ) -> ToeplitzDiagnostics:
     """Averages the layers' couplings between the shells of M."""
     found = [
-        shell_coupling(
+        root_mean_squares(
             matmul(vectors.T, matmul(matrix, vectors)),
             values,
             shells,
@@ -138,5 +144,6 @@ def _average(
         )
         for matrix in moved
     ]
-    mean = jnp.mean(jnp.stack([part.matrix for part in found]), axis=0)
-    return toeplitz_diagnostics(found[0]._replace(matrix=mean), binning.window)
+    roots, masks = zip(*found, strict=True)
+    root = norm(jnp.stack(roots), 0) / len(roots) ** 0.5
+    return toeplitz_diagnostics(root, masks[0], binning.window)
