@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from grsd_jax._arrays import as_floating, as_mask, as_scalar, ratio
+from grsd_jax._arrays import as_floating, as_mask, as_scalar, norm, ratio
 from grsd_jax._checks import check_at_least
 
 
@@ -87,7 +87,7 @@ def closure_error(
     measured = jnp.where(known, change, 0)
     difference = jnp.where(defined, predicted - measured, 0)
     larger = jnp.maximum(jnp.abs(predicted), jnp.abs(measured))
-    size, scale = jnp.linalg.norm(difference), jnp.linalg.norm(measured)
+    size, scale = norm(difference), norm(measured)
     beyond = jnp.where(size > 0, jnp.inf, 0).astype(size.dtype)
     return ClosureError(
         measured_rate=measured,
