@@ -307,6 +307,52 @@ def test_arguments_survive_and_the_result_repeats():
     assert seen == steps + steps
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e20, 1e30])
+def test_operators_of_any_size(size):
+    values = size * np.geomspace(1, 1e-3, 40)
+    dense, _ = symmetric_with_spectrum(values)
+    matrix = jnp.asarray(dense, jnp.float32)
+    pairs = run(jax.jit(lambda block: matrix @ block), 2, 4, 40)
+    np.testing.assert_allclose(pairs.values, values[:4], rtol=1e-5)
+    assert np.all(pairs.converged)
+    true = np.asarray(matrix, np.float64) @ pairs.vectors - pairs.vectors * pairs.values
+    assert np.all(np.linalg.norm(true / size, axis=0) <= pairs.residuals / size)
+
+
+def test_values_that_leave_the_dtype_are_not_finite():
+    start = jax.random.normal(jax.random.key(0), (30, 2))
+    pairs = leading_eigenpairs(
+        lambda block: 3e38 * block * (1 + jnp.abs(block)),
+        start,
+        2,
+        key=jax.random.key(1),
+    )
+    assert not pairs.finite
+    assert not np.any(pairs.converged)
+
+
+@pytest.mark.usefixtures("x64")
+def test_bounds_in_float64_hold_the_rounding_of_the_small_solver():
+    values = np.r_[np.repeat([5.0, 4.0, 3.0], 6), np.zeros(62)]
+    dense, _ = symmetric_with_spectrum(values)
+    for size in (1.0, 1e-150, 1e150):
+        matrix = size * (dense + dense.T) / 2
+        pairs = leading_eigenpairs(
+            lambda block, m=jnp.asarray(matrix): m @ block,
+            jax.random.normal(jax.random.key(0), (80, 2), jnp.float64),
+            8,
+            key=jax.random.key(1),
+            tolerance=1e-13,
+        )
+        exact = (matrix / size).astype(np.longdouble)
+        found, vectors = (np.asarray(x) for x in (pairs.values / size, pairs.vectors))
+        true = np.linalg.norm(
+            (exact @ vectors - vectors * found).astype(np.float64), axis=0
+        )
+        assert np.all(true <= np.asarray(pairs.residuals) / size)
+        np.testing.assert_allclose(found, values[:8], rtol=1e-13)
+
+
 def test_wrong_operators_show_in_the_asymmetry():
     matrix = np.random.default_rng(0).normal(size=(30, 30)).astype(np.float32)
     assert run(lambda block: jnp.asarray(matrix) @ block, 2, 4, 30).asymmetry > 0.1

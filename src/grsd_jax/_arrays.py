@@ -98,9 +98,7 @@ def unit_vectors(
     return scaled / divisor(norms), norms * unit
 
 
-def magnitude(
-    array: jax.Array, axes: int | tuple[int, ...] | None = None
-) -> jax.Array:
+def magnitude(array: jax.Array, axes: int | tuple[int, ...] | None = None) -> jax.Array:
     """Returns the power of two at or below the largest absolute value along ``axes``.
 
     Divided by it, numbers can be squared: none overflows, and what underflows does not
@@ -119,9 +117,7 @@ def magnitude(
     return jnp.where(usable, power, 1)
 
 
-def norm(
-    array: jax.Array, axis: int | tuple[int, ...] | None = None
-) -> jax.Array:
+def norm(array: jax.Array, axis: int | tuple[int, ...] | None = None) -> jax.Array:
     """Returns the Euclidean (or Frobenius) norm, whose squares never leave the dtype.
 
     Its gradient at zero is zero.

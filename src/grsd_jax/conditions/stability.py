@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from grsd_jax._arrays import as_floating, as_mask, divisor, matmul
+from grsd_jax._arrays import as_floating, as_mask, divisor, matmul, norm
 from grsd_jax._checks import check_at_least
 from grsd_jax._typing import PyTree
 from grsd_jax.kernel.operator import (
@@ -26,6 +26,9 @@ from grsd_jax.linalg.eigenpairs import LeadingEigenpairs, leading_eigenpairs
 from grsd_jax.problem import Problem
 from grsd_jax.shells.binning import log_shells
 from grsd_jax.shells.diagnostics import CouplingMeasurement
+
+#: By how much vectors are scaled when their product with M leaves the dtype.
+_GAIN = 2.0**100
 
 
 class OperatorNorms(NamedTuple):
@@ -87,14 +90,16 @@ def operator_norms(
         _leading(operator, k, block_size, tolerance, max_steps)
         for operator, k in zip(operators, jax.random.split(key), strict=True)
     ]
-    values = jnp.concatenate([pair.values for pair in found])
-    residuals = jnp.concatenate([pair.residuals for pair in found])
-    norms = jnp.sqrt(jnp.maximum(values, 0))
+    pairs, gains = zip(*found, strict=True)
+    values = jnp.concatenate([pair.values for pair in pairs])
+    residuals = jnp.concatenate([pair.residuals for pair in pairs])
+    gains = jnp.asarray(gains, values.dtype)
+    norms = jnp.sqrt(jnp.maximum(values, 0)) / jnp.sqrt(gains)
     return OperatorNorms(
         jacobian=norms[0],
         derivative=norms[1],
         residuals=residuals / divisor(values),
-        converged=jnp.concatenate([pair.converged for pair in found]),
+        converged=jnp.concatenate([pair.converged for pair in pairs]),
     )
 
 
@@ -104,15 +109,32 @@ def _leading(
     block_size: int,
     tolerance: float,
     max_steps: int | None,
-) -> LeadingEigenpairs:
-    """Returns the pair of the largest eigenvalue."""
+) -> tuple[LeadingEigenpairs, float]:
+    """Returns the pair of the largest eigenvalue of a gain times M, and the gain.
+
+    The gain is 1, unless M, as the square of J, leaves the dtype where J does not.
+    """
     start_key, key = jax.random.split(key)
     size = operator.dimension
     width = min(block_size, size)
     start = jax.random.normal(start_key, (size, width), operator.dtype)
-    return leading_eigenpairs(
-        operator.matmat, start, 1, key=key, tolerance=tolerance, max_steps=max_steps
-    )
+
+    def found(gain: float) -> LeadingEigenpairs:
+        return leading_eigenpairs(
+            lambda block: operator.matmat(gain * block),
+            start,
+            1,
+            key=key,
+            tolerance=tolerance,
+            max_steps=max_steps,
+        )
+
+    first = found(1.0)
+    if first.finite and first.values[0] > 0:
+        return first, 1.0
+    gain = _GAIN if first.finite else 1 / _GAIN
+    second = found(gain)
+    return (second, gain) if second.finite and second.values[0] > 0 else (first, 1.0)
 
 
 class ProjectorDrift(NamedTuple):
@@ -169,9 +191,10 @@ def _projector_drift(
     # The parts outside the other subspace keep small angles accurate, unlike 1 - cos^2.
     outside = (v - matmul(w, matmul(w.T, v)), w - matmul(v, matmul(v.T, w)))
     largest = jnp.maximum(*(jnp.linalg.norm(part, 2) for part in outside))
-    squares = sum(jnp.sum(part**2) for part in outside)
     count = jnp.sum(left, dtype=v.dtype) + jnp.sum(right, dtype=v.dtype)
-    mean = jnp.sqrt(squares / jnp.maximum(count, 1))
+    mean = norm(jnp.stack([norm(part) for part in outside])) / jnp.sqrt(
+        jnp.maximum(count, 1)
+    )
     return ProjectorDrift(jnp.minimum(largest, 1), jnp.minimum(mean, 1))
 
 

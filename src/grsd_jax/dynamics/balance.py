@@ -403,6 +403,6 @@ def _fluxes(transfers: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 def _edge_density(energies: jax.Array, edges: jax.Array) -> jax.Array:
     """Returns the densities at the inner edges, the mean of both sides' in log."""
     edges = edges.astype(energies.dtype)
-    log_edges = jnp.log(edges)
-    both_widths = log_edges[2:] - log_edges[:-2]
+    roots = jnp.sqrt(edges)  # whose ratios stay in the range of the dtype
+    both_widths = 2 * jnp.log(roots[2:] / roots[:-2])
     return (energies[:-1] + energies[1:]) / both_widths / edges[1:-1]

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from grsd_jax._arrays import as_floating, as_mask
+from grsd_jax._arrays import as_floating, as_mask, magnitude
 from grsd_jax._checks import check_at_least, check_shape
 
 
@@ -255,19 +255,21 @@ def _log_edges(low: jax.Array, high: jax.Array, num_shells: int) -> jax.Array:
     """
     dtype = low.dtype
     info = jnp.finfo(dtype)
-    log_low, log_high = jnp.log(low), jnp.log(high)
-    magnitude = jnp.maximum(jnp.maximum(jnp.abs(log_low), jnp.abs(log_high)), 1)
-    least = num_shells * 8 * float(info.eps) * magnitude
+    # In units of the middle: logarithms of large and small numbers lose digits.
+    unit = magnitude(jnp.sqrt(low) * jnp.sqrt(high))
+    log_low, log_high = jnp.log(low / unit), jnp.log(high / unit)
+    farthest = jnp.maximum(jnp.maximum(jnp.abs(log_low), jnp.abs(log_high)), 1)
+    least = num_shells * 8 * float(info.eps) * farthest
     too_narrow = log_high - log_low < least
     middle = (log_low + log_high) / 2
     log_low = jnp.where(too_narrow, middle - least / 2, log_low)
     log_high = jnp.where(too_narrow, middle + least / 2, log_high)
 
-    low = jnp.where(too_narrow, jnp.exp(log_low), low)
-    high = jnp.where(too_narrow, jnp.exp(log_high), high)
+    low = jnp.where(too_narrow, jnp.exp(log_low) * unit, low)
+    high = jnp.where(too_narrow, jnp.exp(log_high) * unit, high)
     low, high = jnp.maximum(low, info.tiny), jnp.minimum(high, info.max)
     fractions = jnp.arange(1, num_shells, dtype=dtype) / num_shells
-    inner = jnp.exp(log_low + (log_high - log_low) * fractions)
+    inner = jnp.exp(log_low + (log_high - log_low) * fractions) * unit
     return jnp.concatenate([low[None], jnp.clip(inner, low, high), high[None]])
 
 
@@ -278,9 +280,7 @@ def _root_mean_squares(
     num_shells = counts.shape[0]
     groups = jnp.where(index >= 0, index, num_shells)
 
-    def over_pairs(
-        combine: Callable[..., jax.Array], entries: jax.Array
-    ) -> jax.Array:
+    def over_pairs(combine: Callable[..., jax.Array], entries: jax.Array) -> jax.Array:
         rows = combine(entries, groups, num_shells + 1)
         return combine(rows.T, groups, num_shells + 1).T
 

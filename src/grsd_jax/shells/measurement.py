@@ -13,7 +13,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from grsd_jax._arrays import all_finite, divisor, is_traced, magnitude, matmul, norm
+from grsd_jax._arrays import all_finite, is_traced, magnitude, matmul, norm
 from grsd_jax._checks import check_choice
 from grsd_jax._memory import naming_what_to_lower
 from grsd_jax._typing import PyTree
@@ -249,9 +249,7 @@ def _cross_checks(
     errors = [evaluate(point.error_fn, point.params, batch) for batch in point.parts]
     numbers = (coupling, pairs.values, errors, point.params, point.direction)
     return CrossChecks(
-        secant_disagreement=norm(first - other) / divisor(norm(difference)),
-        operator_disagreement=(
-            jnp.max(left_over) / divisor(jnp.max(jnp.abs(pairs.values)))
-        ),
+        secant_disagreement=norm(first - other) / norm(difference),
+        operator_disagreement=(jnp.max(left_over) / jnp.max(jnp.abs(pairs.values))),
         finite=all_finite(numbers),
     )

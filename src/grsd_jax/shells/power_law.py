@@ -18,7 +18,7 @@ class PowerLawFit(NamedTuple):
 
     Attributes:
         exponent: [], the slope p; NaN with fewer than 2 points or a single distinct x.
-        prefactor: [], c; NaN with the exponent, 0 or infinite where it leaves the dtype.
+        prefactor: [], c; NaN with the exponent, 0 or infinite if it leaves the dtype.
         r_squared: [], the share of the variance of ``log y`` that the line explains;
             NaN with the exponent, or if ``log y`` has no variance.
         exponent_stderr: [], the standard error of the exponent for independent errors
