@@ -19,9 +19,10 @@ def as_floating(
     Raises:
         ValueError: If the dtype is not a real floating one, or the shape differs.
     """
-    check_floating(name, array)
-    check_shape(name, array, shape)
-    return at_least_single(jnp.asarray(array))
+    result = jnp.asarray(array)
+    check_floating(name, result)
+    check_shape(name, result, shape)
+    return at_least_single(result)
 
 
 def at_least_single(array: jax.Array) -> jax.Array:

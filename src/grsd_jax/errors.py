@@ -171,6 +171,11 @@ def _outputs_and_targets(
             f"{outputs_name}: expected at least {min_axes} axes, examples first, "
             f"got shape {list(outputs.shape)}."
         )
+    if outputs.shape[-1] == 0:
+        raise ValueError(
+            f"{outputs_name}: expected at least one output, got shape "
+            f"{list(outputs.shape)}."
+        )
     floating = jnp.issubdtype(jnp.result_type(labels), jnp.floating)
     if floating or np.ndim(labels) == outputs.ndim:
         check_shape(labels_name, labels, outputs.shape)

@@ -310,7 +310,7 @@ def invariance_checks(
 
 
 def _with_reason(check: Check, measured: CouplingMeasurement) -> Check:
-    """Returns a check with its reason if its number is undefined, and without if not."""
+    """Returns a check with its reason if its number is undefined, else without."""
     if not math.isnan(check.number):
         return check._replace(reason="")
     return check if trusted(measured) else check._replace(reason=_UNTRUSTED)

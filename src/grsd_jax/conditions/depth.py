@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.special import ndtr, ndtri
 
-from grsd_jax._arrays import matmul, norm, unit_vectors
+from grsd_jax._arrays import at_least_single, matmul, norm, unit_vectors
 from grsd_jax._checks import check_at_least, check_floating
 
 
@@ -138,7 +138,7 @@ def increment_statistics(increments: jax.typing.ArrayLike) -> IncrementStatistic
         Paper A.3.3, "Self-averaging"; the statistics are ours.
     """
     check_floating("increments", increments)
-    increments = jnp.asarray(increments)
+    increments = at_least_single(jnp.asarray(increments))
     depth = increments.shape[0] if increments.ndim else 0
     check_at_least("increments: blocks", depth, 1)
     increments = increments.reshape(depth, -1)
@@ -218,7 +218,7 @@ def direction_memory(overlap: jax.typing.ArrayLike) -> jax.Array:
 
 def _overlap(overlap: jax.typing.ArrayLike) -> jax.Array:
     check_floating("overlap", overlap)
-    overlap = jnp.asarray(overlap)
+    overlap = at_least_single(jnp.asarray(overlap))
     if overlap.ndim != 2 or overlap.shape[0] != overlap.shape[1] or len(overlap) < 2:
         raise ValueError(
             "overlap: expected a square matrix of at least two rows, got shape "

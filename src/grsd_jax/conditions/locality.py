@@ -148,6 +148,7 @@ def smallest_band(profile: jax.typing.ArrayLike, share: float) -> jax.Array:
         ValueError: If ``profile`` is not a floating vector or the share out of range.
     """
     profile = as_floating("profile", profile, [None])
+    check_at_least("len(profile)", profile.shape[0], 1)
     if not 0 < share <= 1:
         raise ValueError(f"share: expected a number in (0, 1], got {share!r}.")
     return _smallest_band(profile, share)

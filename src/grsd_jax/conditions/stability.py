@@ -140,6 +140,8 @@ def _leading(
 class ProjectorDrift(NamedTuple):
     """How far two subspaces are apart, each measure in [0, 1].
 
+    NaN if a column that spans one of them has no unit norm.
+
     Attributes:
         operator: [], ``|P - Q|_op``, the sine of the largest angle; 1 if the dimensions
             differ.
@@ -192,10 +194,17 @@ def _projector_drift(
     outside = (v - matmul(w, matmul(w.T, v)), w - matmul(v, matmul(v.T, w)))
     largest = jnp.maximum(*(jnp.linalg.norm(part, 2) for part in outside))
     count = jnp.sum(left, dtype=v.dtype) + jnp.sum(right, dtype=v.dtype)
-    mean = norm(jnp.stack([norm(part) for part in outside])) / jnp.sqrt(
-        jnp.maximum(count, 1)
+    whole = norm(jnp.stack([norm(part) for part in outside]))
+    mean = whole / jnp.sqrt(jnp.maximum(count, 1))
+    unit = _have_unit_norm(v, left) & _have_unit_norm(w, right)
+    return ProjectorDrift(
+        *(jnp.where(unit, jnp.minimum(x, 1), jnp.nan) for x in (largest, mean))
     )
-    return ProjectorDrift(jnp.minimum(largest, 1), jnp.minimum(mean, 1))
+
+
+def _have_unit_norm(columns: jax.Array, chosen: jax.Array) -> jax.Array:
+    """Whether the chosen columns can be orthonormal at all."""
+    return jnp.all(~chosen | (jnp.abs(norm(columns, 0) - 1) < 0.01))
 
 
 def log_lipschitz(
@@ -218,7 +227,7 @@ def log_lipschitz(
             positive count as masked.
 
     Returns:
-        [], NaN where no two neighbours are valid.
+        [], NaN where no two neighbours are valid, or one is not finite.
 
     Raises:
         ValueError: If a shape or dtype does not fit.
@@ -235,10 +244,13 @@ def log_lipschitz(
 def _largest_slope(
     statistic: jax.Array, centers: jax.Array, mask: jax.Array
 ) -> jax.Array:
-    valid = mask & (statistic > 0)
+    valid = mask & ~(statistic <= 0)  # what is NaN shows in the result
     logs = jnp.log(jnp.where(valid, statistic, 1))
     both = valid[1:] & valid[:-1]
-    slopes = jnp.abs(jnp.diff(logs)) / jnp.abs(jnp.diff(jnp.log(centers)))
+    spacing = jnp.abs(jnp.diff(jnp.log(centers)))
+    slopes = jnp.abs(jnp.diff(logs)) / jnp.where(
+        jnp.isfinite(spacing), spacing, jnp.nan
+    )
     largest = jnp.max(jnp.where(both, slopes, 0), initial=0.0)
     return jnp.where(jnp.any(both), largest, jnp.nan)
 

@@ -112,7 +112,7 @@ class Verdict(NamedTuple):
 
     @property
     def outcome(self) -> Outcome:
-        """``"fails"`` if a check does, else ``"undecided"`` if one is or none is there."""
+        """``"fails"`` if a check fails, else ``"holds"`` if there are some and all do."""
         outcomes = {check.outcome for check in self.checks} or {"undecided"}
         if "fails" in outcomes:
             return "fails"

@@ -169,8 +169,8 @@ def basis_rotation(
             are one cluster. Default: 4 eps, the rounding of the eigenvalues.
 
     Returns:
-        The rotation, the clusters and their number of members. Rows and columns of
-        values that are not finite are NaN.
+        The rotation, the clusters and their number of members. Entries of values or
+        couplings that are not finite are NaN.
 
     Raises:
         ValueError: If the shapes do not fit together, an array is not floating, or
@@ -188,7 +188,8 @@ def basis_rotation(
     differences = jnp.where(together, 1, values[None, :] - values[:, None])
     matrix = jnp.where(together, 0, (coupling / 2 + coupling.T / 2) / differences)
     known = jnp.isfinite(values)
-    matrix = jnp.where(known[:, None] & known[None, :], matrix, jnp.nan)
+    known = known[:, None] & known[None, :] & jnp.isfinite(coupling)
+    matrix = jnp.where(known & known.T, matrix, jnp.nan)
     shared = jnp.sum(together, axis=1, dtype=jnp.int32) > 1
     return BasisRotation(matrix, clusters, jnp.sum(shared, dtype=jnp.int32))
 

@@ -127,7 +127,7 @@ def edge_crossings(
             not finite are left out.
 
     Returns:
-        Counts and energies, [S+1] each.
+        Counts and energies, [S+1] each; NaN at an edge that is not finite.
 
     Raises:
         ValueError: If the shapes do not fit together or an array is not floating.
@@ -147,12 +147,17 @@ def edge_crossings(
     up = ~was_above & is_above & followed[None, :]
     down = was_above & ~is_above & followed[None, :]
     energies = jnp.square(jnp.where(followed, projections, 0))[None, :]
+    known = jnp.isfinite(edges)
     return EdgeCrossings(
         up=jnp.sum(up, axis=1, dtype=jnp.int32),
         down=jnp.sum(down, axis=1, dtype=jnp.int32),
-        energy_up=jnp.sum(jnp.where(up, energies, 0), axis=1),
-        energy_down=jnp.sum(jnp.where(down, energies, 0), axis=1),
+        energy_up=_where_known(known, jnp.sum(jnp.where(up, energies, 0), axis=1)),
+        energy_down=_where_known(known, jnp.sum(jnp.where(down, energies, 0), axis=1)),
     )
+
+
+def _where_known(known: jax.Array, energies: jax.Array) -> jax.Array:
+    return jnp.where(known, energies, jnp.nan)
 
 
 def _above(values: jax.Array, edges: jax.Array) -> jax.Array:

@@ -21,7 +21,7 @@ class SpectralDensity(NamedTuple):
         mass_below: [], the eigenvalues below the floor, zero ones included.
 
     The sum of ``density`` times the spacing of log lambda, plus ``mass_below``, is the
-    ``dimension`` that was asked for.
+    ``dimension`` that was asked for. Both are NaN if a product of a run was not finite.
     """
 
     grid: jax.Array
@@ -84,9 +84,11 @@ def spectral_density(
     grid = jnp.linspace(low - 4 * width, jnp.log(top) + 4 * width, num_points)
     spacing = grid[1] - grid[0]
     bumps = jax.nn.softmax(-(((grid[:, None] - logs[None]) / width) ** 2) / 2, axis=0)
-    density = matmul(bumps, jnp.where(above, weights, 0))
+    density = matmul(bumps, jnp.where(above, weights, 0)) / spacing
     mass_below = jnp.sum(jnp.where(above, 0, weights))
-    return SpectralDensity(jnp.exp(grid) * unit, density / spacing, mass_below)
+    finite = jnp.all(jnp.stack([run.finite for run in runs]))
+    density, mass_below = (jnp.where(finite, x, jnp.nan) for x in (density, mass_below))
+    return SpectralDensity(jnp.exp(grid) * unit, density, mass_below)
 
 
 def _gauss_rule(run: LanczosResult) -> tuple[jax.Array, jax.Array]:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from grsd_jax._arrays import divisor, magnitude, matmul, norm
+from grsd_jax._arrays import as_floating, divisor, magnitude, matmul, norm
 from grsd_jax._checks import check_positive
 from grsd_jax.linalg.lanczos import LanczosResult
 
@@ -88,8 +88,8 @@ def ritz_pairs(
 
 
 def resolved_pairs(
-    values: jax.Array,
-    residuals: jax.Array,
+    values: jax.typing.ArrayLike,
+    residuals: jax.typing.ArrayLike,
     *,
     tolerance: float = 0.05,
     floor: float | None = None,
@@ -103,16 +103,19 @@ def resolved_pairs(
         floor: Smallest value, relative to the largest; ten eps of the dtype if None.
 
     Returns:
-        ``[r]`` bool.
+        ``[r]`` bool; False where a number is NaN, everywhere if a value is infinite.
 
     Raises:
-        ValueError: If ``tolerance`` or ``floor`` is not a finite number above zero.
+        ValueError: If a shape or dtype does not fit, or ``tolerance`` or ``floor`` is
+            not a finite number above zero.
     """
+    values = as_floating("values", values, [None])
+    residuals = as_floating("residuals", residuals, values.shape)
     check_positive("tolerance", tolerance)
     floor = default_floor(values.dtype) if floor is None else floor
     check_positive("floor", floor)
     accurate = residuals <= tolerance * values
-    return accurate & (values > floor * jnp.max(values))
+    return accurate & (values > floor * jnp.max(values, initial=0))
 
 
 def rounding_bound(num_pairs: int, dtype: jax.typing.DTypeLike) -> float:

@@ -124,7 +124,7 @@ def centre_toeplitz_residual(
         windows: [W], the :func:`windowed_toeplitz_residual`, NaN where undefined. On
             the host: this function cannot be traced.
         degrees_of_freedom: [W], the :func:`windowed_toeplitz_degrees_of_freedom`.
-            Default: every residual that is not NaN is defined.
+            Default: every residual that is finite is defined.
 
     Returns:
         The mean, in float64, over the one or two defined windows nearest to the centre;
@@ -134,7 +134,7 @@ def centre_toeplitz_residual(
         Paper 7.5.
     """
     residuals = np.asarray(windows, np.float64)
-    defined = ~np.isnan(residuals)
+    defined = np.isfinite(residuals)
     if degrees_of_freedom is not None:
         defined &= np.asarray(degrees_of_freedom) > 0
     if np.sum(defined) < 3:
