@@ -177,8 +177,48 @@ def test_checks():
     assert Check("a", 0.5, 1.0, error=0.9).holds
     assert str(Check("a", 0.5, 1.0)) == "a: 0.5 <= 1 holds"
     told = str(Check("a", 0.5, 1.0, error=0.125, converged=False))
-    assert told == "a: 0.5 +- 0.12 <= 1 fails (not converged)"
-    assert not Verdict((Check("a", 1.0, 1.0), Check("b", 2.0, 1.0))).holds
+    assert told == "a: 0.5 +- 0.12 <= 1 undecided (not converged)"
+    assert str(Check("a", 0.5, 1.0, count=7)) == "a: 0.5 <= 1 holds (of 7)"
+    told = str(Check("a", float("nan"), 1.0, reason="one point"))
+    assert told == "a: n/a, undecided (one point)"
+
+
+def test_a_verdict_without_evidence_is_undecided():
+    holds, fails = Check("a", 1.0, 1.0), Check("b", 2.0, 1.0)
+    undecided = Check("c", float("nan"), 1.0, reason="one point")
+    for checks, outcome in (
+        ((holds, holds), "holds"),
+        ((holds, fails, undecided), "fails"),
+        ((holds, undecided), "undecided"),
+        ((holds, Check("d", 0.5, 1.0, converged=False)), "undecided"),
+        ((), "undecided"),
+    ):
+        verdict = Verdict(checks)
+        assert verdict.outcome == outcome
+        assert verdict.holds == (outcome == "holds")
+    assert str(Verdict((holds,))) == "holds\n  a: 1 <= 1 holds"
+
+
+def test_a_network_that_does_not_move_decides_nothing():
+    def still(params, batch):
+        return 0 * block_problems.branches_error(params, batch) + 1
+
+    problem, params, blocks = block_problems.branches(error_fn=still)
+    got = condition_report(path(problem, params, params), blocks, **OPTIONS)
+    for verdict in got.verdicts.values():
+        assert verdict.outcome == "undecided"
+        for check in verdict.checks:
+            assert np.isnan(check.number), check
+            assert check.reason
+    assert np.isnan(got.condition4.measurements[0].literal.residual)
+
+
+def test_distances_that_do_not_occur_are_undecided(mlp_report):
+    got, _ = mlp_report  # of two blocks
+    tail, distant = got.verdicts["condition2"].checks
+    assert tail.count == 1
+    assert distant.outcome == "undecided"
+    assert distant.reason == "no two blocks so far apart have a Jacobian"
 
 
 def test_checks_tell_how_far_off_they_may_be_and_what_did_not_converge(

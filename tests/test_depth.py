@@ -143,6 +143,7 @@ def test_it_works_under_jit_and_keeps_dead_directions_finite_elsewhere():
     dead = state_increments([jnp.zeros_like], jnp.ones((1, 2)), key=jax.random.key(0))
     assert np.all(np.isneginf(dead.increments))
     assert correlation_time(dead.overlap) == 0
+    assert np.isnan(correlation_time(dead.overlap * jnp.nan))
 
 
 def test_bad_arguments_are_named():

@@ -206,6 +206,38 @@ def test_copies_are_found_when_the_krylov_space_closes():
     assert not np.any(cut.converged)
 
 
+REPEATED = {
+    "two": np.r_[np.full(6, 3.0), np.full(6, 2.0)],
+    "mixed": np.r_[[3.0] * 6, 2.5, 2.2, [2.0] * 5, [1.0] * 3],
+    "far apart": np.r_[np.full(6, 1.0), np.full(6, 1e-3), np.full(6, 1e-5)],
+}
+
+
+@pytest.mark.parametrize("width", [1, 2, 4])
+@pytest.mark.parametrize("name", REPEATED)
+def test_every_copy_is_found_or_said_to_be_missing(name, width):
+    # Directions die at different steps, so that new random ones run beside old ones.
+    values = np.r_[REPEATED[name], np.zeros(40 - len(REPEATED[name]))]
+    diagonal = jnp.asarray(values, jnp.float32)[:, None]
+    for num_pairs in (6, 12):
+        pairs = run(jax.jit(lambda block: diagonal * block), width, num_pairs, 40)
+        np.testing.assert_allclose(pairs.values, values[:num_pairs], atol=2e-6)
+        assert np.all(pairs.converged)
+        assert pairs.complete
+    cut = run(lambda block: diagonal * block, width, 6, 40, max_steps=-(-10 // width))
+    wrong = np.abs(cut.values - values[:6]) > 1e-3 * values[:6]
+    assert not np.any(cut.converged & wrong)
+
+
+def test_what_no_random_direction_has_shown_is_not_complete():
+    simple = operator("power -1")
+    assert run(simple, 2).complete  # a second copy of any value would have shown
+    assert not run(simple, 1).complete  # one start holds one copy of each
+    repeated = run(operator("12-fold top"), 4)
+    assert np.all(repeated.converged)
+    assert not repeated.complete
+
+
 def test_room_is_enlarged_when_it_is_used_up():
     values = np.linspace(1.0, 0.9, 60)
     diagonal = jnp.asarray(values, jnp.float32)[:, None]
@@ -273,6 +305,51 @@ def test_arguments_survive_and_the_result_repeats():
     np.testing.assert_array_equal(first.vectors, second.vectors)
     steps = list(range(1, first.num_columns // 2 + 1))
     assert seen == steps + steps
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e20, 1e30])
+def test_operators_of_any_size(size):
+    values = size * np.geomspace(1, 1e-3, 40)
+    dense, _ = symmetric_with_spectrum(values)
+    matrix = jnp.asarray(dense, jnp.float32)
+    pairs = run(jax.jit(lambda block: matrix @ block), 2, 4, 40)
+    np.testing.assert_allclose(pairs.values, values[:4], rtol=1e-5)
+    assert np.all(pairs.converged)
+    found, vectors = (np.asarray(x, np.float64) for x in (pairs.values, pairs.vectors))
+    true = np.asarray(matrix, np.float64) @ vectors - vectors * found
+    assert np.all(np.linalg.norm(true, axis=0) <= np.asarray(pairs.residuals))
+
+
+def test_values_that_leave_the_dtype_are_not_finite():
+    start = jax.random.normal(jax.random.key(0), (30, 2))
+    matrix = 3e38 * jnp.ones((30, 30))
+    pairs = leading_eigenpairs(
+        lambda block: matrix @ block, start, 2, key=jax.random.key(1)
+    )
+    assert not pairs.finite
+    assert not np.any(pairs.converged)
+
+
+@pytest.mark.usefixtures("x64")
+def test_bounds_in_float64_hold_the_rounding_of_the_small_solver():
+    values = np.r_[np.repeat([5.0, 4.0, 3.0], 6), np.zeros(62)]
+    dense, _ = symmetric_with_spectrum(values)
+    for size in (1.0, 1e-150, 1e150):
+        matrix = size * (dense + dense.T) / 2
+        pairs = leading_eigenpairs(
+            functools.partial(jnp.matmul, matrix),
+            jax.random.normal(jax.random.key(0), (80, 2), jnp.float64),
+            8,
+            key=jax.random.key(1),
+            tolerance=1e-13,
+        )
+        exact = (matrix / size).astype(np.longdouble)
+        found, vectors = (np.asarray(x) for x in (pairs.values / size, pairs.vectors))
+        true = np.linalg.norm(
+            (exact @ vectors - vectors * found).astype(np.float64), axis=0
+        )
+        assert np.all(true <= np.asarray(pairs.residuals) / size)
+        np.testing.assert_allclose(found, values[:8], rtol=1e-13)
 
 
 def test_wrong_operators_show_in_the_asymmetry():

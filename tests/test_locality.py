@@ -148,6 +148,7 @@ def test_distances_and_bands():
     bands = [int(smallest_band(profile, share)) for share in (0.5, 0.6, 0.9, 0.95, 1)]
     assert bands == [0, 0, 1, 2, 2]
     assert smallest_band(np.zeros(3, np.float32), 0.9) == 0
+    assert smallest_band(np.float32([1, np.nan, 0]), 0.9) == -1
 
 
 def test_bad_input_is_named(mlp):

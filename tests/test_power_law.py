@@ -202,6 +202,18 @@ def test_vmap_and_jit():
             np.testing.assert_allclose(got[k], want, rtol=1e-4)
 
 
+def test_compute_in_operations_with_zeros_and_gaps():
+    x = np.geomspace(1e18, 1e25, 15)
+    y = 3.0 * (x / 1e20) ** -0.05
+    y[4], y[9] = 0.0, np.nan
+    for unit in (1.0, 100.0, 1e-30):
+        fit = fit_power_law(np.float32(x * unit), np.float32(y))
+        assert abs(fit.exponent + 0.05) < 1e-6
+        assert fit.num_points == 13
+    with pytest.raises(ValueError, match="x: expected a real floating dtype"):
+        fit_power_law([1, 10, 100], [1.0, 2.0, 4.0])
+
+
 def test_gradient_of_the_exponent(x64):
     x, y = planted(1.0, 2.0, 0.3, dtype=np.float64)
     gradient = jax.grad(lambda y: fit_power_law(x, y).exponent)(y)

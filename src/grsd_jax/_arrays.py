@@ -14,13 +14,20 @@ def as_floating(
 ) -> jax.Array:
     """Returns ``array`` as a floating-point JAX array of the given shape.
 
+    Half precision is raised to float32: its squares leave the dtype at 256.
+
     Raises:
         ValueError: If the dtype is not a real floating one, or the shape differs.
     """
     result = jnp.asarray(array)
     check_floating(name, result)
     check_shape(name, result, shape)
-    return result
+    return at_least_single(result)
+
+
+def at_least_single(array: jax.Array) -> jax.Array:
+    """Returns floating numbers of less than 32 bits as float32, others unchanged."""
+    return array.astype(jnp.float32) if jnp.finfo(array.dtype).bits < 32 else array
 
 
 def as_mask(
@@ -86,8 +93,40 @@ def unit_vectors(
 
     The norms keep the axes, with length 1.
     """
-    norms = jnp.sqrt(jnp.sum(jnp.square(vectors), axis=axes, keepdims=True))
-    return vectors / divisor(norms), norms
+    unit = magnitude(vectors, axes)
+    scaled = vectors / unit
+    norms = jnp.sqrt(jnp.sum(jnp.square(scaled), axis=axes, keepdims=True))
+    return scaled / divisor(norms), norms * unit
+
+
+def magnitude(array: jax.Array, axes: int | tuple[int, ...] | None = None) -> jax.Array:
+    """Returns the power of two at or below the largest absolute value along ``axes``.
+
+    Divided by it, numbers can be squared: none overflows, and what underflows does not
+    count beside the largest. The division is exact. It is 1 where all are zero or one
+    is not finite, and a constant to derivatives. The axes are kept, with length 1, or
+    all dropped for None.
+    """
+    sizes = jnp.abs(jax.lax.stop_gradient(array))
+    largest = jnp.max(sizes, axis=axes, keepdims=axes is not None, initial=0)
+    usable = jnp.isfinite(largest) & (largest > 0)
+    _, exponent = jnp.frexp(jnp.where(usable, largest, 1))
+    # In two factors, since the smallest exponent alone has no normal number.
+    half = exponent // 2
+    one = jnp.ones_like(largest)
+    power = jnp.ldexp(jnp.ldexp(one, half), exponent - 1 - half)
+    return jnp.where(usable, power, 1)
+
+
+def norm(array: jax.Array, axis: int | tuple[int, ...] | None = None) -> jax.Array:
+    """Returns the Euclidean (or Frobenius) norm, whose squares never leave the dtype.
+
+    Its gradient at zero is zero.
+    """
+    unit = magnitude(array, axis)
+    total = jnp.sum(jnp.square(array / unit), axis=axis, keepdims=axis is not None)
+    root = jnp.where(total > 0, jnp.sqrt(jnp.where(total > 0, total, 1)), total)
+    return jnp.squeeze(root * unit, axis=() if axis is None else axis)
 
 
 @jax.jit

@@ -2,13 +2,19 @@
 
 An error maps a model's outputs ``[N, ..., C]`` and the labels to ``[N, ..., C]``; each
 is the gradient, output by output, of the loss beside it (paper 3.1 and 7.1). Axes
-between N and C are positions, such as those of a sequence.
+between N and C are positions, such as those of a sequence. Outputs of half precision
+are raised to float32 first.
+
+Nothing cancels for a fitted example: the probability of the likeliest class enters as
+what the others leave of 1, so errors and losses of 1e-7 and below, and all their
+derivatives, are as accurate as the logits.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grsd_jax._arrays import at_least_single
 from grsd_jax._checks import check_floating, check_shape
 
 
@@ -26,7 +32,8 @@ def softmax_error(logits: jax.Array, labels: jax.typing.ArrayLike) -> jax.Array:
 
     Returns:
         The error ``[N, ..., C]``, dimensionless, each entry in ``[-1, 1]``. A class out
-        of range that could not be seen at trace time gives its position a row of NaN.
+        of range that could not be seen at trace time gives its position a row of NaN,
+        as does a logit that is NaN or plus infinity.
 
     Raises:
         ValueError: If the shapes or dtypes do not fit, or a concrete integer label lies
@@ -35,8 +42,13 @@ def softmax_error(logits: jax.Array, labels: jax.typing.ArrayLike) -> jax.Array:
     References:
         Paper 7.1, "Error representation".
     """
-    targets = _class_targets(logits, labels, min_axes=2)
-    return jax.nn.softmax(logits, axis=-1) - targets
+    logits, targets = _outputs_and_targets(logits, labels, min_axes=2)
+    likeliest, gaps = _below_likeliest(logits)
+    odds = jnp.exp(gaps)
+    total = jnp.sum(odds, axis=-1, keepdims=True)
+    others = jnp.where(likeliest, 0, odds) / total
+    left = 1 - targets - jnp.sum(others, axis=-1, keepdims=True)
+    return jnp.where(likeliest, left, others - targets)
 
 
 def squared_error(outputs: jax.Array, targets: jax.typing.ArrayLike) -> jax.Array:
@@ -58,7 +70,10 @@ def squared_error(outputs: jax.Array, targets: jax.typing.ArrayLike) -> jax.Arra
     References:
         Paper 3.1, the setting of the theorem.
     """
-    return outputs - _class_targets(outputs, targets, names=("outputs", "targets"))
+    outputs, targets = _outputs_and_targets(
+        outputs, targets, names=("outputs", "targets")
+    )
+    return outputs - targets
 
 
 def softmax_basis(num_classes: int) -> np.ndarray:
@@ -88,6 +103,9 @@ def softmax_basis(num_classes: int) -> np.ndarray:
 def softmax_cross_entropy(logits: jax.Array, labels: jax.typing.ArrayLike) -> jax.Array:
     """Cross-entropy ``-sum_c onehot(y)_c log softmax(z)_c`` of every position.
 
+    Its gradient by the logits is `softmax_error`, to the last bits for targets that sum
+    to one.
+
     Args:
         logits: Model outputs z, ``[N, ..., C]``.
         labels: Integer classes ``[N, ...]``, or one-hot (or soft) ``[N, ..., C]``.
@@ -98,8 +116,12 @@ def softmax_cross_entropy(logits: jax.Array, labels: jax.typing.ArrayLike) -> ja
     Raises:
         ValueError: As for `softmax_error`.
     """
-    targets = _class_targets(logits, labels, min_axes=2)
-    return -jnp.sum(targets * jax.nn.log_softmax(logits, axis=-1), axis=-1)
+    logits, targets = _outputs_and_targets(logits, labels, min_axes=2)
+    likeliest, gaps = _below_likeliest(logits)
+    others = jnp.sum(jnp.where(likeliest, 0, jnp.exp(gaps)), axis=-1)
+    # -log p of a class is how far its logit lies below the top, and log sum exp of it.
+    shares = targets * jnp.where(targets == 0, 0, -gaps)
+    return jnp.sum(shares, axis=-1) + jnp.sum(targets, axis=-1) * jnp.log1p(others)
 
 
 def half_squared_loss(outputs: jax.Array, targets: jax.typing.ArrayLike) -> jax.Array:
@@ -120,25 +142,44 @@ def half_squared_loss(outputs: jax.Array, targets: jax.typing.ArrayLike) -> jax.
     return jnp.sum(squares, axis=tuple(range(1, squares.ndim))) / 2
 
 
-def _class_targets(
+def _below_likeliest(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the one likeliest class as a mask, and how far each logit lies below.
+
+    Its own gap of 0 does not move, so that it adds no large derivatives that cancel.
+    """
+    classes = jnp.arange(logits.shape[-1], dtype=jnp.int32)
+    highest = jnp.argmax(logits, axis=-1, keepdims=True).astype(jnp.int32)
+    likeliest = highest == classes.reshape((1,) * (logits.ndim - 1) + (-1,))
+    top = jnp.sum(jnp.where(likeliest, logits, 0), axis=-1, keepdims=True)
+    gaps = logits - top
+    return likeliest, jnp.where(likeliest, jax.lax.stop_gradient(gaps), gaps)
+
+
+def _outputs_and_targets(
     outputs: jax.Array,
     labels: jax.typing.ArrayLike,
     *,
     names: tuple[str, str] = ("logits", "labels"),
     min_axes: int = 1,
-) -> jax.Array:
-    """Returns the targets in the shape and the dtype of the outputs."""
+) -> tuple[jax.Array, jax.Array]:
+    """Returns outputs of single precision or better, and targets like them."""
     outputs_name, labels_name = names
     check_floating(outputs_name, outputs)
+    outputs = at_least_single(jnp.asarray(outputs))
     if outputs.ndim < min_axes:
         raise ValueError(
             f"{outputs_name}: expected at least {min_axes} axes, examples first, "
             f"got shape {list(outputs.shape)}."
         )
+    if outputs.shape[-1] == 0:
+        raise ValueError(
+            f"{outputs_name}: expected at least one output, got shape "
+            f"{list(outputs.shape)}."
+        )
     floating = jnp.issubdtype(jnp.result_type(labels), jnp.floating)
     if floating or np.ndim(labels) == outputs.ndim:
         check_shape(labels_name, labels, outputs.shape)
-        return jnp.asarray(labels).astype(outputs.dtype)
+        return outputs, jnp.asarray(labels).astype(outputs.dtype)
     *leading, num_classes = outputs.shape
     check_shape(labels_name, labels, leading)
     _check_classes(labels_name, labels, num_classes)
@@ -146,7 +187,8 @@ def _class_targets(
     one_hot = jax.nn.one_hot(labels, num_classes, dtype=outputs.dtype)
     # one_hot is silently zero out of range; a poisoned row is seen downstream.
     valid = (labels >= 0) & (labels < num_classes)
-    return jnp.where(valid[..., None], one_hot, jnp.asarray(jnp.nan, outputs.dtype))
+    nan = jnp.asarray(jnp.nan, outputs.dtype)
+    return outputs, jnp.where(valid[..., None], one_hot, nan)
 
 
 def _check_classes(name: str, labels: jax.typing.ArrayLike, num_classes: int) -> None:

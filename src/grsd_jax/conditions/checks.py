@@ -4,6 +4,7 @@ Every check states the error of its number, where that is known, and whether the
 iterations behind it converged.
 """
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -24,6 +25,8 @@ from grsd_jax.shells.diagnostics import CouplingMeasurement
 #: Draws behind the error of an estimated band.
 _NUM_DRAWS = 200
 
+_UNTRUSTED = "not finite, zero, or examples that are coupled"
+
 #: Largest disagreement of M with matrix-free products at which M is trusted. An error
 #: function that couples its examples exceeds it.
 _MOST_DISAGREEMENT = 0.01
@@ -37,7 +40,7 @@ def trusted(measured: CouplingMeasurement) -> bool:
 
     Returns:
         False for an error function whose examples are not independent, since J taken
-        example by example is then wrong.
+        example by example is then wrong; and for a kernel that is zero.
     """
     agrees = measured.operator_disagreement <= _MOST_DISAGREEMENT
     return bool(measured.finite) and bool(agrees)
@@ -54,17 +57,30 @@ def locality_checks(
         thresholds: The thresholds.
 
     Returns:
-        One check; undefined if an influence is not finite.
+        One check; undefined if an influence is not finite, if none differs from zero,
+        or for a single block.
     """
     share, widest = thresholds.influence_share, thresholds.max_band
     if widest is None:
         widest = (profiles[0].influence.shape[0] - 1) // 2
     name = f"band with {share:.0%} of the influence"
-    if not all(bool(jnp.isfinite(found.influence).all()) for found in profiles):
-        return (Check(name, float("nan"), float(widest)),)
+    influences = [np.asarray(found.influence) for found in profiles]
+    reason = _no_band(influences)
+    if reason:
+        return (Check(name, math.nan, float(widest), reason=reason),)
     band = max(bands)
     error = _band_error(profiles[list(bands).index(band)], share)
-    return (Check(name, float(band), float(widest), error=error),)
+    count = sum(int(np.count_nonzero(one)) for one in influences)
+    return (Check(name, float(band), float(widest), error=error, count=count),)
+
+
+def _no_band(influences: Sequence[np.ndarray]) -> str:
+    """Returns why no band can be told from these influences, empty if one can."""
+    if not all(np.isfinite(one).all() for one in influences):
+        return "an influence is not finite"
+    if not all(one.any() for one in influences):
+        return "no block influences any"
+    return "one block has no distances" if len(influences[0]) < 2 else ""
 
 
 def _band_error(profile: InfluenceProfile, share: float) -> float:
@@ -76,7 +92,8 @@ def _band_error(profile: InfluenceProfile, share: float) -> float:
         return 0.0
     mean, stderr = np.asarray(profile.influence), np.asarray(profile.stderr)
     drawn = np.random.default_rng(0).normal(size=(_NUM_DRAWS, *mean.shape))
-    varied = jnp.asarray(mean + drawn * stderr, mean.dtype)
+    largest = mean.max() or 1.0  # squared below
+    varied = jnp.asarray((mean + drawn * stderr) / largest, mean.dtype)
     bands = jax.vmap(lambda one: smallest_band(distance_totals(one), share))(varied**2)
     return float(jnp.std(bands.astype(varied.dtype)))
 
@@ -102,23 +119,34 @@ def incoherence_checks(
     relative = coherence.residuals / 2 + own[:, None] + own[None, :]
     errors = np.asarray(distance_maxima(coherence.coherence * relative), np.float64)
     profile = np.asarray(coherence.profile, np.float64)
-    worst = profile[distant:].max(initial=0.0) if known else np.nan
-    tail = float(coherence.tail_sum) if known else np.nan
     converged = bool(jnp.all(coherence.converged))
+
+    def check(
+        name: str, least: int, number: float, bound: float, error: float
+    ) -> Check:
+        # Pairs of blocks whose Jacobians both differ from zero.
+        count = int(np.sum(np.triu(np.asarray(coherence.defined), least)))
+        if known and count:
+            return Check(
+                name, number, bound, error=error, converged=converged, count=count
+            )
+        reason = "no two blocks so far apart have a Jacobian" if known else _UNTRUSTED
+        return Check(name, math.nan, bound, reason=reason)
+
     return (
-        Check(
+        check(
             "tail sum of the coherence",
-            float(tail),
+            1,
+            float(coherence.tail_sum),
             thresholds.max_tail_sum,
-            error=float(errors[1:].sum()),
-            converged=converged,
+            float(errors[1:].sum()),
         ),
-        Check(
+        check(
             f"largest coherence at distance >= {distant}",
-            float(worst),
+            distant,
+            float(profile[distant:].max(initial=0.0)),
             thresholds.max_distant_coherence,
-            error=float(errors[distant:].max(initial=0.0)),
-            converged=converged,
+            float(errors[distant:].max(initial=0.0)),
         ),
     )
 
@@ -133,7 +161,8 @@ def growth_checks(
         thresholds: The thresholds.
 
     Returns:
-        Two checks; the growth of a norm that begins at zero is undefined.
+        Two checks; the growth of a norm that begins at zero is undefined, as is that
+        at a single point.
     """
     values = {
         "J": [float(found.jacobian) for found in norms],
@@ -158,12 +187,19 @@ def _growth(
     converged: bool,
     threshold: float,
 ) -> Check:
+    if len(values) < 2 or not np.isfinite(values).all() or values[0] == 0:
+        reason = "a norm is not finite"
+        if np.isfinite(values).all():
+            reason = "one point" if len(values) < 2 else "the first norm is zero"
+        return Check(name, math.nan, threshold, reason=reason)
     largest = int(np.argmax(values))
-    growth = float(values[largest] / values[0]) if values[0] > 0 else float("nan")
+    growth = float(values[largest] / values[0])
     # The residuals are those of the squares; the growth of the first is 1 exactly.
     relative = (residuals[0] + residuals[largest]) / 2 if largest else 0.0
     error = float(growth * relative)
-    return Check(name, growth, threshold, error=error, converged=converged)
+    return Check(
+        name, growth, threshold, error=error, converged=converged, count=len(values)
+    )
 
 
 def drift_check(
@@ -184,14 +220,18 @@ def drift_check(
         The check; undefined without two points, or if one is not `trusted`, and not
         converged if a leading pair is not resolved.
     """
-    defined = drifts and all(map(trusted, measurements))
-    largest = max(float(d.frobenius) for d in drifts) if defined else float("nan")
+    known = all(map(trusted, measurements))
+    largest = math.nan
+    if drifts and known:
+        largest = float(np.max([float(d.frobenius) for d in drifts]))
     resolved = [jnp.all(found.resolved[:num_leading]) for found in measurements]
     return Check(
         f"drift of the leading {num_leading}",
         largest,
         thresholds.max_drift,
         converged=all(bool(x) for x in resolved),
+        count=len(drifts),
+        reason=("one point" if known else _UNTRUSTED) if math.isnan(largest) else "",
     )
 
 
@@ -211,10 +251,14 @@ def lipschitz_check(
         The check; undefined if a measurement is not `trusted`.
     """
     known = all(map(trusted, measurements))
+    largest = float(np.max(constants)) if known else math.nan
+    reason = "no two neighbouring shells are coupled" if known else _UNTRUSTED
     return Check(
         "Lipschitz constant in log lambda",
-        float(np.max(constants)) if known else float("nan"),
+        largest,
         thresholds.max_lipschitz,
+        count=len(constants),
+        reason=reason if math.isnan(largest) else "",
     )
 
 
@@ -231,17 +275,42 @@ def invariance_checks(
     Returns:
         Three checks; undefined if the measurement is not `trusted`.
     """
-    fit, nan = measured.diagonal_fit, float("nan")
+    fit = measured.diagonal_fit
     slope_error, r_squared = abs(float(fit.exponent) - 1), float(fit.r_squared)
     if not trusted(measured):
-        residual = slope_error = r_squared = nan
-    return (
-        Check("Toeplitz residual at the centre", residual, thresholds.max_residual),
+        residual = slope_error = r_squared = math.nan
+    windows = int(jnp.sum(measured.renormalized.degrees_of_freedom > 0))
+    points = int(fit.num_points)
+    checks = (
+        Check(
+            "Toeplitz residual at the centre",
+            residual,
+            thresholds.max_residual,
+            count=windows,
+            reason=f"{windows} windows hold a coupling with degrees of freedom",
+        ),
         Check(
             "distance of the slope to 1",
             slope_error,
             thresholds.max_slope_error,
             error=float(fit.exponent_stderr),
+            count=points,
+            reason=f"{points} pairs are resolved and move",
         ),
-        Check("R^2 of the diagonal", r_squared, thresholds.min_r_squared, ">="),
+        Check(
+            "R^2 of the diagonal",
+            r_squared,
+            thresholds.min_r_squared,
+            ">=",
+            count=points,
+            reason=f"{points} pairs are resolved and move",
+        ),
     )
+    return tuple(_with_reason(check, measured) for check in checks)
+
+
+def _with_reason(check: Check, measured: CouplingMeasurement) -> Check:
+    """Returns a check with its reason if its number is undefined, else without."""
+    if not math.isnan(check.number):
+        return check._replace(reason="")
+    return check if trusted(measured) else check._replace(reason=_UNTRUSTED)

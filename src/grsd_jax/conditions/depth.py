@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.special import ndtr, ndtri
 
-from grsd_jax._arrays import matmul, unit_vectors
+from grsd_jax._arrays import at_least_single, matmul, norm, unit_vectors
 from grsd_jax._checks import check_at_least, check_floating
 
 
@@ -138,7 +138,7 @@ def increment_statistics(increments: jax.typing.ArrayLike) -> IncrementStatistic
         Paper A.3.3, "Self-averaging"; the statistics are ours.
     """
     check_floating("increments", increments)
-    increments = jnp.asarray(increments)
+    increments = at_least_single(jnp.asarray(increments))
     depth = increments.shape[0] if increments.ndim else 0
     check_at_least("increments: blocks", depth, 1)
     increments = increments.reshape(depth, -1)
@@ -147,8 +147,8 @@ def increment_statistics(increments: jax.typing.ArrayLike) -> IncrementStatistic
     means = jnp.mean(increments, axis=0)
     variance_of_mean = jnp.var(means)
     single = jnp.mean(jnp.var(increments, axis=1))
-    spread = jnp.sqrt(variance_of_mean)
-    ordered = jnp.sort((means - jnp.mean(means)) / spread)
+    centred = means - jnp.mean(means)
+    ordered = jnp.sort(centred / (norm(centred) / num_paths**0.5))
     ranks = jnp.arange(num_paths, dtype=jnp.int32).astype(ordered.dtype)
     lower, upper = ranks / num_paths, (ranks + 1) / num_paths
     normal = ndtr(ordered)
@@ -190,8 +190,10 @@ def correlation_time(overlap: jax.typing.ArrayLike) -> jax.Array:
     """
     overlap = _overlap(overlap)
     cosine = jnp.mean(jnp.diagonal(overlap, offset=1))
-    safe = jnp.where(cosine > 0, jnp.minimum(cosine, 1), 0.5)
-    return jnp.where(cosine > 0, -1 / jnp.log(safe), 0)
+    moves = (cosine > 0) & (cosine < 1)
+    time = -1 / jnp.log(jnp.where(moves, cosine, 0.5))
+    still = jnp.where(cosine >= 1, jnp.inf, 0 * cosine)  # NaN stays NaN
+    return jnp.where(moves, time, jnp.where(cosine <= 0, 0, still))
 
 
 def direction_memory(overlap: jax.typing.ArrayLike) -> jax.Array:
@@ -216,7 +218,7 @@ def direction_memory(overlap: jax.typing.ArrayLike) -> jax.Array:
 
 def _overlap(overlap: jax.typing.ArrayLike) -> jax.Array:
     check_floating("overlap", overlap)
-    overlap = jnp.asarray(overlap)
+    overlap = at_least_single(jnp.asarray(overlap))
     if overlap.ndim != 2 or overlap.shape[0] != overlap.shape[1] or len(overlap) < 2:
         raise ValueError(
             "overlap: expected a square matrix of at least two rows, got shape "

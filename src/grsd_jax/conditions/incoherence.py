@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grsd_jax._arrays import divisor, matmul, ratio, unit_vectors
+from grsd_jax._arrays import divisor, magnitude, matmul, ratio, unit_vectors
 from grsd_jax._checks import check_at_least, check_choice, check_positive
 from grsd_jax._typing import PyTree
 from grsd_jax.conditions.locality import distance_maxima
@@ -50,6 +50,11 @@ class BlockCoherence(NamedTuple):
     residuals: jax.Array
     converged: jax.Array
     num_iterations: int
+
+    @property
+    def defined(self) -> jax.Array:
+        """``[L, L]`` bool, where neither block's Jacobian is zero."""
+        return (self.norms != 0)[:, None] & (self.norms != 0)[None, :]
 
     @property
     def profile(self) -> jax.Array:
@@ -165,8 +170,9 @@ def _symmetric(lower: list[list[jax.Array]]) -> jax.Array:
 
 @jax.jit
 def _factor(kernel: jax.Array) -> jax.Array:
-    values, vectors = jnp.linalg.eigh(kernel)
-    return vectors * jnp.sqrt(jnp.maximum(values, 0))[None]
+    unit = magnitude(kernel)
+    values, vectors = jnp.linalg.eigh(kernel / unit)
+    return vectors * jnp.sqrt(jnp.maximum(values, 0))[None] * jnp.sqrt(unit)
 
 
 @jax.jit
@@ -203,19 +209,26 @@ def _power_iteration(
     pairs = _pairs(len(kernels))
     start = jax.random.normal(key, (len(kernels), size, pairs.width), dtype)
     x = _unit_columns(start)
-    inner = _by_block(kernels, x)  # M_m x of each pair (m, l)
+    # In units of each block, since values are squares of products of two.
+    units = magnitude(_by_block(kernels, x), (1, 2))
+    roots = jnp.sqrt(units[:, 0, 0])
+
+    def by_block(columns: jax.Array) -> jax.Array:
+        return _by_block(kernels, columns) / units
+
+    inner = by_block(x)  # M_m x of each pair (m, l)
     residuals = values = jnp.full((len(kernels), pairs.width), jnp.inf, dtype)
     done = 0
     while done < max_iterations and not bool(jnp.all(residuals <= tolerance)):
-        outer = _swap(_by_block(kernels, _swap(inner, pairs)), pairs, back=True)
+        outer = _swap(by_block(_swap(inner, pairs)), pairs, back=True)
         next_x = _unit_columns(outer)
-        next_inner = _by_block(kernels, next_x)
+        next_inner = by_block(next_x)
         values, residuals = _quotients(
             x, inner, outer, next_x, next_inner, pairs.partner
         )
         x, inner, done = next_x, next_inner, done + 1
     return _coherence(
-        _matrix(jnp.sqrt(values), pairs),
+        _matrix(jnp.sqrt(values) * roots[:, None] * roots[pairs.partner], pairs),
         _matrix(residuals, pairs),
         _matrix(residuals, pairs) <= tolerance,
         done,

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grsd_jax._arrays import as_floating, as_square, ratio
+from grsd_jax._arrays import as_floating, as_square, divisor, magnitude, norm
 from grsd_jax._checks import check_at_least
 from grsd_jax._typing import PyTree
 from grsd_jax.jacobian.autodiff import PlainDerivative
@@ -91,14 +91,15 @@ def influence_profile(
 
 @partial(jax.jit, static_argnames="exact")
 def _estimate(columns: list[jax.Array], *, exact: bool) -> tuple[jax.Array, jax.Array]:
-    """Returns the influence and its errors from its squared columns by probes."""
-    squares = jnp.stack(columns, axis=-1)  # [probes, L, L]
+    """Returns the influence and its errors from its columns by probes."""
+    sizes = jnp.stack(columns, axis=-1)  # [probes, L, L]
     if exact:
-        influence = jnp.sqrt(jnp.sum(squares, axis=0))
+        influence = norm(sizes, 0)
         return influence, jnp.zeros_like(influence)
-    influence = jnp.sqrt(jnp.mean(squares, axis=0))
-    spread = jnp.std(squares, axis=0, ddof=1) / squares.shape[0] ** 0.5
-    return influence, ratio(spread, 2 * influence)
+    root = sizes.shape[0] ** 0.5
+    influence = norm(sizes, 0) / root
+    squares = jnp.square(sizes / divisor(influence)[None])  # relative: none underflows
+    return influence, influence * jnp.std(squares, axis=0, ddof=1) / root / 2
 
 
 def distance_totals(matrix: jax.typing.ArrayLike) -> jax.Array:
@@ -141,12 +142,13 @@ def smallest_band(profile: jax.typing.ArrayLike, share: float) -> jax.Array:
         share: The share, in (0, 1].
 
     Returns:
-        [] int32; 0 for a profile of zeros.
+        [] int32; 0 for a profile of zeros, -1 if it is not finite.
 
     Raises:
         ValueError: If ``profile`` is not a floating vector or the share out of range.
     """
     profile = as_floating("profile", profile, [None])
+    check_at_least("len(profile)", profile.shape[0], 1)
     if not 0 < share <= 1:
         raise ValueError(f"share: expected a number in (0, 1], got {share!r}.")
     return _smallest_band(profile, share)
@@ -157,7 +159,8 @@ def _smallest_band(profile: jax.Array, share: float) -> jax.Array:
     held = jnp.cumsum(profile)
     # Rounding of the sums must not ask for one more distance when the share is 1.
     enough = share * (1 - profile.shape[0] * float(jnp.finfo(profile.dtype).eps))
-    return jnp.sum(held < enough * held[-1], dtype=jnp.int32)
+    band = jnp.sum(held < enough * held[-1], dtype=jnp.int32)
+    return jnp.where(jnp.isfinite(held[-1]), band, -1)
 
 
 @partial(jax.jit, static_argnames="combine")
@@ -197,10 +200,10 @@ def _influence_of(
     probes: list[jax.Array],
     column_chunk: int,
 ) -> jax.Array:
-    """Returns a block's squared influence on each, ``[probes, L]``."""
+    """Returns a block's influence on each, ``[probes, L]``."""
     moving = restrict_to_block(point.direction, blocks, block)
     parts = [
-        _block_squares(
+        _block_norms(
             PlainDerivative(point.error_fn, point.params, batch, moving),
             columns,
             blocks,
@@ -208,29 +211,31 @@ def _influence_of(
         )
         for batch, columns in zip(point.parts, probes, strict=True)
     ]
-    scale = 1 if point.reduction == "stack" else len(parts)
-    return sum(parts[1:], parts[0]) / scale
+    scale = 1.0 if point.reduction == "stack" else len(parts) ** 0.5
+    return norm(jnp.stack(parts), 0) / scale
 
 
-def _block_squares(
+def _block_norms(
     derivative: PlainDerivative,
     columns: jax.Array,
     blocks: ParameterBlocks,
     column_chunk: int,
 ) -> jax.Array:
-    """Returns ``|Jdot_l^T u|^2`` of every probe and block, ``[probes, L]``."""
+    """Returns ``|Jdot_l^T u|`` of every probe and block, ``[probes, L]``."""
     count = columns.shape[-1]
     chunks = [
-        _sum_squares(derivative.pull(columns[..., i : i + column_chunk]), blocks)
+        _norms(derivative.pull(columns[..., i : i + column_chunk]), blocks)
         for i in range(0, count, column_chunk)
     ]
     return jnp.concatenate(chunks)
 
 
 @jax.jit
-def _sum_squares(tangents: PyTree, blocks: ParameterBlocks) -> jax.Array:
-    """Returns the squared norms of each block of params trees, ``[b, L]``."""
+def _norms(tangents: PyTree, blocks: ParameterBlocks) -> jax.Array:
+    """Returns the norms of each block of params trees, ``[b, L]``."""
     leaves = [leaf.reshape(leaf.shape[0], -1) for leaf in jax.tree.leaves(tangents)]
-    squares = jnp.stack([jnp.sum(leaf**2, axis=1) for leaf in leaves])
+    sizes = jnp.stack([norm(leaf, 1) for leaf in leaves])
     owners = np.asarray(blocks.index)
-    return jax.ops.segment_sum(squares, owners, len(blocks.names)).T
+    unit = magnitude(sizes)
+    squares = jnp.square(sizes / unit)
+    return jnp.sqrt(jax.ops.segment_sum(squares, owners, len(blocks.names))).T * unit

@@ -30,6 +30,8 @@ class PropagationReport(NamedTuple):
         measured_range: The smallest distance from which on the profile stays at or
             below eps; None if it never does.
         epsilon: The tolerance eps.
+        defined: Whether every influence is finite and one differs from zero. If not,
+            nothing was compared: ``below_bound`` is False and ``measured_range`` None.
     """
 
     in_condition: bool
@@ -39,6 +41,7 @@ class PropagationReport(NamedTuple):
     predicted_range: int | None
     measured_range: int | None
     epsilon: float
+    defined: bool
 
 
 def interaction_range(constant: float, rho: float, epsilon: float) -> int | None:
@@ -104,19 +107,21 @@ def propagation_report(
     distances = np.arange(len(matrix))
     profile = np.array(
         [
-            max(matrix.diagonal(d).max(), matrix.diagonal(-d).max())
+            np.maximum(matrix.diagonal(d).max(), matrix.diagonal(-d).max())
             for d in distances.tolist()
         ]
     )
     bound = constant * rho**distances
     above = np.flatnonzero(~(profile <= epsilon * (1 + rounding)))
     first = int(above[-1]) + 1 if len(above) else 0
+    defined = bool(np.isfinite(matrix).all() and matrix.any())
     return PropagationReport(
         in_condition=rho < 1,
         profile=profile,
         bound=bound,
-        below_bound=bool(np.all(profile <= bound * (1 + rounding))),
+        below_bound=defined and bool(np.all(profile <= bound * (1 + rounding))),
         predicted_range=predicted,
-        measured_range=first if first < len(matrix) else None,
+        measured_range=first if defined and first < len(matrix) else None,
         epsilon=epsilon,
+        defined=defined,
     )

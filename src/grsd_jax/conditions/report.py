@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grsd_jax._arrays import divisor
+from grsd_jax._arrays import divisor, magnitude
 from grsd_jax._checks import check_at_least
 from grsd_jax._typing import PyTree
 from grsd_jax.conditions.checks import (
@@ -185,8 +185,8 @@ def condition_report(
     be the initialisation; Conditions 3 and 4 at all of them.
 
     Args:
-        points: The path, in order of time. With a single point the drift of Condition 3
-            is NaN and its check fails.
+        points: The path, in order of time. With a single point the growth and the drift
+            of Condition 3 are NaN and their checks undecided.
         blocks: The partition of the parameters by depth.
         key: Consumed for probes, start vectors and bootstraps.
         thresholds: What the numbers are held against.
@@ -265,7 +265,10 @@ def _locality(
         )
         for number, point in enumerate(points)
     ]
-    totals = [distance_totals(profile.influence**2) for profile in profiles]
+    totals = [
+        distance_totals(jnp.square(one / magnitude(one)))  # shares have no units
+        for one in (profile.influence for profile in profiles)
+    ]
     bands = [int(smallest_band(t, thresholds.influence_share)) for t in totals]
     return Locality(
         times=[point.time for point in points],

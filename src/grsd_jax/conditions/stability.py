@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from grsd_jax._arrays import as_floating, as_mask, divisor, matmul
+from grsd_jax._arrays import as_floating, as_mask, divisor, matmul, norm
 from grsd_jax._checks import check_at_least
 from grsd_jax._typing import PyTree
 from grsd_jax.kernel.operator import (
@@ -26,6 +26,9 @@ from grsd_jax.linalg.eigenpairs import LeadingEigenpairs, leading_eigenpairs
 from grsd_jax.problem import Problem
 from grsd_jax.shells.binning import log_shells
 from grsd_jax.shells.diagnostics import CouplingMeasurement
+
+#: By how much vectors are scaled when their product with M leaves the dtype.
+_GAIN = 2.0**100
 
 
 class OperatorNorms(NamedTuple):
@@ -87,14 +90,16 @@ def operator_norms(
         _leading(operator, k, block_size, tolerance, max_steps)
         for operator, k in zip(operators, jax.random.split(key), strict=True)
     ]
-    values = jnp.concatenate([pair.values for pair in found])
-    residuals = jnp.concatenate([pair.residuals for pair in found])
-    norms = jnp.sqrt(jnp.maximum(values, 0))
+    pairs, gains = zip(*found, strict=True)
+    values = jnp.concatenate([pair.values for pair in pairs])
+    residuals = jnp.concatenate([pair.residuals for pair in pairs])
+    gains = jnp.asarray(gains, values.dtype)
+    norms = jnp.sqrt(jnp.maximum(values, 0)) / jnp.sqrt(gains)
     return OperatorNorms(
         jacobian=norms[0],
         derivative=norms[1],
         residuals=residuals / divisor(values),
-        converged=jnp.concatenate([pair.converged for pair in found]),
+        converged=jnp.concatenate([pair.converged for pair in pairs]),
     )
 
 
@@ -104,19 +109,38 @@ def _leading(
     block_size: int,
     tolerance: float,
     max_steps: int | None,
-) -> LeadingEigenpairs:
-    """Returns the pair of the largest eigenvalue."""
+) -> tuple[LeadingEigenpairs, float]:
+    """Returns the pair of the largest eigenvalue of a gain times M, and the gain.
+
+    The gain is 1, unless M, as the square of J, leaves the dtype where J does not.
+    """
     start_key, key = jax.random.split(key)
     size = operator.dimension
     width = min(block_size, size)
     start = jax.random.normal(start_key, (size, width), operator.dtype)
-    return leading_eigenpairs(
-        operator.matmat, start, 1, key=key, tolerance=tolerance, max_steps=max_steps
-    )
+
+    def found(gain: float) -> LeadingEigenpairs:
+        return leading_eigenpairs(
+            lambda block: operator.matmat(gain * block),
+            start,
+            1,
+            key=key,
+            tolerance=tolerance,
+            max_steps=max_steps,
+        )
+
+    first = found(1.0)
+    if first.finite and first.values[0] > 0:
+        return first, 1.0
+    gain = _GAIN if first.finite else 1 / _GAIN
+    second = found(gain)
+    return (second, gain) if second.finite and second.values[0] > 0 else (first, 1.0)
 
 
 class ProjectorDrift(NamedTuple):
     """How far two subspaces are apart, each measure in [0, 1].
+
+    NaN if a column that spans one of them has no unit norm.
 
     Attributes:
         operator: [], ``|P - Q|_op``, the sine of the largest angle; 1 if the dimensions
@@ -169,10 +193,18 @@ def _projector_drift(
     # The parts outside the other subspace keep small angles accurate, unlike 1 - cos^2.
     outside = (v - matmul(w, matmul(w.T, v)), w - matmul(v, matmul(v.T, w)))
     largest = jnp.maximum(*(jnp.linalg.norm(part, 2) for part in outside))
-    squares = sum(jnp.sum(part**2) for part in outside)
     count = jnp.sum(left, dtype=v.dtype) + jnp.sum(right, dtype=v.dtype)
-    mean = jnp.sqrt(squares / jnp.maximum(count, 1))
-    return ProjectorDrift(jnp.minimum(largest, 1), jnp.minimum(mean, 1))
+    whole = norm(jnp.stack([norm(part) for part in outside]))
+    mean = whole / jnp.sqrt(jnp.maximum(count, 1))
+    unit = _have_unit_norm(v, left) & _have_unit_norm(w, right)
+    return ProjectorDrift(
+        *(jnp.where(unit, jnp.minimum(x, 1), jnp.nan) for x in (largest, mean))
+    )
+
+
+def _have_unit_norm(columns: jax.Array, chosen: jax.Array) -> jax.Array:
+    """Whether the chosen columns can be orthonormal at all."""
+    return jnp.all(~chosen | (jnp.abs(norm(columns, 0) - 1) < 0.01))
 
 
 def log_lipschitz(
@@ -195,7 +227,7 @@ def log_lipschitz(
             positive count as masked.
 
     Returns:
-        [], NaN where no two neighbours are valid.
+        [], NaN where no two neighbours are valid, or one is not finite.
 
     Raises:
         ValueError: If a shape or dtype does not fit.
@@ -212,10 +244,13 @@ def log_lipschitz(
 def _largest_slope(
     statistic: jax.Array, centers: jax.Array, mask: jax.Array
 ) -> jax.Array:
-    valid = mask & (statistic > 0)
+    valid = mask & ~(statistic <= 0)  # what is NaN shows in the result
     logs = jnp.log(jnp.where(valid, statistic, 1))
     both = valid[1:] & valid[:-1]
-    slopes = jnp.abs(jnp.diff(logs)) / jnp.abs(jnp.diff(jnp.log(centers)))
+    spacing = jnp.abs(jnp.diff(jnp.log(centers)))
+    slopes = jnp.abs(jnp.diff(logs)) / jnp.where(
+        jnp.isfinite(spacing), spacing, jnp.nan
+    )
     largest = jnp.max(jnp.where(both, slopes, 0), initial=0.0)
     return jnp.where(jnp.any(both), largest, jnp.nan)
 

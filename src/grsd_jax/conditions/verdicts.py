@@ -2,11 +2,14 @@
 
 The paper's conditions are about limits and the existence of constants, but a
 measurement has one network. Every verdict therefore shows its numbers and its
-thresholds, which are conventions that the caller can set.
+thresholds, which are conventions that the caller can set. Without evidence a condition
+neither holds nor fails: it is undecided.
 """
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
+
+Outcome = Literal["holds", "fails", "undecided"]
 
 
 class Thresholds(NamedTuple):
@@ -51,14 +54,16 @@ class Check(NamedTuple):
 
     Attributes:
         name: What the number is.
-        number: The number; NaN if it is undefined, and then the check does not hold.
+        number: The number; NaN if it is undefined, and then the check is undecided.
         threshold: The threshold.
         relation: ``"<="`` or ``">="``, of the number to the threshold.
         error: How far off the number may be, one standard error or a residual's bound;
             0 if it is exact to rounding, NaN where none is known. It is shown but does
             not decide.
         converged: Whether every iteration behind the number reached its tolerance; if
-            not, the check does not hold.
+            not, the check is undecided.
+        count: How many measured numbers it stands on; None where that is not counted.
+        reason: Why the number is undefined; empty if it is not.
     """
 
     name: str
@@ -67,23 +72,33 @@ class Check(NamedTuple):
     relation: str = "<="
     error: float = math.nan
     converged: bool = True
+    count: int | None = None
+    reason: str = ""
+
+    @property
+    def outcome(self) -> Outcome:
+        """Whether the check ``"holds"``, ``"fails"`` or is ``"undecided"``."""
+        if math.isnan(self.number) or not self.converged:
+            return "undecided"
+        if self.relation == "<=":
+            return "holds" if self.number <= self.threshold else "fails"
+        return "holds" if self.number >= self.threshold else "fails"
 
     @property
     def holds(self) -> bool:
         """Whether the number is converged and on the right side of the threshold."""
-        if math.isnan(self.number) or not self.converged:
-            return False
-        if self.relation == "<=":
-            return self.number <= self.threshold
-        return self.number >= self.threshold
+        return self.outcome == "holds"
 
     def __str__(self) -> str:
         """Returns the check as a line of text."""
-        word = "holds" if self.holds else "fails"
+        if math.isnan(self.number):
+            return f"{self.name}: n/a, undecided ({self.reason or 'not defined'})"
         error = f" +- {self.error:.2g}" if self.error > 0 else ""
         sides = f"{self.number:.3g}{error} {self.relation} {self.threshold:.3g}"
-        doubt = "" if self.converged else " (not converged)"
-        return f"{self.name}: {sides} {word}{doubt}"
+        notes = [] if self.count is None else [f"of {self.count}"]
+        notes += [] if self.converged else ["not converged"]
+        noted = f" ({', '.join(notes)})" if notes else ""
+        return f"{self.name}: {sides} {self.outcome}{noted}"
 
 
 class Verdict(NamedTuple):
@@ -96,6 +111,18 @@ class Verdict(NamedTuple):
     checks: tuple[Check, ...]
 
     @property
+    def outcome(self) -> Outcome:
+        """``"fails"`` if a check fails, else ``"holds"`` if there are some and all do."""
+        outcomes = {check.outcome for check in self.checks} or {"undecided"}
+        if "fails" in outcomes:
+            return "fails"
+        return "undecided" if "undecided" in outcomes else "holds"
+
+    @property
     def holds(self) -> bool:
-        """Whether every check holds."""
-        return all(check.holds for check in self.checks)
+        """Whether there are checks, and every one holds."""
+        return self.outcome == "holds"
+
+    def __str__(self) -> str:
+        """Returns the verdict, and each check on a line of its own."""
+        return "\n  ".join([self.outcome, *map(str, self.checks)])

@@ -13,14 +13,17 @@ import jax
 import jax.numpy as jnp
 
 from grsd_jax._arrays import (
+    all_finite,
     as_floating,
     as_scalar,
     as_square,
     divisor,
+    magnitude,
     matmul,
     ratio,
 )
 from grsd_jax._checks import check_positive, check_shape
+from grsd_jax._typing import PyTree
 from grsd_jax.shells.binning import Shells
 
 #: Rounding of the eigenvalues, in units of eps times the largest: closer ones are
@@ -74,9 +77,12 @@ class ShellDynamics(NamedTuple):
             shells would exchange if they were ``gap`` apart. No other field includes
             it.
         num_ambiguous: [] int32, how many pairs are in a cluster that an edge cuts.
-        finite: [] bool, whether all inputs are finite, outside the shells too. If not,
-            the pairs and couplings that are not finite were left out, and the fields
-            describe only what remains of the error.
+        finite: [] bool, whether all inputs and results are finite, outside the shells
+            too. If not, the pairs and couplings that are not finite were left out, and
+            the fields describe only what remains of the error.
+        in_range: [] bool, whether no energy of a shell is too small or too large for
+            the dtype. If not, such energies and their rates are 0 or infinite;
+            velocities and ``non_adjacent_share`` are right all the same.
     """
 
     energies: jax.Array
@@ -97,6 +103,7 @@ class ShellDynamics(NamedTuple):
     ambiguous_rate: jax.Array
     num_ambiguous: jax.Array
     finite: jax.Array
+    in_range: jax.Array
 
 
 class _Modes(NamedTuple):
@@ -162,7 +169,8 @@ def basis_rotation(
             are one cluster. Default: 4 eps, the rounding of the eigenvalues.
 
     Returns:
-        The rotation, the clusters and their number of members.
+        The rotation, the clusters and their number of members. Entries of values or
+        couplings that are not finite are NaN.
 
     Raises:
         ValueError: If the shapes do not fit together, an array is not floating, or
@@ -178,7 +186,10 @@ def basis_rotation(
     clusters = _clusters(values, _tolerance(values, gap))
     together = clusters[:, None] == clusters[None, :]
     differences = jnp.where(together, 1, values[None, :] - values[:, None])
-    matrix = jnp.where(together, 0, (coupling + coupling.T) / 2 / differences)
+    matrix = jnp.where(together, 0, (coupling / 2 + coupling.T / 2) / differences)
+    known = jnp.isfinite(values)
+    known = known[:, None] & known[None, :] & jnp.isfinite(coupling)
+    matrix = jnp.where(known & known.T, matrix, jnp.nan)
     shared = jnp.sum(together, axis=1, dtype=jnp.int32) > 1
     return BasisRotation(matrix, clusters, jnp.sum(shared, dtype=jnp.int32))
 
@@ -253,19 +264,30 @@ def shell_dynamics(
     index = shells.index
     member = index[:, None] == jnp.arange(num_shells, dtype=index.dtype)[None, :]
     weights = member.astype(dtype)
-    total = jnp.sum(jnp.square(modes.projections))
-    lost = -2 * jnp.sum(modes.projections * modes.rates)
+    # In units of g and its rate, so that no product of two leaves the dtype on the way.
+    unit, rate_unit = magnitude(modes.projections), magnitude(modes.rates)
+    g, g_rates = modes.projections / unit, modes.rates / rate_unit
+    scaled = matmul(weights.T, jnp.square(g))
+    energies = scaled * unit * unit
+    losses = -2 * g * g_rates
+    dissipation = matmul(weights.T, losses) * unit * rate_unit
+    total = jnp.sum(jnp.square(g)) * unit * unit
+    lost = jnp.sum(losses) * unit * rate_unit
     if total_energy is not None:
         total = as_scalar("total_energy", total_energy, dtype)
     if total_dissipation is not None:
         lost = as_scalar("total_dissipation", total_dissipation, dtype)
-    energies = matmul(weights.T, jnp.square(modes.projections))
-    dissipation = -2 * matmul(weights.T, modes.projections * modes.rates)
-    exchange = _exchange(modes, index, weights, gap)
+    exchange = _exchange(modes._replace(projections=g), index, weights, gap)
     flux, nearest_flux, share = _fluxes(exchange.transfers)
-    edge_density = _edge_density(energies, shells.edges)
+    edge_density = _edge_density(scaled, shells.edges)
+    velocity_mask = edge_density > 0
+    velocity = ratio(flux, edge_density)
+    exchange, flux, nearest_flux, edge_density = _times(
+        (exchange, flux, nearest_flux, edge_density), unit
+    )
     gained = jnp.sum(exchange.transfers, axis=1) + exchange.leak
-    return ShellDynamics(
+    held = (energies >= jnp.finfo(dtype).tiny) | (scaled == 0)
+    result = ShellDynamics(
         energies=energies,
         density=energies / jnp.diff(shells.edges).astype(dtype),
         dissipation=dissipation,
@@ -276,14 +298,23 @@ def shell_dynamics(
         nearest_flux=nearest_flux,
         non_adjacent_share=share,
         edge_density=edge_density,
-        velocity=ratio(flux, edge_density),
+        velocity=velocity,
         mask=jnp.any(member, axis=0),
-        velocity_mask=edge_density > 0,
+        velocity_mask=velocity_mask,
         unresolved_energy=total - jnp.sum(energies),
         unresolved_dissipation=lost - jnp.sum(dissipation),
         ambiguous_rate=exchange.ambiguous_rate,
         num_ambiguous=exchange.num_ambiguous,
-        finite=finite & jnp.isfinite(total) & jnp.isfinite(lost),
+        finite=finite,
+        in_range=jnp.all(held & jnp.isfinite(energies)),
+    )
+    return result._replace(finite=finite & all_finite(result))
+
+
+def _times(tree: PyTree, unit: jax.Array) -> PyTree:
+    """Returns a tree of what is quadratic in g, restored from units of it."""
+    return jax.tree.map(
+        lambda x: x * unit * unit if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
     )
 
 
@@ -331,7 +362,7 @@ def _exchange(
     cut = rotation.clusters[:, None] == rotation.clusters[None, :]
     cut &= index[:, None] != index[None, :]
     tolerance = _tolerance(modes.values, gap)
-    sizes = jnp.abs(products * modes.coupling) / divisor(tolerance)
+    sizes = jnp.abs(products * (modes.coupling / divisor(tolerance)))
     return _Exchange(
         transfers=(transfers - transfers.T) / 2,  # equal up to the rounding of the sums
         leak=matmul(gains, (index < 0).astype(gains.dtype)),
@@ -345,7 +376,7 @@ def _tolerance(values: jax.Array, gap: float | None) -> jax.Array:
     if gap is None:
         gap = _GAP * float(jnp.finfo(values.dtype).eps)
     check_positive("gap", gap)
-    return gap * jnp.max(jnp.abs(values), initial=0)
+    return gap * jnp.max(jnp.abs(values), where=jnp.isfinite(values), initial=0)
 
 
 def _clusters(values: jax.Array, tolerance: jax.Array) -> jax.Array:
@@ -373,6 +404,6 @@ def _fluxes(transfers: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 def _edge_density(energies: jax.Array, edges: jax.Array) -> jax.Array:
     """Returns the densities at the inner edges, the mean of both sides' in log."""
     edges = edges.astype(energies.dtype)
-    log_edges = jnp.log(edges)
-    both_widths = log_edges[2:] - log_edges[:-2]
+    roots = jnp.sqrt(edges)  # whose ratios stay in the range of the dtype
+    both_widths = 2 * jnp.log(roots[2:] / roots[:-2])
     return (energies[:-1] + energies[1:]) / both_widths / edges[1:-1]

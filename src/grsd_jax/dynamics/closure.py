@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from grsd_jax._arrays import as_floating, as_mask, as_scalar, ratio
+from grsd_jax._arrays import as_floating, as_mask, as_scalar, norm, ratio
 from grsd_jax._checks import check_at_least
 
 
@@ -87,7 +87,7 @@ def closure_error(
     measured = jnp.where(known, change, 0)
     difference = jnp.where(defined, predicted - measured, 0)
     larger = jnp.maximum(jnp.abs(predicted), jnp.abs(measured))
-    size, scale = jnp.linalg.norm(difference), jnp.linalg.norm(measured)
+    size, scale = norm(difference), norm(measured)
     beyond = jnp.where(size > 0, jnp.inf, 0).astype(size.dtype)
     return ClosureError(
         measured_rate=measured,
@@ -127,7 +127,7 @@ def edge_crossings(
             not finite are left out.
 
     Returns:
-        Counts and energies, [S+1] each.
+        Counts and energies, [S+1] each; NaN at an edge that is not finite.
 
     Raises:
         ValueError: If the shapes do not fit together or an array is not floating.
@@ -147,12 +147,17 @@ def edge_crossings(
     up = ~was_above & is_above & followed[None, :]
     down = was_above & ~is_above & followed[None, :]
     energies = jnp.square(jnp.where(followed, projections, 0))[None, :]
+    known = jnp.isfinite(edges)
     return EdgeCrossings(
         up=jnp.sum(up, axis=1, dtype=jnp.int32),
         down=jnp.sum(down, axis=1, dtype=jnp.int32),
-        energy_up=jnp.sum(jnp.where(up, energies, 0), axis=1),
-        energy_down=jnp.sum(jnp.where(down, energies, 0), axis=1),
+        energy_up=_where_known(known, jnp.sum(jnp.where(up, energies, 0), axis=1)),
+        energy_down=_where_known(known, jnp.sum(jnp.where(down, energies, 0), axis=1)),
     )
+
+
+def _where_known(known: jax.Array, energies: jax.Array) -> jax.Array:
+    return jnp.where(known, energies, jnp.nan)
 
 
 def _above(values: jax.Array, edges: jax.Array) -> jax.Array:

@@ -13,8 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from grsd_jax._arrays import divisor
-from grsd_jax._checks import check_at_least, check_positive
+from grsd_jax._checks import check_at_least, check_floating, check_positive
 from grsd_jax._typing import PyTree
 from grsd_jax.kernel.dense import kernel_dense
 from grsd_jax.kernel.derivative import gradient_flow_direction
@@ -32,7 +31,8 @@ class CovarianceCheck(NamedTuple):
         scaled: [T, n], ``lambda^(a)(t)``, ascending: of ``a M`` along the flow of
             ``a L``.
         expected: [T, n], ``a lambda(a t)``, ascending, of the flow of L.
-        error: [], the largest difference over the largest expected value.
+        error: [], the largest difference over the largest expected value; NaN if all
+            are zero.
     """
 
     times: jax.Array
@@ -52,9 +52,14 @@ def flow_step(field: Field, params: PyTree, step: jax.typing.ArrayLike) -> PyTre
     Returns:
         The parameters h later, with an error of order ``h^5``.
 
+    Raises:
+        ValueError: If a parameter is not floating.
+
     References:
         Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, II.1.
     """
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        check_floating(f"params{jax.tree_util.keystr(path)}", leaf)
 
     def ahead(tangent: PyTree, share: float) -> PyTree:
         def move(p: jax.Array, t: jax.Array) -> jax.Array:
@@ -94,7 +99,8 @@ def integrate_flow(
         ``step``, 2 ``step`` and so on.
 
     Raises:
-        ValueError: If ``num_steps`` or ``substeps`` is not an integer >= 1.
+        ValueError: If ``num_steps`` or ``substeps`` is not an integer >= 1, or a
+            parameter is not floating.
     """
     check_at_least("num_steps", num_steps, 1)
     check_at_least("substeps", substeps, 1)
@@ -223,5 +229,5 @@ def covariance_check(
         times=step * jnp.arange(num_steps + 1).astype(scaled.dtype),
         scaled=scaled,
         expected=expected,
-        error=jnp.max(jnp.abs(scaled - expected)) / divisor(largest),
+        error=jnp.max(jnp.abs(scaled - expected)) / largest,
     )

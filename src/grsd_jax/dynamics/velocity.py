@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from grsd_jax._arrays import as_floating, as_mask, divisor
-from grsd_jax.shells.power_law import PowerLawFit, fit_power_law
+from grsd_jax.shells.power_law import PowerLawFit, fit_power_law, logs_and_unit
 
 
 class VelocityFit(NamedTuple):
@@ -112,8 +112,8 @@ def _curvature(
     weights = used.astype(dtype)
     number = jnp.sum(weights)
     total = jnp.maximum(number, 1)
-    log_x = jnp.log(jnp.where(used, x, 1))
-    log_y = jnp.log(jnp.where(used, y, 1))
+    log_x, _ = logs_and_unit(x, used)
+    log_y, _ = logs_and_unit(y, used)
 
     def center(values: jax.Array) -> jax.Array:
         return weights * (values - jnp.sum(weights * values) / total)

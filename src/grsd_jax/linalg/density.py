@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from grsd_jax._arrays import divisor, matmul
+from grsd_jax._arrays import divisor, magnitude, matmul
 from grsd_jax._checks import check_at_least, check_positive
 from grsd_jax.linalg.lanczos import LanczosResult
 from grsd_jax.linalg.ritz import default_floor
@@ -21,7 +21,7 @@ class SpectralDensity(NamedTuple):
         mass_below: [], the eigenvalues below the floor, zero ones included.
 
     The sum of ``density`` times the spacing of log lambda, plus ``mass_below``, is the
-    ``dimension`` that was asked for.
+    ``dimension`` that was asked for. Both are NaN if a product of a run was not finite.
     """
 
     grid: jax.Array
@@ -75,6 +75,8 @@ def spectral_density(
     nodes, weights = zip(*(_gauss_rule(run) for run in runs), strict=True)
     nodes, weights = jnp.concatenate(nodes), jnp.concatenate(weights)
     weights = weights * (dimension / len(runs))
+    unit = magnitude(jnp.max(nodes))  # logarithms of large numbers lose digits
+    nodes = nodes / unit
     top = divisor(jnp.max(nodes))
     above = nodes > floor * top
     logs = jnp.log(jnp.where(above, nodes, top))
@@ -82,14 +84,17 @@ def spectral_density(
     grid = jnp.linspace(low - 4 * width, jnp.log(top) + 4 * width, num_points)
     spacing = grid[1] - grid[0]
     bumps = jax.nn.softmax(-(((grid[:, None] - logs[None]) / width) ** 2) / 2, axis=0)
-    density = matmul(bumps, jnp.where(above, weights, 0))
+    density = matmul(bumps, jnp.where(above, weights, 0)) / spacing
     mass_below = jnp.sum(jnp.where(above, 0, weights))
-    return SpectralDensity(jnp.exp(grid), density / spacing, mass_below)
+    finite = jnp.all(jnp.stack([run.finite for run in runs]))
+    density, mass_below = (jnp.where(finite, x, jnp.nan) for x in (density, mass_below))
+    return SpectralDensity(jnp.exp(grid) * unit, density, mass_below)
 
 
 def _gauss_rule(run: LanczosResult) -> tuple[jax.Array, jax.Array]:
     """Returns nodes ``[r]`` and weights ``[r]`` that sum to one."""
-    values, rotation = jnp.linalg.eigh(run.tridiagonal)
+    unit = magnitude(run.tridiagonal)
+    values, rotation = jnp.linalg.eigh(run.tridiagonal / unit)
     first_rows = rotation[: run.block_size]
     weights = jnp.sum(first_rows**2, axis=0)
-    return values, weights / jnp.sum(weights)
+    return values * unit, weights / jnp.sum(weights)

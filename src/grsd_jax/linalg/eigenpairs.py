@@ -46,16 +46,20 @@ class LeadingEigenpairs(NamedTuple):
         vectors: V, ``[n, num_pairs]``, orthonormal columns.
         residuals: ``[num_pairs]``, bounds of ``|M v - theta v|``, rounding included;
             each bounds the distance of theta to the spectrum.
-        converged: ``[num_pairs]`` bool, pairs that meet the tolerance; none do if a
-            product was not finite, or if the run ended before a new random direction
-            could show whether larger values are missing.
+        converged: ``[num_pairs]`` bool, pairs that meet the tolerance and, once the
+            Krylov space has closed, are shown by a new random direction to have no
+            larger value missing above them. None are if a product was not finite.
         num_columns: Columns that were multiplied by M, b for each product.
         orthogonality: [], the largest entry of ``|V^T V - I|``.
         asymmetry: [], how far the projected blocks were from symmetric, over ``|M|``; a
             value far above epsilon points to low-precision products or a wrong
             operator.
-        finite: [] bool, whether every product was finite. If not, the run stopped at
-            the next check; it contains no NaN, but it is of no use.
+        finite: [] bool, whether every product and every value was finite. If not, the
+            run stopped at the next check; it contains no NaN, but it is of no use.
+        complete: [] bool, whether all pairs converged and no copy of a repeated value
+            can be missing: the space closed and went on, or it holds fewer than b
+            copies of every value above the last. Always False for ``b = 1`` while the
+            space is open, since it then holds one copy of each.
     """
 
     values: jax.Array
@@ -66,6 +70,7 @@ class LeadingEigenpairs(NamedTuple):
     orthogonality: jax.Array
     asymmetry: jax.Array
     finite: jax.Array
+    complete: jax.Array
 
 
 class _Progress(NamedTuple):
@@ -75,6 +80,7 @@ class _Progress(NamedTuple):
     rotation: np.ndarray  # [r, num_pairs]
     bounds: np.ndarray  # [num_pairs]
     converged: np.ndarray  # [num_pairs]
+    complete: bool
 
 
 def leading_eigenpairs(
@@ -99,13 +105,14 @@ def leading_eigenpairs(
     - or ``eps |M|``, since no product is more accurate;
     - or ten eps of ``|M|``, for a value of at most that: it is noise around zero.
 
-    The run ends when all leading pairs have converged. A Krylov space that has closed,
-    ``|B_j| <= sqrt(eps) |M|``, goes on from random directions until those bring no
-    larger value, so copies of repeated values are found for the identity or an operator
-    of low rank. *In a spectrum too rich for the space to close, a value repeated more
-    than b times is found about b times*, and the pairs in its place count as converged:
-    choose b no smaller than the multiplicity expected. Values closer to each other than
-    the tolerance may be found as one.
+    The run ends when all leading pairs have converged. Where the Krylov space closes,
+    even in one direction, it goes on from a random one, until the largest value found
+    from there is no larger than the last pair asked for; so all copies of repeated
+    values are found for the identity or an operator of low rank. *In a spectrum too
+    rich for the space to close, a value repeated more than b times is found about b
+    times*, and the pairs in its place count as converged: choose b larger than the
+    multiplicity expected, which ``complete`` then confirms. Values closer to each other
+    than the tolerance may be found as one.
 
     Narrow blocks need the fewest columns; wide ones may make a column cheaper. Nothing
     is restarted, so no column is spent twice, and all blocks are kept: n numbers a
@@ -226,52 +233,100 @@ def _assess(
     projected = np.asarray(state.tridiagonal, np.float64)[: used + width, :used]
     values, rotation, residuals = _leading(projected, num_pairs, width)
 
-    norm = max(float(state.scale), values[0])
+    largest = values[0]
+    norm = max(float(state.scale), largest)
     eps = float(jnp.finfo(state.basis.dtype).eps)
     floor = default_floor(state.basis.dtype) * norm
 
     def accurate(values: np.ndarray, errors: np.ndarray) -> np.ndarray:
-        reference = values if relative_to == "value" else values[0]
+        reference = values if relative_to == "value" else largest
         rounding = np.where(values > floor, eps * norm, floor)
         return errors <= np.maximum(tolerance * reference, rounding)
 
     converged = accurate(values, residuals) & bool(state.finite)
-    complete = used == state.basis.shape[0] or not converged.all()
+    complete = used == state.basis.shape[0]
     if not complete:
-        complete = _is_complete(projected, values, accurate, eps**0.5 * norm)
+        weak = eps**0.5 * norm
+        complete, proven = _completeness(projected, values, accurate, weak)
+        converged &= proven
+    solved = projected[:used] @ rotation - rotation * values  # rounding, in float64
+    rounding = rounding_bound(used, state.basis.dtype) * norm
     return _Progress(
         values,
         rotation,
-        bounds=residuals + rounding_bound(used, state.basis.dtype) * norm,
-        converged=converged & complete,
+        bounds=residuals + np.linalg.norm(solved, axis=0) + rounding,
+        converged=converged,
+        complete=complete and bool(converged.all()),
     )
 
 
-def _is_complete(
+def _completeness(
     projected: np.ndarray,
     values: np.ndarray,
-    accurate: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    accurate: Callable[..., np.ndarray],
     weak: float,
-) -> bool:
-    """Returns whether the last random directions could have shown larger values.
+) -> tuple[bool, np.ndarray]:
+    """Returns whether no larger value can be missing, and above which pairs.
 
-    A closed Krylov space holds at most b copies of a repeated value. The random block
-    that follows it begins a run of its own, whose part of T is nearly decoupled: a
-    coupling ``weak = sqrt(eps) |M|`` counts in values by its square.
+    A Krylov space holds at most b copies of a repeated value, and one more for each
+    random direction that has replaced a dead one. T after the block in which a random
+    direction came in is M on the complement of all columns before. Once the largest
+    value of the run that begins there from the random directions alone has converged,
+    nothing outside those columns is larger.
+
+    While no direction is coupled by less than ``weak = sqrt(eps) |M|``, the space is
+    open and all its b runs began together: fewer than b copies are all there are.
     """
     used = projected.shape[1]
     width = len(projected) - used
-    couplings = [
-        np.linalg.norm(projected[end : end + width, end - width : end])
-        for end in range(width, used + 1, width)
-    ]
-    start = width * max(np.flatnonzero(np.array(couplings[:-1]) <= weak) + 1, default=0)
-    if couplings[-1] > weak:  # the last run is open: has its largest value converged?
-        top, _, residual = _leading(projected[start:, start:], 1, width)
-        return bool(accurate(top, residual)[0])
-    before, _, _ = _leading(projected[:start, :start], len(values), width)
-    enough = len(before) == len(values)
-    return enough and bool(accurate(values, values - before).all())
+    sizes = np.array(
+        [
+            np.linalg.norm(projected[end : end + width, end - width : end], axis=1)
+            for end in range(width, used + 1, width)
+        ]
+    )
+    if np.all(sizes > weak):
+        alike = accurate(values[:-1], values[:-1] - values[1:])
+        ends = np.flatnonzero(~np.append(alike, False))[:-1]
+        copies = np.diff(np.append(-1, ends))
+        return bool(np.all(copies < width)), np.ones(len(values), bool)
+    random = sizes[:-1] == 0  # a dead direction was replaced
+    for block in reversed(np.flatnonzero(random.any(axis=1)).tolist()):
+        after = projected[(block + 1) * width :, (block + 1) * width :]
+        top, residual = _top_from(after, random[block])
+        if accurate(top, residual):
+            proven = accurate(values, top - values)
+            return bool(proven.all()), proven
+    return False, np.zeros(len(values), bool)
+
+
+def _top_from(
+    projected: np.ndarray, chosen: np.ndarray
+) -> tuple[np.floating, np.floating]:
+    """Returns the largest Ritz value, and its residual, from a part of the first block.
+
+    Block Lanczos in the space that T spans: what those directions alone would have
+    given in as many steps, without a product.
+    """
+    used = projected.shape[1]
+    width = len(projected) - used
+    if chosen.all():
+        (top,), _, (residual,) = _leading(projected, 1, width)
+        return top, residual
+    block = np.eye(used)[:, np.flatnonzero(chosen)]
+    basis, least = block, 1e-14 * np.linalg.norm(projected)
+    for _ in range(used // width - 1):
+        block = projected[:used] @ block
+        block -= basis @ (basis.T @ block)
+        left, sizes, _ = np.linalg.svd(block, full_matrices=False)
+        block = left[:, sizes > least]
+        block, _ = np.linalg.qr(block - basis @ (basis.T @ block))
+        basis = np.hstack([basis, block])
+    values, rotation = np.linalg.eigh(basis.T @ projected[:used] @ basis)
+    vector = basis @ rotation[:, -1]
+    left_over = projected @ vector
+    left_over[:used] -= values[-1] * vector
+    return values[-1], np.linalg.norm(left_over)
 
 
 def _leading(
@@ -314,20 +369,26 @@ def _finish(
     state: LanczosState, found: _Progress, num_columns: int
 ) -> LeadingEigenpairs:
     dtype = state.basis.dtype
+    unit = float(state.unit)
+    values, bounds = (
+        jnp.asarray(numbers * unit, dtype) for numbers in (found.values, found.bounds)
+    )
+    finite = state.finite & jnp.all(jnp.isfinite(values))
     # Padded to the columns of the basis, so that one program serves every length.
     used, num_pairs = found.rotation.shape
     rotation = np.zeros((state.basis.shape[1], num_pairs), dtype)
     rotation[:used] = found.rotation
     vectors, orthogonality = _vectors(state.basis, rotation)
     return LeadingEigenpairs(
-        values=jnp.asarray(found.values, dtype),
+        values=jnp.where(finite, values, 0),
         vectors=vectors,
-        residuals=jnp.asarray(found.bounds, dtype),
-        converged=jnp.asarray(found.converged),
+        residuals=jnp.where(finite, bounds, 0),
+        converged=jnp.asarray(found.converged) & finite,
         num_columns=num_columns,
         orthogonality=orthogonality,
         asymmetry=state.asymmetry,
-        finite=state.finite,
+        finite=finite,
+        complete=finite & found.complete,
     )
 
 

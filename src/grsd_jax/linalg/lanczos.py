@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from grsd_jax._arrays import divisor, is_traced, matmul
+from grsd_jax._arrays import divisor, is_traced, magnitude, matmul, norm
 from grsd_jax._checks import (
     check_at_least,
     check_choice,
@@ -39,10 +39,14 @@ class LanczosState(NamedTuple):
 
     Attributes:
         basis: ``[n, (m + 1) b]``, orthonormal; columns not yet reached are zero.
-        tridiagonal: ``[(m + 1) b, (m + 1) b]``, the projected operator so far.
+        tridiagonal: ``[(m + 1) b, (m + 1) b]``, the projected operator so far, over
+            ``unit``.
         live_counts: ``[m + 1]`` int32, live directions of each block.
         step: [] int32, the number j of steps taken.
-        scale: [], the largest norm of a product's column, an estimate of ``|M|``.
+        unit: [], a power of two, the size of the first product that is not zero: what
+            is squared on the way is measured in it, so that it stays in range.
+        scale: [], the largest norm of a product's column, an estimate of ``|M|``, over
+            ``unit``.
         asymmetry: [], the largest ``|Q^T M Q - (Q^T M Q)^T|`` over ``|M|``.
         finite: [] bool, whether every product was finite.
         key: Key of the random replacements of dead directions.
@@ -52,6 +56,7 @@ class LanczosState(NamedTuple):
     tridiagonal: jax.Array
     live_counts: jax.Array
     step: jax.Array
+    unit: jax.Array
     scale: jax.Array
     asymmetry: jax.Array
     finite: jax.Array
@@ -74,8 +79,9 @@ class LanczosResult(NamedTuple):
         asymmetry: [], how far the projected blocks were from symmetric, over ``|M|``; a
             value far above epsilon points to low-precision products or a wrong
             operator.
-        finite: [] bool, whether every product was finite. If not, the run stopped
-            growing at the first one that was not; it contains no NaN.
+        finite: [] bool, whether the start block, every product and the result are
+            finite. If a product was not, the run stopped growing there; what is
+            returned contains no NaN.
     """
 
     basis: jax.Array
@@ -193,7 +199,10 @@ def _first_state(
     size, width = start_block.shape
     columns, dtype = (num_steps + 1) * width, start_block.dtype
     basis = jnp.zeros((size, columns), dtype)
-    scale = jnp.max(_norms(start_block))
+    finite = jnp.all(jnp.isfinite(start_block))
+    start_block = jnp.where(finite, start_block, 0)
+    start_block = start_block / magnitude(start_block)
+    scale = jnp.max(norm(start_block, 0))
     first, _, live = _next_block(
         basis, start_block, scale, jnp.int32(0), jax.random.fold_in(key, num_steps)
     )
@@ -202,9 +211,10 @@ def _first_state(
         tridiagonal=jnp.zeros((columns, columns), dtype),
         live_counts=jnp.zeros(num_steps + 1, jnp.int32).at[0].set(live),
         step=jnp.int32(0),
+        unit=jnp.ones((), dtype),
         scale=jnp.zeros((), dtype),
         asymmetry=jnp.zeros((), dtype),
-        finite=jnp.all(jnp.isfinite(start_block)),
+        finite=finite,
         key=key,
     )
 
@@ -244,8 +254,10 @@ def lanczos_step(state: LanczosState, product: jax.Array) -> LanczosState:
         )
     finite = state.finite & jnp.all(jnp.isfinite(product))
     product = jnp.where(finite, product, 0)  # the flag is passed on, the NaN is not
+    unit = jnp.where(state.scale > 0, state.unit, magnitude(product))
+    product = product / unit
     offset = state.step * width
-    scale = jnp.maximum(state.scale, jnp.max(_norms(product)))
+    scale = jnp.maximum(state.scale, jnp.max(norm(product, 0)))
 
     block = lanczos_block(state, width)
     diagonal = matmul(block.T, product)
@@ -273,6 +285,7 @@ def lanczos_step(state: LanczosState, product: jax.Array) -> LanczosState:
         tridiagonal=tridiagonal,
         live_counts=state.live_counts.at[state.step + 1].set(live),
         step=state.step + 1,
+        unit=unit,
         scale=scale,
         asymmetry=jnp.maximum(state.asymmetry, skew),
         finite=finite,
@@ -294,15 +307,19 @@ def lanczos_finish(state: LanczosState, width: int) -> LanczosResult:
     basis = state.basis[:, :kept]
     gram = matmul(basis.T, basis)
     expected = jnp.diag((jnp.diag(gram) > 0).astype(gram.dtype))
+    projected = state.tridiagonal[:, :kept] * state.unit
+    scale = state.scale * state.unit
+    held = jnp.isfinite(scale) & jnp.all(jnp.isfinite(projected))
+    projected, scale = jnp.where(held, projected, 0), jnp.where(held, scale, 0)
     return LanczosResult(
         basis=basis,
-        tridiagonal=state.tridiagonal[:kept, :kept],
-        residual_block=state.tridiagonal[kept:, kept - width : kept],
+        tridiagonal=projected[:kept],
+        residual_block=projected[kept:, kept - width :],
         live_counts=state.live_counts[:-1],
-        scale=state.scale,
+        scale=scale,
         orthogonality=jnp.max(jnp.abs(gram - expected)),
         asymmetry=state.asymmetry,
-        finite=state.finite,
+        finite=state.finite & held,
     )
 
 
@@ -385,7 +402,3 @@ def _tall_qr(block: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _project_out(basis: jax.Array, block: jax.Array) -> jax.Array:
     return block - matmul(basis, matmul(basis.T, block))
-
-
-def _norms(block: jax.Array) -> jax.Array:
-    return jnp.linalg.norm(block, axis=0)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from grsd_jax._arrays import divisor, matmul
+from grsd_jax._arrays import as_floating, divisor, magnitude, matmul, norm
 from grsd_jax._checks import check_positive
 from grsd_jax.linalg.lanczos import LanczosResult
 
@@ -68,26 +68,28 @@ def ritz_pairs(
     # Columns beyond the n dimensions get a value of their own, so that they do not mix
     # with a null space.
     empty = jnp.all(result.basis == 0, axis=0)
-    apart = -2 * divisor(result.scale)
-    shifted = result.tridiagonal + jnp.diag(jnp.where(empty, apart, 0))
+    unit = magnitude(result.scale)
+    scale = result.scale / unit
+    apart = -2 * divisor(scale)
+    shifted = result.tridiagonal / unit + jnp.diag(jnp.where(empty, apart, 0))
     values, rotation = jnp.linalg.eigh(shifted)
     values, rotation = values[::-1], rotation[:, ::-1]
     real = values > apart / 2
     values = jnp.where(real, values, jnp.min(values, where=real, initial=jnp.inf))
     last_rows = rotation[-result.block_size :]
-    left_over = matmul(result.residual_block, last_rows)
-    residuals = jnp.linalg.norm(left_over, axis=0)
+    residuals = norm(matmul(result.residual_block / unit, last_rows), 0)
     eps = float(jnp.finfo(values.dtype).eps)
     vectors = matmul(result.basis, rotation)
-    bounds = residuals + rounding_bound(len(values), values.dtype) * result.scale
-    small = residuals + _SMALL_ROUNDING_EPS * eps * result.scale
+    bounds = residuals + rounding_bound(len(values), values.dtype) * scale
+    small = residuals + _SMALL_ROUNDING_EPS * eps * scale
     resolved = resolved_pairs(values, small, tolerance=tolerance, floor=floor)
-    return RitzPairs(values, vectors, bounds, resolved & real & result.finite)
+    resolved &= real & result.finite
+    return RitzPairs(values * unit, vectors, bounds * unit, resolved)
 
 
 def resolved_pairs(
-    values: jax.Array,
-    residuals: jax.Array,
+    values: jax.typing.ArrayLike,
+    residuals: jax.typing.ArrayLike,
     *,
     tolerance: float = 0.05,
     floor: float | None = None,
@@ -101,16 +103,19 @@ def resolved_pairs(
         floor: Smallest value, relative to the largest; ten eps of the dtype if None.
 
     Returns:
-        ``[r]`` bool.
+        ``[r]`` bool; False where a number is NaN, everywhere if a value is infinite.
 
     Raises:
-        ValueError: If ``tolerance`` or ``floor`` is not a finite number above zero.
+        ValueError: If a shape or dtype does not fit, or ``tolerance`` or ``floor`` is
+            not a finite number above zero.
     """
+    values = as_floating("values", values, [None])
+    residuals = as_floating("residuals", residuals, values.shape)
     check_positive("tolerance", tolerance)
     floor = default_floor(values.dtype) if floor is None else floor
     check_positive("floor", floor)
     accurate = residuals <= tolerance * values
-    return accurate & (values > floor * jnp.max(values))
+    return accurate & (values > floor * jnp.max(values, initial=0))
 
 
 def rounding_bound(num_pairs: int, dtype: jax.typing.DTypeLike) -> float:

@@ -5,12 +5,13 @@ projected derivative of the operator, averaged over pairs of shells, is the inpu
 diagnostics in `grsd_jax.shells.toeplitz` and `grsd_jax.shells.power_law`.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from grsd_jax._arrays import as_floating, as_mask, matmul
+from grsd_jax._arrays import as_floating, as_mask, magnitude
 from grsd_jax._checks import check_at_least, check_shape
 
 
@@ -37,7 +38,9 @@ class ShellCoupling(NamedTuple):
     Attributes:
         matrix: [S, S], the mean over each pair of shells. Masked entries hold 0, a
             placeholder.
-        mask: [S, S] bool, True where both shells hold enough values.
+        mask: [S, S] bool, True where both shells hold enough values and the mean is in
+            the range of the dtype: neither so large nor so small that its square left
+            it. A mean of couplings that are all zero is 0 and valid.
     """
 
     matrix: jax.Array
@@ -166,11 +169,42 @@ def shell_coupling(
     References:
         Paper 3.2 (Condition 4), 7.3 and B.6.
     """
+    return mean_squares(
+        *root_mean_squares(
+            coupling, values, shells, renormalize=renormalize, min_count=min_count
+        )
+    )
+
+
+def mean_squares(root: jax.Array, mask: jax.Array) -> ShellCoupling:
+    """Squares the result of `root_mean_squares`, and masks what leaves the dtype."""
+    info = jnp.finfo(root.dtype)
+    least, most = float(info.tiny) ** 0.5, float(info.max) ** 0.5
+    # What is not finite is a finding, and stays.
+    held = ((root >= least) & (root <= most)) | (root == 0) | ~jnp.isfinite(root)
+    return ShellCoupling(jnp.where(mask & held, jnp.square(root), 0), mask & held)
+
+
+def root_mean_squares(
+    coupling: jax.typing.ArrayLike,
+    values: jax.typing.ArrayLike,
+    shells: Shells,
+    *,
+    renormalize: bool,
+    min_count: int = 1,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the roots of `shell_coupling`, which stay in the range of the dtype.
+
+    The arguments and errors are those of `shell_coupling`.
+
+    Returns:
+        ``[S, S]``, and the mask ``[S, S]`` of the shells that hold enough values.
+    """
     if not isinstance(renormalize, bool):
         raise ValueError(f"renormalize: expected True or False, got {renormalize!r}.")
     check_at_least("min_count", min_count, 1)
     values = as_floating("values", values, [None])
-    num_values, num_shells = values.shape[0], shells.counts.shape[0]
+    num_values = values.shape[0]
     coupling = as_floating("coupling", coupling, [num_values, num_values])
     check_shape("shells.index", shells.index, [num_values])
     dtype = jnp.promote_types(coupling.dtype, values.dtype)
@@ -179,13 +213,13 @@ def shell_coupling(
     pairs = inside[:, None] & inside[None, :]
     amplitude = jnp.where(pairs, coupling.astype(dtype), 0)
     if renormalize:
-        # Divided before it is squared: the squares of small couplings underflow.
         scale = jax.lax.rsqrt(jnp.where(inside, values.astype(dtype), 1))
+        # One factor is large where the other is small; their product may underflow.
         amplitude = amplitude * scale[:, None] * scale[None, :]
-    matrix = _mean_over_shells(jnp.square(amplitude), shells.index, num_shells)
+    root = _root_mean_squares(amplitude, shells.index, shells.counts)
     enough = shells.counts >= min_count
     mask = enough[:, None] & enough[None, :]
-    return ShellCoupling(jnp.where(mask, matrix, 0), mask)
+    return jnp.where(mask, root, 0), mask
 
 
 def _assign(values: jax.Array, edges: jax.Array, usable: jax.Array) -> Shells:
@@ -221,27 +255,40 @@ def _log_edges(low: jax.Array, high: jax.Array, num_shells: int) -> jax.Array:
     """
     dtype = low.dtype
     info = jnp.finfo(dtype)
-    log_low, log_high = jnp.log(low), jnp.log(high)
-    magnitude = jnp.maximum(jnp.maximum(jnp.abs(log_low), jnp.abs(log_high)), 1)
-    least = num_shells * 8 * float(info.eps) * magnitude
+    # In units of the middle: logarithms of large and small numbers lose digits.
+    unit = magnitude(jnp.sqrt(low) * jnp.sqrt(high))
+    log_low, log_high = jnp.log(low / unit), jnp.log(high / unit)
+    farthest = jnp.maximum(jnp.maximum(jnp.abs(log_low), jnp.abs(log_high)), 1)
+    least = num_shells * 8 * float(info.eps) * farthest
     too_narrow = log_high - log_low < least
     middle = (log_low + log_high) / 2
     log_low = jnp.where(too_narrow, middle - least / 2, log_low)
     log_high = jnp.where(too_narrow, middle + least / 2, log_high)
 
-    low = jnp.where(too_narrow, jnp.exp(log_low), low)
-    high = jnp.where(too_narrow, jnp.exp(log_high), high)
+    low = jnp.where(too_narrow, jnp.exp(log_low) * unit, low)
+    high = jnp.where(too_narrow, jnp.exp(log_high) * unit, high)
     low, high = jnp.maximum(low, info.tiny), jnp.minimum(high, info.max)
     fractions = jnp.arange(1, num_shells, dtype=dtype) / num_shells
-    inner = jnp.exp(log_low + (log_high - log_low) * fractions)
+    inner = jnp.exp(log_low + (log_high - log_low) * fractions) * unit
     return jnp.concatenate([low[None], jnp.clip(inner, low, high), high[None]])
 
 
-def _mean_over_shells(
-    squares: jax.Array, index: jax.Array, num_shells: int
+def _root_mean_squares(
+    amplitude: jax.Array, index: jax.Array, counts: jax.Array
 ) -> jax.Array:
-    """Returns the [S, S] means of the [r, r] entries, 0 for the empty shells."""
-    member = index[:, None] == jnp.arange(num_shells, dtype=index.dtype)[None, :]
-    counts = jnp.sum(member, axis=0, dtype=squares.dtype)
-    weights = member.astype(squares.dtype) / jnp.maximum(counts, 1)[None, :]
-    return matmul(weights.T, matmul(squares, weights))
+    """Returns the [S, S] roots of the mean squares of [r, r], 0 for empty shells."""
+    num_shells = counts.shape[0]
+    groups = jnp.where(index >= 0, index, num_shells)
+
+    def over_pairs(combine: Callable[..., jax.Array], entries: jax.Array) -> jax.Array:
+        rows = combine(entries, groups, num_shells + 1)
+        return combine(rows.T, groups, num_shells + 1).T
+
+    # Each pair of shells is measured in its own largest entry before it is squared.
+    largest = over_pairs(jax.ops.segment_max, jnp.abs(amplitude))
+    units = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+    squares = jnp.square(amplitude / units[groups[:, None], groups[None, :]])
+    sums = over_pairs(jax.ops.segment_sum, squares)[:-1, :-1]
+    numbers = jnp.maximum(counts, 1).astype(amplitude.dtype)
+    means = sums / numbers[:, None] / numbers[None, :]
+    return jnp.sqrt(means) * units[:-1, :-1]

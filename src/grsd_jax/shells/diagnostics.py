@@ -11,8 +11,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from grsd_jax._arrays import magnitude
 from grsd_jax.linalg.ritz import RitzPairs
-from grsd_jax.shells.binning import ShellCoupling, Shells, log_shells, shell_coupling
+from grsd_jax.shells.binning import (
+    ShellCoupling,
+    Shells,
+    log_shells,
+    mean_squares,
+    root_mean_squares,
+)
 from grsd_jax.shells.options import Binning
 from grsd_jax.shells.power_law import PowerLawFit, fit_power_law
 from grsd_jax.shells.toeplitz import (
@@ -27,11 +34,15 @@ class ToeplitzDiagnostics(NamedTuple):
 
     Attributes:
         coupling: The shell coupling, matrix and mask ``[S, S]``.
-        residual: [], ``|A - Toep(A)|_F / |A|_F`` over all valid entries.
+        residual: [], ``|A - Toep(A)|_F / |A|_F`` over the shells with enough pairs; NaN
+            if there is no coupling between them.
         windows: ``[S - w + 1]``, the residual of every run of w shells, from the
-            smallest lambda to the largest; NaN where a window has no valid entry.
+            smallest lambda to the largest; NaN where a window holds no coupling.
         degrees_of_freedom: ``[S - w + 1]`` int32, those of each window's residual; with
-            0 the residual is zero by construction.
+            0 the residual is zero by construction, or undefined.
+
+    Residuals do not depend on units: they are right for means that leave the range of
+    the dtype and are masked in ``coupling``.
     """
 
     coupling: ShellCoupling
@@ -77,9 +88,11 @@ class CouplingMeasurement:
         secant_disagreement: [], ``|F - X|_F / |F|_F`` for the finite difference F and
             the exact derivative X, projected on the leading b pairs: for
             piecewise-linear activations it measures the effect of patterns that flip.
+            NaN if both vanish.
         operator_disagreement: [], the largest entry of ``|V^T M V - Lambda|`` over
             ``lambda_max`` for the leading b pairs, with M by plain differentiation. A
             value far above the precision means that the M that was measured is another.
+            NaN for a kernel that is zero.
         finite: [] bool, whether errors, direction and products were finite. If not,
             nothing is resolved.
         solver: ``"dense"`` or ``"lanczos"``, the one that ran.
@@ -143,18 +156,16 @@ def diagnose(
     coupling = jnp.where(checks.finite, coupling, 0)
     shells = log_shells(pairs.values, binning.num_shells, mask=resolved)
     literal, renormalized = (
-        toeplitz_diagnostics(
-            shell_coupling(
-                coupling,
-                pairs.values,
-                shells,
-                renormalize=renormalize,
-                min_count=binning.min_count,
-            ),
-            binning.window,
+        root_mean_squares(
+            coupling,
+            pairs.values,
+            shells,
+            renormalize=renormalize,
+            min_count=binning.min_count,
         )
         for renormalize in (False, True)
     )
+    root, enough = literal
     mode_key, shell_key = jax.random.split(key)
     fit = partial(fit_power_law, num_bootstrap=binning.num_bootstrap)
     return CouplingMeasurement(
@@ -164,15 +175,15 @@ def diagnose(
         resolved=resolved,
         coupling=coupling,
         shells=shells,
-        literal=literal,
-        renormalized=renormalized,
+        literal=toeplitz_diagnostics(*literal, binning.window),
+        renormalized=toeplitz_diagnostics(*renormalized, binning.window),
         diagonal_fit=fit(
             pairs.values, jnp.abs(jnp.diag(coupling)), resolved, key=mode_key
         ),
         shell_fit=fit(
             shells.centers,
-            jnp.sqrt(jnp.diag(literal.coupling.matrix)),
-            jnp.diag(literal.coupling.mask),
+            jnp.diag(root),
+            jnp.diag(enough),
             key=shell_key,
         ),
         **checks._asdict(),
@@ -180,12 +191,22 @@ def diagnose(
     )
 
 
-def toeplitz_diagnostics(binned: ShellCoupling, window: int) -> ToeplitzDiagnostics:
-    """Returns the Toeplitz residuals of a coupling, whole and in sliding windows."""
-    matrix, mask = binned.matrix, binned.mask
+def toeplitz_diagnostics(
+    root: jax.Array, mask: jax.Array, window: int
+) -> ToeplitzDiagnostics:
+    """Returns the Toeplitz residuals of a coupling, whole and in sliding windows.
+
+    Args:
+        root: ``[S, S]``, of `root_mean_squares`.
+        mask: ``[S, S]`` bool, where both shells hold enough pairs.
+        window: The shells w of a window.
+    """
+    squares = jnp.square(root / magnitude(root))
+    windows = windowed_toeplitz_residual(squares, window, mask)
+    freedom = windowed_toeplitz_degrees_of_freedom(mask, window)
     return ToeplitzDiagnostics(
-        coupling=binned,
-        residual=toeplitz_residual(matrix, mask),
-        windows=windowed_toeplitz_residual(matrix, window, mask),
-        degrees_of_freedom=windowed_toeplitz_degrees_of_freedom(mask, window),
+        coupling=mean_squares(root, mask),
+        residual=toeplitz_residual(squares, mask),
+        windows=windows,
+        degrees_of_freedom=jnp.where(jnp.isnan(windows), 0, freedom),
     )

@@ -13,14 +13,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from grsd_jax._arrays import all_finite, divisor, matmul
+from grsd_jax._arrays import all_finite, divisor, matmul, norm
 from grsd_jax._typing import PyTree
 from grsd_jax.jacobian.plan import plan_of
 from grsd_jax.kernel.dense import layer_kernels
 from grsd_jax.kernel.derivative import gradient_flow_direction, project_kernel
 from grsd_jax.problem import Problem
-from grsd_jax.shells.binning import Shells, shell_coupling
+from grsd_jax.shells.binning import Shells, root_mean_squares
 from grsd_jax.shells.diagnostics import (
     CouplingMeasurement,
     CrossChecks,
@@ -92,14 +93,19 @@ def measure_layers(
             kernel, moved, tolerance=window.tolerance, floor=window.floor
         )
         pairs = leading_pairs(pairs, window)
-        unknown = jnp.full((), jnp.nan, kernel.dtype)
-        return diagnose(
+        unmade = jnp.zeros((), kernel.dtype)
+        measured = diagnose(
             pairs,
             coupling,
-            CrossChecks(unknown, unknown, all_finite((kernel, moved))),
+            CrossChecks(unmade, unmade, all_finite((kernel, moved))),
             key,
             labels=Labels("dense", form, "exact", point.reduction, coupled=False),
             binning=shells,
+        )
+        # NaN from the host: computed, it would stop a run under `jax_debug_nans`.
+        unknown = np.full((), np.nan, kernel.dtype)
+        return dataclasses.replace(
+            measured, secant_disagreement=unknown, operator_disagreement=unknown
         )
 
     kernels, moved = (list(part) for part in zip(*matrices.values(), strict=True))
@@ -124,7 +130,7 @@ def _average(
 ) -> ToeplitzDiagnostics:
     """Averages the layers' couplings between the shells of M."""
     found = [
-        shell_coupling(
+        root_mean_squares(
             matmul(vectors.T, matmul(matrix, vectors)),
             values,
             shells,
@@ -133,5 +139,6 @@ def _average(
         )
         for matrix in moved
     ]
-    mean = jnp.mean(jnp.stack([part.matrix for part in found]), axis=0)
-    return toeplitz_diagnostics(found[0]._replace(matrix=mean), binning.window)
+    roots, masks = zip(*found, strict=True)
+    root = norm(jnp.stack(roots), 0) / len(roots) ** 0.5
+    return toeplitz_diagnostics(root, masks[0], binning.window)

@@ -13,7 +13,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from grsd_jax._arrays import all_finite, divisor, is_traced, matmul
+from grsd_jax._arrays import all_finite, is_traced, magnitude, matmul, norm
 from grsd_jax._checks import check_choice
 from grsd_jax._memory import naming_what_to_lower
 from grsd_jax._typing import PyTree
@@ -181,10 +181,10 @@ def diagonalize(
     """
     finite = all_finite((kernel, moved))
     kernel, moved = (jnp.where(finite, matrix, 0) for matrix in (kernel, moved))
-    values, vectors = jnp.linalg.eigh(kernel)
-    values, vectors = values[::-1], vectors[:, ::-1]
-    left_over = matmul(kernel, vectors) - vectors * values[None]
-    residuals = jnp.linalg.norm(left_over, axis=0)
+    unit = magnitude(kernel)
+    values, vectors = jnp.linalg.eigh(kernel / unit)
+    values, vectors = values[::-1] * unit, vectors[:, ::-1]
+    residuals = norm(matmul(kernel, vectors) - vectors * values[None], 0)
     resolved = resolved_pairs(values, residuals, tolerance=tolerance, floor=floor)
     coupling = matmul(vectors.T, matmul(moved, vectors))
     bounds = residuals + rounding_bound(len(values), values.dtype) * jnp.max(values)
@@ -248,11 +248,9 @@ def _cross_checks(
     errors = [evaluate(point.error_fn, point.params, batch) for batch in point.parts]
     numbers = (coupling, pairs.values, errors, point.params, point.direction)
     return CrossChecks(
-        secant_disagreement=(
-            jnp.linalg.norm(first - other) / divisor(jnp.linalg.norm(difference))
-        ),
+        secant_disagreement=norm(first - other) / norm(difference),
         operator_disagreement=(
-            jnp.max(jnp.abs(apart)) / divisor(jnp.max(jnp.abs(pairs.values)))
+            jnp.max(jnp.abs(apart)) / jnp.max(jnp.abs(pairs.values))
         ),
         finite=all_finite(numbers),
     )

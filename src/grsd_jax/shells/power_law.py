@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from grsd_jax._arrays import as_floating, as_mask
+from grsd_jax._arrays import as_floating, as_mask, magnitude
 from grsd_jax._checks import check_at_least
 
 
@@ -18,7 +18,7 @@ class PowerLawFit(NamedTuple):
 
     Attributes:
         exponent: [], the slope p; NaN with fewer than 2 points or a single distinct x.
-        prefactor: [], c; NaN with the exponent.
+        prefactor: [], c; NaN with the exponent, 0 or infinite if it leaves the dtype.
         r_squared: [], the share of the variance of ``log y`` that the line explains;
             NaN with the exponent, or if ``log y`` has no variance.
         exponent_stderr: [], the standard error of the exponent for independent errors
@@ -97,10 +97,11 @@ def fit_power_law(
     tiny = jnp.finfo(dtype).tiny
     used = as_mask("mask", mask, x.shape) & (x >= tiny) & (y >= tiny)
     used &= jnp.isfinite(x) & jnp.isfinite(y)
-    log_x = jnp.log(jnp.where(used, x, 1))
-    log_y = jnp.log(jnp.where(used, y, 1))
+    log_x, unit_x = logs_and_unit(x, used)
+    log_y, unit_y = logs_and_unit(y, used)
 
     line = _fit_line(log_x, log_y, used)
+    intercept = line.intercept + unit_y - line.slope * unit_x
     num_points = jnp.sum(used, dtype=jnp.int32)
     enough = line.defined & (num_points >= 3)
     freedom = jnp.maximum(num_points - 2, 1).astype(dtype)
@@ -115,12 +116,22 @@ def fit_power_law(
         interval = jnp.where(enough, interval, jnp.nan)
     return PowerLawFit(
         exponent=jnp.where(line.defined, line.slope, jnp.nan),
-        prefactor=jnp.where(line.defined, jnp.exp(line.intercept), jnp.nan),
+        prefactor=jnp.where(line.defined, jnp.exp(intercept), jnp.nan),
         r_squared=jnp.where(varies, jnp.maximum(1 - rest, 0), jnp.nan),
         exponent_stderr=jnp.where(enough, stderr, jnp.nan),
         num_points=num_points,
         interval=interval,
     )
+
+
+def logs_and_unit(values: jax.Array, used: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns logarithms in a unit of the size of the largest value, and that of it.
+
+    Those of large and small numbers would lose the digits before the point; so the
+    result does not depend on units. Values not in use count as the unit.
+    """
+    unit = magnitude(jnp.where(used, values, 0))
+    return jnp.log(jnp.where(used, values / unit, 1)), jnp.log(unit)
 
 
 def _check_bootstrap(

@@ -1,0 +1,326 @@
+"""Results in other units: of M -> s M and e -> s e, as far as the dtype reaches.
+
+Every number of a result is homogeneous: at two moderate scales one reads off its
+degree p, and at extreme ones it has to be ``s^p`` times as large. Where ``s^p`` leaves
+the dtype, the result has to say so.
+"""
+
+import functools
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import block_problems
+from grsd_jax import Binning, Problem, conditions, dynamics, errors, linalg, shells
+from grsd_jax.kernel import kernel_dense, kernel_derivative
+from oracles import symmetric_with_spectrum
+
+SIZE = 24
+RNG = np.random.default_rng(0)
+SPECTRUM = np.geomspace(1, 1e-3, SIZE)
+MATRIX, _ = symmetric_with_spectrum(SPECTRUM)
+MATRIX = MATRIX.astype(np.float32)
+SYMMETRIC = RNG.normal(size=(SIZE, SIZE)) * np.sqrt(np.outer(SPECTRUM, SPECTRUM))
+SYMMETRIC = (SYMMETRIC + SYMMETRIC.T).astype(np.float32)
+VALUES = SPECTRUM.astype(np.float32)
+G = RNG.normal(size=SIZE).astype(np.float32)
+START = jax.random.normal(jax.random.key(0), (SIZE, 2))
+KEY = jax.random.key(1)
+
+#: Powers of two: 1e-30 to 1e30, and 1e-15 to 1e15 for what is quadratic.
+EXPONENTS = (-100, -50, 50, 100)
+
+
+@jax.jit
+def _matmul(matrix, block):
+    return jnp.matmul(matrix, block, precision="highest")
+
+
+_lanczos = jax.jit(
+    lambda matrix, start: linalg.block_lanczos(
+        functools.partial(_matmul, matrix), start, 5, key=KEY
+    )
+)
+_shells = functools.partial(shells.log_shells, num_shells=6)
+
+
+def _ritz(s, t):
+    return linalg.ritz_pairs(_lanczos(s * MATRIX, t * START))
+
+
+@functools.cache
+def _by_hand(s, t):
+    state = linalg.lanczos_init(t * START, 2, key=KEY)
+    for _ in range(2):
+        product = _matmul(s * MATRIX, linalg.lanczos_block(state, 2))
+        state = linalg.lanczos_step(state, product)
+    return linalg.lanczos_finish(state, 2)
+
+
+def _leading(s, t):
+    product = functools.partial(_matmul, s * MATRIX)
+    return linalg.leading_eigenpairs(product, t * START, 4, key=KEY)
+
+
+def _dynamics(s, t):
+    return dynamics.shell_dynamics(
+        s * VALUES, t * G, s * SYMMETRIC, _shells(s * VALUES), loss_constant=1.0 / s
+    )
+
+
+def _scaled_problem(s):
+    """Returns a problem with the error and J in units of s: one program for all."""
+    _, params, blocks = block_problems.branches()
+    x = jax.random.normal(jax.random.key(2), (2, 4, 3))
+    batches = {"x": x, "s": jnp.full((2, 4, 1), s, jnp.float32)}
+    problem = Problem.from_error(_scaled_error, batches)
+    return problem, params, blocks
+
+
+def _scaled_error(params, batch):
+    shared = block_problems.branches_error(params, batch)
+    return (shared + jnp.roll(shared, 2, axis=1) / 4) * batch["s"]
+
+
+def _block_coherence(s, method):
+    problem, params, blocks = _scaled_problem(s)
+    found = conditions.block_coherence(
+        problem, params, blocks, key=KEY, method=method, tolerance=1e-4
+    )
+    sure = found.coherence > 1e-3  # below the root of eps it is rounding
+    return (
+        jnp.where(sure, found.products, 0),
+        found.norms,
+        jnp.where(sure, found.coherence, 0),
+        found.converged,
+    )
+
+
+def _measure(s):
+    problem, params, _ = _scaled_problem(s)
+    found = shells.measure_coupling(
+        problem,
+        params,
+        params,
+        key=KEY,
+        solver="dense",
+        shells=Binning(num_shells=4, window=3, num_bootstrap=0),
+    )
+    lead = found.resolved  # below it values are rounding
+    return (
+        jnp.where(lead, found.values, 0),
+        jnp.where(lead, jnp.abs(jnp.diag(found.coupling)), 0),
+        found.literal,
+        found.renormalized,
+        found.diagonal_fit,
+        found.shell_fit,
+        conditions.coupling_exponent(found),
+    )
+
+
+#: Calls by the name of the function, several in a list: of s, the unit of the operator,
+#: and t, that of the vectors, or of the error and with it of J.
+ROWS = {
+    "block_lanczos": lambda s, t: _lanczos(s * MATRIX, t * START),
+    "lanczos_init": _by_hand,
+    "lanczos_step": _by_hand,
+    "lanczos_finish": _by_hand,
+    "lanczos_block": _by_hand,
+    "ritz_pairs": _ritz,
+    "leading_eigenpairs": _leading,
+    "resolved_pairs": lambda s: linalg.resolved_pairs(s * VALUES, s * 0.02 * VALUES),
+    "spectral_density": lambda s, t: linalg.spectral_density(
+        _lanczos(s * MATRIX, t * START), SIZE, num_points=32
+    ),
+    "log_shells": lambda s: _shells(s * VALUES),
+    "assign_shells": lambda s: shells.assign_shells(
+        s * VALUES, s * np.geomspace(1e-3, 1, 6).astype(np.float32)
+    ),
+    "shell_coupling": [
+        lambda s: shells.shell_coupling(
+            s * SYMMETRIC, s * VALUES, _shells(s * VALUES), renormalize=False
+        ),
+        lambda s: shells.shell_coupling(
+            s * SYMMETRIC, s * VALUES, _shells(s * VALUES), renormalize=True
+        ),
+    ],
+    "toeplitz_approximation": lambda s: shells.toeplitz_approximation(s * MATRIX),
+    "toeplitz_residual": lambda s: shells.toeplitz_residual(s * MATRIX),
+    "windowed_toeplitz_residual": lambda s: shells.windowed_toeplitz_residual(
+        s * MATRIX, 5
+    ),
+    "fit_power_law": lambda s, t: shells.fit_power_law(
+        s * VALUES, t * np.abs(G) * VALUES
+    ),
+    "measure_coupling": lambda t: _measure(t),
+    "basis_rotation": lambda s: dynamics.basis_rotation(s * VALUES, s * SYMMETRIC),
+    "eigenvalue_drift": lambda s: dynamics.eigenvalue_drift(s * SYMMETRIC),
+    "shell_dynamics": _dynamics,
+    "closure_error": lambda t: dynamics.closure_error(
+        t * G, jnp.zeros(SIZE), t * np.abs(G), 1.0
+    ),
+    "edge_crossings": lambda s, t: dynamics.edge_crossings(
+        s * VALUES, s * VALUES[::-1], t * G, s * np.float32([1e-3, 1e-2, 1])
+    ),
+    "velocity_fit": lambda s, t: dynamics.velocity_fit(
+        s * VALUES, t * np.abs(G) * VALUES
+    ),
+    "block_coherence": [
+        lambda t: _block_coherence(t, "dense"),
+        lambda t: _block_coherence(t, "power_iteration"),
+    ],
+    "influence_profile": lambda t: conditions.influence_profile(
+        *_scaled_problem(t)[:2], *_scaled_problem(t)[1:], key=KEY
+    ),
+    "operator_norms": lambda t: conditions.operator_norms(
+        *_scaled_problem(t)[:2], _scaled_problem(t)[1], key=KEY
+    ),
+    "distance_totals": lambda s: conditions.distance_totals(s * np.abs(MATRIX)),
+    "distance_maxima": lambda s: conditions.distance_maxima(s * MATRIX),
+    "smallest_band": lambda s: conditions.smallest_band(s * VALUES, 0.7),
+    "log_lipschitz": lambda s, t: conditions.log_lipschitz(t * np.abs(G), s * VALUES),
+    "propagation_report": lambda s: conditions.propagation_report(
+        s * np.abs(SYMMETRIC), constant=float(s), rho=0.9, epsilon=0.01 * float(s)
+    ),
+    "interaction_range": lambda s: conditions.interaction_range(
+        float(s), 0.9, 0.01 * float(s)
+    ),
+    "projector_drift": lambda t: conditions.projector_drift(
+        *(jnp.linalg.qr(t * START)[0], jnp.eye(SIZE, 2))
+    ),
+    "squared_error": lambda t: errors.squared_error(
+        t * START, t * jnp.ones_like(START)
+    ),
+    "half_squared_loss": lambda t: errors.half_squared_loss(
+        t * START, t * jnp.ones_like(START)
+    ),
+    "kernel_dense": lambda t: kernel_dense(*_scaled_problem(t)[:2]),
+    "kernel_derivative": lambda t: kernel_derivative(
+        *_scaled_problem(t)[:2], _scaled_problem(t)[1], jnp.eye(64, 2)
+    ),
+}
+
+#: Nothing in them has a unit: counts, dimensionless numbers, or calls of the others.
+WITHOUT_UNITS = {
+    "default_floor",
+    "toeplitz_degrees_of_freedom",
+    "windowed_toeplitz_degrees_of_freedom",
+    "centre_toeplitz_residual",
+    "measure_layers",
+    "covariance_check",
+    "effective_time",
+    "flow_step",
+    "integrate_flow",
+    "make_probe",
+    "condition_report",
+    "coupling_exponent",
+    "shell_drift",
+    "correlation_time",
+    "direction_memory",
+    "increment_statistics",
+    "state_increments",
+    "partition",
+    "partition_by_prefix",
+    "restrict_to_block",
+    "softmax_error",
+    "softmax_cross_entropy",
+    "softmax_basis",
+}
+
+#: Squares without a flag: what leaves the dtype is 0 or infinite, as in any product.
+PLAIN_SQUARES = {
+    "edge_crossings",
+    "half_squared_loss",
+    "kernel_dense",
+    "kernel_derivative",
+    "measure_coupling",
+    "block_coherence",
+    "operator_norms",
+    "fit_power_law",
+    "velocity_fit",
+}
+
+CASES = [
+    pytest.param(row, which, name in PLAIN_SQUARES, id=f"{name}-{number}-{which}")
+    for name, rows in ROWS.items()
+    for number, row in enumerate(rows if isinstance(rows, list) else [rows])
+    for which in inspect.signature(row).parameters
+]
+
+
+def public_functions():
+    modules = (linalg, shells, dynamics, conditions)
+    names = {name for module in modules for name in module.__all__}
+    names |= {name for name, value in vars(errors).items() if _is_public(name, value)}
+    return {name for name in names if not name[0].isupper()}
+
+
+def _is_public(name, value):
+    return getattr(value, "__module__", None) == errors.__name__ and name[0] != "_"
+
+
+def test_every_public_function_is_scaled_or_has_no_units():
+    assert set(ROWS) & WITHOUT_UNITS == set()
+    kernel = {"kernel_dense", "kernel_derivative"}
+    assert public_functions() == (set(ROWS) | WITHOUT_UNITS) - kernel
+
+
+def _numbers(result):
+    """Returns the leaves in float64, and which are not floating."""
+    leaves = [
+        leaf
+        for leaf in jax.tree.leaves(result)
+        if not jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key)
+    ]
+    plain = [not jnp.issubdtype(jnp.result_type(leaf), jnp.floating) for leaf in leaves]
+    return [np.asarray(leaf, np.float64) for leaf in leaves], plain
+
+
+def _degree(one, two):
+    """Returns p of ``two = 2^(8 p) one``, 0 where nothing can be told."""
+    known = np.isfinite(one) & (one != 0)
+    if not known.any():
+        return 0.0
+    largest = np.argmax(np.where(known, np.abs(one), 0))
+    degree = np.log2(two.flat[largest] / one.flat[largest]) / 8
+    nearest = np.round(2 * degree) / 2
+    return nearest if abs(degree - nearest) < 1e-5 else degree
+
+
+@pytest.mark.parametrize(("row", "which", "plain_squares"), CASES)
+def test_results_follow_their_units(row, which, plain_squares):
+    others = dict.fromkeys(inspect.signature(row).parameters, np.float32(1))
+
+    def at(exponent):
+        return _numbers(row(**others | {which: np.float32(2.0**exponent)}))
+
+    one, plain = at(0)
+    two, _ = at(8)
+    degrees = [
+        0.0 if fixed else _degree(a, b)
+        for a, b, fixed in zip(one, two, plain, strict=True)
+    ]
+    for exponent in EXPONENTS if any(degrees) else EXPONENTS[::3]:
+        if plain_squares and abs(exponent) * max(map(abs, degrees)) > 110:
+            continue
+        found, _ = at(exponent)
+        left = False
+        for a, b, p, fixed in zip(one, found, degrees, plain, strict=True):
+            if fixed:
+                continue
+            expected = a * 2.0 ** (p * exponent)
+            size = np.max(np.abs(expected), where=np.isfinite(expected), initial=0)
+            least = np.min(np.abs(expected), where=expected != 0, initial=np.inf)
+            if size > 1e38 or least < 1.2e-38:
+                left = True
+                continue
+            np.testing.assert_allclose(b, expected, rtol=2e-5, atol=2e-5 * size)
+        same = all(
+            np.array_equal(a, b)
+            for a, b, fixed in zip(one, found, plain, strict=True)
+            if fixed
+        )
+        assert same != left, (exponent, left)
