@@ -1,6 +1,7 @@
 """Checks that run at trace time: each raises one sentence that names the argument."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +26,20 @@ def check_at_least(name: str, value: object, minimum: int) -> None:
 
 def check_positive(name: str, value: object) -> None:
     """Raises ValueError unless ``value`` is a finite number above zero."""
-    is_number = isinstance(value, int | float | np.number)
-    if not (is_number and np.isfinite(value) and value > 0):
+    if not (_is_finite(value) and value > 0):  # pyrefly: ignore[unsupported-operation]
         raise ValueError(f"{name}: expected a finite number > 0, got {value!r}.")
+
+
+def check_not_negative(name: str, value: object) -> None:
+    """Raises ValueError unless ``value`` is a finite number, zero or above."""
+    if not (_is_finite(value) and value >= 0):  # pyrefly: ignore[unsupported-operation]
+        raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}.")
+
+
+def _is_finite(value: object) -> bool:
+    """Whether ``value`` is a finite real number, and no bool."""
+    real = isinstance(value, int | float | np.integer | np.floating)
+    return real and not isinstance(value, bool) and bool(np.isfinite(value))
 
 
 def check_floating(name: str, array: jax.typing.ArrayLike) -> None:
@@ -35,6 +47,19 @@ def check_floating(name: str, array: jax.typing.ArrayLike) -> None:
     dtype = jnp.result_type(array)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"{name}: expected a real floating dtype, got {dtype}.")
+
+
+def check_numbers(name: str, leaf: Any) -> None:
+    """Raises ValueError unless ``leaf`` is of a kind that JAX computes with."""
+    try:
+        if leaf is not None:  # which has the dtype float32 by JAX's rules
+            jnp.result_type(leaf)
+            return
+    except (TypeError, ValueError):  # strings, objects, dates
+        pass
+    dtype = getattr(leaf, "dtype", None)
+    got = type(leaf).__name__ if dtype is None else f"an array of dtype {dtype}"
+    raise ValueError(f"{name}: expected an array of numbers, got {got}.")
 
 
 def check_single_or_double(name: str, dtype: jax.typing.DTypeLike) -> None:
@@ -80,6 +105,29 @@ def check_same_tree(name: str, tree: PyTree, reference: PyTree, of: str) -> None
             )
 
 
+def entry_of(name: str, batch: PyTree, key: Any | Callable[[PyTree], Any]) -> Any:
+    """Returns what a key of a batch, or a function of it, finds there.
+
+    Args:
+        name: The name of the argument ``key``.
+        batch: One batch, or several with a leading axis if ``key`` is a key.
+        key: A key of the batch, or a function of it.
+
+    Raises:
+        ValueError: If the batch has no such key.
+    """
+    if callable(key):
+        return key(batch)
+    try:
+        return batch[key]
+    except (KeyError, TypeError, IndexError):
+        keys = list(batch) if isinstance(batch, dict) else type(batch).__name__
+        raise ValueError(
+            f"{name}: expected a key of the batch, or a function of it, got {key!r} "
+            f"and a batch with {keys}."
+        ) from None
+
+
 def check_batches(batches: PyTree) -> tuple[int, int]:
     """Returns ``(K, N)``, the leading axes that every leaf of ``batches`` shares.
 
@@ -87,15 +135,17 @@ def check_batches(batches: PyTree) -> tuple[int, int]:
         batches: A pytree whose leaves have leading axes ``[K, N, ...]``.
 
     Raises:
-        ValueError: If there is no leaf, a leaf has fewer than two axes, leaves
-            disagree, or K or N is 0.
+        ValueError: If there is no leaf, a leaf holds no numbers or has fewer than two
+            axes, leaves disagree, or K or N is 0.
     """
     flat, _ = jax.tree_util.tree_flatten_with_path(batches)
     if not flat:
         raise ValueError("batches: expected arrays with leading axes [K, N], got none.")
     first = None
     for path, leaf in flat:
-        where, shape = f"batches{jax.tree_util.keystr(path)}", np.shape(leaf)
+        where = f"batches{jax.tree_util.keystr(path)}"
+        check_numbers(where, leaf)
+        shape = np.shape(leaf)
         if len(shape) < 2:
             raise ValueError(
                 f"{where}: expected leading axes [K, N], got shape {list(shape)}."

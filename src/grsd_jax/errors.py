@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grsd_jax._checks import check_floating, check_shape
+from grsd_jax._targets import class_targets
 
 
 def softmax_error(logits: jax.Array, labels: jax.typing.ArrayLike) -> jax.Array:
@@ -35,7 +35,7 @@ def softmax_error(logits: jax.Array, labels: jax.typing.ArrayLike) -> jax.Array:
     References:
         Paper 7.1, "Error representation".
     """
-    targets = _class_targets(logits, labels, min_axes=2)
+    targets = class_targets(logits, labels, min_axes=2)
     return jax.nn.softmax(logits, axis=-1) - targets
 
 
@@ -58,7 +58,7 @@ def squared_error(outputs: jax.Array, targets: jax.typing.ArrayLike) -> jax.Arra
     References:
         Paper 3.1, the setting of the theorem.
     """
-    return outputs - _class_targets(outputs, targets, names=("outputs", "targets"))
+    return outputs - class_targets(outputs, targets, names=("outputs", "targets"))
 
 
 def softmax_basis(num_classes: int) -> np.ndarray:
@@ -98,7 +98,7 @@ def softmax_cross_entropy(logits: jax.Array, labels: jax.typing.ArrayLike) -> ja
     Raises:
         ValueError: As for `softmax_error`.
     """
-    targets = _class_targets(logits, labels, min_axes=2)
+    targets = class_targets(logits, labels, min_axes=2)
     return -jnp.sum(targets * jax.nn.log_softmax(logits, axis=-1), axis=-1)
 
 
@@ -118,44 +118,3 @@ def half_squared_loss(outputs: jax.Array, targets: jax.typing.ArrayLike) -> jax.
     """
     squares = squared_error(outputs, targets) ** 2
     return jnp.sum(squares, axis=tuple(range(1, squares.ndim))) / 2
-
-
-def _class_targets(
-    outputs: jax.Array,
-    labels: jax.typing.ArrayLike,
-    *,
-    names: tuple[str, str] = ("logits", "labels"),
-    min_axes: int = 1,
-) -> jax.Array:
-    """Returns the targets in the shape and the dtype of the outputs."""
-    outputs_name, labels_name = names
-    check_floating(outputs_name, outputs)
-    if outputs.ndim < min_axes:
-        raise ValueError(
-            f"{outputs_name}: expected at least {min_axes} axes, examples first, "
-            f"got shape {list(outputs.shape)}."
-        )
-    floating = jnp.issubdtype(jnp.result_type(labels), jnp.floating)
-    if floating or np.ndim(labels) == outputs.ndim:
-        check_shape(labels_name, labels, outputs.shape)
-        return jnp.asarray(labels).astype(outputs.dtype)
-    *leading, num_classes = outputs.shape
-    check_shape(labels_name, labels, leading)
-    _check_classes(labels_name, labels, num_classes)
-    labels = jnp.asarray(labels)
-    one_hot = jax.nn.one_hot(labels, num_classes, dtype=outputs.dtype)
-    # one_hot is silently zero out of range; a poisoned row is seen downstream.
-    valid = (labels >= 0) & (labels < num_classes)
-    return jnp.where(valid[..., None], one_hot, jnp.asarray(jnp.nan, outputs.dtype))
-
-
-def _check_classes(name: str, labels: jax.typing.ArrayLike, num_classes: int) -> None:
-    try:
-        classes = np.asarray(labels)
-    except jax.errors.TracerArrayConversionError:
-        return
-    if classes.size and not (classes.min() >= 0 and classes.max() < num_classes):
-        raise ValueError(
-            f"{name}: expected classes in [0, {num_classes}), "
-            f"got values from {classes.min()} to {classes.max()}."
-        )

@@ -13,12 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grsd_jax._arrays import is_traced
 from grsd_jax._checks import (
     check_batches,
     check_choice,
     check_floating,
     check_same_tree,
+    entry_of,
 )
+from grsd_jax._targets import check_targets
 from grsd_jax._typing import ErrorFn, LossFn, OutputsFn, PyTree, Reduction
 from grsd_jax.errors import (
     half_squared_loss,
@@ -50,6 +53,10 @@ class Objective(Protocol):
         """Returns the mean loss of one batch, ``[]``."""
         ...
 
+    def outputs(self, params: PyTree, batch: PyTree) -> jax.Array | None:
+        """Returns the network's outputs ``[N, ...]``; None for a user's own error."""
+        ...
+
     def num_classes(self, params: PyTree, batch: PyTree) -> int | None:
         """Returns the classes over which the error of a position always sums to zero.
 
@@ -79,13 +86,8 @@ class OutputsObjective:
 
     def __call__(self, params: PyTree, batch: PyTree) -> jax.Array:
         """Returns the error of one batch, ``[N, C]``."""
-        return self.error_of(self.outputs_fn(params, batch), batch)
-
-    def error_of(self, outputs: jax.Array, batch: PyTree) -> jax.Array:
-        """Returns the error ``[N, C]`` of outputs ``[N, ...]``."""
+        outputs, targets = self.outputs(params, batch), self.targets(batch)
         num_examples = _num_examples(batch)
-        _check_outputs(outputs, num_examples)
-        targets = self._targets(batch)
         if isinstance(self.loss, str):
             error = LOSSES[self.loss][0](outputs, targets)
         else:
@@ -96,9 +98,8 @@ class OutputsObjective:
 
     def mean_loss(self, params: PyTree, batch: PyTree) -> jax.Array:
         """Returns the mean loss of one batch, summed over an example's positions."""
-        outputs, targets = self.outputs_fn(params, batch), self._targets(batch)
+        outputs, targets = self.outputs(params, batch), self.targets(batch)
         num_examples = _num_examples(batch)
-        _check_outputs(outputs, num_examples)
         if isinstance(self.loss, str):
             losses = LOSSES[self.loss][1](outputs, targets)
         else:
@@ -106,24 +107,46 @@ class OutputsObjective:
             _check_losses(losses, num_examples)
         return jnp.sum(losses) / num_examples
 
+    def outputs(self, params: PyTree, batch: PyTree) -> jax.Array:
+        """Returns the network's outputs ``[N, ...]``, in single precision at least.
+
+        Half precision would lose the digits of the error in a difference of probability
+        and target.
+        """
+        outputs = self.outputs_fn(params, batch)
+        _check_outputs(outputs, _num_examples(batch))
+        return outputs.astype(jnp.float32) if is_half(outputs.dtype) else outputs
+
     def num_classes(self, params: PyTree, batch: PyTree) -> int | None:
         """Returns the last axis of the outputs for a softmax error, else None."""
         if self.loss != "softmax_cross_entropy":
             return None
         # Closed over, since a held leaf may be no array.
-        return jax.eval_shape(lambda: self.outputs_fn(params, batch)).shape[-1]
+        return jax.eval_shape(lambda: self.outputs(params, batch)).shape[-1]
 
-    def _targets(self, batch: PyTree) -> PyTree:
+    def targets(self, batch: PyTree) -> PyTree:
+        """Returns the targets of a batch."""
+        return entry_of("target", batch, self.target)
+
+    def check_targets(self, batches: PyTree, outputs: jax.ShapeDtypeStruct) -> None:
+        """Raises ValueError if targets whose values are at hand do not fit the loss.
+
+        Args:
+            batches: The batches, leading axes ``[K, N]``; nothing is checked of traced
+                ones.
+            outputs: The shape of one batch's outputs.
+        """
+        if not isinstance(self.loss, str) or is_traced(batches):
+            return
         if callable(self.target):
-            return self.target(batch)
-        try:
-            return batch[self.target]
-        except (KeyError, TypeError, IndexError):
-            keys = list(batch) if isinstance(batch, dict) else type(batch).__name__
-            raise ValueError(
-                f"target: expected a key of the batch, or a function of it, got "
-                f"{self.target!r} and a batch with {keys}."
-            ) from None
+            name = "target"
+            with jax.ensure_compile_time_eval():
+                found = _stacked_targets(batches, target=self.target)
+        else:
+            name = f"batches[{self.target!r}]"
+            found = entry_of("target", batches, self.target)
+        shape = (check_batches(batches)[0], *outputs.shape)
+        check_targets(name, found, shape, over_classes=self.loss != "squared")
 
 
 @partial(
@@ -171,6 +194,9 @@ class ErrorObjective:
             )
         return loss
 
+    def outputs(self, params: PyTree, batch: PyTree) -> None:
+        """Returns None: only the error is known."""
+
     def num_classes(self, params: PyTree, batch: PyTree) -> None:
         """Returns None: nothing is known of an error of the user's own."""
 
@@ -201,6 +227,10 @@ class HeldObjective:
     def mean_loss(self, params: PyTree, batch: PyTree) -> jax.Array:
         """Returns the mean loss of one batch."""
         return self.objective.mean_loss(self._whole(params), batch)
+
+    def outputs(self, params: PyTree, batch: PyTree) -> jax.Array | None:
+        """Returns those of the objective."""
+        return self.objective.outputs(self._whole(params), batch)
 
     def num_classes(self, params: PyTree, batch: PyTree) -> int | None:
         """Returns those of the objective."""
@@ -256,7 +286,8 @@ class Point:
     def num_classes(self) -> int | None:
         """The classes over which a position's error always sums to zero, or None."""
         # As a shape, which a jitted function finds once for many calls.
-        (size,) = _classes.eval_shape(self.error_fn, self.params, self.parts[0]).shape
+        one_batch = _one_batch(self.batches)
+        (size,) = _classes.eval_shape(self.error_fn, self.params, one_batch).shape
         return size or None
 
     @property
@@ -409,6 +440,8 @@ class Problem:
     def error(self, params: PyTree, batch: PyTree) -> jax.Array:
         """Returns the error ``[N, C]`` of one batch, without the axis K."""
         error_fn, moving = _hold(self.objective, params)
+        alone = jax.tree.map(lambda leaf: leaf[None], batch)
+        self._check_targets(error_fn, moving, alone)
         return evaluate(error_fn, moving, batch)
 
     def loss(self, params: PyTree) -> jax.Array:
@@ -471,13 +504,16 @@ class Problem:
 
         Raises:
             ValueError: If no leaf of params is floating, the batches do not share
-                leading axes, the outputs do not fit, or the direction does not.
+                leading axes, or the outputs, a target or the direction does not fit.
         """
         check_batches(self.batches)
         error_fn, moving = _hold(self.objective, params)
         if direction is not None:
             direction = _moving_direction(direction, params, moving)
         error = _error_struct(error_fn, moving, self.batches)
+        if direction is not None:
+            check_digits(error.dtype)
+        self._check_targets(error_fn, moving, self.batches)
         return Point(error_fn, moving, self.batches, direction, error, self.reduction)
 
     def __repr__(self) -> str:
@@ -506,6 +542,14 @@ class Problem:
             object.__setattr__(problem, name, value)
         object.__setattr__(problem, "reduction", reduction)
         return problem
+
+    def _check_targets(
+        self, error_fn: Objective, params: PyTree, batches: PyTree
+    ) -> None:
+        """Raises ValueError if a target of a loss known by name cannot be one."""
+        if isinstance(self.objective, OutputsObjective) and not is_traced(batches):
+            outputs = _outputs.eval_shape(error_fn, params, _one_batch(batches))
+            self.objective.check_targets(batches, outputs)
 
     def _leading(self) -> tuple[int, ...]:
         """Returns the axes of a split block before C: ``(K, N)``, or ``(N,)``."""
@@ -558,8 +602,20 @@ def evaluate(error_fn: Objective, params: PyTree, batch: PyTree) -> jax.Array:
 
 
 @jax.jit
+def _outputs(error_fn: Objective, params: PyTree, batch: PyTree) -> jax.Array | None:
+    return error_fn.outputs(params, batch)
+
+
+@jax.jit
 def _classes(error_fn: Objective, params: PyTree, batch: PyTree) -> jax.Array:
     return jnp.zeros(error_fn.num_classes(params, batch) or 0)
+
+
+@partial(jax.jit, static_argnames="target")
+def _stacked_targets(batches: PyTree, *, target: Callable[[PyTree], PyTree]) -> PyTree:
+    """Returns the targets that a function finds in each batch, leading axis K."""
+    found = [target(batch) for batch in split_batches(batches)]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
 
 
 @jax.jit
@@ -606,12 +662,31 @@ def _moving_direction(direction: PyTree, params: PyTree, moving: PyTree) -> PyTr
 def _error_struct(
     error_fn: Objective, params: PyTree, batches: PyTree
 ) -> jax.ShapeDtypeStruct:
-    one_batch = jax.tree.map(
+    error = evaluate.eval_shape(error_fn, params, _one_batch(batches))
+    return jax.ShapeDtypeStruct(error.shape, error.dtype)
+
+
+def _one_batch(batches: PyTree) -> PyTree:
+    """Returns the shapes of one batch."""
+    return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf)[1:], jnp.result_type(leaf)),
         batches,
     )
-    error = evaluate.eval_shape(error_fn, params, one_batch)
-    return jax.ShapeDtypeStruct(error.shape, error.dtype)
+
+
+def is_half(dtype: jax.typing.DTypeLike) -> bool:
+    """Whether a floating dtype holds fewer digits than float32."""
+    return jnp.finfo(dtype).bits < 32
+
+
+def check_digits(dtype: jax.typing.DTypeLike) -> None:
+    """Raises ValueError if an error comes in half precision, too coarse to move."""
+    if is_half(dtype):
+        raise ValueError(
+            "error_fn: expected an error in float32 or float64, whose derivative is "
+            f"taken, got {jnp.dtype(dtype)}; cast the network's outputs to float32 "
+            "before the error is formed, or state them by Problem(outputs_fn, ...)."
+        )
 
 
 def _check_callable(name: str, fn: Any) -> None:

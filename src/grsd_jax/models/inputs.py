@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from grsd_jax._checks import entry_of
 from grsd_jax._typing import PyTree
 
 #: The key of a batch, or a function of the batch.
@@ -33,16 +34,7 @@ def inputs_of(batch: PyTree, inputs: Inputs) -> Any:
     Raises:
         ValueError: If the batch has no such key.
     """
-    if callable(inputs):
-        return inputs(batch)
-    try:
-        return batch[inputs]
-    except (KeyError, TypeError, IndexError):
-        keys = list(batch) if isinstance(batch, dict) else type(batch).__name__
-        raise ValueError(
-            f"inputs: expected a key of the batch, or a function of it, got {inputs!r} "
-            f"and a batch with {keys}."
-        ) from None
+    return entry_of("inputs", batch, inputs)
 
 
 def as_data(state: PyTree) -> PyTree:
