@@ -62,6 +62,29 @@ def check_numbers(name: str, leaf: Any) -> None:
     raise ValueError(f"{name}: expected an array of numbers, got {got}.")
 
 
+def check_hashable(name: str, tree: PyTree, *, unless: Callable[[Any], bool]) -> None:
+    """Raises ValueError unless the leaves of a tree can be compared as static values.
+
+    Args:
+        name: The tree's name.
+        tree: The tree.
+        unless: Says which leaves are data, and need not be hashable.
+    """
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    for path, leaf in flat:
+        if unless(leaf):
+            continue
+        try:
+            hash(leaf)
+        except TypeError:
+            got = type(leaf).__name__
+            got += f" of dtype {leaf.dtype}" if hasattr(leaf, "dtype") else ""
+            raise ValueError(
+                f"{name}{jax.tree_util.keystr(path)}: expected an array of numbers or "
+                f"a hashable value, got {got}."
+            ) from None
+
+
 def check_single_or_double(name: str, dtype: jax.typing.DTypeLike) -> None:
     """Raises ValueError unless ``dtype`` is one that has eigenvalue routines."""
     if jnp.dtype(dtype) not in (jnp.float32, jnp.float64):

@@ -18,6 +18,7 @@ from grsd_jax._checks import (
     check_batches,
     check_choice,
     check_floating,
+    check_hashable,
     check_same_tree,
     entry_of,
 )
@@ -311,11 +312,13 @@ class Problem:
 
     The error is the gradient of the loss by the outputs of one example, flattened to C
     numbers; J is its Jacobian, ``M = J J^T`` the kernel. A pytree: what ``outputs_fn``
-    holds, ``batches`` and ``preconditioner`` are data, so that new BatchNorm statistics
-    or batches retrace nothing; ``loss``, ``target`` and ``reduction`` are static. A
-    function that is made for every problem (a lambda in a loop) traces each time.
+    holds (arrays and numbers, as in a `jax.tree_util.Partial`), ``batches`` and
+    ``preconditioner`` are data, so that new BatchNorm statistics or batches retrace
+    nothing; ``loss``, ``target`` and ``reduction`` are static. A function that is made
+    for every problem (a lambda in a loop) traces each time.
 
-    Leaves of the parameters that are not floating arrays are held constant.
+    Leaves of the parameters that are not floating arrays are held constant: arrays as
+    data, anything else (numbers, names, functions) as static values.
 
     Attributes:
         objective: The error and the loss as functions of parameters and batch.
@@ -364,8 +367,7 @@ class Problem:
                 is checked where the problem is used.
         """
         _check_loss(loss)
-        _check_callable("outputs_fn", outputs_fn)
-        objective = OutputsObjective(as_pytree(outputs_fn), loss, target)
+        objective = OutputsObjective(as_pytree("outputs_fn", outputs_fn), loss, target)
         self._set(objective, batches, reduction, preconditioner)
 
     @classmethod
@@ -392,11 +394,9 @@ class Problem:
         Raises:
             ValueError: If a choice is not known.
         """
-        _check_callable("error_fn", error_fn)
-        if loss_fn is not None:
-            _check_callable("loss_fn", loss_fn)
         objective = ErrorObjective(
-            as_pytree(error_fn), None if loss_fn is None else as_pytree(loss_fn)
+            as_pytree("error_fn", error_fn),
+            None if loss_fn is None else as_pytree("loss_fn", loss_fn),
         )
         problem = object.__new__(cls)
         problem._set(objective, batches, reduction, None)
@@ -422,8 +422,7 @@ class Problem:
         inner = {k: changes[k] for k in changes if k not in own}
         for name in inner.keys() & {"outputs_fn", "error_fn", "loss_fn"}:
             if name != "loss_fn" or inner[name] is not None:
-                _check_callable(name, inner[name])
-                inner[name] = as_pytree(inner[name])
+                inner[name] = as_pytree(name, inner[name])
         if "loss" in inner:
             _check_loss(inner["loss"])
         problem = object.__new__(type(self))
@@ -575,16 +574,54 @@ class Problem:
             object.__setattr__(self, name, value)
 
 
-def as_pytree(fn: Callable[..., Any]) -> Callable[..., Any]:
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["data"],
+    meta_fields=["fixed", "tree"],
+)
+@dataclasses.dataclass(frozen=True)
+class FixedLeaves:
+    """A callable pytree some of whose leaves are static.
+
+    Attributes:
+        data: Its leaves in order, None in place of the static ones.
+        fixed: The static leaves, by position.
+        tree: The tree of all.
+    """
+
+    data: list[Any]
+    fixed: tuple[tuple[int, Hashable], ...]
+    tree: Any
+
+    def __call__(self, *args: Any) -> Any:
+        """Calls the whole pytree."""
+        leaves = list(self.data)
+        for index, leaf in self.fixed:
+            leaves[index] = leaf
+        return jax.tree.unflatten(self.tree, leaves)(*args)
+
+
+def as_pytree(name: str, fn: Any) -> Callable[..., Any]:
     """Returns ``fn`` as a callable that may be an argument of a jitted function.
 
-    A callable that is a pytree of arrays keeps its arrays as data; any other becomes
-    static, compared by equality.
+    Arrays and numbers of a callable pytree are data, as `jax.jit` takes them: new ones
+    trace nothing again. Its other leaves (truths, names, functions), or a callable that
+    is no pytree, are static, compared by equality.
+
+    Raises:
+        ValueError: If it is not callable, or holds a leaf that can be neither; it names
+            the leaf by its path.
     """
-    leaves = jax.tree.leaves(fn)
-    if all(isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves):
+    _check_callable(name, fn)
+    leaves, tree = jax.tree.flatten(fn)
+    fixed = [(i, leaf) for i, leaf in enumerate(leaves) if not _is_data(leaf)]
+    if not fixed:
         return fn
-    return jax.tree_util.Partial(fn)
+    if tree == jax.tree.structure(0):
+        return jax.tree_util.Partial(fn)
+    check_hashable(name, fn, unless=_is_data)
+    data = [leaf if _is_data(leaf) else None for leaf in leaves]
+    return FixedLeaves(data, tuple(fixed), tree)
 
 
 def split_batches(batches: PyTree) -> list[PyTree]:
@@ -633,11 +670,11 @@ def _hold(objective: Objective, params: PyTree) -> tuple[Objective, PyTree]:
         return objective, params
     moving, held, fixed = [], [], []
     for index, (leaf, moves_along) in enumerate(zip(leaves, moves, strict=True)):
-        is_array = isinstance(leaf, jax.Array | np.ndarray)
         moving.append(leaf if moves_along else None)
-        held.append(leaf if is_array and not moves_along else None)
-        if not (is_array or moves_along or leaf is None):
+        held.append(leaf if _is_array(leaf) and not moves_along else None)
+        if not (_is_array(leaf) or moves_along or leaf is None):
             fixed.append((index, leaf))
+    check_hashable("params", params, unless=_is_array)
     held_objective = HeldObjective(
         objective, jax.tree.unflatten(tree, held), tuple(fixed)
     )
@@ -729,11 +766,21 @@ def _num_examples(batch: PyTree) -> int:
     return jax.tree.leaves(batch)[0].shape[0]
 
 
-def _is_floating(leaf: Any) -> bool:
+def _is_array(leaf: Any) -> bool:
+    """Whether a leaf holds numbers that a jitted function takes as data."""
     arrays = jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
-    if not isinstance(leaf, arrays):
-        return False
-    return jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+    # Objects, strings and dates are no numbers; a key's dtype has no kind at all.
+    return isinstance(leaf, arrays) and getattr(leaf.dtype, "kind", "V") not in "OSUMm"
+
+
+def _is_data(leaf: Any) -> bool:
+    """Whether a leaf of a callable is data: an array, or a number that is no truth."""
+    is_number = isinstance(leaf, int | float | complex) and not isinstance(leaf, bool)
+    return is_number or _is_array(leaf)
+
+
+def _is_floating(leaf: Any) -> bool:
+    return _is_array(leaf) and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
 
 
 def _is_none(leaf: Any) -> bool:
