@@ -186,3 +186,18 @@ def check_batches(batches: PyTree) -> tuple[int, int]:
             )
     assert first is not None
     return first
+
+
+def check_not_explicit(batches: PyTree) -> None:
+    """Raises ValueError if examples are spread over an axis that is explicit.
+
+    Arrays at hand are moved to an automatic mesh as a problem is used; inside `jit`, or
+    under `jax.set_mesh`, they cannot be.
+    """
+    leaves = [leaf for leaf in jax.tree.leaves(batches) if isinstance(leaf, jax.Array)]
+    if any(any(jax.typeof(leaf).sharding.spec) for leaf in leaves):
+        raise ValueError(
+            "batches: expected no explicit mesh inside jit or under jax.set_mesh, "
+            "whose operations have to say where their results lie, got one; call this "
+            "outside of them, or make the mesh's axes of type AxisType.Auto."
+        )

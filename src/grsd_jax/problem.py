@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grsd_jax._arrays import is_traced
+from grsd_jax._arrays import in_explicit_context, is_traced, on_automatic_mesh
 from grsd_jax._checks import (
     check_batches,
     check_choice,
@@ -138,6 +138,8 @@ class OutputsObjective:
             outputs: The shape of one batch's outputs.
         """
         if not isinstance(self.loss, str) or is_traced(batches):
+            return
+        if in_explicit_context():  # where even a search needs shardings
             return
         if callable(self.target):
             name = "target"
@@ -513,7 +515,8 @@ class Problem:
         if direction is not None:
             check_digits(error.dtype)
         self._check_targets(error_fn, moving, self.batches)
-        return Point(error_fn, moving, self.batches, direction, error, self.reduction)
+        placed = on_automatic_mesh((error_fn, moving, self.batches, direction))
+        return Point(*placed, error, self.reduction)
 
     def __repr__(self) -> str:
         """Returns the problem in one line, without its arrays."""
@@ -548,7 +551,7 @@ class Problem:
         """Raises ValueError if a target of a loss known by name cannot be one."""
         if isinstance(self.objective, OutputsObjective) and not is_traced(batches):
             outputs = _outputs.eval_shape(error_fn, params, _one_batch(batches))
-            self.objective.check_targets(batches, outputs)
+            self.objective.check_targets(on_automatic_mesh(batches), outputs)
 
     def _leading(self) -> tuple[int, ...]:
         """Returns the axes of a split block before C: ``(K, N)``, or ``(N,)``."""

@@ -194,12 +194,12 @@ def accumulate(point: Point, labels: Sequence[str], chunking: Chunking) -> Matri
     if chunking.example_chunk is not None:
         check_at_least("example_chunk", chunking.example_chunk, 1)
     batches = point.batches
+    check_independent(point)
     if point.reduction == "stack":
         batches = jax.tree.map(
             lambda leaf: leaf.reshape(1, -1, *leaf.shape[2:]), batches
         )
     num_spaces, num_examples = check_batches(batches)
-    check_independent(point)
     plan = plan_of(point)
     basis = jnp.eye(point.error.shape[1], dtype=point.error.dtype)
     if plan is not None:
