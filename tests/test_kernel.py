@@ -12,7 +12,6 @@ from grsd_jax import (
     models,
     softmax_error,
 )
-from grsd_jax._memory import tree_bytes
 from grsd_jax.jacobian import autodiff
 from oracles import (
     dense_kernel,
@@ -119,9 +118,9 @@ def test_linearized_kernel_crosses_jit_without_retracing(reduction):
     assert traces == 1
 
 
-@pytest.mark.parametrize(("limit", "products"), [("none", 6), ("three", 2), ("all", 1)])
+@pytest.mark.parametrize(("limit", "taken"), [(1, 1), (4, 3), (8, 6)])
 def test_eager_products_take_the_columns_that_stay_in_the_caches(
-    monkeypatch, limit, products
+    monkeypatch, limit, taken
 ):
     problem, params = network_problem("mlp", jnp.float32, reduction="mean")
     kernel = linearize_kernel(plain(problem), params)
@@ -129,18 +128,16 @@ def test_eager_products_take_the_columns_that_stay_in_the_caches(
         np.random.default_rng(0).normal(size=(kernel.dimension, 6)), jnp.float32
     )
     expected = jax.jit(lambda k, v: k.matmat(v))(kernel, block)
-    taken, multiply = [], autodiff._multiply
+    widths, multiply = [], autodiff._multiply
 
-    def spy(pullback, columns):
-        taken.append(columns.shape[-1])
-        return multiply(pullback, columns)
+    def spy(jacobian, columns):
+        widths.append(columns.shape[-1])
+        return multiply(jacobian, columns)
 
-    column = tree_bytes(kernel.jacobians[0].pullback) + tree_bytes(params)
-    room = {"none": 1, "three": 3 * column, "all": 6 * column}[limit]
-    monkeypatch.setattr(autodiff, "_CACHED_BYTES", room)
+    monkeypatch.setattr(autodiff, "_CPU_COLUMNS", limit)
     monkeypatch.setattr(autodiff, "_multiply", spy)
     assert relative_error(kernel.matmat(block), expected) < 1e-5
-    assert taken == [6 // products] * products * len(kernel.jacobians)
+    assert widths == [taken] * (6 // taken) * len(kernel.jacobians)
 
 
 @reductions

@@ -13,6 +13,7 @@ from grsd_jax import (
     measure_coupling,
 )
 from grsd_jax.kernel import products
+from grsd_jax.kernel.dense import dense_at
 from grsd_jax.shells import fit_power_law, measurement
 from oracles import dense_kernel, network_problem, plain, random_batches, relative_error
 
@@ -53,6 +54,19 @@ def test_dense_solver_against_the_oracle(mlp, reduction):
     examples = 20 if reduction == "mean" else 40
     assert int(got.resolved.sum()) <= len(expected) - examples
     assert int(got.shells.counts.sum()) == int(got.resolved.sum())
+
+
+@pytest.mark.parametrize("reduction", ["mean", "stack"])
+def test_a_kernel_of_other_parameters_disagrees(mlp, monkeypatch, reduction):
+    problem, params, direction = mlp
+    problem = problem.replace(reduction=reduction)
+
+    def of_others(point):
+        return dense_at(point.moved(jax.tree.map(lambda leaf: 1.01 * leaf, params)))
+
+    monkeypatch.setattr(measurement, "dense_at", of_others)
+    got = measure((problem, params, direction), solver="dense")
+    assert 1e-3 < got.operator_disagreement < 1
 
 
 @pytest.mark.parametrize("reduction", ["mean", "stack"])

@@ -242,7 +242,7 @@ def test_the_whole_measurement_equals_one_device(mlp, monkeypatch, reduction, ro
     leading = (slice(None, 4), slice(None, 4))
     difference = np.abs(many.coupling[leading]) - np.abs(one.coupling[leading])
     assert np.max(np.abs(difference)) < 1e-4 * np.max(np.abs(one.coupling))
-    assert relative_error(many.operator_disagreement, one.operator_disagreement) < 1e-2
+    assert max(many.operator_disagreement, one.operator_disagreement) < 1e-5
     assert relative_error(many.secant_disagreement, one.secant_disagreement) < 1e-2
     rows = jax.NamedSharding(mesh, jax.P("examples"))
     assert many.vectors.sharding.is_equivalent_to(rows, 2)

@@ -1,5 +1,8 @@
 """Networks as users bring them: every kernel against `jax.jacrev` in float64."""
 
+import re
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -223,3 +226,32 @@ def test_every_leaf_is_factored(build):
     assert not plain
     assert explained.num_leaves == explained.num_factored == leaves
     assert len(explained.rows) == leaves
+
+
+#: Leaves with factors of the networks beyond, where some have none.
+PARTLY = {
+    plain.custom_jvp_with_a_parameter: 1,
+    plain.branch_on_data: 1,
+    plain.switch_on_a_constant: 0,
+}
+
+
+@by_build(BEYOND)
+def test_a_leaf_without_factors_leaves_them_to_the_others(build):
+    outputs_fn, params, batch = build()
+    explained = grsd.Problem(outputs_fn, two_batches(batch)).explain(params)
+    assert explained.num_leaves == BEYOND[build]
+    assert explained.num_factored == PARTLY.get(build, BEYOND[build])
+
+
+def test_the_page_says_how_many_leaves_have_factors():
+    page = Path(__file__).parent.parent / "docs" / "your_own_network.md"
+    pattern = r"^\|.*\| `(\w+)` \| (\d+) of (\d+) \|$"
+    rows = re.findall(pattern, page.read_text(), re.MULTILINE)
+    builds = {b.__name__: b for b in FACTORED | BEYOND | LOW_PRECISION}
+    leaves = FACTORED | BEYOND | LOW_PRECISION
+    assert len(rows) > 20
+    for name, factored, total in rows:
+        build = builds[name]
+        assert int(total) == leaves[build]
+        assert int(factored) == PARTLY.get(build, leaves[build])

@@ -1,9 +1,9 @@
 """Products with the Jacobian of one batch: ``J^T V``, ``J G`` and ``Jdot G``.
 
-Everything rests on the pullback ``u -> J^T u`` and on its linear transpose, so that
-functions with a custom VJP, which have no JVP, work as well. Each program is jitted
-here once and takes the error function as a pytree, so that eager loops over batches
-and column chunks compile it once, and an enclosing `jit` inlines it.
+J is linearised once, and J^T is the linear transpose of that. Functions with a custom
+VJP have no JVP: for them it is the other way round. Each program is jitted here once
+and takes the error function as a pytree, so that eager loops over batches and column
+chunks compile it once, and an enclosing `jit` inlines it.
 """
 
 import dataclasses
@@ -15,13 +15,12 @@ import jax
 import jax.numpy as jnp
 
 from grsd_jax._arrays import is_traced
-from grsd_jax._memory import tree_bytes
 from grsd_jax._typing import ErrorFn, PyTree
 
-#: Bytes of residuals and tangents, times columns, that pass through a network together
-#: on a CPU. On two cores a column of a ResNet-18 took 0.070 s alone and 0.084 s among
-#: eight.
-_CACHED_BYTES = 64 * 2**20
+#: Columns that pass through a network together in an eager call on a CPU. On two cores
+#: a column of an MLP took 5.0 ms among eight and 6.8 ms among 32; a GPT's and a
+#: ResNet-18's took the same alone and among eight.
+_CPU_COLUMNS = 8
 
 
 class JacobianMap(Protocol):
@@ -49,40 +48,56 @@ class Jacobian(JacobianMap, Protocol):
 
 
 @partial(
-    jax.tree_util.register_dataclass, data_fields=["pullback"], meta_fields=["error"]
+    jax.tree_util.register_dataclass,
+    data_fields=["linear"],
+    meta_fields=["params", "error", "pushes"],
 )
 @dataclasses.dataclass(frozen=True)
 class PlainJacobian:
     """J of one batch at fixed parameters, by automatic differentiation.
 
     Attributes:
-        pullback: ``u -> (J^T u,)``, a pytree of residuals.
+        linear: ``g -> J g``; of a function that has no JVP, ``u -> J^T u``. A pytree of
+            residuals.
+        params: Shapes and dtypes of the parameters' leaves, and their tree.
         error: Shape ``[N, C]`` and dtype of the error.
+        pushes: Whether ``linear`` is J, and not its transpose.
     """
 
-    pullback: Callable[[jax.Array], tuple[PyTree]]
+    linear: Callable[[PyTree], PyTree]
+    params: tuple[tuple[jax.ShapeDtypeStruct, ...], Any]
     error: jax.ShapeDtypeStruct
+    pushes: bool
 
     def pull(self, columns: jax.Array) -> PyTree:
         """Computes ``J^T V`` of columns ``[N, C, b]``: a params tree, leading b."""
-        return _pull(self.pullback, columns)
+        return _pull(self, columns)
 
     def push(self, tangents: PyTree) -> jax.Array:
         """Computes ``J G`` of a params tree with leading axis b."""
-        example = jnp.zeros(self.error.shape, self.error.dtype)
-        return _push(self.pullback, tangents, example)
+        return _push(self, tangents)
 
     def multiply(self, columns: jax.Array) -> jax.Array:
         """Computes ``J J^T V`` of columns ``[N, C, b]``.
 
-        Eager calls on a CPU take as many columns at a time as pass through the network
-        without leaving the caches.
+        Eager calls on a CPU take a few columns at a time.
         """
-        parts = [
-            _multiply(self.pullback, part)
-            for part in _cached_parts(self.pullback, columns)
-        ]
+        parts = [_multiply(self, part) for part in _cached_parts(columns)]
         return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
+
+    def pull_one(self, column: jax.Array) -> PyTree:
+        """Computes ``J^T u`` of one column ``[N, C]``."""
+        if not self.pushes:
+            return self.linear(column)
+        leaves, tree = self.params
+        example = jax.tree.unflatten(tree, leaves)
+        return jax.linear_transpose(self.linear, example)(column)[0]
+
+    def push_one(self, tangent: PyTree) -> jax.Array:
+        """Computes ``J g`` of a params tree."""
+        if self.pushes:
+            return self.linear(tangent)
+        return jax.linear_transpose(self.linear, self.error)(tangent)[0]
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["error"])
@@ -164,10 +179,7 @@ class PlainPair:
         Params trees with leading axis b. As many columns at a time as
         `PlainJacobian.multiply` takes.
         """
-        parts = [
-            _pull_pair(self.pullback, part)
-            for part in _cached_parts(self.pullback, columns)
-        ]
+        parts = [_pull_pair(self.pullback, part) for part in _cached_parts(columns)]
         if len(parts) == 1:
             return parts[0]
         return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
@@ -208,11 +220,10 @@ class RestrictedErrorFn:
 def linearize(error_fn: ErrorFn, params: PyTree, batch: PyTree) -> PlainJacobian:
     """Returns J of one batch, linearised at ``params``.
 
-    Because its pullback leaves a jitted function, those at other parameters of the same
-    shapes have the same tree structure: passing them to `jit` traces nothing again.
+    Because it leaves a jitted function, those at other parameters of the same shapes
+    have the same tree structure: passing them to `jit` traces nothing again.
     """
-    error, pullback = _linearize(error_fn, params, batch)
-    return PlainJacobian(pullback, jax.ShapeDtypeStruct(error.shape, error.dtype))
+    return _linearize(error_fn, params, batch)
 
 
 def linearize_pair(
@@ -222,23 +233,45 @@ def linearize_pair(
     return PlainPair(_linearize_pair(error_fn, params, batch, direction))
 
 
-def _cached_parts(pullback: Any, columns: jax.Array) -> list[jax.Array]:
+def _cached_parts(columns: jax.Array) -> list[jax.Array]:
     """Cuts columns ``[N, C, b]`` into those that an eager call on a CPU takes."""
     width = max(columns.shape[-1], 1)
     taken = width
-    if jax.default_backend() == "cpu" and not is_traced((pullback, columns)):
-        column = jax.ShapeDtypeStruct(columns.shape[:-1], columns.dtype)
-        pulled = _pull_one.eval_shape(pullback, column)
-        held = tree_bytes(pullback) + tree_bytes(pulled)
-        wanted = max(1, _CACHED_BYTES // max(held, 1))
+    if jax.default_backend() == "cpu" and not is_traced(columns):
         # A divisor of the width: one program for all parts.
-        taken = max(d for d in range(1, width + 1) if width % d == 0 and d <= wanted)
+        taken = max(d for d in range(1, _CPU_COLUMNS + 1) if width % d == 0)
     return [columns[..., start : start + taken] for start in range(0, width, taken)]
 
 
 @jax.jit
-def _linearize(error_fn: ErrorFn, params: PyTree, batch: PyTree) -> Any:
-    return jax.vjp(lambda p: error_fn(p, batch), params)
+def _linearize(error_fn: ErrorFn, params: PyTree, batch: PyTree) -> PlainJacobian:
+    def error_of(p: PyTree) -> jax.Array:
+        return error_fn(p, batch)
+
+    try:
+        error, linear = jax.linearize(error_of, params)
+        # A function with a custom VJP is found out no earlier than here.
+        stacked = jax.tree.map(lambda leaf: jnp.stack([leaf]), params)
+        jax.eval_shape(jax.vmap(linear), stacked)
+        pushes = True
+    except TypeError:  # no JVP; a fault of the function's own is raised once more
+        error, pullback = jax.vjp(error_of, params)
+        linear = jax.tree_util.Partial(_only, pullback)
+        pushes = False
+    leaves, tree = jax.tree.flatten(params)
+    shapes = tuple(
+        jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in leaves
+    )
+    return PlainJacobian(
+        linear,
+        (shapes, tree),
+        jax.ShapeDtypeStruct(error.shape, error.dtype),
+        pushes,
+    )
+
+
+def _only(pullback: Callable[[jax.Array], tuple[PyTree]], column: jax.Array) -> PyTree:
+    return pullback(column)[0]
 
 
 @jax.jit
@@ -264,25 +297,38 @@ def _pull_pair(pullback: Any, block: jax.Array) -> tuple[PyTree, PyTree]:
 
 
 @jax.jit
-def _pull_one(pullback: Any, column: jax.Array) -> Any:
-    return pullback(column)
+def _pull(jacobian: PlainJacobian, block: jax.Array) -> PyTree:
+    return jax.vmap(jacobian.pull_one, in_axes=-1)(block)
 
 
 @jax.jit
-def _pull(pullback: Any, block: jax.Array) -> PyTree:
-    return jax.vmap(lambda u: pullback(u)[0], in_axes=-1)(block)
+def _push(jacobian: PlainJacobian, tangents: PyTree) -> jax.Array:
+    return jax.vmap(jacobian.push_one, out_axes=-1)(tangents)
 
 
 @jax.jit
-def _push(pullback: Any, tangents: PyTree, example: jax.Array) -> jax.Array:
-    return jax.vmap(lambda g: _transpose(pullback, g, example), out_axes=-1)(tangents)
-
-
-@jax.jit
-def _multiply(pullback: Any, block: jax.Array) -> jax.Array:
+def _multiply(jacobian: PlainJacobian, block: jax.Array) -> jax.Array:
     # One program, whose tangents take the layout that costs least.
-    example = jnp.zeros(block.shape[:-1], block.dtype)
-    return _push(pullback, _pull(pullback, block), example)
+    return _push(jacobian, _pull(jacobian, block))
+
+
+@jax.jit
+def pull(
+    error_fn: ErrorFn, params: PyTree, batch: PyTree, columns: jax.Array
+) -> PyTree:
+    """Computes ``J^T V`` in one program, of which nothing is kept for later.
+
+    Args:
+        error_fn: The error function, a pytree.
+        params: Parameters.
+        batch: One batch.
+        columns: V, ``[N, C, b]``.
+
+    Returns:
+        A params tree with leading axis b.
+    """
+    _, pullback = jax.vjp(lambda p: error_fn(p, batch), params)
+    return jax.vmap(lambda u: pullback(u)[0], in_axes=-1)(columns)
 
 
 @jax.jit

@@ -27,6 +27,7 @@ from grsd_jax.jacobian.autodiff import (
     Jacobian,
     JacobianMap,
     linearize_pair,
+    pull,
 )
 from grsd_jax.jacobian.columns import by_chunks, join_block, split_block, sum_trees
 from grsd_jax.jacobian.factored import held_pair
@@ -189,10 +190,44 @@ def project_derivative(
     return projected + projected.T
 
 
+def project_kernel(point: Point, vectors: jax.Array) -> jax.Array:
+    """Projects the kernel of a checked problem plainly: ``V^T M V = G^T G``.
+
+    ``G = J^T V``, so that nothing is pushed. It holds a parameter tree a column.
+
+    Args:
+        point: The problem at its parameters.
+        vectors: Columns V, ``[n, r]``.
+
+    Returns:
+        The symmetric matrix ``[r, r]``.
+    """
+    if layout_of(point) is not None:
+        return project(vectors, multiply_at(point, vectors))
+    parts = split_block("vectors", vectors, point.copies, point.error)
+    stack = point.reduction == "stack"
+    pulled = (
+        pull(point.error_fn, point.params, batch, parts[k if stack else 0])
+        for k, batch in enumerate(point.parts)
+    )
+    if stack:
+        tangents = sum_trees(pulled)
+        return _tree_products(tangents, tangents)
+    products = sum_trees(_tree_products(each, each) for each in pulled)
+    return products / point.num_batches
+
+
 def _difference(
     point: Point, vectors: jax.Array, step: float | None, width: int
 ) -> jax.Array:
     """Computes ``V^T (M(theta + h d) - M(theta - h d)) V / 2h``."""
+    if width >= vectors.shape[1]:
+        return central_difference(
+            lambda p: project_kernel(point.moved(p), vectors),
+            point.params,
+            point.direction,
+            step=step,
+        )
 
     def difference(block: jax.Array) -> jax.Array:
         return central_difference(

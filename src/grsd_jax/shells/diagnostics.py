@@ -77,9 +77,9 @@ class CouplingMeasurement:
         secant_disagreement: [], ``|F - X|_F / |F|_F`` for the finite difference F and
             the exact derivative X, projected on the leading b pairs: for
             piecewise-linear activations it measures the effect of patterns that flip.
-        operator_disagreement: [], ``|M V - V Lambda|`` over ``lambda_max`` for the
-            leading b pairs and the matrix-free M. A value far above the precision means
-            that examples are not independent or products not symmetric.
+        operator_disagreement: [], the largest entry of ``|V^T M V - Lambda|`` over
+            ``lambda_max`` for the leading b pairs, with M by plain differentiation. A
+            value far above the precision means that the M that was measured is another.
         finite: [] bool, whether errors, direction and products were finite. If not,
             nothing is resolved.
         solver: ``"dense"`` or ``"lanczos"``, the one that ran.

@@ -18,8 +18,7 @@ from grsd_jax._arrays import all_finite, divisor, matmul
 from grsd_jax._typing import PyTree
 from grsd_jax.jacobian.plan import plan_of
 from grsd_jax.kernel.dense import layer_kernels
-from grsd_jax.kernel.derivative import gradient_flow_direction
-from grsd_jax.kernel.operator import multiply_at
+from grsd_jax.kernel.derivative import gradient_flow_direction, project_kernel
 from grsd_jax.problem import Problem
 from grsd_jax.shells.binning import Shells, shell_coupling
 from grsd_jax.shells.diagnostics import (
@@ -73,8 +72,8 @@ def measure_layers(
 
     Returns:
         `LayerMeasurements`. Of the cross-checks of `measure_coupling` only the total's
-        ``operator_disagreement`` is made, by one matrix-free product with its leading
-        eigenvector; the other disagreements are NaN.
+        ``operator_disagreement`` is made, with its leading eigenvector; the other
+        disagreements are NaN.
 
     Raises:
         ValueError: If a shape, tree, dtype, leading axis or choice does not fit.
@@ -106,16 +105,12 @@ def measure_layers(
     kernels, moved = (list(part) for part in zip(*matrices.values(), strict=True))
     total = measure(sum(kernels[1:], kernels[0]), sum(moved[1:], moved[0]))
     leading = total.vectors[:, :1]
-    disagreement = _disagreement(multiply_at(point, leading), leading, total.values[0])
+    apart = jnp.abs(project_kernel(point, leading)[0, 0] - total.values[0])
+    disagreement = apart / divisor(total.values[0])
     total = dataclasses.replace(total, operator_disagreement=disagreement)
     average = _average(moved, total.vectors, total.values, total.shells, binning=shells)
     layers = {name: measure(*pair) for name, pair in matrices.items()}
     return LayerMeasurements(layers, total, average)
-
-
-@jax.jit
-def _disagreement(product: jax.Array, vector: jax.Array, value: jax.Array) -> jax.Array:
-    return jnp.linalg.norm(product - value * vector) / divisor(value)
 
 
 @partial(jax.jit, static_argnames="binning")
