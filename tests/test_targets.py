@@ -128,6 +128,20 @@ def test_what_can_be_no_label_is_one_sentence(labels, message):
         grsd.softmax_error(jnp.zeros((2, 3)), labels)
 
 
+def test_soft_targets_need_not_sum_to_one():
+    """A row of zeros, as `jax.nn.one_hot` makes of -100, does not count."""
+    logits = jax.random.normal(KEY, (4, 3))
+    targets = jnp.array([[0, 0, 0], [0.2, 0.3, 0], [1, 1, 0], [0.1, 0.8, 0.1]])
+    for error, loss in (
+        (grsd.softmax_error, softmax_cross_entropy),
+        (grsd.squared_error, half_squared_loss),
+    ):
+        got = error(logits, targets)
+        gradient = jax.grad(lambda z, loss=loss: jnp.sum(loss(z, targets)))(logits)
+        np.testing.assert_allclose(got, gradient, atol=1e-6)
+    np.testing.assert_array_equal(grsd.softmax_error(logits, targets)[0], 0)
+
+
 # At the door of a problem.
 
 

@@ -17,6 +17,12 @@ def check_choice(name: str, value: object, options: Sequence[object]) -> None:
         raise ValueError(f"{name}: expected one of {listed}, got {value!r}.")
 
 
+def check_type(name: str, value: object, kind: type) -> None:
+    """Raises ValueError unless ``value`` is of the given type."""
+    if not isinstance(value, kind):
+        raise ValueError(f"{name}: expected a {kind.__name__}, got {value!r}.")
+
+
 def check_at_least(name: str, value: object, minimum: int) -> None:
     """Raises ValueError unless ``value`` is an integer of at least ``minimum``."""
     is_integer = isinstance(value, int | np.integer) and not isinstance(value, bool)

@@ -15,6 +15,8 @@ from grsd_jax._targets import class_targets
 def softmax_error(logits: jax.Array, labels: jax.typing.ArrayLike) -> jax.Array:
     """Softmax error ``e = softmax(z) - onehot(y)``.
 
+    For soft targets t that do not sum to one, ``sum(t) softmax(z) - t``.
+
     It is the gradient of the cross-entropy with respect to the logits. Each example's
     entries sum to zero whatever the parameters, so ``M`` has one exact null vector per
     example: the constant over classes.
@@ -36,7 +38,8 @@ def softmax_error(logits: jax.Array, labels: jax.typing.ArrayLike) -> jax.Array:
         Paper 7.1, "Error representation".
     """
     targets = class_targets(logits, labels, min_axes=2)
-    return jax.nn.softmax(logits, axis=-1) - targets
+    weight = jnp.sum(targets, axis=-1, keepdims=True)  # 1, or 0 where nothing counts
+    return weight * jax.nn.softmax(logits, axis=-1) - targets
 
 
 def squared_error(outputs: jax.Array, targets: jax.typing.ArrayLike) -> jax.Array:

@@ -515,8 +515,12 @@ class Problem:
         if direction is not None:
             check_digits(error.dtype)
         self._check_targets(error_fn, moving, self.batches)
-        placed = on_automatic_mesh((error_fn, moving, self.batches, direction))
-        return Point(*placed, error, self.reduction)
+        point = Point(error_fn, moving, self.batches, direction, error, self.reduction)
+        placed = {
+            name: on_automatic_mesh(getattr(point, name))
+            for name in ("error_fn", "params", "batches", "direction")
+        }
+        return dataclasses.replace(point, **placed)
 
     def __repr__(self) -> str:
         """Returns the problem in one line, without its arrays."""

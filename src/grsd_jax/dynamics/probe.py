@@ -25,6 +25,7 @@ from grsd_jax._checks import (
     check_choice,
     check_not_negative,
     check_positive,
+    check_type,
 )
 from grsd_jax._typing import PyTree
 from grsd_jax.dynamics.flow import effective_time
@@ -39,6 +40,7 @@ from grsd_jax.dynamics.record import (
 )
 from grsd_jax.dynamics.snapshot import Finder, take_snapshot
 from grsd_jax.jacobian.plan import check_independent, verdict_of
+from grsd_jax.kernel.dense import check_dense_fits
 from grsd_jax.kernel.derivative import central_difference, gradient_flow_direction
 from grsd_jax.kernel.solver import Lanczos, solver_at
 from grsd_jax.problem import Point, Problem, check_digits
@@ -103,6 +105,7 @@ class Probe:
             num_pairs = min(self.finder.window.num_pairs, size)
         solver = self.solver
         if solver == "dense":
+            check_dense_fits(point, extra=3)  # Mdot, V, and Mdot in its terms
             check_independent(point)
         if solver == "auto":
             # Leading pairs converge within about four times as many columns.
@@ -320,6 +323,8 @@ def make_probe(
     check_choice("problem.reduction", problem.reduction, ("stack",))
     check_choice("solver", solver, ("auto", "dense", "lanczos"))
     check_at_least("every", every, 1)
+    check_type("window", window, Window)
+    check_type("shells", shells, Binning)
     check_at_least("num_shells", shells.num_shells, 2)
     if closure_step is not None:
         check_positive("closure_step", closure_step)
@@ -355,7 +360,10 @@ def _concrete_step(step: Any) -> int:
 
 def _checked_edges(edges: Sequence[float]) -> tuple[float, ...]:
     """Returns the edges, after checking that they are positive and increase."""
-    array = np.asarray(edges, np.float64)
+    try:
+        array = np.asarray(edges, np.float64)
+    except (TypeError, ValueError):
+        array = np.zeros(0)
     if array.ndim != 1 or len(array) < 3 or not np.all(np.diff(array) > 0):
         raise ValueError(
             f"edges: expected at least 3 increasing numbers, got {edges!r}."

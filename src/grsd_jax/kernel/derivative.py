@@ -21,6 +21,7 @@ from grsd_jax._checks import (
     check_choice,
     check_positive,
     check_same_tree,
+    check_shape,
 )
 from grsd_jax._typing import DerivativeMethod, PyTree
 from grsd_jax.jacobian.autodiff import (
@@ -137,6 +138,7 @@ def kernel_derivative(
     """
     point = problem.at(params, direction)
     vectors = on_automatic_mesh(vectors)
+    check_shape("vectors", vectors, [point.dimension, None])
     # Too few columns do not make up for the factors.
     enough = vectors.shape[1] > _FEW_COLUMNS * point.error.shape[1]
     return project_derivative(
