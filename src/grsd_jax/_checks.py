@@ -9,6 +9,9 @@ import numpy as np
 
 from grsd_jax._typing import PyTree
 
+#: The leading axes of batches.
+_AXES = {"K": "batches", "N": "examples"}
+
 
 def check_choice(name: str, value: object, options: Sequence[object]) -> None:
     """Raises ValueError unless ``value`` is one of ``options``."""
@@ -167,30 +170,44 @@ def check_batches(batches: PyTree) -> tuple[int, int]:
         ValueError: If there is no leaf, a leaf holds no numbers or has fewer than two
             axes, leaves disagree, or K or N is 0.
     """
-    flat, _ = jax.tree_util.tree_flatten_with_path(batches)
+    num_batches, num_examples = check_leading("batches", batches, _AXES)
+    return num_batches, num_examples
+
+
+def check_leading(name: str, tree: PyTree, axes: dict[str, str]) -> tuple[int, ...]:
+    """Returns the leading axes that every leaf of a tree shares.
+
+    Args:
+        name: The tree's name.
+        tree: The tree.
+        axes: The letters of the axes, and what each counts.
+
+    Raises:
+        ValueError: If there is no leaf, a leaf holds no numbers or has fewer axes,
+            leaves disagree, or an axis is 0; it names the leaf by its path.
+    """
+    wanted, number = f"leading axes [{', '.join(axes)}]", len(axes)
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
     if not flat:
-        raise ValueError("batches: expected arrays with leading axes [K, N], got none.")
-    first = None
+        raise ValueError(f"{name}: expected arrays with {wanted}, got none.")
+    first: tuple[int, ...] = ()
     for path, leaf in flat:
-        where = f"batches{jax.tree_util.keystr(path)}"
+        where = f"{name}{jax.tree_util.keystr(path)}"
         check_numbers(where, leaf)
         shape = np.shape(leaf)
-        if len(shape) < 2:
-            raise ValueError(
-                f"{where}: expected leading axes [K, N], got shape {list(shape)}."
-            )
-        first = shape[:2] if first is None else first
-        if shape[:2] != first:
+        if len(shape) < number:
+            raise ValueError(f"{where}: expected {wanted}, got shape {list(shape)}.")
+        first = first or shape[:number]
+        if shape[:number] != first:
             raise ValueError(
                 f"{where}: expected leading axes {list(first)} as in the first leaf, "
-                f"got {list(shape[:2])}."
+                f"got {list(shape[:number])}."
             )
-        if 0 in shape[:2]:
+        if 0 in first:
+            least = " of ".join(f"{axis} >= 1 {what}" for axis, what in axes.items())
             raise ValueError(
-                f"{where}: expected K >= 1 batches of N >= 1 examples, "
-                f"got leading axes {list(shape[:2])}."
+                f"{where}: expected {least}, got leading axes {list(first)}."
             )
-    assert first is not None
     return first
 
 

@@ -19,6 +19,7 @@ from grsd_jax._checks import (
     check_choice,
     check_floating,
     check_hashable,
+    check_leading,
     check_same_tree,
     entry_of,
 )
@@ -440,6 +441,7 @@ class Problem:
 
     def error(self, params: PyTree, batch: PyTree) -> jax.Array:
         """Returns the error ``[N, C]`` of one batch, without the axis K."""
+        check_leading("batch", batch, {"N": "examples"})
         error_fn, moving = _hold(self.objective, params)
         alone = jax.tree.map(lambda leaf: leaf[None], batch)
         self._check_targets(error_fn, moving, alone)

@@ -205,8 +205,9 @@ def diagonalize(
         floor: Smallest resolved value, relative to the largest; ten eps if None.
 
     Returns:
-        The pairs, and ``V^T Mdot V``; nothing is resolved if a number is not finite.
-        The bounds of the residuals include the rounding of M itself.
+        The pairs, and ``V^T Mdot V``; if a number is not finite, nothing is resolved,
+        and the derivative is NaN. The bounds of the residuals include the rounding of M
+        itself.
     """
     finite = all_finite((kernel, moved))
     kernel, moved = (jnp.where(finite, matrix, 0) for matrix in (kernel, moved))
@@ -216,6 +217,7 @@ def diagonalize(
     residuals = jnp.linalg.norm(left_over, axis=0)
     resolved = resolved_pairs(values, residuals, tolerance=tolerance, floor=floor)
     coupling = matmul(vectors.T, matmul(moved, vectors))
+    coupling = jnp.where(finite, coupling, jnp.nan)  # not zeros to believe
     bounds = residuals + rounding_bound(len(values), values.dtype) * jnp.max(values)
     return RitzPairs(values, vectors, bounds, resolved & finite), coupling
 
