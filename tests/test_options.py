@@ -7,7 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grsd_jax import Binning, Derivative, Lanczos, Problem, Window, measure_coupling
+from grsd_jax import (
+    Binning,
+    Derivative,
+    Lanczos,
+    Problem,
+    Window,
+    kernel_dense,
+    layer_kernels,
+    make_probe,
+    measure_coupling,
+)
 from grsd_jax.linalg import RitzPairs
 from grsd_jax.shells.measurement import leading_pairs
 
@@ -18,6 +28,12 @@ from grsd_jax.shells.measurement import leading_pairs
         (Window, {"num_pairs": 0}, "num_pairs: expected an integer >= 1, got 0"),
         (Window, {"num_pairs": 2.0}, "num_pairs: expected an integer >= 1, got 2.0"),
         (Window, {"floor": 0.0}, "floor: expected a finite number > 0, got 0.0"),
+        (Window, {"floor": True}, "floor: expected a finite number > 0, got True"),
+        (Window, {"floor": np.nan}, "floor: expected a finite number > 0, got nan"),
+        (Window, {"floor": 1.5}, "floor: expected at most 1, got 1.5"),
+        (Window, {"num_pairs": True}, "num_pairs: expected an integer >= 1, got True"),
+        (Window, {"tolerance": np.inf}, "tolerance: expected a finite number > 0, got"),
+        (Window, {"tolerance": True}, "tolerance: expected a finite number > 0, got T"),
         (Window, {"tolerance": -1.0}, "tolerance: expected a finite number > 0"),
         (Window, {"tolerance": None}, "tolerance: expected a finite number > 0"),
         (Binning, {"num_shells": 0}, "num_shells: expected an integer >= 1, got 0"),
@@ -25,6 +41,17 @@ from grsd_jax.shells.measurement import leading_pairs
         (Binning, {"num_shells": 4}, "window: expected at most num_shells = 4, got 5"),
         (Binning, {"min_count": 0}, "min_count: expected an integer >= 1, got 0"),
         (Binning, {"num_bootstrap": -1}, "num_bootstrap: expected an integer >= 0"),
+        (Binning, {"num_bootstrap": 1e3}, "num_bootstrap: expected an integer >= 0"),
+        (
+            Binning,
+            {"num_shells": np.nan},
+            "num_shells: expected an integer >= 1, got",
+        ),
+        (Derivative, {"step": np.nan}, "step: expected a finite number > 0, got nan"),
+        (Derivative, {"step": -0.1}, "step: expected a finite number > 0, got -0.1"),
+        (Derivative, {"step": True}, "step: expected a finite number > 0, got True"),
+        (Derivative, {"step": "1"}, "step: expected a finite number > 0, got '1'"),
+        (Lanczos, {"num_steps": 2.0}, "num_steps: expected an integer >= 1, got 2.0"),
         (Derivative, {"method": "secant"}, "method: expected one of 'exact', 'finite_"),
         (Derivative, {"step": 0.0}, "step: expected a finite number > 0, got 0.0"),
         (Lanczos, {"block_size": 0}, "block_size: expected an integer >= 1, got 0"),
@@ -40,6 +67,117 @@ def test_the_defaults_are_in_range_and_hashable():
     for option in (Window(), Binning(), Derivative(), Lanczos()):
         hash(option)
     assert Window(floor=1e-3, num_pairs=1, tolerance=1) != Window()
+
+
+def stated():
+    x = jax.random.normal(jax.random.key(0), (1, 4, 3))
+    problem = Problem.from_error(lambda p, b: jnp.tanh(b["x"] @ p), {"x": x})
+    return problem, jax.random.normal(jax.random.key(1), (3, 2))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window": 5}, "window: expected a Window, got 5"),
+        ({"shells": Window()}, "shells: expected a Binning, got Window("),
+        ({"derivative": "exact"}, "derivative: expected a Derivative, got 'exact'"),
+        ({"solver": "qr"}, "solver: expected one of 'auto', 'dense', 'lanczos'"),
+        ({"solver": 8}, "solver: expected one of 'auto', 'dense', 'lanczos'"),
+        ({"solver": Lanczos(9, 1)}, "block_size: expected at most the error dim"),
+    ],
+)
+def test_options_of_another_kind_are_named(options, message):
+    problem, params = stated()
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        measure_coupling(problem, params, params, key=jax.random.key(0), **options)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("every", True, "every: expected an integer >= 1, got True"),
+        ("every", 2.0, "every: expected an integer >= 1, got 2.0"),
+        ("every", np.nan, "every: expected an integer >= 1, got nan"),
+        ("every", -1, "every: expected an integer >= 1, got -1"),
+        ("schedule", np.nan, "schedule: expected a finite number >= 0, got nan"),
+        ("schedule", -0.1, "schedule: expected a finite number >= 0, got -0.1"),
+        ("schedule", [0.1], "schedule: expected a finite number >= 0, got [0.1]"),
+        ("schedule", "fast", "schedule: expected a finite number >= 0, got 'fast'"),
+        ("window", 64, "window: expected a Window, got 64"),
+        ("shells", 12, "shells: expected a Binning, got 12"),
+        ("closure_step", np.inf, "closure_step: expected a finite number > 0, got inf"),
+        ("closure_step", True, "closure_step: expected a finite number > 0, got True"),
+        ("edges", (0.1, np.nan, 1.0), "edges: expected at least 3 increasing numbers"),
+        ("edges", (0.1, 1.0, np.inf), "edges[-1]: expected a finite number > 0"),
+        ("edges", ("a", "b", "c"), "edges: expected at least 3 increasing numbers"),
+    ],
+)
+def test_an_option_of_a_probe_out_of_range_is_named(option, value, message):
+    problem, _ = stated()
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        make_probe(problem, **{"every": 1, option: value})
+
+
+def test_numbers_of_an_update_out_of_range_are_named():
+    problem, params = stated()
+    probe = make_probe(problem, every=2, schedule=jnp.float32(0.1))
+    state = probe.init(jax.random.key(0), params)
+    for step in (0.5, 2.0, "2", None, np.nan):
+        with pytest.raises(ValueError, match=r"^step: expected an integer whose value"):
+            probe.update(state, params, step, direction=params)
+    for step in (1, np.int64(3), jnp.int32(5)):  # none is due
+        assert probe.update(state, params, step, direction=params) == (state, None)
+    for seconds in (0.0, -1.0, np.inf):
+        with pytest.raises(ValueError, match=r"^step_seconds: expected a finite"):
+            probe.update(state, params, 1, direction=params, step_seconds=seconds)
+
+
+def large():
+    """Returns a problem of n = 4 million by shapes; its arrays are never made."""
+    x = np.broadcast_to(np.float32(1), (1, 2_000_000, 3))
+    problem = Problem.from_error(lambda p, b: jnp.tanh(b["x"] @ p), {"x": x})
+    return problem, np.ones((3, 2), np.float32)
+
+
+KEY = jax.random.key(0)
+TOO_LARGE = [
+    ("dense", "^problem: 1 dense matrices of n = 4000000 .* use kernel_matmat"),
+    ("derivative", "^problem: 2 dense matrices of n = 4000000 .* use kernel_matmat"),
+    ("layers", "^problem: 1 dense matrices .* measure fewer batches or examples"),
+    ("solver", r"^problem: 4 dense matrices .* solver=Lanczos\(...\) in a measurement"),
+    (
+        "steps",
+        r"^solver: a basis .* of 800000 columns .* lower num_steps or",
+    ),
+    ("bootstrap", "^shells: 1000000000000 resamples of 160 pairs .* num_bootstrap"),
+    ("probe", r"^problem: 4 dense matrices of n = 4000000 .* solver=Lanczos"),
+]
+
+
+@pytest.mark.parametrize(("name", "message"), TOO_LARGE)
+def test_what_cannot_fit_is_said_before_the_work(name, message):
+    small, (problem, params) = stated(), large()
+    calls = {
+        "dense": lambda: kernel_dense(problem, params),
+        "derivative": lambda: kernel_dense(problem, params, params),
+        "layers": lambda: layer_kernels(problem, params),
+        "solver": lambda: measure_coupling(
+            problem, params, params, key=KEY, solver="dense"
+        ),
+        "steps": lambda: measure_coupling(
+            problem, params, params, key=KEY, solver=Lanczos(8, 100_000)
+        ),
+        "bootstrap": lambda: measure_coupling(
+            *small,
+            small[1],
+            key=KEY,
+            solver=Lanczos(8, 20),
+            shells=Binning(num_bootstrap=10**12),
+        ),
+        "probe": lambda: make_probe(problem, every=1, solver="dense").init(KEY, params),
+    }
+    with pytest.raises(MemoryError, match=message):
+        calls[name]()
 
 
 def test_a_window_keeps_the_leading_pairs_that_were_resolved_before():

@@ -99,7 +99,7 @@ PUBLIC = [
 ]
 
 #: Helpers that any module may import.
-HELPERS = ("_typing", "_checks", "_arrays", "_memory")
+HELPERS = ("_typing", "_checks", "_arrays", "_memory", "_targets")
 
 #: What each part imports, besides helpers and itself: what is named here, and what
 #: that may import. `linalg` knows nothing of networks, `models` nothing of kernels.

@@ -16,9 +16,12 @@ from grsd_jax import (
     Lanczos,
     Problem,
     gradient_flow_direction,
+    kernel_dense,
     kernel_derivative,
     kernel_matmat,
+    layer_kernels,
     linearize_kernel,
+    make_probe,
     measure_coupling,
     models,
 )
@@ -27,6 +30,7 @@ from grsd_jax.linalg import block_lanczos, lanczos_init, lanczos_step, ritz_pair
 from oracles import dense_kernel, network_problem, plain, random_batches, relative_error
 
 COLUMNS = 4
+KEY = jax.random.key(0)
 
 
 def make_mesh(num_devices, names=("examples",)):
@@ -246,6 +250,111 @@ def test_the_whole_measurement_equals_one_device(mlp, monkeypatch, reduction, ro
     assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(rest))
 
 
+@pytest.fixture
+def explicit(mlp):
+    """Returns an explicit mesh, `jax.make_mesh`'s default, with problem and params."""
+    problem, params, _ = mlp
+    mesh = jax.make_mesh((8,), ("examples",))
+    assert mesh.axis_types == (AxisType.Explicit,)
+    placed = problem.replace(batches=shard_batches(problem.batches, mesh))
+    return mesh, placed, jax.device_put(params, jax.NamedSharding(mesh, jax.P()))
+
+
+@pytest.mark.parametrize(
+    "reduction", ["stack", pytest.param("mean", marks=pytest.mark.slow)]
+)
+def test_an_explicit_mesh_equals_one_device(mlp, explicit, reduction):
+    problem, params, direction = mlp
+    _, placed, spread = explicit
+    problem, placed = (p.replace(reduction=reduction) for p in (problem, placed))
+    moved = gradient_flow_direction(placed, spread)
+    for got, leaf, one in zip(
+        *map(jax.tree.leaves, (moved, spread, direction)), strict=True
+    ):
+        assert got.sharding == leaf.sharding  # so that the two can be added
+        assert relative_error(leaf + got, leaf + jax.device_put(one, leaf.sharding)) < (
+            1e-5
+        )
+    batch = jax.tree.map(lambda leaf: leaf[0], placed.batches)
+    one = jax.tree.map(lambda leaf: leaf[0], problem.batches)
+    assert relative_error(placed.error(spread, batch), problem.error(params, one)) < (
+        1e-5
+    )
+    assert relative_error(placed.loss(spread), problem.loss(params)) < 1e-5
+    expected = kernel_dense(problem, params, direction)
+    for got, matrix in zip(kernel_dense(placed, spread, moved), expected, strict=True):
+        assert relative_error(got, matrix) < 1e-5
+    layers = layer_kernels(placed, spread)
+    assert relative_error(sum(layers.values()), expected[0]) < 1e-5
+    columns = jax.random.normal(jax.random.key(1), (len(expected[0]), 6))
+    rows = jax.NamedSharding(explicit[0], jax.P("examples"))
+    for block in (columns, jax.device_put(columns, rows)):
+        kernel = linearize_kernel(placed, spread)
+        assert isinstance(kernel, ShardedKernel)
+        for product in (kernel.matmat(block), kernel_matmat(placed, spread, block)):
+            assert relative_error(product, expected[0] @ columns) < 1e-5
+        projected = kernel_derivative(placed, spread, moved, block)
+        assert relative_error(projected, columns.T @ expected[1] @ columns) < 1e-4
+    assert product.sharding == rows  # where the block lay
+    assert placed.explain(spread).num_factored == 4
+
+
+@pytest.mark.slow
+def test_measurement_and_probe_on_an_explicit_mesh_equal_one_device(mlp, explicit):
+    problem, params, _ = mlp
+    options = {
+        "key": jax.random.key(0),
+        "solver": Lanczos(block_size=4, num_steps=5),
+        "shells": Binning(num_shells=4, window=2, num_bootstrap=0),
+    }
+    one = measure_coupling(problem, params, **options)
+    many = measure_coupling(*explicit[1:], **options)
+    assert many.finite
+    assert relative_error(many.values, one.values) < 1e-5
+    found = []
+    for where in ((problem, params), explicit[1:]):
+        probe = make_probe(where[0], every=1, shells=options["shells"])
+        found.append(probe.update(probe.init(KEY, where[1]), where[1], 0)[1])
+    assert all(record.finite for record in found)
+    assert relative_error(found[1].values, found[0].values) < 1e-5
+
+
+def test_a_context_that_makes_a_mesh_explicit_is_refused(mlp, explicit):
+    problem, params, _ = mlp
+    mesh, placed, spread = explicit
+    columns = jax.random.normal(KEY, (problem.dimension(params), 2))
+    uses = {
+        "dense": kernel_dense,
+        "layers": layer_kernels,
+        "matmat": lambda problem, params: kernel_matmat(problem, params, columns),
+        "linearize": linearize_kernel,
+        "derivative": lambda problem, params: kernel_derivative(
+            problem, params, params, columns
+        ),
+    }
+    message = r"^batches: expected no explicit mesh inside jit or under jax\.set_mesh"
+    for use in uses.values():
+        with pytest.raises(ValueError, match=message):
+            jax.jit(use)(placed, spread)
+        with jax.set_mesh(mesh), pytest.raises(ValueError, match=message):
+            use(placed, spread)
+    # Arrays that are not spread pass under it as anywhere else.
+    with jax.set_mesh(mesh):
+        kernel = kernel_dense(problem, params)
+        product = linearize_kernel(problem, params).matmat(columns)
+    expected = dense_kernel(problem, params)
+    assert relative_error(kernel, expected) < 1e-5
+    assert relative_error(product, expected @ columns) < 1e-5
+    # What training needs works everywhere.
+    expected = problem.loss(params)
+    gradient = jax.jit(jax.grad(lambda p, q: q.loss(p)))
+    with jax.set_mesh(mesh):
+        assert relative_error(placed.loss(spread), expected) < 1e-5
+        inside = gradient(spread, placed)
+    outside = gradient(spread, placed)
+    jax.tree.map(np.testing.assert_array_equal, inside, outside)
+
+
 def test_new_parameters_do_not_compile_again(mlp):
     problem, params, _ = mlp
     problem = sharded(problem, make_mesh(8))
@@ -273,13 +382,9 @@ def test_bad_input_is_named(mlp):
     few = jax.tree.map(lambda leaf: leaf[:, :12], batches)
     with pytest.raises(ValueError, match="N to be a multiple of the 8 devices"):
         shard_batches(few, mesh)
-    explicit = jax.make_mesh((8,), ("examples",), axis_types=(AxisType.Explicit,))
+    manual = jax.make_mesh((8,), ("examples",), axis_types=(AxisType.Manual,))
     with pytest.raises(ValueError, match="mesh: expected the axis 'examples' to be of"):
-        shard_batches(batches, explicit)
-    by_examples = jax.NamedSharding(explicit, jax.P(None, "examples"))
-    placed = problem.replace(batches=jax.device_put(batches, by_examples))
-    with pytest.raises(ValueError, match="mesh: expected the axis 'examples' to be of"):
-        linearize_kernel(placed, params)
+        shard_batches(batches, manual)
     placed = sharded(problem, mesh)
     kernel = linearize_kernel(placed, params)
     with pytest.raises(ValueError, match=r"block: expected shape \[48, any\]"):

@@ -1,9 +1,11 @@
 """Arguments as checked arrays, and small operations that several modules share."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, NamedSharding
 
 from grsd_jax._checks import check_floating, check_shape
 from grsd_jax._typing import PyTree
@@ -134,6 +136,51 @@ def all_finite(tree: PyTree) -> jax.Array:
     """Returns whether every number of a tree is finite, [] bool."""
     checks = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
     return jnp.all(jnp.stack(checks))
+
+
+def on_automatic_mesh(tree: PyTree) -> PyTree:
+    """Returns a tree without arrays on explicit meshes: on automatic ones, not copied.
+
+    An explicit mesh has every operation say where its result lies. A `vmap` over the
+    examples, or a block with its axes joined, does not say; the compiler knows.
+    """
+
+    def moved(leaf: Any) -> Any:
+        mesh = _explicit_mesh(leaf)
+        if mesh is None:
+            return leaf
+        kinds = (AxisType.Auto,) * len(mesh.axis_names)
+        automatic = Mesh(mesh.devices, mesh.axis_names, axis_types=kinds)
+        placed = NamedSharding(
+            automatic, leaf.sharding.spec, memory_kind=leaf.sharding.memory_kind
+        )
+        return jax.device_put(leaf, placed)
+
+    return jax.tree.map(moved, tree)
+
+
+def on_mesh_of(leaf: Any, array: jax.Array) -> jax.Array:
+    """Returns an array, placed as a leaf of its shape if that has an explicit mesh."""
+    if _explicit_mesh(leaf) is None or is_traced(array):
+        return array
+    return jax.device_put(array, leaf.sharding)
+
+
+def in_explicit_context() -> bool:
+    """Whether the caller is under `jax.set_mesh` of a mesh with an explicit axis."""
+    return AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
+
+
+def _explicit_mesh(leaf: Any) -> Mesh | None:
+    """Returns the mesh of an array at hand that has an axis of type Explicit.
+
+    None in an explicit context, where arrays on automatic meshes are refused.
+    """
+    if not isinstance(leaf, jax.Array) or is_traced(leaf) or in_explicit_context():
+        return None
+    mesh = getattr(leaf.sharding, "mesh", None)
+    explicit = isinstance(mesh, Mesh) and AxisType.Explicit in mesh.axis_types
+    return mesh if explicit else None
 
 
 def is_traced(tree: PyTree) -> bool:

@@ -1,6 +1,7 @@
 """Checks that run at trace time: each raises one sentence that names the argument."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +9,21 @@ import numpy as np
 
 from grsd_jax._typing import PyTree
 
+#: The leading axes of batches.
+_AXES = {"K": "batches", "N": "examples"}
+
 
 def check_choice(name: str, value: object, options: Sequence[object]) -> None:
     """Raises ValueError unless ``value`` is one of ``options``."""
     if value not in options:
         listed = ", ".join(repr(option) for option in options)
         raise ValueError(f"{name}: expected one of {listed}, got {value!r}.")
+
+
+def check_type(name: str, value: object, kind: type) -> None:
+    """Raises ValueError unless ``value`` is of the given type."""
+    if not isinstance(value, kind):
+        raise ValueError(f"{name}: expected a {kind.__name__}, got {value!r}.")
 
 
 def check_at_least(name: str, value: object, minimum: int) -> None:
@@ -25,9 +35,20 @@ def check_at_least(name: str, value: object, minimum: int) -> None:
 
 def check_positive(name: str, value: object) -> None:
     """Raises ValueError unless ``value`` is a finite number above zero."""
-    is_number = isinstance(value, int | float | np.number)
-    if not (is_number and np.isfinite(value) and value > 0):
+    if not (_is_finite(value) and value > 0):  # pyrefly: ignore[unsupported-operation]
         raise ValueError(f"{name}: expected a finite number > 0, got {value!r}.")
+
+
+def check_not_negative(name: str, value: object) -> None:
+    """Raises ValueError unless ``value`` is a finite number, zero or above."""
+    if not (_is_finite(value) and value >= 0):  # pyrefly: ignore[unsupported-operation]
+        raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}.")
+
+
+def _is_finite(value: object) -> bool:
+    """Whether ``value`` is a finite real number, and no bool."""
+    real = isinstance(value, int | float | np.integer | np.floating)
+    return real and not isinstance(value, bool) and bool(np.isfinite(value))
 
 
 def check_floating(name: str, array: jax.typing.ArrayLike) -> None:
@@ -35,6 +56,42 @@ def check_floating(name: str, array: jax.typing.ArrayLike) -> None:
     dtype = jnp.result_type(array)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"{name}: expected a real floating dtype, got {dtype}.")
+
+
+def check_numbers(name: str, leaf: Any) -> None:
+    """Raises ValueError unless ``leaf`` is of a kind that JAX computes with."""
+    try:
+        if leaf is not None:  # which has the dtype float32 by JAX's rules
+            jnp.result_type(leaf)
+            return
+    except (TypeError, ValueError):  # strings, objects, dates
+        pass
+    dtype = getattr(leaf, "dtype", None)
+    got = type(leaf).__name__ if dtype is None else f"an array of dtype {dtype}"
+    raise ValueError(f"{name}: expected an array of numbers, got {got}.")
+
+
+def check_hashable(name: str, tree: PyTree, *, unless: Callable[[Any], bool]) -> None:
+    """Raises ValueError unless the leaves of a tree can be compared as static values.
+
+    Args:
+        name: The tree's name.
+        tree: The tree.
+        unless: Says which leaves are data, and need not be hashable.
+    """
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    for path, leaf in flat:
+        if unless(leaf):
+            continue
+        try:
+            hash(leaf)
+        except TypeError:
+            got = type(leaf).__name__
+            got += f" of dtype {leaf.dtype}" if hasattr(leaf, "dtype") else ""
+            raise ValueError(
+                f"{name}{jax.tree_util.keystr(path)}: expected an array of numbers or "
+                f"a hashable value, got {got}."
+            ) from None
 
 
 def check_single_or_double(name: str, dtype: jax.typing.DTypeLike) -> None:
@@ -80,6 +137,29 @@ def check_same_tree(name: str, tree: PyTree, reference: PyTree, of: str) -> None
             )
 
 
+def entry_of(name: str, batch: PyTree, key: Any | Callable[[PyTree], Any]) -> Any:
+    """Returns what a key of a batch, or a function of it, finds there.
+
+    Args:
+        name: The name of the argument ``key``.
+        batch: One batch, or several with a leading axis if ``key`` is a key.
+        key: A key of the batch, or a function of it.
+
+    Raises:
+        ValueError: If the batch has no such key.
+    """
+    if callable(key):
+        return key(batch)
+    try:
+        return batch[key]
+    except (KeyError, TypeError, IndexError):
+        keys = list(batch) if isinstance(batch, dict) else type(batch).__name__
+        raise ValueError(
+            f"{name}: expected a key of the batch, or a function of it, got {key!r} "
+            f"and a batch with {keys}."
+        ) from None
+
+
 def check_batches(batches: PyTree) -> tuple[int, int]:
     """Returns ``(K, N)``, the leading axes that every leaf of ``batches`` shares.
 
@@ -87,29 +167,60 @@ def check_batches(batches: PyTree) -> tuple[int, int]:
         batches: A pytree whose leaves have leading axes ``[K, N, ...]``.
 
     Raises:
-        ValueError: If there is no leaf, a leaf has fewer than two axes, leaves
-            disagree, or K or N is 0.
+        ValueError: If there is no leaf, a leaf holds no numbers or has fewer than two
+            axes, leaves disagree, or K or N is 0.
     """
-    flat, _ = jax.tree_util.tree_flatten_with_path(batches)
+    num_batches, num_examples = check_leading("batches", batches, _AXES)
+    return num_batches, num_examples
+
+
+def check_leading(name: str, tree: PyTree, axes: dict[str, str]) -> tuple[int, ...]:
+    """Returns the leading axes that every leaf of a tree shares.
+
+    Args:
+        name: The tree's name.
+        tree: The tree.
+        axes: The letters of the axes, and what each counts.
+
+    Raises:
+        ValueError: If there is no leaf, a leaf holds no numbers or has fewer axes,
+            leaves disagree, or an axis is 0; it names the leaf by its path.
+    """
+    wanted, number = f"leading axes [{', '.join(axes)}]", len(axes)
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
     if not flat:
-        raise ValueError("batches: expected arrays with leading axes [K, N], got none.")
-    first = None
+        raise ValueError(f"{name}: expected arrays with {wanted}, got none.")
+    first: tuple[int, ...] = ()
     for path, leaf in flat:
-        where, shape = f"batches{jax.tree_util.keystr(path)}", np.shape(leaf)
-        if len(shape) < 2:
-            raise ValueError(
-                f"{where}: expected leading axes [K, N], got shape {list(shape)}."
-            )
-        first = shape[:2] if first is None else first
-        if shape[:2] != first:
+        where = f"{name}{jax.tree_util.keystr(path)}"
+        check_numbers(where, leaf)
+        shape = np.shape(leaf)
+        if len(shape) < number:
+            raise ValueError(f"{where}: expected {wanted}, got shape {list(shape)}.")
+        first = first or shape[:number]
+        if shape[:number] != first:
             raise ValueError(
                 f"{where}: expected leading axes {list(first)} as in the first leaf, "
-                f"got {list(shape[:2])}."
+                f"got {list(shape[:number])}."
             )
-        if 0 in shape[:2]:
+        if 0 in first:
+            least = " of ".join(f"{axis} >= 1 {what}" for axis, what in axes.items())
             raise ValueError(
-                f"{where}: expected K >= 1 batches of N >= 1 examples, "
-                f"got leading axes {list(shape[:2])}."
+                f"{where}: expected {least}, got leading axes {list(first)}."
             )
-    assert first is not None
     return first
+
+
+def check_not_explicit(batches: PyTree) -> None:
+    """Raises ValueError if examples are spread over an axis that is explicit.
+
+    Arrays at hand are moved to an automatic mesh as a problem is used; inside `jit`, or
+    under `jax.set_mesh`, they cannot be.
+    """
+    leaves = [leaf for leaf in jax.tree.leaves(batches) if isinstance(leaf, jax.Array)]
+    if any(any(jax.typeof(leaf).sharding.spec) for leaf in leaves):
+        raise ValueError(
+            "batches: expected no explicit mesh inside jit or under jax.set_mesh, "
+            "whose operations have to say where their results lie, got one; call this "
+            "outside of them, or make the mesh's axes of type AxisType.Auto."
+        )

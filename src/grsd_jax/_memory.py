@@ -30,6 +30,44 @@ def free_bytes() -> int:
         return 4 * 2**30
 
 
+def total_bytes() -> int:
+    """Returns the memory of the default device, free or not: its own, or the machine's.
+
+    Returns:
+        Bytes; 2**62 if neither the device nor the operating system tells.
+    """
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return int(stats["bytes_limit"])
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return 2**62
+
+
+def check_fits(what: str, wanted: float, *remedies: str) -> None:
+    """Raises MemoryError, before any work, if something cannot fit in memory.
+
+    It is held against all memory, since what is free now may be less than what the
+    system can free.
+
+    Args:
+        what: What is to be held.
+        wanted: Its bytes, at least.
+        *remedies: What to change, most effective first.
+
+    Raises:
+        MemoryError: If there is less memory in all.
+    """
+    total = total_bytes()
+    if wanted > total:
+        listed = ", or ".join(remedies)
+        raise MemoryError(
+            f"{what} would take {wanted / 2**30:.3g} GiB or more, of "
+            f"{total / 2**30:.3g} GiB in all; {listed}."
+        )
+
+
 def default_bytes() -> int:
     """Returns the bytes that a call may fill if it is not told: half of what is free.
 

@@ -15,11 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from grsd_jax._arrays import at_least_single
-from grsd_jax._checks import check_floating, check_shape
+from grsd_jax._targets import class_targets
 
 
 def softmax_error(logits: jax.Array, labels: jax.typing.ArrayLike) -> jax.Array:
     """Softmax error ``e = softmax(z) - onehot(y)``.
+
+    For soft targets t that do not sum to one, ``sum(t) softmax(z) - t``.
 
     It is the gradient of the cross-entropy with respect to the logits. Each example's
     entries sum to zero whatever the parameters, so ``M`` has one exact null vector per
@@ -42,12 +44,13 @@ def softmax_error(logits: jax.Array, labels: jax.typing.ArrayLike) -> jax.Array:
     References:
         Paper 7.1, "Error representation".
     """
-    logits, targets = _outputs_and_targets(logits, labels, min_axes=2)
-    likeliest, gaps = _below_likeliest(logits)
+    targets = class_targets(logits, labels, min_axes=2)
+    weight = jnp.sum(targets, axis=-1, keepdims=True)  # 1, or 0 where nothing counts
+    likeliest, gaps = _below_likeliest(at_least_single(jnp.asarray(logits)))
     odds = jnp.exp(gaps)
     total = jnp.sum(odds, axis=-1, keepdims=True)
-    others = jnp.where(likeliest, 0, odds) / total
-    left = 1 - targets - jnp.sum(others, axis=-1, keepdims=True)
+    others = weight * jnp.where(likeliest, 0, odds) / total
+    left = weight - targets - jnp.sum(others, axis=-1, keepdims=True)
     return jnp.where(likeliest, left, others - targets)
 
 
@@ -70,10 +73,8 @@ def squared_error(outputs: jax.Array, targets: jax.typing.ArrayLike) -> jax.Arra
     References:
         Paper 3.1, the setting of the theorem.
     """
-    outputs, targets = _outputs_and_targets(
-        outputs, targets, names=("outputs", "targets")
-    )
-    return outputs - targets
+    targets = class_targets(outputs, targets, names=("outputs", "targets"))
+    return at_least_single(jnp.asarray(outputs)) - targets
 
 
 def softmax_basis(num_classes: int) -> np.ndarray:
@@ -116,8 +117,8 @@ def softmax_cross_entropy(logits: jax.Array, labels: jax.typing.ArrayLike) -> ja
     Raises:
         ValueError: As for `softmax_error`.
     """
-    logits, targets = _outputs_and_targets(logits, labels, min_axes=2)
-    likeliest, gaps = _below_likeliest(logits)
+    targets = class_targets(logits, labels, min_axes=2)
+    likeliest, gaps = _below_likeliest(at_least_single(jnp.asarray(logits)))
     others = jnp.sum(jnp.where(likeliest, 0, jnp.exp(gaps)), axis=-1)
     # -log p of a class is how far its logit lies below the top, and log sum exp of it.
     shares = targets * jnp.where(targets == 0, 0, -gaps)
@@ -153,51 +154,3 @@ def _below_likeliest(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     top = jnp.sum(jnp.where(likeliest, logits, 0), axis=-1, keepdims=True)
     gaps = logits - top
     return likeliest, jnp.where(likeliest, jax.lax.stop_gradient(gaps), gaps)
-
-
-def _outputs_and_targets(
-    outputs: jax.Array,
-    labels: jax.typing.ArrayLike,
-    *,
-    names: tuple[str, str] = ("logits", "labels"),
-    min_axes: int = 1,
-) -> tuple[jax.Array, jax.Array]:
-    """Returns outputs of single precision or better, and targets like them."""
-    outputs_name, labels_name = names
-    check_floating(outputs_name, outputs)
-    outputs = at_least_single(jnp.asarray(outputs))
-    if outputs.ndim < min_axes:
-        raise ValueError(
-            f"{outputs_name}: expected at least {min_axes} axes, examples first, "
-            f"got shape {list(outputs.shape)}."
-        )
-    if outputs.shape[-1] == 0:
-        raise ValueError(
-            f"{outputs_name}: expected at least one output, got shape "
-            f"{list(outputs.shape)}."
-        )
-    floating = jnp.issubdtype(jnp.result_type(labels), jnp.floating)
-    if floating or np.ndim(labels) == outputs.ndim:
-        check_shape(labels_name, labels, outputs.shape)
-        return outputs, jnp.asarray(labels).astype(outputs.dtype)
-    *leading, num_classes = outputs.shape
-    check_shape(labels_name, labels, leading)
-    _check_classes(labels_name, labels, num_classes)
-    labels = jnp.asarray(labels)
-    one_hot = jax.nn.one_hot(labels, num_classes, dtype=outputs.dtype)
-    # one_hot is silently zero out of range; a poisoned row is seen downstream.
-    valid = (labels >= 0) & (labels < num_classes)
-    nan = jnp.asarray(jnp.nan, outputs.dtype)
-    return outputs, jnp.where(valid[..., None], one_hot, nan)
-
-
-def _check_classes(name: str, labels: jax.typing.ArrayLike, num_classes: int) -> None:
-    try:
-        classes = np.asarray(labels)
-    except jax.errors.TracerArrayConversionError:
-        return
-    if classes.size and not (classes.min() >= 0 and classes.max() < num_classes):
-        raise ValueError(
-            f"{name}: expected classes in [0, {num_classes}), "
-            f"got values from {classes.min()} to {classes.max()}."
-        )

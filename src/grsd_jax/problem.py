@@ -13,12 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grsd_jax._arrays import in_explicit_context, is_traced, on_automatic_mesh
 from grsd_jax._checks import (
     check_batches,
     check_choice,
     check_floating,
+    check_hashable,
+    check_leading,
     check_same_tree,
+    entry_of,
 )
+from grsd_jax._targets import check_targets
 from grsd_jax._typing import ErrorFn, LossFn, OutputsFn, PyTree, Reduction
 from grsd_jax.errors import (
     half_squared_loss,
@@ -50,6 +55,10 @@ class Objective(Protocol):
         """Returns the mean loss of one batch, ``[]``."""
         ...
 
+    def outputs(self, params: PyTree, batch: PyTree) -> jax.Array | None:
+        """Returns the network's outputs ``[N, ...]``; None for a user's own error."""
+        ...
+
     def num_classes(self, params: PyTree, batch: PyTree) -> int | None:
         """Returns the classes over which the error of a position always sums to zero.
 
@@ -79,13 +88,8 @@ class OutputsObjective:
 
     def __call__(self, params: PyTree, batch: PyTree) -> jax.Array:
         """Returns the error of one batch, ``[N, C]``."""
-        return self.error_of(self.outputs_fn(params, batch), batch)
-
-    def error_of(self, outputs: jax.Array, batch: PyTree) -> jax.Array:
-        """Returns the error ``[N, C]`` of outputs ``[N, ...]``."""
+        outputs, targets = self.outputs(params, batch), self.targets(batch)
         num_examples = _num_examples(batch)
-        _check_outputs(outputs, num_examples)
-        targets = self._targets(batch)
         if isinstance(self.loss, str):
             error = LOSSES[self.loss][0](outputs, targets)
         else:
@@ -96,9 +100,8 @@ class OutputsObjective:
 
     def mean_loss(self, params: PyTree, batch: PyTree) -> jax.Array:
         """Returns the mean loss of one batch, summed over an example's positions."""
-        outputs, targets = self.outputs_fn(params, batch), self._targets(batch)
+        outputs, targets = self.outputs(params, batch), self.targets(batch)
         num_examples = _num_examples(batch)
-        _check_outputs(outputs, num_examples)
         if isinstance(self.loss, str):
             losses = LOSSES[self.loss][1](outputs, targets)
         else:
@@ -106,24 +109,48 @@ class OutputsObjective:
             _check_losses(losses, num_examples)
         return jnp.sum(losses) / num_examples
 
+    def outputs(self, params: PyTree, batch: PyTree) -> jax.Array:
+        """Returns the network's outputs ``[N, ...]``, in single precision at least.
+
+        Half precision would lose the digits of the error in a difference of probability
+        and target.
+        """
+        outputs = self.outputs_fn(params, batch)
+        _check_outputs(outputs, _num_examples(batch))
+        return outputs.astype(jnp.float32) if is_half(outputs.dtype) else outputs
+
     def num_classes(self, params: PyTree, batch: PyTree) -> int | None:
         """Returns the last axis of the outputs for a softmax error, else None."""
         if self.loss != "softmax_cross_entropy":
             return None
         # Closed over, since a held leaf may be no array.
-        return jax.eval_shape(lambda: self.outputs_fn(params, batch)).shape[-1]
+        return jax.eval_shape(lambda: self.outputs(params, batch)).shape[-1]
 
-    def _targets(self, batch: PyTree) -> PyTree:
+    def targets(self, batch: PyTree) -> PyTree:
+        """Returns the targets of a batch."""
+        return entry_of("target", batch, self.target)
+
+    def check_targets(self, batches: PyTree, outputs: jax.ShapeDtypeStruct) -> None:
+        """Raises ValueError if targets whose values are at hand do not fit the loss.
+
+        Args:
+            batches: The batches, leading axes ``[K, N]``; nothing is checked of traced
+                ones.
+            outputs: The shape of one batch's outputs.
+        """
+        if not isinstance(self.loss, str) or is_traced(batches):
+            return
+        if in_explicit_context():  # where even a search needs shardings
+            return
         if callable(self.target):
-            return self.target(batch)
-        try:
-            return batch[self.target]
-        except (KeyError, TypeError, IndexError):
-            keys = list(batch) if isinstance(batch, dict) else type(batch).__name__
-            raise ValueError(
-                f"target: expected a key of the batch, or a function of it, got "
-                f"{self.target!r} and a batch with {keys}."
-            ) from None
+            name = "target"
+            with jax.ensure_compile_time_eval():
+                found = _stacked_targets(batches, target=self.target)
+        else:
+            name = f"batches[{self.target!r}]"
+            found = entry_of("target", batches, self.target)
+        shape = (check_batches(batches)[0], *outputs.shape)
+        check_targets(name, found, shape, over_classes=self.loss != "squared")
 
 
 @partial(
@@ -171,6 +198,9 @@ class ErrorObjective:
             )
         return loss
 
+    def outputs(self, params: PyTree, batch: PyTree) -> None:
+        """Returns None: only the error is known."""
+
     def num_classes(self, params: PyTree, batch: PyTree) -> None:
         """Returns None: nothing is known of an error of the user's own."""
 
@@ -201,6 +231,10 @@ class HeldObjective:
     def mean_loss(self, params: PyTree, batch: PyTree) -> jax.Array:
         """Returns the mean loss of one batch."""
         return self.objective.mean_loss(self._whole(params), batch)
+
+    def outputs(self, params: PyTree, batch: PyTree) -> jax.Array | None:
+        """Returns those of the objective."""
+        return self.objective.outputs(self._whole(params), batch)
 
     def num_classes(self, params: PyTree, batch: PyTree) -> int | None:
         """Returns those of the objective."""
@@ -256,7 +290,8 @@ class Point:
     def num_classes(self) -> int | None:
         """The classes over which a position's error always sums to zero, or None."""
         # As a shape, which a jitted function finds once for many calls.
-        (size,) = _classes.eval_shape(self.error_fn, self.params, self.parts[0]).shape
+        one_batch = _one_batch(self.batches)
+        (size,) = _classes.eval_shape(self.error_fn, self.params, one_batch).shape
         return size or None
 
     @property
@@ -280,11 +315,13 @@ class Problem:
 
     The error is the gradient of the loss by the outputs of one example, flattened to C
     numbers; J is its Jacobian, ``M = J J^T`` the kernel. A pytree: what ``outputs_fn``
-    holds, ``batches`` and ``preconditioner`` are data, so that new BatchNorm statistics
-    or batches retrace nothing; ``loss``, ``target`` and ``reduction`` are static. A
-    function that is made for every problem (a lambda in a loop) traces each time.
+    holds (arrays and numbers, as in a `jax.tree_util.Partial`), ``batches`` and
+    ``preconditioner`` are data, so that new BatchNorm statistics or batches retrace
+    nothing; ``loss``, ``target`` and ``reduction`` are static. A function that is made
+    for every problem (a lambda in a loop) traces each time.
 
-    Leaves of the parameters that are not floating arrays are held constant.
+    Leaves of the parameters that are not floating arrays are held constant: arrays as
+    data, anything else (numbers, names, functions) as static values.
 
     Attributes:
         objective: The error and the loss as functions of parameters and batch.
@@ -333,8 +370,7 @@ class Problem:
                 is checked where the problem is used.
         """
         _check_loss(loss)
-        _check_callable("outputs_fn", outputs_fn)
-        objective = OutputsObjective(as_pytree(outputs_fn), loss, target)
+        objective = OutputsObjective(as_pytree("outputs_fn", outputs_fn), loss, target)
         self._set(objective, batches, reduction, preconditioner)
 
     @classmethod
@@ -361,11 +397,9 @@ class Problem:
         Raises:
             ValueError: If a choice is not known.
         """
-        _check_callable("error_fn", error_fn)
-        if loss_fn is not None:
-            _check_callable("loss_fn", loss_fn)
         objective = ErrorObjective(
-            as_pytree(error_fn), None if loss_fn is None else as_pytree(loss_fn)
+            as_pytree("error_fn", error_fn),
+            None if loss_fn is None else as_pytree("loss_fn", loss_fn),
         )
         problem = object.__new__(cls)
         problem._set(objective, batches, reduction, None)
@@ -391,8 +425,7 @@ class Problem:
         inner = {k: changes[k] for k in changes if k not in own}
         for name in inner.keys() & {"outputs_fn", "error_fn", "loss_fn"}:
             if name != "loss_fn" or inner[name] is not None:
-                _check_callable(name, inner[name])
-                inner[name] = as_pytree(inner[name])
+                inner[name] = as_pytree(name, inner[name])
         if "loss" in inner:
             _check_loss(inner["loss"])
         problem = object.__new__(type(self))
@@ -408,7 +441,10 @@ class Problem:
 
     def error(self, params: PyTree, batch: PyTree) -> jax.Array:
         """Returns the error ``[N, C]`` of one batch, without the axis K."""
+        check_leading("batch", batch, {"N": "examples"})
         error_fn, moving = _hold(self.objective, params)
+        alone = jax.tree.map(lambda leaf: leaf[None], batch)
+        self._check_targets(error_fn, moving, alone)
         return evaluate(error_fn, moving, batch)
 
     def loss(self, params: PyTree) -> jax.Array:
@@ -471,14 +507,22 @@ class Problem:
 
         Raises:
             ValueError: If no leaf of params is floating, the batches do not share
-                leading axes, the outputs do not fit, or the direction does not.
+                leading axes, or the outputs, a target or the direction does not fit.
         """
         check_batches(self.batches)
         error_fn, moving = _hold(self.objective, params)
         if direction is not None:
             direction = _moving_direction(direction, params, moving)
         error = _error_struct(error_fn, moving, self.batches)
-        return Point(error_fn, moving, self.batches, direction, error, self.reduction)
+        if direction is not None:
+            check_digits(error.dtype)
+        self._check_targets(error_fn, moving, self.batches)
+        point = Point(error_fn, moving, self.batches, direction, error, self.reduction)
+        placed = {
+            name: on_automatic_mesh(getattr(point, name))
+            for name in ("error_fn", "params", "batches", "direction")
+        }
+        return dataclasses.replace(point, **placed)
 
     def __repr__(self) -> str:
         """Returns the problem in one line, without its arrays."""
@@ -507,6 +551,14 @@ class Problem:
         object.__setattr__(problem, "reduction", reduction)
         return problem
 
+    def _check_targets(
+        self, error_fn: Objective, params: PyTree, batches: PyTree
+    ) -> None:
+        """Raises ValueError if a target of a loss known by name cannot be one."""
+        if isinstance(self.objective, OutputsObjective) and not is_traced(batches):
+            outputs = _outputs.eval_shape(error_fn, params, _one_batch(batches))
+            self.objective.check_targets(on_automatic_mesh(batches), outputs)
+
     def _leading(self) -> tuple[int, ...]:
         """Returns the axes of a split block before C: ``(K, N)``, or ``(N,)``."""
         axes = check_batches(self.batches)
@@ -531,16 +583,54 @@ class Problem:
             object.__setattr__(self, name, value)
 
 
-def as_pytree(fn: Callable[..., Any]) -> Callable[..., Any]:
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["data"],
+    meta_fields=["fixed", "tree"],
+)
+@dataclasses.dataclass(frozen=True)
+class FixedLeaves:
+    """A callable pytree some of whose leaves are static.
+
+    Attributes:
+        data: Its leaves in order, None in place of the static ones.
+        fixed: The static leaves, by position.
+        tree: The tree of all.
+    """
+
+    data: list[Any]
+    fixed: tuple[tuple[int, Hashable], ...]
+    tree: Any
+
+    def __call__(self, *args: Any) -> Any:
+        """Calls the whole pytree."""
+        leaves = list(self.data)
+        for index, leaf in self.fixed:
+            leaves[index] = leaf
+        return jax.tree.unflatten(self.tree, leaves)(*args)
+
+
+def as_pytree(name: str, fn: Any) -> Callable[..., Any]:
     """Returns ``fn`` as a callable that may be an argument of a jitted function.
 
-    A callable that is a pytree of arrays keeps its arrays as data; any other becomes
-    static, compared by equality.
+    Arrays and numbers of a callable pytree are data, as `jax.jit` takes them: new ones
+    trace nothing again. Its other leaves (truths, names, functions), or a callable that
+    is no pytree, are static, compared by equality.
+
+    Raises:
+        ValueError: If it is not callable, or holds a leaf that can be neither; it names
+            the leaf by its path.
     """
-    leaves = jax.tree.leaves(fn)
-    if all(isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves):
+    _check_callable(name, fn)
+    leaves, tree = jax.tree.flatten(fn)
+    fixed = [(i, leaf) for i, leaf in enumerate(leaves) if not _is_data(leaf)]
+    if not fixed:
         return fn
-    return jax.tree_util.Partial(fn)
+    if tree == jax.tree.structure(0):
+        return jax.tree_util.Partial(fn)
+    check_hashable(name, fn, unless=_is_data)
+    data = [leaf if _is_data(leaf) else None for leaf in leaves]
+    return FixedLeaves(data, tuple(fixed), tree)
 
 
 def split_batches(batches: PyTree) -> list[PyTree]:
@@ -558,8 +648,20 @@ def evaluate(error_fn: Objective, params: PyTree, batch: PyTree) -> jax.Array:
 
 
 @jax.jit
+def _outputs(error_fn: Objective, params: PyTree, batch: PyTree) -> jax.Array | None:
+    return error_fn.outputs(params, batch)
+
+
+@jax.jit
 def _classes(error_fn: Objective, params: PyTree, batch: PyTree) -> jax.Array:
     return jnp.zeros(error_fn.num_classes(params, batch) or 0)
+
+
+@partial(jax.jit, static_argnames="target")
+def _stacked_targets(batches: PyTree, *, target: Callable[[PyTree], PyTree]) -> PyTree:
+    """Returns the targets that a function finds in each batch, leading axis K."""
+    found = [target(batch) for batch in split_batches(batches)]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
 
 
 @jax.jit
@@ -577,11 +679,11 @@ def _hold(objective: Objective, params: PyTree) -> tuple[Objective, PyTree]:
         return objective, params
     moving, held, fixed = [], [], []
     for index, (leaf, moves_along) in enumerate(zip(leaves, moves, strict=True)):
-        is_array = isinstance(leaf, jax.Array | np.ndarray)
         moving.append(leaf if moves_along else None)
-        held.append(leaf if is_array and not moves_along else None)
-        if not (is_array or moves_along or leaf is None):
+        held.append(leaf if _is_array(leaf) and not moves_along else None)
+        if not (_is_array(leaf) or moves_along or leaf is None):
             fixed.append((index, leaf))
+    check_hashable("params", params, unless=_is_array)
     held_objective = HeldObjective(
         objective, jax.tree.unflatten(tree, held), tuple(fixed)
     )
@@ -606,12 +708,31 @@ def _moving_direction(direction: PyTree, params: PyTree, moving: PyTree) -> PyTr
 def _error_struct(
     error_fn: Objective, params: PyTree, batches: PyTree
 ) -> jax.ShapeDtypeStruct:
-    one_batch = jax.tree.map(
+    error = evaluate.eval_shape(error_fn, params, _one_batch(batches))
+    return jax.ShapeDtypeStruct(error.shape, error.dtype)
+
+
+def _one_batch(batches: PyTree) -> PyTree:
+    """Returns the shapes of one batch."""
+    return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf)[1:], jnp.result_type(leaf)),
         batches,
     )
-    error = evaluate.eval_shape(error_fn, params, one_batch)
-    return jax.ShapeDtypeStruct(error.shape, error.dtype)
+
+
+def is_half(dtype: jax.typing.DTypeLike) -> bool:
+    """Whether a floating dtype holds fewer digits than float32."""
+    return jnp.finfo(dtype).bits < 32
+
+
+def check_digits(dtype: jax.typing.DTypeLike) -> None:
+    """Raises ValueError if an error comes in half precision, too coarse to move."""
+    if is_half(dtype):
+        raise ValueError(
+            "error_fn: expected an error in float32 or float64, whose derivative is "
+            f"taken, got {jnp.dtype(dtype)}; cast the network's outputs to float32 "
+            "before the error is formed, or state them by Problem(outputs_fn, ...)."
+        )
 
 
 def _check_callable(name: str, fn: Any) -> None:
@@ -654,11 +775,21 @@ def _num_examples(batch: PyTree) -> int:
     return jax.tree.leaves(batch)[0].shape[0]
 
 
-def _is_floating(leaf: Any) -> bool:
+def _is_array(leaf: Any) -> bool:
+    """Whether a leaf holds numbers that a jitted function takes as data."""
     arrays = jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
-    if not isinstance(leaf, arrays):
-        return False
-    return jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+    # Objects, strings and dates are no numbers; a key's dtype has no kind at all.
+    return isinstance(leaf, arrays) and getattr(leaf.dtype, "kind", "V") not in "OSUMm"
+
+
+def _is_data(leaf: Any) -> bool:
+    """Whether a leaf of a callable is data: an array, or a number that is no truth."""
+    is_number = isinstance(leaf, int | float | complex) and not isinstance(leaf, bool)
+    return is_number or _is_array(leaf)
+
+
+def _is_floating(leaf: Any) -> bool:
+    return _is_array(leaf) and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
 
 
 def _is_none(leaf: Any) -> bool:

@@ -8,6 +8,7 @@ its programs once for the whole run.
 """
 
 import dataclasses
+import operator
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,7 +23,9 @@ from grsd_jax._checks import (
     check_at_least,
     check_batches,
     check_choice,
+    check_not_negative,
     check_positive,
+    check_type,
 )
 from grsd_jax._typing import PyTree
 from grsd_jax.dynamics.flow import effective_time
@@ -36,9 +39,11 @@ from grsd_jax.dynamics.record import (
     transport_record,
 )
 from grsd_jax.dynamics.snapshot import Finder, take_snapshot
+from grsd_jax.jacobian.plan import check_independent, verdict_of
+from grsd_jax.kernel.dense import check_dense_fits
 from grsd_jax.kernel.derivative import central_difference, gradient_flow_direction
 from grsd_jax.kernel.solver import Lanczos, solver_at
-from grsd_jax.problem import Point, Problem
+from grsd_jax.problem import Point, Problem, check_digits
 from grsd_jax.shells.options import Binning, Window
 
 Schedule = Callable[[Any], Any]
@@ -89,14 +94,19 @@ class Probe:
             The state.
 
         Raises:
-            ValueError: If a shape, dtype, leading axis or choice does not fit.
+            ValueError: If a shape, dtype, leading axis, target or choice does not fit,
+                or the examples are coupled and the solver is dense.
         """
         point = (problem or self.problem).at(params)
+        check_digits(point.error.dtype)
         size, dtype = point.dimension, point.error.dtype
         num_pairs = size
         if self.finder.window.num_pairs is not None:
             num_pairs = min(self.finder.window.num_pairs, size)
         solver = self.solver
+        if solver == "dense":
+            check_dense_fits(point, extra=3)  # Mdot, V, and Mdot in its terms
+            check_independent(point)
         if solver == "auto":
             # Leading pairs converge within about four times as many columns.
             solver = solver_at(point, min(4 * num_pairs, size))
@@ -136,23 +146,26 @@ class Probe:
         Args:
             state: The state.
             params: Parameters. They are only read.
-            step: The steps done, a concrete integer.
+            step: The steps done, an integer whose value is at hand.
             direction: The tangent d, a tree like ``params``; minus the gradient of the
                 problem's loss if None. Pass an optimiser's update over its learning
                 rate for the motion that it causes.
             problem: In place of the probe's, for a network whose other state
                 (BatchNorm statistics) changes; make it by ``probe.problem.replace``, so
                 that nothing is traced again.
-            step_seconds: Seconds of a training step, for the record's cost in steps.
+            step_seconds: Seconds of a training step, for the record's cost in steps;
+                NaN if it is not known.
 
         Returns:
             The new state, and the record; the old state and None if none is due.
 
         Raises:
-            ValueError: If a shape, tree, dtype or leading axis does not fit, or there
-                is neither a direction nor a loss.
+            ValueError: If a shape, tree, dtype, leading axis or target does not fit,
+                there is neither a direction nor a loss, or a number is out of range.
         """
-        step = int(step)
+        step = _concrete_step(step)
+        if not np.isnan(step_seconds):
+            check_positive("step_seconds", step_seconds)
         if step % self.every or step <= int(state.last_step) or not bool(state.active):
             return state, None
         started = time.perf_counter()
@@ -188,6 +201,7 @@ class Probe:
             gradient_seconds=gradient_seconds,
             cost=seconds / gradient_seconds,
             cost_in_steps=seconds / step_seconds,
+            coupled=verdict_of(point).coupled,
         )
 
     @property
@@ -309,11 +323,15 @@ def make_probe(
     check_choice("problem.reduction", problem.reduction, ("stack",))
     check_choice("solver", solver, ("auto", "dense", "lanczos"))
     check_at_least("every", every, 1)
+    check_type("window", window, Window)
+    check_type("shells", shells, Binning)
     check_at_least("num_shells", shells.num_shells, 2)
     if closure_step is not None:
         check_positive("closure_step", closure_step)
     if not callable(schedule):
-        schedule = partial(_constant, float(schedule))
+        rate = np.asarray(schedule).tolist()
+        check_not_negative("schedule", rate)
+        schedule = partial(_constant, float(rate))
     return Probe(
         problem=problem,
         every=every,
@@ -330,9 +348,22 @@ def _constant(rate: float, step: Any) -> jax.Array:
     return jnp.full(jnp.shape(step), rate)
 
 
+def _concrete_step(step: Any) -> int:
+    """Returns the step as an integer, after checking that it is one."""
+    try:
+        return operator.index(step)
+    except TypeError:
+        raise ValueError(
+            f"step: expected an integer whose value is at hand, got {step!r}."
+        ) from None
+
+
 def _checked_edges(edges: Sequence[float]) -> tuple[float, ...]:
     """Returns the edges, after checking that they are positive and increase."""
-    array = np.asarray(edges, np.float64)
+    try:
+        array = np.asarray(edges, np.float64)
+    except (TypeError, ValueError):
+        array = np.zeros(0)
     if array.ndim != 1 or len(array) < 3 or not np.all(np.diff(array) > 0):
         raise ValueError(
             f"edges: expected at least 3 increasing numbers, got {edges!r}."

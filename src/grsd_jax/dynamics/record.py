@@ -84,6 +84,8 @@ class ProbeRecord(NamedTuple):
         cost: ``seconds / gradient_seconds``.
         cost_in_steps: ``seconds`` in units of a training step; NaN if ``step_seconds``
             was not given.
+        coupled: Whether the examples are coupled, so that products are taken plainly;
+            None if that was not checked (many outputs).
     """
 
     effective_time: jax.Array
@@ -103,6 +105,7 @@ class ProbeRecord(NamedTuple):
     gradient_seconds: float = 0.0
     cost: float = 0.0
     cost_in_steps: float = 0.0
+    coupled: bool | None = None
 
 
 @partial(jax.jit, static_argnames=("num_shells", "headroom"))

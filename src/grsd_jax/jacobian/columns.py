@@ -1,11 +1,13 @@
 """Blocks of columns of the error space: cut by batches, joined, a few at a time."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grsd_jax._arrays import on_automatic_mesh, on_mesh_of
 from grsd_jax._checks import check_at_least, check_shape
 from grsd_jax._typing import PyTree
 
@@ -34,14 +36,15 @@ def as_columns(
         ValueError: If a split block is not ``[copies, N, C, b]``, or ``[N, C, b]`` for
             one copy.
     """
+    given, block = block, on_automatic_mesh(block)
     if jnp.ndim(block) <= 2:
-        return block, lambda columns: columns
+        return block, partial(on_mesh_of, given)
     leading = [(copies, *error.shape)] + ([error.shape] if copies == 1 else [])
     if block.shape[:-1] not in leading:
         wanted = " or ".join(f"{[*axes, 'any']}".replace("'", "") for axes in leading)
         raise ValueError(f"{name}: expected shape {wanted}, got {list(block.shape)}.")
     columns = block.reshape(-1, block.shape[-1])
-    return columns, lambda result: result.reshape(block.shape)
+    return columns, lambda result: on_mesh_of(given, result.reshape(block.shape))
 
 
 def by_chunks(

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grsd_jax._arrays import all_finite, is_traced
+from grsd_jax._checks import check_not_explicit
 from grsd_jax._typing import PyTree
 from grsd_jax.jacobian.blocks import LeafTangents, leaf_tangents
 from grsd_jax.jacobian.tracing import Program, walk
@@ -102,6 +103,7 @@ def check_independent(point: Point) -> None:
 
 def verdict_of(point: Point) -> Verdict:
     """Returns what is known of a problem, checked once for its structure."""
+    check_not_explicit(point.batches)
     if point.error.shape[1] > _MOST_OUTPUTS:
         return Verdict(None, None, f"{point.error.shape[1]} outputs an example")
     key = _key(point)

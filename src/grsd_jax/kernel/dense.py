@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grsd_jax._checks import check_at_least, check_batches
-from grsd_jax._memory import default_bytes, tree_bytes
+from grsd_jax._memory import check_fits, default_bytes, tree_bytes
 from grsd_jax._typing import PyTree
 from grsd_jax.jacobian.factored import moving_blocks, output_basis, output_blocks
 from grsd_jax.jacobian.factors import Factor, Rows, for_gram, inner, like
@@ -109,6 +109,7 @@ def kernel_dense(
     Raises:
         ValueError: If a shape, tree, dtype, leading axis or bound does not fit, or the
             examples are coupled.
+        MemoryError: If the matrices are larger than all memory, before any work.
 
     References:
         Paper 7.2 and B.5; the layer-wise sum and the exact derivative are ours.
@@ -150,6 +151,7 @@ def layer_kernels(
 
     Raises:
         ValueError: If a shape, tree, dtype or leading axis does not fit.
+        MemoryError: If the matrices are larger than all memory, before any work.
 
     References:
         Paper 3.2 and A.3, the additive structure.
@@ -160,6 +162,24 @@ def layer_kernels(
     if direction is not None:
         return dict(matrices)
     return {label: kernel for label, (kernel,) in matrices.items()}
+
+
+def check_dense_fits(point: Point, num_kernels: int = 1, extra: int = 0) -> None:
+    """Raises MemoryError if the matrices ``[n, n]`` of a problem cannot fit in memory.
+
+    Args:
+        point: The problem; with a direction each kernel has its derivative.
+        num_kernels: Kernels that are held.
+        extra: Other matrices beside them.
+    """
+    matrices = num_kernels * (1 if point.direction is None else 2) + extra
+    check_fits(
+        f"problem: {matrices} dense matrices of n = {point.dimension}",
+        matrices * float(point.dimension) ** 2 * point.error.dtype.itemsize,
+        "measure fewer batches or examples",
+        *(["name fewer layers by layer_of"] if num_kernels > 1 else []),
+        "use kernel_matmat, or solver=Lanczos(...) in a measurement",
+    )
 
 
 class _Blocks(NamedTuple):
@@ -187,6 +207,7 @@ def accumulate(point: Point, labels: Sequence[str], chunking: Chunking) -> Matri
 
     Raises:
         ValueError: If a bound does not fit.
+        MemoryError: If the matrices are larger than all memory.
     """
     max_bytes = chunking.max_bytes
     max_bytes = default_bytes() // 2 if max_bytes is None else max_bytes
@@ -194,12 +215,13 @@ def accumulate(point: Point, labels: Sequence[str], chunking: Chunking) -> Matri
     if chunking.example_chunk is not None:
         check_at_least("example_chunk", chunking.example_chunk, 1)
     batches = point.batches
+    check_dense_fits(point, len(dict.fromkeys(labels)))
+    check_independent(point)
     if point.reduction == "stack":
         batches = jax.tree.map(
             lambda leaf: leaf.reshape(1, -1, *leaf.shape[2:]), batches
         )
     num_spaces, num_examples = check_batches(batches)
-    check_independent(point)
     plan = plan_of(point)
     basis = jnp.eye(point.error.shape[1], dtype=point.error.dtype)
     if plan is not None:

@@ -15,12 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grsd_jax._arrays import is_traced, matmul
+from grsd_jax._arrays import is_traced, matmul, on_automatic_mesh, on_mesh_of
 from grsd_jax._checks import (
     check_at_least,
     check_choice,
     check_positive,
     check_same_tree,
+    check_shape,
 )
 from grsd_jax._typing import DerivativeMethod, PyTree
 from grsd_jax.jacobian.autodiff import (
@@ -92,7 +93,7 @@ def gradient_flow_direction(problem: Problem, params: PyTree) -> PyTree:
     ]
     mean = jax.tree.map(lambda *leaves: -sum(leaves) / len(leaves), *gradients)
     return jax.tree.map(
-        lambda leaf, d: _zero_like(leaf) if d is None else d,
+        lambda leaf, d: _zero_like(leaf) if d is None else on_mesh_of(leaf, d),
         params,
         mean,
         is_leaf=lambda leaf: leaf is None,
@@ -136,6 +137,8 @@ def kernel_derivative(
         Paper 7.2 and B.5; the exact form is ours.
     """
     point = problem.at(params, direction)
+    vectors = on_automatic_mesh(vectors)
+    check_shape("vectors", vectors, [point.dimension, None])
     # Too few columns do not make up for the factors.
     enough = vectors.shape[1] > _FEW_COLUMNS * point.error.shape[1]
     return project_derivative(

@@ -10,7 +10,12 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from grsd_jax._arrays import is_traced
-from grsd_jax._checks import check_batches, check_choice, check_shape
+from grsd_jax._checks import (
+    check_batches,
+    check_choice,
+    check_not_explicit,
+    check_shape,
+)
 from grsd_jax._typing import PyTree, Reduction
 from grsd_jax.problem import Point
 
@@ -92,8 +97,10 @@ def layout_of(point: Point) -> Layout | None:
         that is an argument of the caller's `jit` is left to the compiler.
 
     Raises:
-        ValueError: If the axis is not of type Auto, or N not a multiple of its devices.
+        ValueError: If N is not a multiple of the axis's devices, or the caller's `jit`
+            or `jax.set_mesh` makes the mesh explicit.
     """
+    check_not_explicit(point.batches)
     for leaf in jax.tree.leaves(point.batches):
         placed = None if is_traced(leaf) else getattr(leaf, "sharding", None)
         if isinstance(placed, NamedSharding) and isinstance(placed.mesh, Mesh):
@@ -116,7 +123,7 @@ def shard_batches(batches: PyTree, mesh: Mesh, *, axis: str | None = None) -> Py
     Args:
         batches: A pytree with leading axes ``[K, N]``, N a multiple of the D devices
             along the axis.
-        mesh: A mesh whose axis is of type Auto.
+        mesh: A mesh, whose axis is of type Auto or Explicit.
         axis: The name of the mesh axis, the first if None.
 
     Returns:
@@ -141,10 +148,10 @@ def check_mesh(batches: PyTree, mesh: Mesh, axis: str | None) -> str:
     axis = mesh.axis_names[0] if axis is None else axis
     check_choice("axis", axis, mesh.axis_names)
     kind = mesh.axis_types[mesh.axis_names.index(axis)]
-    if kind != AxisType.Auto:
+    if kind == AxisType.Manual:
         raise ValueError(
-            f"mesh: expected the axis {axis!r} to be of type Auto, as in "
-            f"jax.make_mesh(shape, names, axis_types=(AxisType.Auto,)), got {kind}."
+            f"mesh: expected the axis {axis!r} to be of type Auto or Explicit, got "
+            f"{kind}; leave the shard_map first."
         )
     num_examples, num_devices = check_batches(batches)[1], mesh.shape[axis]
     if num_examples % num_devices:

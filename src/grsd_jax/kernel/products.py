@@ -1,14 +1,12 @@
 """Products with M and Mdot in the form that fits: a held Jacobian, or a fresh one."""
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 
 from grsd_jax._memory import default_bytes, tree_bytes
 from grsd_jax._typing import Matmat, PyTree
-from grsd_jax.jacobian.autodiff import linearize
+from grsd_jax.jacobian.autodiff import Jacobian, linearize
 from grsd_jax.jacobian.factored import output_blocks
 from grsd_jax.jacobian.factors import Factor, for_products
 from grsd_jax.jacobian.plan import Plan, plan_of
@@ -68,16 +66,25 @@ def held_bytes(point: Point, *, plan: Plan | None) -> int:
     Returns:
         Bytes, from shapes alone.
     """
-    form: Callable[..., Any] = linearize if plan is None else partial(_factors, plan)
-    shapes = jax.eval_shape(form, point.error_fn, point.params, point.parts[0])
+    # A jitted function's own `eval_shape` traces once, `jax.eval_shape` every time.
+    form = _linearized if plan is None else _factors
+    shapes = form.eval_shape(point.error_fn, point.params, point.parts[0], plan=plan)
     layout = layout_of(point)
     devices = 1 if layout is None else layout.mesh.shape[layout.axis]
     return point.num_batches * tree_bytes(shapes) // devices
 
 
-@partial(jax.jit, static_argnums=0)  # traced once, unlike `jax.eval_shape`
+@partial(jax.jit, static_argnames="plan")
+def _linearized(
+    error_fn: Objective, params: PyTree, batch: PyTree, *, plan: None
+) -> Jacobian:
+    del plan
+    return linearize(error_fn, params, batch)
+
+
+@partial(jax.jit, static_argnames="plan")
 def _factors(
-    plan: Plan, error_fn: Objective, params: PyTree, batch: PyTree
+    error_fn: Objective, params: PyTree, batch: PyTree, *, plan: Plan
 ) -> list[Factor]:
     blocks, _ = output_blocks(error_fn, params, batch, plan=plan)
     return [for_products(block) for block in blocks if block is not None]

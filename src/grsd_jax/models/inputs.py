@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from grsd_jax._checks import check_numbers, entry_of
 from grsd_jax._typing import PyTree
 
 #: The key of a batch, or a function of the batch.
@@ -33,18 +34,19 @@ def inputs_of(batch: PyTree, inputs: Inputs) -> Any:
     Raises:
         ValueError: If the batch has no such key.
     """
-    if callable(inputs):
-        return inputs(batch)
-    try:
-        return batch[inputs]
-    except (KeyError, TypeError, IndexError):
-        keys = list(batch) if isinstance(batch, dict) else type(batch).__name__
-        raise ValueError(
-            f"inputs: expected a key of the batch, or a function of it, got {inputs!r} "
-            f"and a batch with {keys}."
-        ) from None
+    return entry_of("inputs", batch, inputs)
 
 
 def as_data(state: PyTree) -> PyTree:
-    """Returns a state with its numbers as arrays, so that new ones retrace nothing."""
-    return jax.tree.map(jnp.asarray, state)
+    """Returns a state with its numbers as arrays, so that new ones retrace nothing.
+
+    Raises:
+        ValueError: If a leaf holds no numbers; it names the leaf by its path.
+    """
+
+    def one(path: Any, leaf: Any) -> Any:
+        check_numbers(f"state{jax.tree_util.keystr(path)}", leaf)
+        shape = isinstance(leaf, jax.ShapeDtypeStruct)  # to plan by shapes alone
+        return leaf if shape else jnp.asarray(leaf)
+
+    return jax.tree_util.tree_map_with_path(one, state)

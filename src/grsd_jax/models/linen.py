@@ -9,7 +9,7 @@ import jax
 from flax import linen as nn
 
 from grsd_jax._typing import PyTree
-from grsd_jax.models.inputs import Inputs, check_inputs, inputs_of
+from grsd_jax.models.inputs import Inputs, as_data, check_inputs, inputs_of
 from grsd_jax.models.linen_checks import refuse_coupled_examples
 from grsd_jax.parameter_blocks import ParameterBlocks, partition_by_prefix
 
@@ -103,11 +103,12 @@ def linen_outputs(
         A callable that is a pytree, its state data.
 
     Raises:
-        ValueError: If ``state`` is not a mapping, or holds ``params``.
+        ValueError: If ``state`` is not a mapping, holds ``params``, or has a leaf that
+            holds no numbers.
     """
     check_inputs(inputs)
     _check_state(state)
-    return LinenOutputs(model, state, inputs)
+    return LinenOutputs(model, as_data(state), inputs)
 
 
 def _check_state(state: PyTree) -> None:

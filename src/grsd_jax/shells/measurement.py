@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from grsd_jax._arrays import all_finite, is_traced, magnitude, matmul, norm
-from grsd_jax._checks import check_choice
-from grsd_jax._memory import naming_what_to_lower
+from grsd_jax._checks import check_choice, check_type
+from grsd_jax._memory import check_fits, naming_what_to_lower
 from grsd_jax._typing import PyTree
 from grsd_jax.jacobian.plan import verdict_of
-from grsd_jax.kernel.dense import dense_at
+from grsd_jax.kernel.dense import check_dense_fits, dense_at
 from grsd_jax.kernel.derivative import (
     Derivative,
     central_difference,
@@ -87,15 +87,23 @@ def measure_coupling(
 
     Raises:
         ValueError: If a shape, tree, dtype, leading axis or choice does not fit.
-        MemoryError: If the device runs out of memory; it names what to lower.
+        MemoryError: If what is asked for is larger than all memory, before any work, or
+            the device runs out of it; it names what to lower.
 
     References:
         Paper 7.2 to 7.5 and B.
     """
+    for name, given, kind in (
+        ("window", window, Window),
+        ("shells", shells, Binning),
+        ("derivative", derivative, Derivative),
+    ):
+        check_type(name, given, kind)
     if direction is None:
         direction = gradient_flow_direction(problem, params)
     point = problem.at(params, direction)
     lanczos = _resolved(solver, point)
+    _check_sizes(point, lanczos, shells)
     width = min((lanczos or Lanczos()).block_size, point.dimension)
     start_key, bootstrap_key = jax.random.split(key)
     with naming_what_to_lower("block_size", "num_steps", "batches"):
@@ -145,6 +153,27 @@ def _resolved(solver: Solver, point: Point) -> Lanczos | None:
     return None if solver == "dense" else default
 
 
+def _check_sizes(point: Point, lanczos: Lanczos | None, shells: Binning) -> None:
+    """Raises MemoryError, before any work, if what is asked for cannot fit."""
+    n, itemsize = point.dimension, point.error.dtype.itemsize
+    pairs = n
+    if lanczos is None:
+        check_dense_fits(point, extra=2)  # V, and the derivative in its terms
+    elif layout_of(point) is None:
+        pairs = lanczos.block_size * lanczos.num_steps
+        check_fits(
+            f"solver: a basis and Ritz vectors of {pairs} columns of n = {n}",
+            2.0 * pairs * n * itemsize,
+            "lower num_steps or block_size of Lanczos",
+            "measure fewer batches or examples",
+        )
+    check_fits(
+        f"shells: {shells.num_bootstrap} resamples of {pairs} pairs",
+        float(shells.num_bootstrap) * pairs * itemsize,
+        "lower num_bootstrap of Binning",
+    )
+
+
 def _dense_pairs(
     point: Point, window: Window, derivative: Derivative
 ) -> tuple[RitzPairs, jax.Array]:
@@ -176,8 +205,9 @@ def diagonalize(
         floor: Smallest resolved value, relative to the largest; ten eps if None.
 
     Returns:
-        The pairs, and ``V^T Mdot V``; nothing is resolved if a number is not finite.
-        The bounds of the residuals include the rounding of M itself.
+        The pairs, and ``V^T Mdot V``; if a number is not finite, nothing is resolved,
+        and the derivative is NaN. The bounds of the residuals include the rounding of M
+        itself.
     """
     finite = all_finite((kernel, moved))
     kernel, moved = (jnp.where(finite, matrix, 0) for matrix in (kernel, moved))
@@ -187,6 +217,7 @@ def diagonalize(
     residuals = norm(matmul(kernel, vectors) - vectors * values[None], 0)
     resolved = resolved_pairs(values, residuals, tolerance=tolerance, floor=floor)
     coupling = matmul(vectors.T, matmul(moved, vectors))
+    coupling = jnp.where(finite, coupling, jnp.nan)  # not zeros to believe
     bounds = residuals + rounding_bound(len(values), values.dtype) * jnp.max(values)
     return RitzPairs(values, vectors, bounds, resolved & finite), coupling
 

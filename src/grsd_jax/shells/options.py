@@ -25,6 +25,8 @@ class Window:
             check_at_least("num_pairs", self.num_pairs, 1)
         if self.floor is not None:
             check_positive("floor", self.floor)
+            if self.floor > 1:
+                raise ValueError(f"floor: expected at most 1, got {self.floor!r}.")
         check_positive("tolerance", self.tolerance)
 
 
