@@ -187,7 +187,8 @@ def read_jsonl(path: PathLike) -> list[dict[str, Any]]:
         path: The file; a missing one has no records.
 
     Returns:
-        The records. A last line cut short, by a kill in mid-write, is left out.
+        The records. A last line cut short, by a kill in mid-write, is left out, unless
+        it lacks only its end.
 
     Raises:
         UserError: If a line is not a JSON object, is damaged, lost or doubled.
