@@ -51,7 +51,8 @@ def class_targets(
     _check_kind(name, labels, outputs.shape)
     check_targets(name, labels, outputs.shape, over_classes=over_classes)
     labels = widened(labels)
-    dtype = jnp.promote_types(outputs.dtype, jnp.float32)
+    half = jnp.finfo(outputs.dtype).bits < 32
+    dtype = jnp.dtype(jnp.float32) if half else outputs.dtype
     if _are_classes(labels, outputs.shape):
         targets = jax.nn.one_hot(labels, outputs.shape[-1], dtype=dtype)
     else:
