@@ -52,16 +52,6 @@ def moving_model(rho, *, depth=DEPTH, drive=1.0, read=1.0):
 
 @pytest.mark.parametrize("moving", ["readouts", "inputs"])
 @pytest.mark.parametrize(("rho", "share"), [(0.5, 0.01), (0.9, 0.4), (0.99, 0.9)])
-@pytest.mark.parametrize("entry", [0.0, np.nan, np.inf])
-def test_no_influence_lies_under_no_bound(entry):
-    influence = np.zeros((3, 3))
-    influence[2, 0] = entry
-    got = propagation_report(influence, constant=1.0, rho=0.5, epsilon=0.1)
-    assert not got.defined
-    assert not got.below_bound
-    assert got.measured_range is None
-
-
 def test_the_range_is_met_exactly_where_the_bound_is_tight(rho, share, moving):
     # Either the readouts or the inputs move, with equal norms: R = c rho^distance.
     motion = {"drive": float(moving == "inputs"), "read": float(moving == "readouts")}
@@ -114,3 +104,13 @@ def test_bad_arguments_are_named():
         propagation_report(np.ones((2, 3)), constant=1.0, rho=0.5, epsilon=0.1)
     with pytest.raises(ValueError, match="epsilon: expected a finite number > 0"):
         interaction_range(1.0, 0.5, 0.0)
+
+
+@pytest.mark.parametrize("entry", [0.0, np.nan, np.inf])
+def test_no_influence_lies_under_no_bound(entry):
+    influence = np.zeros((3, 3))
+    influence[2, 0] = entry
+    got = propagation_report(influence, constant=1.0, rho=0.5, epsilon=0.1)
+    assert not got.defined
+    assert not got.below_bound
+    assert got.measured_range is None

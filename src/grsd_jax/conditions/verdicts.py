@@ -112,7 +112,7 @@ class Verdict(NamedTuple):
 
     @property
     def outcome(self) -> Outcome:
-        """``"fails"`` if a check fails, else ``"holds"`` if all of at least one do."""
+        """``"fails"`` if a check fails, ``"holds"`` if all of at least one do."""
         outcomes = {check.outcome for check in self.checks} or {"undecided"}
         if "fails" in outcomes:
             return "fails"

@@ -230,7 +230,8 @@ def shell_dynamics(
         projections: [r], ``g_i = <phi_i, e>``.
         coupling: [r, r], ``V^T Mdot V`` along the direction in which training moves.
         shells: The shells of ``values``, of `log_shells` or `assign_shells`.
-        loss_constant: [], c in ``e_dot = -c M e``: squared loss and gradient flow. 1
+        loss_constant: [], c in ``e_dot = -c M e``, which only the dissipation needs:
+            squared loss and gradient flow. 1
             over the number of examples for the mean of `half_squared_loss`.
         rate_projections: [r], ``<phi_i, e_dot>``, of any error and direction.
         total_energy: [], ``|e|^2``. Default: the sum over all given pairs, right if

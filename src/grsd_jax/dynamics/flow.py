@@ -179,7 +179,8 @@ def covariance_check(
 
     .. math:: \lambda^{(a)}(t) = a \, \lambda(a t)
 
-    with ``lambda^(a)`` of the operator ``a M`` that drives the error under ``a L``. The
+    with ``lambda^(a)`` of the operator ``a M`` that drives the error under ``a L``: a
+    change of variables, true for every network, and so a check of the integration. The
     two flows are integrated with steps of different length, so that agreement is not by
     construction. For small problems only: ``M`` is formed at every point of time.
 

@@ -149,7 +149,8 @@ def toeplitz_degrees_of_freedom(mask: jax.typing.ArrayLike) -> jax.Array:
 
     With 0 degrees of freedom every diagonal holds at most one valid entry, its own
     mean; the :func:`toeplitz_residual` is then 0 for any entries and carries no
-    information.
+    information. Entries count one by one: of a symmetric matrix, whose entries come in
+    equal pairs, fewer are independent, 10 and not 16 for a full 5 x 5.
 
     Args:
         mask: [S, S] bool, the valid entries.
