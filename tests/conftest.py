@@ -19,12 +19,48 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
         ]
     )
 
+from pathlib import Path
+
 import jax
 import pytest
+
+#: What tests share asserts too, and has to under ``python -O``.
+_HELPERS = [
+    path.stem
+    for path in Path(__file__).parent.glob("*.py")
+    if not path.stem.startswith(("test_", "conftest"))
+]
+pytest.register_assert_rewrite(*_HELPERS)
+
+from modes import FILES, MODES  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)  # for meshes; arrays stay on the first
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--mode", choices=sorted(MODES), help="see tests/modes.py")
+
+
+def pytest_configure(config):
+    """Sets the mode, before any test module makes an array."""
+    for name, value in MODES[config.getoption("--mode") or "optimized"].items():
+        jax.config.update(name, value)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Keeps the tests that run in the mode: its files, without those it contradicts."""
+    mode = config.getoption("--mode")
+    if mode is None:
+        return
+    kept, others = [], []
+    for item in items:
+        exempt = any(mode in mark.args for mark in item.iter_markers("not_in_mode"))
+        runs = item.path.stem in FILES and not exempt
+        (kept if runs else others).append(item)
+    config.hook.pytest_deselected(items=others)
+    items[:] = kept
 
 
 #: Compiled programs kept from file to file; each holds more than a mebibyte.

@@ -30,6 +30,7 @@ def test_no_step_or_none_that_is_finite_defines_nothing(elapsed):
         assert np.max(np.abs(field)) == 0
 
 
+@pytest.mark.not_in_mode("debug_nans")
 @pytest.mark.parametrize("place", range(3))
 def test_energies_and_rates_that_are_not_finite_define_nothing(place):
     given = [jnp.ones(3), jnp.ones(3), 2 * jnp.ones(3)]
@@ -92,6 +93,7 @@ def test_a_mode_of_known_motion_crosses_at_its_time():
     assert np.sum(passed.down) == 0
 
 
+@pytest.mark.not_in_mode("debug_nans")
 def test_crossings_leave_out_masked_and_broken_pairs():
     before = jnp.asarray([0.5, 0.5, 0.5, 2.0, 1.0])
     after = jnp.asarray([5.0, 5.0, jnp.nan, 1.0, 0.5])

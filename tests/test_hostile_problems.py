@@ -393,7 +393,7 @@ FINITE_THERE = {"Problem.error", "Problem.loss", "gradient_flow_direction"}
 
 #: What is always run of the pairs that compute: these problems, or these functions.
 PROBLEMS_FIRST = {"one example", "one class", "half outputs", "an infinite input"}
-FUNCTIONS_FIRST = {"kernel_dense", "gradient_flow_direction", "Problem.error"}
+FUNCTIONS_FIRST = {"kernel_dense", "Problem.error"}
 
 
 def pairs():

@@ -164,6 +164,7 @@ def test_nothing_compiles_after_the_first_record(mlp, caplog):
     assert not [r.message for r in caplog.records if "Compiling" in r.message]
 
 
+@pytest.mark.not_in_mode("debug_nans")
 @pytest.mark.parametrize("options", SOLVERS)
 @pytest.mark.parametrize("value", [np.nan, 1e30])
 def test_a_broken_run_is_told_once_and_then_left_alone(mlp, options, value):

@@ -57,7 +57,8 @@ def class_targets(
         targets = jax.nn.one_hot(labels, outputs.shape[-1], dtype=dtype)
     else:
         targets = labels.astype(dtype)
-    if not _are_checked(labels, outputs.shape, over_classes):
+    checked = not is_traced(labels)  # by value; a NaN would upset `jax_debug_nans`
+    if checked or not _are_checked(labels, outputs.shape, over_classes):
         return targets
     wrong = _misfits(labels, outputs.shape)[..., None]
     return jnp.where(wrong, jnp.asarray(jnp.nan, dtype), targets)

@@ -116,20 +116,17 @@ def measure_coupling(
         pairs = leading_pairs(pairs, window)
         checks = _cross_checks(point, pairs, coupling, derivative, width)
     verdict = verdict_of(point)
-    return diagnose(
-        pairs,
-        coupling,
-        checks,
-        bootstrap_key,
-        labels=Labels(
-            "dense" if lanczos is None else "lanczos",
-            "plain" if verdict.plan is None else "factored",
-            derivative.method,
-            point.reduction,
-            verdict.coupled,
-        ),
-        binning=shells,
+    labels = Labels(
+        "dense" if lanczos is None else "lanczos",
+        "plain" if verdict.plan is None else "factored",
+        derivative.method,
+        point.reduction,
+        verdict.coupled,
     )
+    with jax.debug_nans(False):  # what is undefined is NaN by contract
+        return diagnose(
+            pairs, coupling, checks, bootstrap_key, labels=labels, binning=shells
+        )
 
 
 def _resolved(solver: Solver, point: Point) -> Lanczos | None:
