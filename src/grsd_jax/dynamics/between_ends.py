@@ -119,12 +119,14 @@ def exact_balance(
         first, second = (_as_snapshot(end, like, key) for end in (before, after))
         return _between(first, second, shells, moment)
     points = stacked_point(*before), stacked_point(*after)
+    prints = fingerprint(before[0]), fingerprint(after[0])
+    _check_same_space(*((p.dimension, p.error.dtype) for p in points))
+    _check_comparable(*prints)
     if solver == "auto":
         steps = KrylovSteps()
         dense = solver_at(points[0], 4 * steps.num_steps) == "dense"
         solver = "dense" if dense else steps
     if isinstance(solver, KrylovSteps):
-        prints = fingerprint(before[0]), fingerprint(after[0])
         return _by_krylov(points, prints, shells, solver, moment, key)
     check_choice("solver", solver, ("auto", "dense"))
     first, second = spectral_snapshot(*before), spectral_snapshot(*after)
@@ -199,14 +201,19 @@ def _between(
     rounding: jax.Array | None = None,
 ) -> ExactBalance:
     """Returns the balance of two snapshots, after checking that they fit."""
-    check_shape("after.error", after.error, list(before.error.shape))
-    dtype = before.vectors.dtype
-    if after.vectors.dtype != dtype:
-        raise ValueError(
-            f"after: expected dtype {dtype} as before, got {after.vectors.dtype}."
-        )
+    _check_same_space(*((len(e.error), e.error.dtype) for e in (before, after)))
     _check_comparable(before.fingerprint, after.fingerprint)
-    return _balance_snapshots(before, after, shells.checked(dtype), elapsed, rounding)
+    shells = shells.checked(before.error.dtype)
+    return _balance_snapshots(before, after, shells, elapsed, rounding)
+
+
+def _check_same_space(
+    before: tuple[int, np.dtype], after: tuple[int, np.dtype]
+) -> None:
+    """Raises ValueError unless both errors have one size n and dtype."""
+    for name, wanted, got in zip(("n =", "dtype"), before, after, strict=True):
+        if wanted != got:
+            raise ValueError(f"after: expected {name} {wanted} as before, got {got}.")
 
 
 def _check_comparable(before: jax.Array, after: jax.Array) -> None:
@@ -229,7 +236,7 @@ def _balance_snapshots(
     size = before.vectors.shape[0]
     ranks = before.vectors.shape[1], after.vectors.shape[1]
     balance = balance_spectra(
-        [pair_snapshots(before, after)],
+        pair_snapshots(before, after),
         shells,
         matched=ranks[0] == ranks[1],
         rounding=rounding,
@@ -272,10 +279,6 @@ def _by_krylov(
             "shells.width: expected 1/2 or 1/3 with KrylovSteps, whose steps would not "
             f"converge for others, got {shells.width}."
         )
-    sizes = [point.dimension for point in points]
-    if sizes[0] != sizes[1]:
-        raise ValueError(f"after: expected n = {sizes[0]} as before, got {sizes[1]}.")
-    _check_comparable(*prints)
     shells = shells.checked(points[0].error.dtype)
     errors_key, probes_key, start_key = jax.random.split(key, 3)
     vectors = mean_and_change(*(errors_at(point) for point in points))
@@ -283,7 +286,7 @@ def _by_krylov(
     runs = [_run(point, start, steps, errors_key) for point in points]
     counting = None
     if steps.num_probes:
-        shape = (sizes[0], steps.num_probes)
+        shape = (points[0].dimension, steps.num_probes)
         probes = jax.random.normal(start_key, shape, start.dtype)
         counted = [_run(point, probes, steps, probes_key) for point in points]
         counting = count_by_quadrature(*counted, shells)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grsd_jax._arrays import matmul
-from grsd_jax._checks import check_at_least, check_choice
+from grsd_jax._checks import check_at_least, check_choice, check_single_or_double
 from grsd_jax._typing import PyTree
 from grsd_jax.dynamics.transport import Pairing, Spectrum
 from grsd_jax.kernel.dense import dense_at
@@ -91,6 +91,7 @@ def stacked_point(problem: Problem, params: PyTree) -> Point:
     point = problem.at(params)
     if point.copies != point.num_batches:
         check_choice("problem.reduction", problem.reduction, ("stack",))
+    check_single_or_double("error", point.error.dtype)
     return point
 
 
@@ -100,23 +101,41 @@ def errors_at(point: Point) -> jax.Array:
     return jnp.concatenate([part.reshape(-1) for part in parts])
 
 
-def pair_snapshots(before: SpectralSnapshot, after: SpectralSnapshot) -> Pairing:
+def pair_snapshots(before: SpectralSnapshot, after: SpectralSnapshot) -> list[Pairing]:
     """Returns both spectra, and the overlap of their vectors.
 
     What of an error lies outside the given pairs is a pair of eigenvalue zero of its
-    own, so that shell 0, below all others, holds the rest of the spectrum.
+    own, so that shell 0, below all others, holds the rest of the spectrum. Its true
+    place is anywhere below the last pair that was found: a second pairing has it there.
 
     Args:
         before: The first snapshot.
         after: The second, of the same n.
 
     Returns:
-        The pairing.
+        The pairing, and the second one unless all n pairs are given.
     """
     vectors = mean_and_change(before.error, after.error)
     first, left = _with_rest(before, vectors)
     second, right = _with_rest(after, vectors)
-    return Pairing(first, second, matmul(left.T, right))
+    lowest = Pairing(first, second, matmul(left.T, right))
+    size = vectors.shape[0]
+    if before.vectors.shape[1] == after.vectors.shape[1] == size:
+        return [lowest]
+    highest = lowest._replace(
+        before=_raised(first, before, size), after=_raised(second, after, size)
+    )
+    return [lowest, highest]
+
+
+def _raised(spectrum: Spectrum, snapshot: SpectralSnapshot, size: int) -> Spectrum:
+    """Returns the spectrum with the rest at the last pair before one is missing."""
+    rank = snapshot.vectors.shape[1]
+    if rank == size:
+        return spectrum
+    found = jnp.cumprod((snapshot.values > 0).astype(jnp.int32)) > 0
+    last = jnp.min(snapshot.values, where=found, initial=jnp.inf)
+    return spectrum._replace(values=spectrum.values.at[rank:].set(last))
 
 
 def mean_and_change(before: jax.Array, after: jax.Array) -> jax.Array:

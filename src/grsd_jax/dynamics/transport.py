@@ -15,16 +15,19 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from grsd_jax._arrays import matmul, ratio
+from grsd_jax._arrays import divisor, matmul, ratio
 from grsd_jax.dynamics.soft_shells import SoftShells
 
-#: Bounds, on small networks, of what rounding of the kernel does to a flux over ``eps
-#: (lambda_max / lambda_k) |e|^2``, and to what is lost over ``eps |e|^2``.
-_FLUX_ROUNDING, _LOST_ROUNDING = 1.0, 4.0
+#: The size of what rounding adds to a kernel, over ``eps lambda_max``, and to sums of
+#: energies, over ``eps |e|^2``: bounds on small networks.
+_KERNEL_ROUNDING, _SUM_ROUNDING = 4.0, 4.0
 
-#: Pairs within this many roundings of ``lambda_max`` of a sharp edge may lie on either
-#: side of it.
+#: Pairs this many roundings from a sharp edge may lie on either side of it.
 _AMBIGUOUS = 8.0
+
+#: Eigenvalues relatively closer than this have the mean of both slopes as the divided
+#: difference of a step, which would cancel.
+_NEAR = 1e-3
 
 #: How far a spectrum may have grown or shrunk, in log lambda, and the halvings to it.
 _MOST_GROWTH, _HALVINGS = 40.0, 64
@@ -87,6 +90,7 @@ class Counting(NamedTuple):
         "elapsed",
         "floor",
         "flux_error",
+        "energy_error",
         "lost_error",
         "moved_error",
         "density_error",
@@ -124,12 +128,16 @@ class ExactBalance:
         counting: The same of the number of eigenvalues; None if it was not computed.
         elapsed: [], the time that passed; NaN if it is unknown or has no meaning.
         floor: [q], what rounding may do to the flux.
-        flux_error: [q], the floor, and with Lanczos what fewer steps change.
-        lost_error: [S], the same of ``lost`` and of the energies.
+        flux_error: [q], the floor, and what fewer steps of Lanczos change, or the
+            place of what lies outside leading pairs; infinite where the edge has not
+            converged.
+        energy_error: ``[2, S]``, the same of ``energies``.
+        lost_error: [S], the same of ``lost``.
         moved_error: ``[S, S]``, the same of ``moved``.
         density_error: [q], the same of ``density``.
         converged: [q] bool, whether three quarters and half of the Lanczos steps agree
-            with all of them, here and at every edge above. True from eigenpairs.
+            with all of them, here and at every edge above; from leading pairs, whether
+            they reach down to here. True from all pairs.
         rounding: [], the rounding of products with the kernel, relative; far above the
             dtype's epsilon if they run in reduced precision.
         comparable: [] bool, whether both ends hold the same examples and targets in the
@@ -150,6 +158,7 @@ class ExactBalance:
     elapsed: jax.Array
     floor: jax.Array
     flux_error: jax.Array
+    energy_error: jax.Array
     lost_error: jax.Array
     moved_error: jax.Array
     density_error: jax.Array
@@ -251,14 +260,15 @@ def balance_spectra(
               \left[ \mathrm{up}_k(M_1) - \mathrm{up}_k(M_0) \right] e
 
     Args:
-        pairings: The spectra; then those of fewer Lanczos steps, to compare with.
+        pairings: The spectra; then others that are as good as far as one knows, such as
+            those of fewer Lanczos steps, to compare with.
         shells: The shells, as `SoftShells.checked` returns them.
         matched: Whether the i-th pair of one kernel continues the i-th of the other,
             both in descending order, for the rotation.
         square: Whether the spectra are accurate for ``delta`` too. If not, what is
             quadratic in it is left out.
         rounding: [], of products with the kernel, relative; epsilon if None.
-        agreement: By how much of what passed an edge, in both directions, fewer steps
+        agreement: By how much of what passed an edge, in both directions, the others
             may change its flux for it to count as converged.
 
     Returns:
@@ -274,7 +284,11 @@ def balance_spectra(
     pairings = [_scaled(pairing, scale) for pairing in pairings]
     found, *coarser = (_amounts(pairing, shells, square) for pairing in pairings)
     floors = _floors(pairings[0], shells, rounding)
-    errors = _with_differences(floors, found, coarser)
+    others = [*coarser]
+    if not square:  # four times what was left out, as far as the spectra know it
+        others += 4 * [_amounts(pairings[0], shells, square=True)]
+    converged = _converged(found, coarser, floors, agreement)
+    errors = _errors(floors, found, others, converged)
     full = pairings[0]
     before, after = _weights(full.before, square), _weights(full.after, square)
     rotation = None
@@ -296,10 +310,11 @@ def balance_spectra(
         elapsed=jnp.asarray(jnp.nan, dtype),
         floor=units * floors.flux,
         flux_error=units * errors.flux,
+        energy_error=units * errors.energies,
         lost_error=units * errors.lost,
         moved_error=units * errors.moved,
         density_error=units * errors.density,
-        converged=_converged(found, coarser, floors, agreement),
+        converged=converged,
         rounding=rounding,
         comparable=jnp.bool_(True),
         finite=jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in amounts])),
@@ -416,8 +431,9 @@ def _growth(
 
 
 class _Errors(NamedTuple):
-    """The errors of the amounts; lost stands for the energies too."""
+    """The errors of the amounts."""
 
+    energies: jax.Array
     lost: jax.Array
     moved: jax.Array
     flux: jax.Array
@@ -426,48 +442,85 @@ class _Errors(NamedTuple):
 
 def _floors(pairing: Pairing, shells: SoftShells, rounding: jax.Array) -> _Errors:
     """Returns what rounding may do to the amounts."""
-    before = _weights(pairing.before, square=True)
-    after = _weights(pairing.after, square=True)
-    energy = (jnp.sum(before) + jnp.sum(after)) / 2
+    ends = [pairing.before, pairing.after]
+    weights = [_weights(end, square=True) for end in ends]
+    energy = (jnp.sum(weights[0]) + jnp.sum(weights[1])) / 2
     change = jnp.sum(jnp.square(pairing.after.coefficients[:, 1]))
-    both = jnp.concatenate([pairing.before.values, pairing.after.values])
-    largest = jnp.max(both, initial=0)
-    flux = _FLUX_ROUNDING * rounding * energy * (1 + largest / shells.edges)
-    if not shells.width:
-        near = jnp.abs(both[:, None] - shells.edges[None, :])
-        near = near <= _AMBIGUOUS * rounding * largest
-        held = jnp.concatenate([before, after])
-        flux = flux + matmul(near.astype(held.dtype).T, held)
+    noise = _KERNEL_ROUNDING * rounding
+    turned = [
+        _stirred(end.values, weight, shells, noise)
+        for end, weight in zip(ends, weights, strict=True)
+    ]
+    summing = _SUM_ROUNDING * rounding * energy
+    flux = jnp.sqrt(jnp.square(turned[0]) + jnp.square(turned[1])) + summing
     shell = jnp.pad(flux, (1, 0)) + jnp.pad(flux, (0, 1))
-    lost = 2 * shell * jnp.sqrt(ratio(change, energy))
-    lost = lost + _LOST_ROUNDING * rounding * energy
-    spread = shells.width if shells.width else 1.0
     return _Errors(
-        lost=lost,
+        energies=shell,
+        lost=2 * shell * jnp.sqrt(ratio(change, energy)) + summing,
         # The turning of one shell's neighbours is seen by every other.
         moved=jnp.maximum(shell[:, None], shell[None, :]),
         flux=flux,
-        density=flux / spread,
+        density=flux / (shells.width or 1.0),
     )
 
 
-def _with_differences(
-    floors: _Errors, found: _Amounts, coarser: Sequence[_Amounts]
+def _stirred(
+    values: jax.Array, weights: jax.Array, shells: SoftShells, noise: jax.Array
+) -> jax.Array:
+    r"""Returns what a random kernel of norm ``noise lambda_max`` does to ``up_k``, [q].
+
+    To first order ``e^T (up_k(M + E) - up_k(M)) e = sum_ij g_i g_j up_k[i, j] E_ij``,
+    with the divided differences of the step; this is its root mean square.
+    """
+    largest = jnp.max(values, initial=0)
+
+    def one(edge: jax.Array, up: jax.Array, window: jax.Array) -> jax.Array:
+        places, size = jnp.maximum(values, 0) / edge, noise * largest / edge
+        gaps = jnp.abs(places[:, None] - places[None, :])
+        steps = jnp.abs(up[:, None] - up[None, :])
+        if shells.width:
+            slopes = window / divisor(places)
+            near = gaps <= _NEAR * jnp.maximum(places[:, None], places[None, :])
+            slopes = (slopes[:, None] + slopes[None, :]) / 2
+            divided = jnp.where(near, slopes, steps / jnp.where(near, 1, gaps))
+        else:  # whoever lies on the edge may fall on either side of it
+            divided = steps / jnp.maximum(gaps, size)
+            on_edge = jnp.abs(places - 1) <= _AMBIGUOUS * size
+            divided = divided + jnp.diag(jnp.where(on_edge, 1 / divisor(size), 0))
+        pairs = matmul(jnp.square(divided), weights[:, None])[:, 0]
+        return size * jnp.sqrt(jnp.sum(weights * pairs))
+
+    columns = shells.above(values).T, shells.windows(values).T
+    return jax.lax.map(lambda args: one(*args), (shells.edges, *columns))
+
+
+def _errors(
+    floors: _Errors,
+    found: _Amounts,
+    others: Sequence[_Amounts],
+    converged: jax.Array,
 ) -> _Errors:
-    """Returns the floors, with what fewer steps change added to them."""
+    """Returns the floors, and what other forms of the amounts change added to them.
 
-    def largest(name: str) -> jax.Array:
-        full = getattr(found, name)
-        changes = [jnp.abs(full - getattr(other, name)) for other in coarser]
-        return sum(changes[1:], changes[0]) if changes else jnp.zeros_like(full)
+    Infinite where an edge has not converged: fewer steps then say nothing of more.
+    """
+    above = jnp.pad(converged, (0, 1), constant_values=True)
+    below = jnp.pad(converged, (1, 0), constant_values=True)
+    shell = above & below
+    known = {
+        "moved": shell[:, None] & shell[None, :],
+        "flux": converged,
+        "density": converged,
+    }
 
-    energies = jnp.max(largest("energies"), axis=0)
-    return _Errors(
-        lost=floors.lost + jnp.maximum(largest("lost"), energies),
-        moved=floors.moved + largest("moved"),
-        flux=floors.flux + largest("flux"),
-        density=floors.density + largest("density"),
-    )
+    def error(name: str) -> jax.Array:
+        full, floor = getattr(found, name), getattr(floors, name)
+        changes = (jnp.abs(full - getattr(other, name)) for other in others)
+        total = sum(changes, jnp.broadcast_to(floor, full.shape))
+        reached = jnp.broadcast_to(known.get(name, shell), full.shape)
+        return jnp.where(reached, total, jnp.inf)
+
+    return _Errors(**{name: error(name) for name in _Errors._fields})
 
 
 def _converged(
