@@ -22,6 +22,7 @@ from grsd_jax.dynamics.flow import (
     flow_step,
     integrate_flow,
 )
+from grsd_jax.dynamics.law import VelocityLaw, velocity_law
 from grsd_jax.dynamics.probe import Probe, make_probe
 from grsd_jax.dynamics.record import ProbeRecord, ProbeState
 from grsd_jax.dynamics.soft_shells import SoftShells
@@ -45,6 +46,7 @@ __all__ = [
     "SoftShells",
     "SpectralSnapshot",
     "VelocityFit",
+    "VelocityLaw",
     "basis_rotation",
     "closure_error",
     "covariance_check",
@@ -59,4 +61,5 @@ __all__ = [
     "shell_dynamics",
     "spectral_snapshot",
     "velocity_fit",
+    "velocity_law",
 ]
