@@ -16,6 +16,9 @@ from test_exact_balance import by_definition, snapshot_of
 
 KEY = jax.random.key(0)
 EDGES = np.geomspace(1e-3, 10, 6)
+# Few sizes, since every one of them is compiled.
+LONG, SHORT = KrylovSteps(24), KrylovSteps(8)
+MEAN = KrylovSteps(16, start="mean")
 AMOUNTS = {
     "energies": "energy_error",
     "lost": "lost_error",
@@ -105,8 +108,7 @@ def test_balance_of_a_training_is_right_within_its_errors(activation, optimizer)
         assert np.all(dense.converged)
         resolved = np.abs(expected["flux"]) > 10 * dense.flux_error
         assert np.sum(resolved) >= 3
-        krylov = KrylovSteps(24)
-        found = exact_balance(*ends, shells(), solver=krylov, elapsed=0.5, key=KEY)
+        found = exact_balance(*ends, shells(), solver=LONG, elapsed=0.5, key=KEY)
         assert_within_errors(found, expected)
         assert np.sum(found.converged) >= 3
 
@@ -116,7 +118,7 @@ def test_a_short_run_says_which_edges_it_has_reached():
     _, after = train(problem, params, optax.sgd(0.3), [4])
     ends = (problem, params), (problem, after)
     expected = by_definition(*(in_double(*end) for end in ends), EDGES, 0.5)
-    for steps in (KrylovSteps(8), KrylovSteps(8, start="mean")):
+    for steps in (SHORT, MEAN):
         found = exact_balance(*ends, shells(), solver=steps, elapsed=1.0, key=KEY)
         assert_within_errors(found, expected, num_used=0)
         assert not found.converged[0]
@@ -130,8 +132,7 @@ def test_start_from_the_mean_leaves_out_what_is_quadratic():
     problem, params = make_problem()
     _, after = train(problem, params, optax.sgd(0.02), [1])
     ends = (problem, params), (problem, after)
-    steps = KrylovSteps(16, start="mean")
-    found = exact_balance(*ends, shells(), solver=steps, elapsed=1.0, key=KEY)
+    found = exact_balance(*ends, shells(), solver=MEAN, elapsed=1.0, key=KEY)
     whole = exact_balance(*ends, shells(), solver="dense", elapsed=1.0)
     top = np.asarray(found.converged)
     np.testing.assert_allclose(found.flux[top], whole.flux[top], rtol=2e-3)
@@ -140,13 +141,14 @@ def test_start_from_the_mean_leaves_out_what_is_quadratic():
     )
     after = train(problem, params, optax.sgd(3.0), [4])[1]
     ends = (problem, params), (problem, after)
-    large = exact_balance(*ends, shells(), solver=steps, elapsed=1.0, key=KEY)
+    large = exact_balance(*ends, shells(), solver=MEAN, elapsed=1.0, key=KEY)
     expected = by_definition(*(in_double(*end) for end in ends), EDGES, 0.5)
     off = np.abs(large.energies - expected["energies"])
     assert np.max(off) > 1e-2  # so the error has to say so
     assert np.all(off <= large.energy_error)
 
 
+@pytest.mark.scheduled
 @pytest.mark.usefixtures("x64")
 def test_krylov_that_fills_the_space_is_the_dense_balance():
     problem, params = make_problem(num_examples=6)
@@ -172,7 +174,7 @@ def test_counts_by_quadrature_are_those_of_all_pairs():
     _, after = train(problem, params, optax.sgd(0.5), [10])
     ends = (problem, params), (problem, after)
     dense = exact_balance(*ends, shells(), solver="dense", elapsed=1.0)
-    steps = KrylovSteps(12, num_probes=16)
+    steps = KrylovSteps(8, num_probes=16)
     found = exact_balance(*ends, shells(), solver=steps, elapsed=1.0, key=KEY)
     off = np.abs(found.counting_velocity - dense.counting_velocity)[2:]
     assert np.all(off <= 4 * found.counting.stderr[2:])
@@ -183,7 +185,7 @@ def test_counts_by_quadrature_are_those_of_all_pairs():
         for v in (np.maximum(v, 1e-30) for v in values)
     ]
     np.testing.assert_allclose(dense.counting.moved, ups[1] - ups[0], atol=2e-3)
-    one = KrylovSteps(6, num_probes=1)
+    one = KrylovSteps(8, num_probes=1)
     alone = exact_balance(*ends, shells(), solver=one, elapsed=1.0, key=KEY)
     assert np.all(np.isnan(alone.counting.stderr))
 
@@ -217,7 +219,9 @@ def test_leading_pairs_leave_the_rest_in_the_lowest_shell():
     np.testing.assert_allclose(mixed.flux, whole.flux, atol=1e-6)
 
 
-@pytest.mark.parametrize("solver", ["dense", KrylovSteps(8)])
+@pytest.mark.parametrize(
+    "solver", ["dense", pytest.param(SHORT, marks=pytest.mark.scheduled)]
+)
 def test_balance_is_pure_and_maps_over_runs(solver):
     problem, params = make_problem()
     points = train(problem, params, optax.sgd(0.5), [2, 4])
@@ -247,7 +251,7 @@ def test_other_examples_are_refused_and_other_statistics_are_not():
     for batches in (flipped, relabelled):
         other = problem.replace(batches=batches)
         ends = (problem, params), (other, params)
-        for solver in ("dense", KrylovSteps(4)):
+        for solver in ("dense", SHORT):
             with pytest.raises(ValueError, match="after: expected the examples"):
                 exact_balance(*ends, shells(), solver=solver, key=KEY)
         run = jax.jit(lambda *ends: exact_balance(*ends, shells(), solver="dense"))
@@ -274,16 +278,16 @@ def test_bad_input_is_told_in_one_sentence():
     problem, params = make_problem()
     fewer, _ = make_problem(num_examples=4)
     end, key = (problem, params), KEY
-    for solver in ("dense", KrylovSteps(4)):
+    for solver in ("dense", SHORT):
         with pytest.raises(ValueError, match="after: expected n = 48 as before"):
             exact_balance(end, (fewer, params), shells(), solver=solver, key=key)
     for elapsed in (0, -1.0, jnp.float32(0)):
         with pytest.raises(ValueError, match="elapsed: expected a time above 0"):
             exact_balance(end, end, shells(), solver="dense", elapsed=elapsed)
     with pytest.raises(ValueError, match=r"shells\.width: expected 1/2 or 1/3"):
-        exact_balance(end, end, shells(width=0.4), solver=KrylovSteps(4), key=key)
+        exact_balance(end, end, shells(width=0.4), solver=SHORT, key=key)
     with pytest.raises(ValueError, match="key: expected a PRNG key for KrylovSteps"):
-        exact_balance(end, end, shells(), solver=KrylovSteps(4))
+        exact_balance(end, end, shells(), solver=SHORT)
     with pytest.raises(ValueError, match="key: expected a PRNG key for leading"):
         dynamics.spectral_snapshot(problem, params, num_pairs=4)
     with pytest.raises(ValueError, match="solver: expected one of"):
@@ -311,7 +315,7 @@ def test_nothing_moves_between_a_point_and_itself():
 def test_parameters_that_are_not_finite_are_told():
     problem, params = make_problem()
     spoilt = params | {"out": params["out"].at[0, 0].set(jnp.nan)}
-    for solver in ("dense", KrylovSteps(4)):
+    for solver in ("dense", SHORT):
         ends = (problem, params), (problem, spoilt)
         found = exact_balance(*ends, shells(), solver=solver, elapsed=1.0, key=KEY)
         assert not found.finite
@@ -324,7 +328,7 @@ def coarse_outputs(params, batch):
     return hidden @ params["out"]
 
 
-@pytest.mark.parametrize("solver", ["dense", KrylovSteps(4)])
+@pytest.mark.parametrize("solver", ["dense", SHORT])
 def test_products_in_reduced_precision_are_seen(solver):
     problem, params = make_problem("tanh")
     coarse = problem.replace(outputs_fn=coarse_outputs)

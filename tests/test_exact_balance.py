@@ -59,6 +59,15 @@ def functions(end, edges, width):
     return as_matrices(up), as_matrices(window)
 
 
+def turned(before, after, error, edges, width):
+    """Returns half of the energy that turning vectors carry, in the old shells."""
+    values, old = (np.asarray(part, np.float64) for part in before[:2])
+    new = np.asarray(after.vectors, np.float64)
+    ratios = np.maximum(values, 1e-60)[:, None] / edges
+    up = 1 / (1 + ratios ** (-1 / width)) if width else (ratios >= 1).astype(float)
+    return up.T @ ((new.T @ error) ** 2 - (old.T @ error) ** 2) / 2
+
+
 def by_definition(before, after, edges, width):
     """Returns all amounts from matrices, by the formulas of the theory."""
     errors = [np.asarray(end.error, np.float64) for end in (before, after)]
@@ -80,6 +89,7 @@ def by_definition(before, after, edges, width):
         "moved": (joint.T - joint) / 2,
         "flux": sum(quadratic(e, ups[1] - ups[0]) for e in errors) / 2,
         "density": sum(quadratic(e, w) for e in errors for w in windows) / 4,
+        "rotation": sum(turned(before, after, error, edges, width) for error in errors),
     }
 
 
@@ -293,6 +303,9 @@ def test_edges_that_hold_nothing_are_masked():
     found = balance(before, after, [1e-3, 1.0, 1e4])
     np.testing.assert_array_equal(found.velocity_mask, [False, True, False])
     np.testing.assert_allclose(found.velocity[1], np.log(1.01), rtol=1e-2)
+    # No growth of the old kernel lifts an error that lies in its null space.
+    null = snapshot(np.array([0.0, 0.0, 1.0]), basis, basis @ np.array([1.0, 1.0, 0]))
+    assert np.isnan(balance(null, after, [1e-3, 1.0]).growth[0])
     sharp = balance(before, after, [1e-6, 1e-5, 1e-4], width=0)
     assert not np.any(sharp.velocity_mask)
     assert np.isnan(sharp.effective_edges[1])

@@ -20,7 +20,7 @@ from grsd_jax.dynamics.soft_shells import SoftShells
 
 #: The size of what rounding adds to a kernel, over ``eps lambda_max``, and to sums of
 #: energies, over ``eps |e|^2``: bounds on small networks.
-_KERNEL_ROUNDING, _SUM_ROUNDING = 4.0, 4.0
+_KERNEL_ROUNDING, _SUM_ROUNDING = 3.0, 4.0
 
 #: Pairs this many roundings from a sharp edge may lie on either side of it.
 _AMBIGUOUS = 8.0
