@@ -17,6 +17,8 @@ from grsd_jax.dynamics import (
     exact_balance,
     shell_dynamics,
 )
+from grsd_jax.dynamics.spectra import pair_snapshots
+from grsd_jax.dynamics.transport import balance_spectra
 from grsd_jax.shells import assign_shells
 from oracles import symmetric_with_spectrum
 
@@ -289,6 +291,10 @@ def test_balance_follows_the_scales_of_kernel_and_error(scale):
             value = np.asarray(getattr(other, name), np.float64) / unit
             expected = np.asarray(getattr(found, name))
             np.testing.assert_allclose(value, expected, rtol=1e-4, atol=2e-4)
+        for name in ("flux_error", "lost_error", "moved_error", "velocity_error"):
+            rate = unit if name != "velocity_error" else 1
+            value = np.asarray(getattr(other, name), np.float64) / rate
+            np.testing.assert_allclose(value, getattr(found, name), rtol=1e-3)
         np.testing.assert_allclose(other.velocity, found.velocity, rtol=1e-4)
         np.testing.assert_allclose(other.growth, found.growth, rtol=1e-4)
         assert other.finite
@@ -324,6 +330,27 @@ def test_non_adjacent_share_is_defined_for_wide_shells_alone():
     assert np.isnan(balance(*ends, width=0.5).non_adjacent_share)
     assert np.isfinite(balance(*ends, width=0.1).non_adjacent_share)
     assert np.isnan(balance(ends[0], ends[0], width=0).non_adjacent_share)
+
+
+@pytest.mark.usefixtures("x64")
+def test_an_edge_counts_only_if_all_above_it_agree():
+    (first, e0), (second, e1) = random_end(16), random_end(17)
+    ends = snapshot_of(first, e0), snapshot_of(second, e1)
+    (pairing,) = pair_snapshots(*ends)
+    values = np.array(pairing.after.values)
+    middle = np.flatnonzero(values > EDGES[2])[-1]
+    values[middle] = 0.99 * EDGES[2]  # the coarser spectrum has it below the edge
+    coarser = pairing._replace(after=pairing.after._replace(values=jnp.asarray(values)))
+    shells = SoftShells(jnp.asarray(EDGES), width=0).checked(jnp.float64)
+    found = balance_spectra([pairing, coarser], shells, matched=True)
+    apart = balance_spectra([coarser], shells, matched=True).flux - found.flux
+    assert np.flatnonzero(np.abs(apart) > 1e-12) == [2]
+    np.testing.assert_array_equal(found.converged, [False, False, False, True])
+    np.testing.assert_array_equal(np.isinf(found.flux_error), ~found.converged)
+    np.testing.assert_array_equal(
+        np.isinf(found.lost_error), [True, True, True, True, False]
+    )
+    assert not np.any(found.velocity_mask[:3])
 
 
 def test_runs_are_mapped_over():
