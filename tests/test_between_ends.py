@@ -254,7 +254,11 @@ def test_other_examples_are_refused_and_other_statistics_are_not():
         for solver in ("dense", SHORT):
             with pytest.raises(ValueError, match="after: expected the examples"):
                 exact_balance(*ends, shells(), solver=solver, key=KEY)
-        run = jax.jit(lambda *ends: exact_balance(*ends, shells(), solver="dense"))
+        run = jax.jit(
+            lambda *ends: exact_balance(*ends, shells(), solver="dense", elapsed=1.0)
+        )
+        assert run((problem, params), (problem, params)).comparable
+        assert np.any(run((problem, params), (problem, params)).velocity_mask)
         assert not run(*ends).comparable
         assert not np.any(run(*ends).velocity_mask)
     statistics = problem.replace(
@@ -318,11 +322,21 @@ def test_nothing_moves_between_a_point_and_itself():
 def test_parameters_that_are_not_finite_are_told():
     problem, params = make_problem()
     spoilt = params | {"out": params["out"].at[0, 0].set(jnp.nan)}
-    for solver in ("dense", SHORT):
-        ends = (problem, params), (problem, spoilt)
+    # A root at zero: the outputs are finite, and their Jacobian is not.
+    rooted = Problem(rooted_outputs, problem.batches)
+    zero = params | {"root": jnp.zeros(())}
+    one = params | {"root": jnp.ones(())}
+    for solver, ends in itertools.product(
+        ("dense", SHORT),
+        [((problem, params), (problem, spoilt)), ((rooted, one), (rooted, zero))],
+    ):
         found = exact_balance(*ends, shells(), solver=solver, elapsed=1.0, key=KEY)
         assert not found.finite
         assert not np.any(found.velocity_mask)
+
+
+def rooted_outputs(params, batch):
+    return outputs("gelu", params, batch) + jnp.sqrt(params["root"])
 
 
 def coarse_outputs(params, batch):
