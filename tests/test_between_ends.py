@@ -12,6 +12,7 @@ import pytest
 from grsd_jax import Problem, dynamics
 from grsd_jax.dynamics import KrylovSteps, SoftShells, exact_balance, measured_time
 from oracles import cast, dense_kernel
+from test_compiles import compilations
 from test_exact_balance import by_definition, snapshot_of
 
 KEY = jax.random.key(0)
@@ -242,6 +243,21 @@ def test_balance_is_pure_and_maps_over_runs(solver):
             together.flux[index][top], alone.flux[top], rtol=1e-2, atol=1e-4
         )
         assert together.comparable[index]
+
+
+@pytest.mark.parametrize("solver", ["dense", SHORT])
+def test_nothing_compiles_after_the_first_balance(solver):
+    problem, params = make_problem()
+    points = train(problem, params, optax.sgd(0.5), [1, 2, 3])
+    counts = []
+    for index in range(3):
+        ends = ((problem, point) for point in points[index : index + 2])
+        time = measured_time(problem, *points[index : index + 2])
+        edges = shells(EDGES * 1.1**index)
+        with compilations() as found:
+            exact_balance(*ends, edges, solver=solver, elapsed=time, key=KEY)
+        counts.append(len(found))
+    assert counts[1:] == [0, 0]
 
 
 def test_other_examples_are_refused_and_other_statistics_are_not():
