@@ -186,6 +186,11 @@ def test_counts_by_quadrature_are_those_of_all_pairs():
         for v in (np.maximum(v, 1e-30) for v in values)
     ]
     np.testing.assert_allclose(dense.counting.moved, ups[1] - ups[0], atol=2e-3)
+    # As many vectors as dimensions leave nothing to chance.
+    all_probes = KrylovSteps(4, num_probes=48)
+    exact = exact_balance(*ends, shells(), solver=all_probes, key=KEY).counting
+    np.testing.assert_allclose(exact.density, dense.counting.density, rtol=1e-3)
+    np.testing.assert_allclose(exact.moved, dense.counting.moved, atol=2e-3)
     one = KrylovSteps(8, num_probes=1)
     alone = exact_balance(*ends, shells(), solver=one, elapsed=1.0, key=KEY)
     assert np.all(np.isnan(alone.counting.stderr))
