@@ -1,0 +1,415 @@
+"""The exact energy balance between two snapshots of a training.
+
+`exact_balance` finds the spectra of both kernels in the form that fits, all eigenpairs
+or Krylov spaces of the two errors, and takes the balance of
+`grsd_jax.dynamics.transport`.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grsd_jax._arrays import divisor, is_traced, matmul, ratio, unit_vectors
+from grsd_jax._checks import check_at_least, check_choice, check_shape
+from grsd_jax._typing import PyTree
+from grsd_jax.dynamics.elapsed_time import MeasuredTime
+from grsd_jax.dynamics.soft_shells import RATIONAL_WIDTHS, SoftShells
+from grsd_jax.dynamics.spectra import (
+    SpectralSnapshot,
+    errors_at,
+    fingerprint,
+    mean_and_change,
+    pair_krylov,
+    pair_snapshots,
+    spectral_snapshot,
+    stacked_point,
+)
+from grsd_jax.dynamics.transport import (
+    Counting,
+    ExactBalance,
+    balance_spectra,
+    count_pairs,
+)
+from grsd_jax.kernel.mesh import layout_of
+from grsd_jax.kernel.operator import multiply_at
+from grsd_jax.kernel.products import held_products
+from grsd_jax.kernel.solver import solver_at
+from grsd_jax.linalg.lanczos import LanczosResult, block_lanczos
+from grsd_jax.problem import Point, Problem
+
+#: One end: the problem and its parameters, or a snapshot.
+End = tuple[Problem, PyTree] | SpectralSnapshot
+
+STARTS = ("both", "mean")
+
+
+@dataclasses.dataclass(frozen=True)
+class KrylovSteps:
+    """Lanczos from the errors themselves, at any n.
+
+    Attributes:
+        num_steps: Steps m of each run. The lowest edge that converges falls as
+            ``lambda_max / m^2``.
+        start: ``"both"`` starts from ``e_m`` and ``delta``, exact for steps of any
+            size. ``"mean"`` starts from ``e_m`` alone, at half the products, for small
+            steps: what is quadratic in ``delta`` is left out.
+        num_probes: Random vectors behind the counting velocity, each of which costs as
+            many products again; 0 to leave it out, at least 2 for a standard error.
+    """
+
+    num_steps: int = 48
+    start: Literal["both", "mean"] = "both"
+    num_probes: int = 0
+
+    def __post_init__(self) -> None:
+        """Checks the options."""
+        check_at_least("num_steps", self.num_steps, 4)
+        check_choice("start", self.start, STARTS)
+        check_at_least("num_probes", self.num_probes, 0)
+
+
+def exact_balance(
+    before: End,
+    after: End,
+    shells: SoftShells,
+    *,
+    solver: Literal["auto", "dense"] | KrylovSteps = "auto",
+    elapsed: jax.typing.ArrayLike | MeasuredTime | None = None,
+    key: jax.Array | None = None,
+) -> ExactBalance:
+    r"""Returns what happened to the energy of the shells between two snapshots.
+
+    .. math:: E_a^1 - E_a^0 = -D_a + \sum_b T_{ab}
+
+    for a step of any size, by any optimiser, of a network with any activation: no
+    derivative is taken. The problems of both ends may differ in their state (BatchNorm
+    statistics), not in examples, targets and their order.
+
+    With the dense solver the function is pure and may be jitted, and mapped over runs;
+    so may it with `KrylovSteps`. On CPU, outside of `jit`, the Lanczos steps are driven
+    from the host, where convolutions are faster. Two snapshots need no solver.
+
+    Args:
+        before: ``(problem, params)`` of the first end, or its `spectral_snapshot`.
+        after: The same of the second end.
+        shells: The shells; with `KrylovSteps` of width 1/2 or 1/3.
+        solver: ``"dense"`` for all n pairs; `KrylovSteps`; ``"auto"`` for the cheaper
+            of the two.
+        elapsed: The time that passed, such as `measured_time` gives it; without it
+            there are amounts, but no velocities.
+        key: Consumed by `KrylovSteps`, and needed for it alone.
+
+    Returns:
+        The balance, with errors from rounding and from the number of Lanczos steps.
+
+    Raises:
+        ValueError: If the ends differ in examples, targets or their order (under `jit`
+            only the field ``comparable`` says so), in size or dtype; if the shells do
+            not suit the solver; or if ``elapsed`` is known to be 0 or less.
+
+    References:
+        Ours; ``docs/what_moved.md``.
+    """
+    moment = _moment(elapsed)
+    if isinstance(before, SpectralSnapshot) or isinstance(after, SpectralSnapshot):
+        like = before if isinstance(before, SpectralSnapshot) else after
+        first, second = (_as_snapshot(end, like, key) for end in (before, after))
+        return _between(first, second, shells, moment)
+    points = stacked_point(*before), stacked_point(*after)
+    prints = fingerprint(before[0]), fingerprint(after[0])
+    _check_same_space(*((p.dimension, p.error.dtype) for p in points))
+    _check_comparable(*prints)
+    if solver == "auto":
+        solver = _cheaper(points[0], shells.width)
+    if isinstance(solver, KrylovSteps):
+        return _by_krylov(points, prints, shells, solver, moment, key)
+    check_choice("solver", solver, ("auto", "dense"))
+    first, second = spectral_snapshot(*before), spectral_snapshot(*after)
+    column = jnp.sum(_unit_columns(mean_and_change(first.error, second.error)), axis=1)
+    rounding = [
+        product_rounding(point, column, _spectral_product(snapshot, column))
+        for point, snapshot in zip(points, (first, second), strict=True)
+    ]
+    return _between(first, second, shells, moment, jnp.maximum(*rounding))
+
+
+def product_rounding(point: Point, column: jax.Array, product: jax.Array) -> jax.Array:
+    """Returns the rounding of the kernel behind a product, relative, [].
+
+    The same product is taken afresh, by another program: in reduced precision the two
+    round differently. At least epsilon.
+
+    Args:
+        point: The problem at its parameters.
+        column: ``[n]``, v.
+        product: ``[n]``, ``M v`` by the spectrum that is used.
+
+    Returns:
+        [], the root mean square of the difference over the largest entry.
+    """
+    return _difference(multiply_at(point, column[:, None])[:, 0], product)
+
+
+@jax.jit
+def _difference(fresh: jax.Array, product: jax.Array) -> jax.Array:
+    size = divisor(jnp.max(jnp.abs(fresh)))
+    apart = jnp.sqrt(jnp.mean(jnp.square((fresh - product) / size)))
+    return jnp.maximum(apart, jnp.finfo(fresh.dtype).eps)
+
+
+@jax.jit
+def _spectral_product(snapshot: SpectralSnapshot, column: jax.Array) -> jax.Array:
+    inside = snapshot.values * matmul(snapshot.vectors.T, column)
+    return matmul(snapshot.vectors, inside)
+
+
+def _cheaper(point: Point, width: float) -> Literal["dense"] | KrylovSteps:
+    """Returns the solver that needs fewer operations, dense if Lanczos cannot."""
+    steps = KrylovSteps()
+    if width not in RATIONAL_WIDTHS:
+        return "dense"
+    # Both runs of a measurement with derivative, which the rule counts.
+    return "dense" if solver_at(point, 2 * steps.num_steps) == "dense" else steps
+
+
+def _as_snapshot(end: End, like: End, key: jax.Array | None) -> SpectralSnapshot:
+    """Returns the end as a snapshot, with as many pairs as another."""
+    if isinstance(end, SpectralSnapshot):
+        return end
+    assert isinstance(like, SpectralSnapshot)
+    size, rank = like.vectors.shape
+    num_pairs = None if rank == size else rank
+    return spectral_snapshot(*end, num_pairs=num_pairs, key=key)
+
+
+def _moment(
+    elapsed: jax.typing.ArrayLike | MeasuredTime | None,
+) -> jax.typing.ArrayLike:
+    """Returns the time that passed, NaN if it is unknown."""
+    if isinstance(elapsed, MeasuredTime):
+        return elapsed.elapsed
+    if elapsed is None:
+        return float("nan")
+    check_shape("elapsed", elapsed, [])
+    if not is_traced(elapsed) and np.asarray(elapsed) <= 0:
+        raise ValueError(
+            f"elapsed: expected a time above 0 between two snapshots, got {elapsed}."
+        )
+    return elapsed
+
+
+def _between(
+    before: SpectralSnapshot,
+    after: SpectralSnapshot,
+    shells: SoftShells,
+    elapsed: jax.typing.ArrayLike,
+    rounding: jax.Array | None = None,
+) -> ExactBalance:
+    """Returns the balance of two snapshots, after checking that they fit."""
+    _check_same_space(*((len(e.error), e.error.dtype) for e in (before, after)))
+    _check_comparable(before.fingerprint, after.fingerprint)
+    shells = shells.checked(before.error.dtype)
+    return _balance_snapshots(before, after, shells, elapsed, rounding)
+
+
+def _check_same_space(
+    before: tuple[int, np.dtype], after: tuple[int, np.dtype]
+) -> None:
+    """Raises ValueError unless both errors have one size n and dtype."""
+    for name, wanted, got in zip(("n =", "dtype"), before, after, strict=True):
+        if wanted != got:
+            raise ValueError(f"after: expected {name} {wanted} as before, got {got}.")
+
+
+def _check_comparable(before: jax.Array, after: jax.Array) -> None:
+    """Raises ValueError if both fingerprints are known here and differ."""
+    if not is_traced((before, after)) and np.any(before != after):
+        raise ValueError(
+            "after: expected the examples and targets of before, in the same order, "
+            "got others."
+        )
+
+
+@jax.jit
+def _balance_snapshots(
+    before: SpectralSnapshot,
+    after: SpectralSnapshot,
+    shells: SoftShells,
+    elapsed: jax.typing.ArrayLike,
+    rounding: jax.Array | None,
+) -> ExactBalance:
+    size = before.vectors.shape[0]
+    ranks = before.vectors.shape[1], after.vectors.shape[1]
+    balance = balance_spectra(
+        pair_snapshots(before, after),
+        shells,
+        matched=ranks[0] == ranks[1],
+        rounding=rounding,
+    )
+    counting = None
+    if ranks == (size, size):
+        counting = count_pairs(before.values, after.values, shells)
+    same = jnp.all(before.fingerprint == after.fingerprint)
+    return _finished(balance, elapsed, same, counting)
+
+
+def _finished(
+    balance: ExactBalance,
+    elapsed: jax.typing.ArrayLike,
+    comparable: jax.Array,
+    counting: Counting | None,
+) -> ExactBalance:
+    elapsed = jnp.asarray(elapsed, balance.flux.dtype)
+    return dataclasses.replace(
+        balance,
+        elapsed=jnp.where(elapsed > 0, elapsed, jnp.nan),
+        comparable=comparable,
+        counting=counting,
+    )
+
+
+def _by_krylov(
+    points: tuple[Point, Point],
+    prints: tuple[jax.Array, jax.Array],
+    shells: SoftShells,
+    steps: KrylovSteps,
+    elapsed: jax.typing.ArrayLike,
+    key: jax.Array | None,
+) -> ExactBalance:
+    """Returns the balance by Lanczos from the errors of both ends."""
+    if key is None:
+        raise ValueError("key: expected a PRNG key for KrylovSteps, got None.")
+    if shells.width not in RATIONAL_WIDTHS:
+        raise ValueError(
+            "shells.width: expected 1/2 or 1/3 with KrylovSteps, whose steps would not "
+            f"converge for others, got {shells.width}."
+        )
+    shells = shells.checked(points[0].error.dtype)
+    probes_key, key = jax.random.split(key)
+    vectors = mean_and_change(*(errors_at(point) for point in points))
+    start = _unit_columns(vectors if steps.start == "both" else vectors[:, :1])
+    shape = (points[0].dimension, steps.num_probes)
+    probes = jax.random.normal(probes_key, shape, vectors.dtype)
+    starts = [start, probes][: 2 if steps.num_probes else 1]
+    # One end after the other, so that the Jacobian of one is held at a time.
+    (first, *counted), (second, *counted_after) = (
+        _runs(point, starts, steps.num_steps, key) for point in points
+    )
+    rounding = [
+        product_rounding(point, *_first_product(run))
+        for point, run in zip(points, (first, second), strict=True)
+    ]
+    counting = None
+    if steps.num_probes:
+        counting = count_by_quadrature(counted[0], counted_after[0], shells)
+    return _balance_runs(
+        first,
+        second,
+        vectors,
+        shells,
+        jnp.maximum(*rounding),
+        elapsed,
+        jnp.all(prints[0] == prints[1]),
+        counting,
+        steps=steps,
+    )
+
+
+def _runs(
+    point: Point, starts: list[jax.Array], num_steps: int, key: jax.Array
+) -> list[LanczosResult]:
+    """Returns a run from each start block, with one held Jacobian."""
+    matmat, layout = held_products(point), layout_of(point)
+    if layout is not None:
+        starts = [jax.device_put(start, layout.row_sharding) for start in starts]
+    on_host = jax.default_backend() == "cpu" and not is_traced(
+        (point.params, point.batches)
+    )
+    driver = "host" if on_host else "scan"
+    return [
+        block_lanczos(matmat, start, num_steps, key=key, driver=driver)
+        for start in starts
+    ]
+
+
+@jax.jit
+def _first_product(run: LanczosResult) -> tuple[jax.Array, jax.Array]:
+    """Returns the sum of the first block's columns, and its product with M."""
+    width = run.block_size
+    column = jnp.sum(run.basis[:, :width], axis=1)
+    return column, matmul(run.basis, jnp.sum(run.tridiagonal[:, :width], axis=1))
+
+
+@jax.jit
+def _unit_columns(vectors: jax.Array) -> jax.Array:
+    """Returns columns of norm one: their span matters, not their size."""
+    largest = divisor(jnp.max(jnp.abs(vectors), axis=0, keepdims=True))
+    return unit_vectors(vectors / largest, axes=0)[0]
+
+
+@partial(jax.jit, static_argnames="steps")
+def _balance_runs(
+    before: LanczosResult,
+    after: LanczosResult,
+    vectors: jax.Array,
+    shells: SoftShells,
+    rounding: jax.Array,
+    elapsed: jax.typing.ArrayLike,
+    comparable: jax.Array,
+    counting: Counting | None,
+    *,
+    steps: KrylovSteps,
+) -> ExactBalance:
+    number = steps.num_steps
+    pairings = [
+        pair_krylov(before, after, vectors, used)
+        for used in (number, 3 * number // 4, number // 2)
+    ]
+    balance = balance_spectra(
+        pairings,
+        shells,
+        matched=False,
+        square=steps.start == "both",
+        rounding=rounding,
+    )
+    balance = _finished(balance, elapsed, comparable, counting)
+    finite = balance.finite & before.finite & after.finite
+    return dataclasses.replace(balance, finite=finite)
+
+
+@jax.jit
+def count_by_quadrature(
+    before: LanczosResult, after: LanczosResult, shells: SoftShells
+) -> Counting:
+    """Estimates the counts by stochastic Lanczos quadrature.
+
+    Args:
+        before: A run of the first kernel, from a block of p random vectors.
+        after: A run of the second, from the same block, so that their noise cancels.
+        shells: The shells.
+
+    Returns:
+        The count, with the standard error over the p vectors; NaN if p = 1.
+
+    References:
+        Ubaru, Chen and Saad (2017), "Fast estimation of tr(f(A)) via stochastic Lanczos
+        quadrature".
+    """
+    number, size = before.block_size, before.basis.shape[0]
+    above, at_edge = [], []
+    for run in (before, after):
+        values, rotation = jnp.linalg.eigh(run.tridiagonal)
+        weights = size * jnp.square(rotation[:number])
+        above.append(matmul(weights, shells.above(values)))
+        at_edge.append(matmul(weights, shells.windows(values)))
+    moved, density = above[1] - above[0], (at_edge[0] + at_edge[1]) / 2
+    mean_moved, mean_density = jnp.mean(moved, axis=0), jnp.mean(density, axis=0)
+    share = ratio(mean_moved, mean_density)[None, :]
+    spread = jnp.sum(jnp.square(moved - share * density), axis=0)
+    stderr = ratio(jnp.sqrt(spread / (number * max(number - 1, 1))), mean_density)
+    stderr = stderr if number > 1 else jnp.full_like(stderr, jnp.nan)
+    return Counting(mean_moved, mean_density, stderr)

@@ -1,0 +1,93 @@
+"""The effective time that passed between two parameters, whatever the optimiser."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from grsd_jax._arrays import divisor
+from grsd_jax._checks import check_same_tree
+from grsd_jax._typing import PyTree
+from grsd_jax.kernel.derivative import gradient_flow_direction
+from grsd_jax.problem import Problem
+
+#: The factor up to which the times of both ends agree.
+_AGREEMENT = 2.0
+
+
+class MeasuredTime(NamedTuple):
+    """The time that the gradient flow would have taken for a motion.
+
+    Attributes:
+        start: [], by the gradient of the first end.
+        end: [], by that of the second.
+        meaningful: [] bool, whether both are above 0 and agree within a factor 2.
+            Otherwise the motion did not follow the flow of this loss.
+    """
+
+    start: jax.Array
+    end: jax.Array
+    meaningful: jax.Array
+
+    @property
+    def elapsed(self) -> jax.Array:
+        """The mean of both ends, []; NaN without a meaning."""
+        return jnp.where(self.meaningful, (self.start + self.end) / 2, jnp.nan)
+
+
+def measured_time(problem: Problem, before: PyTree, after: PyTree) -> MeasuredTime:
+    r"""Returns the effective time between two parameters of a training.
+
+    .. math:: \Delta\tau = -\frac{\langle \Delta\theta, \nabla L \rangle}
+              {|\nabla L|^2}
+
+    at both ends. It is ``eta`` for a step of plain gradient descent, and
+    ``eta / (1 - mu)`` for one of settled momentum. See `effective_time` for the time of
+    a schedule.
+
+    Args:
+        problem: The problem of the training loss, which need not be the one whose
+            kernel is measured.
+        before: Parameters.
+        after: Parameters later.
+
+    Returns:
+        The time in units of parameter squared over loss.
+
+    Raises:
+        ValueError: If the problem has no loss, or the trees do not fit.
+
+    References:
+        Ours; ``docs/what_moved.md``.
+    """
+    check_same_tree("after", after, before, "before")
+    points = [
+        problem.at(params, gradient_flow_direction(problem, params))
+        for params in (before, after)
+    ]
+    ends, flows = [p.params for p in points], [p.direction for p in points]
+    return _measured_time(ends, flows)
+
+
+@jax.jit
+def _measured_time(ends: list[PyTree], flows: list[PyTree]) -> MeasuredTime:
+    before, after = (_flat(end) for end in ends)
+    start, end = (_time_along(after - before, _flat(flow)) for flow in flows)
+    positive = (start > 0) & (end > 0)
+    agree = jnp.maximum(start, end) <= _AGREEMENT * jnp.minimum(start, end)
+    return MeasuredTime(start, end, positive & agree)
+
+
+def _flat(tree: PyTree) -> jax.Array:
+    """Returns all floating leaves as one vector, of single precision at least."""
+    leaves = jax.tree.leaves(tree)
+    dtype = jnp.result_type(jnp.float32, *(leaf.dtype for leaf in leaves))
+    return jnp.concatenate([jnp.ravel(leaf).astype(dtype) for leaf in leaves])
+
+
+def _time_along(motion: jax.Array, flow: jax.Array) -> jax.Array:
+    """Returns ``<motion, flow> / |flow|^2``, NaN for a flow that stands still."""
+    size = jnp.max(jnp.abs(flow), initial=0)
+    unit = flow / divisor(size)  # squares of small gradients underflow
+    time = jnp.sum(motion * unit) / divisor(jnp.sum(jnp.square(unit))) / divisor(size)
+    return jnp.where(size > 0, time, jnp.nan)

@@ -1,0 +1,257 @@
+"""The kernel's pairs and the error at one set of parameters, and on which data.
+
+Two such snapshots, or two Krylov spaces of the same two errors, are what
+`grsd_jax.dynamics.transport` compares.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grsd_jax._arrays import matmul
+from grsd_jax._checks import check_at_least, check_choice, check_single_or_double
+from grsd_jax._typing import PyTree
+from grsd_jax.dynamics.transport import Pairing, Spectrum
+from grsd_jax.kernel.dense import dense_at
+from grsd_jax.kernel.products import held_products
+from grsd_jax.linalg.eigenpairs import leading_eigenpairs
+from grsd_jax.linalg.lanczos import LanczosResult
+from grsd_jax.problem import OutputsObjective, Point, Problem, evaluate
+
+#: Largest residual of a leading pair, relative to its value.
+_CONVERGENCE = 1e-5
+
+#: Columns of a block of the search for leading pairs.
+_BLOCK = 8
+
+
+class SpectralSnapshot(NamedTuple):
+    """What `exact_balance` needs of one end, without parameters and batches.
+
+    Attributes:
+        values: ``[r]``, eigenvalues, descending.
+        vectors: ``[n, r]``, eigenvectors; zero where a leading pair was not found.
+        error: ``[n]``, e.
+        fingerprint: [2] uint32, of the batches and targets, in their order.
+    """
+
+    values: jax.Array
+    vectors: jax.Array
+    error: jax.Array
+    fingerprint: jax.Array
+
+
+def spectral_snapshot(
+    problem: Problem,
+    params: PyTree,
+    *,
+    num_pairs: int | None = None,
+    key: jax.Array | None = None,
+) -> SpectralSnapshot:
+    """Returns the eigenpairs of the kernel and the error, for an exact balance.
+
+    Args:
+        problem: The problem; its batches are one set of ``n = K N C`` errors, so that
+            the reduction is ``"stack"``, or K is 1.
+        params: Parameters.
+        num_pairs: Leading pairs r, by Lanczos, outside of `jit`; all n from the dense
+            kernel if None.
+        key: Consumed by Lanczos, and needed for it alone.
+
+    Returns:
+        The snapshot.
+
+    Raises:
+        ValueError: If the problem does not fit, its examples are coupled for the dense
+            kernel, or ``num_pairs`` is given without ``key`` or out of range.
+
+    References:
+        Ours; ``docs/what_moved.md``.
+    """
+    point = stacked_point(problem, params)
+    if num_pairs is None:
+        (kernel,) = dense_at(point)
+        values, vectors = _descending_pairs(kernel)
+    else:
+        check_at_least("num_pairs", num_pairs, 1)
+        if key is None:
+            raise ValueError("key: expected a PRNG key for leading pairs, got None.")
+        values, vectors = _leading_pairs(point, num_pairs, key)
+    return SpectralSnapshot(values, vectors, errors_at(point), fingerprint(problem))
+
+
+def stacked_point(problem: Problem, params: PyTree) -> Point:
+    """Returns the problem at its parameters, if all batches share one error space.
+
+    Raises:
+        ValueError: If they do not, or the problem does not fit.
+    """
+    point = problem.at(params)
+    if point.copies != point.num_batches:
+        check_choice("problem.reduction", problem.reduction, ("stack",))
+    check_single_or_double("error", point.error.dtype)
+    return point
+
+
+def errors_at(point: Point) -> jax.Array:
+    """Returns the error e of all batches, ``[n]``."""
+    parts = [evaluate(point.error_fn, point.params, batch) for batch in point.parts]
+    return jnp.concatenate([part.reshape(-1) for part in parts])
+
+
+def pair_snapshots(before: SpectralSnapshot, after: SpectralSnapshot) -> list[Pairing]:
+    """Returns both spectra, and the overlap of their vectors.
+
+    What of an error lies outside the given pairs is a pair of eigenvalue zero of its
+    own, so that shell 0, below all others, holds the rest of the spectrum. Its true
+    place is anywhere below the last pair that was found: a second pairing has it there.
+
+    Args:
+        before: The first snapshot.
+        after: The second, of the same n.
+
+    Returns:
+        The pairing, and the second one unless all n pairs are given.
+    """
+    vectors = mean_and_change(before.error, after.error)
+    first, left = _with_rest(before, vectors)
+    second, right = _with_rest(after, vectors)
+    lowest = Pairing(first, second, matmul(left.T, right))
+    size = vectors.shape[0]
+    if before.vectors.shape[1] == after.vectors.shape[1] == size:
+        return [lowest]
+    highest = lowest._replace(
+        before=_raised(first, before, size), after=_raised(second, after, size)
+    )
+    return [lowest, highest]
+
+
+def _raised(spectrum: Spectrum, snapshot: SpectralSnapshot, size: int) -> Spectrum:
+    """Returns the spectrum with the rest at the last pair before one is missing."""
+    rank = snapshot.vectors.shape[1]
+    if rank == size:
+        return spectrum
+    found = jnp.cumprod((snapshot.values > 0).astype(jnp.int32)) > 0
+    last = jnp.min(snapshot.values, where=found, initial=jnp.inf)
+    return spectrum._replace(values=spectrum.values.at[rank:].set(last))
+
+
+def mean_and_change(before: jax.Array, after: jax.Array) -> jax.Array:
+    """Returns ``e_m = (e_0 + e_1) / 2`` and ``delta = e_1 - e_0``, ``[n, 2]``."""
+    return jnp.stack([before / 2 + after / 2, after - before], axis=1)
+
+
+def pair_krylov(
+    before: LanczosResult, after: LanczosResult, vectors: jax.Array, num_steps: int
+) -> Pairing:
+    """Returns the Ritz pairs of the first steps of two runs, as a pairing.
+
+    Args:
+        before: The run of the first kernel, from ``e_m``, or ``e_m`` and ``delta``.
+        after: The run of the second kernel, from the same block.
+        vectors: ``[n, 2]``, ``e_m`` and ``delta``.
+        num_steps: Steps to use of each.
+
+    Returns:
+        The pairing.
+    """
+    used = num_steps * before.block_size
+    rotations, ends = [], []
+    for run in (before, after):
+        values, rotation = jnp.linalg.eigh(run.tridiagonal[:used, :used])
+        inside = matmul(run.basis[:, :used].T, vectors)
+        ends.append(Spectrum(values, matmul(rotation.T, inside)))
+        rotations.append(rotation)
+    overlap = matmul(before.basis[:, :used].T, after.basis[:, :used])
+    overlap = matmul(rotations[0].T, matmul(overlap, rotations[1]))
+    return Pairing(ends[0], ends[1], overlap)
+
+
+@jax.jit
+def fingerprint(problem: Problem) -> jax.Array:
+    """Returns a hash of the batches and targets, which depends on their order.
+
+    Args:
+        problem: The problem.
+
+    Returns:
+        [2] uint32.
+    """
+    data = [problem.batches]
+    objective = problem.objective
+    if isinstance(objective, OutputsObjective) and callable(objective.target):
+        data.append(jax.vmap(objective.target)(problem.batches))
+    total = jnp.zeros(2, jnp.uint32)
+    for index, leaf in enumerate(jax.tree.leaves(data)):
+        total = total * np.uint32(31) + _hash(_words(leaf), index)
+    return total
+
+
+def _words(leaf: jax.typing.ArrayLike) -> jax.Array:
+    """Returns the bits of an array as uint32, in order."""
+    array = jnp.asarray(leaf)
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        array = jax.random.key_data(array)
+    if array.dtype == jnp.bool_:
+        array = array.astype(jnp.uint8)
+    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+        array = jnp.stack([array.real, array.imag], axis=-1)
+    bits = 8 * min(array.dtype.itemsize, 4)
+    words = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{bits}"))
+    return words.astype(jnp.uint32).reshape(-1)
+
+
+def _hash(words: jax.Array, index: int) -> jax.Array:
+    """Sums mixed words, each with its place, under two seeds."""
+    place = jnp.arange(len(words), dtype=jnp.uint32)
+    found = []
+    for seed in (np.uint32(2 * index + 1), np.uint32(0x51ED270B + 2 * index)):
+        # The multipliers are those of MurmurHash3 and of Fibonacci hashing.
+        mixed = words ^ (place * np.uint32(0x9E3779B1) + seed)
+        for multiplier in (np.uint32(0x85EBCA6B), np.uint32(0xC2B2AE35)):
+            mixed = (mixed ^ (mixed >> np.uint32(15))) * multiplier
+        found.append(jnp.sum(mixed ^ (mixed >> np.uint32(16)), dtype=jnp.uint32))
+    return jnp.stack(found)
+
+
+@jax.jit
+def _descending_pairs(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+    finite = jnp.all(jnp.isfinite(kernel))
+    values, vectors = jnp.linalg.eigh(jnp.where(finite, kernel, 0))
+    values = jnp.where(finite, values, jnp.nan)
+    return values[::-1], vectors[:, ::-1]
+
+
+def _leading_pairs(
+    point: Point, num_pairs: int, key: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Returns leading pairs by Lanczos; those that did not converge are zero."""
+    start_key, key = jax.random.split(key)
+    width = min(_BLOCK, num_pairs)
+    start = jax.random.normal(start_key, (point.dimension, width), point.error.dtype)
+    found = leading_eigenpairs(
+        held_products(point), start, num_pairs, key=key, tolerance=_CONVERGENCE
+    )
+    values = jnp.where(found.converged, found.values, 0)
+    values = jnp.where(found.finite, values, jnp.nan)
+    return values, jnp.where(found.converged[None, :], found.vectors, 0)
+
+
+def _with_rest(
+    snapshot: SpectralSnapshot, vectors: jax.Array
+) -> tuple[Spectrum, jax.Array]:
+    """Returns the spectrum and its vectors, with what lies outside as two pairs."""
+    inside = matmul(snapshot.vectors.T, vectors)
+    if snapshot.vectors.shape[0] == snapshot.vectors.shape[1]:
+        return Spectrum(snapshot.values, inside), snapshot.vectors
+    rest = vectors
+    for _ in range(2):  # once leaves the rounding of the part that is removed
+        rest = rest - matmul(snapshot.vectors, matmul(snapshot.vectors.T, rest))
+    outside, triangular = jnp.linalg.qr(rest)
+    values = jnp.pad(snapshot.values, (0, 2))
+    coefficients = jnp.concatenate([inside, triangular])
+    return Spectrum(values, coefficients), jnp.concatenate(
+        [snapshot.vectors, outside], axis=1
+    )

@@ -1,0 +1,418 @@
+"""The exact balance between two points of a training, by every solver."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from grsd_jax import Problem, dynamics
+from grsd_jax.dynamics import KrylovSteps, SoftShells, exact_balance, measured_time
+from oracles import cast, dense_kernel
+from test_compiles import compilations
+from test_exact_balance import by_definition, snapshot_of
+
+KEY = jax.random.key(0)
+EDGES = np.geomspace(1e-3, 10, 6)
+# Few sizes, since every one of them is compiled.
+LONG, SHORT = KrylovSteps(24), KrylovSteps(8)
+MEAN = KrylovSteps(16, start="mean")
+AMOUNTS = {
+    "energies": "energy_error",
+    "lost": "lost_error",
+    "moved": "moved_error",
+    "flux": "flux_error",
+    "density": "density_error",
+}
+
+
+def outputs(activation, params, batch):
+    hidden = getattr(jax.nn, activation)(batch["image"] @ params["in"])
+    return hidden @ params["out"]
+
+
+OUTPUTS = {name: functools.partial(outputs, name) for name in ("relu", "gelu", "tanh")}
+
+
+def make_problem(activation="gelu", num_examples=16):
+    rng = np.random.default_rng(0)
+    image = rng.normal(size=(1, num_examples, 5)).astype(np.float32)
+    label = rng.integers(0, 3, size=(1, num_examples))
+    batches = {"image": jnp.asarray(image), "label": jnp.asarray(label, jnp.int32)}
+    params = {
+        name: jnp.asarray(rng.normal(size=shape) / np.sqrt(shape[0]), jnp.float32)
+        for name, shape in (("in", (5, 12)), ("out", (12, 3)))
+    }
+    return Problem(OUTPUTS[activation], batches), params
+
+
+def train(problem, params, optimizer, steps):
+    """Returns the parameters after each number of steps."""
+    gradient, state, found = jax.jit(jax.grad(problem.loss)), None, [params]
+    with jax.numpy_dtype_promotion("standard"):
+        state = optimizer.init(params)
+        for step in range(1, steps[-1] + 1):
+            updates, state = optimizer.update(gradient(params), state, params)
+            params = optax.apply_updates(params, updates)
+            if step in steps:
+                found.append(params)
+    return found
+
+
+def in_double(problem, params):
+    """Returns a snapshot of the oracle: kernel and error in float64, by NumPy."""
+    with jax.enable_x64(True):
+        image = problem.batches["image"].astype(jnp.float64)
+        wide = problem.replace(batches=problem.batches | {"image": image})
+        params = cast(params, jnp.float64)
+        batch = jax.tree.map(lambda leaf: leaf[0], wide.batches)
+        error = np.asarray(wide.error(params, batch)).reshape(-1)
+        return snapshot_of(np.asarray(dense_kernel(wide, params)), error)
+
+
+def shells(edges=EDGES, width=0.5):
+    return SoftShells(jnp.asarray(edges, jnp.float32), width=width)
+
+
+def assert_within_errors(found, expected, num_used=1):
+    for name, error in AMOUNTS.items():
+        off = np.abs(np.asarray(getattr(found, name), np.float64) - expected[name])
+        assert np.all(off <= getattr(found, error)), name
+    shift = expected["flux"] / expected["density"] / float(found.elapsed)
+    off = np.abs(np.asarray(found.velocity, np.float64) - shift)
+    used = np.asarray(found.velocity_mask)
+    assert np.all(off[used] <= found.velocity_error[used])
+    assert np.sum(used) >= num_used
+    assert found.finite
+
+
+@pytest.mark.parametrize(
+    ("activation", "optimizer"),
+    [
+        ("relu", optax.sgd(0.1, momentum=0.9)),
+        ("gelu", optax.sgd(0.3)),
+        ("gelu", optax.adamw(0.01)),
+    ],
+)
+def test_balance_of_a_training_is_right_within_its_errors(activation, optimizer):
+    problem, params = make_problem(activation)
+    points = train(problem, params, optimizer, [1, 8, 40])
+    for before, after in itertools.pairwise(points):
+        oracle = in_double(problem, before), in_double(problem, after)
+        expected = by_definition(*oracle, EDGES, 0.5)
+        ends = (problem, before), (problem, after)
+        dense = exact_balance(*ends, shells(), solver="dense", elapsed=0.5)
+        assert_within_errors(dense, expected)
+        assert np.all(dense.converged)
+        resolved = np.abs(expected["flux"]) > 10 * dense.flux_error
+        assert np.sum(resolved) >= 3
+        found = exact_balance(*ends, shells(), solver=LONG, elapsed=0.5, key=KEY)
+        assert_within_errors(found, expected)
+        assert np.sum(found.converged) >= 3
+
+
+def test_a_short_run_says_which_edges_it_has_reached():
+    problem, params = make_problem()
+    _, after = train(problem, params, optax.sgd(0.3), [4])
+    ends = (problem, params), (problem, after)
+    expected = by_definition(*(in_double(*end) for end in ends), EDGES, 0.5)
+    for steps in (SHORT, MEAN):
+        found = exact_balance(*ends, shells(), solver=steps, elapsed=1.0, key=KEY)
+        assert_within_errors(found, expected, num_used=0)
+        assert not found.converged[0]
+        assert found.converged[-1]
+        # Once an edge has not converged, none below it counts.
+        assert np.all(np.diff(np.asarray(found.converged).astype(int)) >= 0)
+        assert np.all(np.isinf(found.flux_error[~np.asarray(found.converged)]))
+
+
+def test_start_from_the_mean_leaves_out_what_is_quadratic():
+    problem, params = make_problem()
+    _, after = train(problem, params, optax.sgd(0.02), [1])
+    ends = (problem, params), (problem, after)
+    found = exact_balance(*ends, shells(), solver=MEAN, elapsed=1.0, key=KEY)
+    whole = exact_balance(*ends, shells(), solver="dense", elapsed=1.0)
+    top = np.asarray(found.converged)
+    np.testing.assert_allclose(found.flux[top], whole.flux[top], rtol=2e-3)
+    np.testing.assert_allclose(
+        found.lost[1:][top], whole.lost[1:][top], rtol=2e-3, atol=1e-6
+    )
+    after = train(problem, params, optax.sgd(3.0), [4])[1]
+    ends = (problem, params), (problem, after)
+    large = exact_balance(*ends, shells(), solver=MEAN, elapsed=1.0, key=KEY)
+    expected = by_definition(*(in_double(*end) for end in ends), EDGES, 0.5)
+    off = np.abs(large.energies - expected["energies"])
+    assert np.max(off) > 1e-2  # so the error has to say so
+    assert np.all(off <= large.energy_error)
+
+
+@pytest.mark.scheduled
+@pytest.mark.usefixtures("x64")
+def test_krylov_that_fills_the_space_is_the_dense_balance():
+    problem, params = make_problem(num_examples=6)
+    problem = problem.replace(
+        batches=problem.batches | {"image": problem.batches["image"].astype(float)}
+    )
+    params = cast(params, jnp.float64)
+    _, after = train(problem, params, optax.sgd(0.5), [3])
+    ends = (problem, params), (problem, after)
+    edges = SoftShells(jnp.asarray(EDGES))
+    dense = exact_balance(*ends, edges, solver="dense")
+    krylov = exact_balance(*ends, edges, solver=KrylovSteps(12), key=KEY)
+    for name in ("energies", "lost", "moved", "flux", "density", "growth"):
+        np.testing.assert_allclose(
+            getattr(krylov, name), getattr(dense, name), rtol=1e-8, atol=1e-12
+        )
+    assert krylov.rotation is None
+    np.testing.assert_allclose(dense.rotation + dense.drift, dense.flux, rtol=1e-12)
+
+
+def test_counts_by_quadrature_are_those_of_all_pairs():
+    problem, params = make_problem()
+    _, after = train(problem, params, optax.sgd(0.5), [10])
+    ends = (problem, params), (problem, after)
+    dense = exact_balance(*ends, shells(), solver="dense", elapsed=1.0)
+    steps = KrylovSteps(8, num_probes=16)
+    found = exact_balance(*ends, shells(), solver=steps, elapsed=1.0, key=KEY)
+    off = np.abs(found.counting_velocity - dense.counting_velocity)[2:]
+    assert np.all(off <= 4 * found.counting.stderr[2:])
+    assert np.all(found.counting.stderr[2:] < 0.5 * np.abs(dense.velocity[2:]).max())
+    values = [in_double(*end).values for end in ends]
+    ups = [
+        np.sum(1 / (1 + (EDGES / v[:, None]) ** 2), axis=0)
+        for v in (np.maximum(v, 1e-30) for v in values)
+    ]
+    np.testing.assert_allclose(dense.counting.moved, ups[1] - ups[0], atol=2e-3)
+    # As many vectors as dimensions leave nothing to chance.
+    all_probes = KrylovSteps(4, num_probes=48)
+    exact = exact_balance(*ends, shells(), solver=all_probes, key=KEY).counting
+    np.testing.assert_allclose(exact.density, dense.counting.density, rtol=1e-3)
+    np.testing.assert_allclose(exact.moved, dense.counting.moved, atol=2e-3)
+    one = KrylovSteps(8, num_probes=1)
+    alone = exact_balance(*ends, shells(), solver=one, elapsed=1.0, key=KEY)
+    assert np.all(np.isnan(alone.counting.stderr))
+
+
+def test_leading_pairs_leave_the_rest_in_the_lowest_shell():
+    problem, params = make_problem()
+    _, after = train(problem, params, optax.sgd(0.5), [10])
+    first, second = (
+        dynamics.spectral_snapshot(problem, p, num_pairs=9, key=KEY)
+        for p in (params, after)
+    )
+    edges = np.geomspace(float(max(first.values[-1], second.values[-1])), 10, 5)
+    edges[0] *= 1.01
+    found = exact_balance(first, second, shells(edges, width=0), elapsed=1.0)
+    whole = exact_balance(
+        (problem, params), (problem, after), shells(edges, width=0), solver="dense"
+    )
+    for name in ("energies", "lost", "moved", "flux", "rotation"):
+        np.testing.assert_allclose(
+            getattr(found, name), getattr(whole, name), rtol=1e-3, atol=1e-3
+        )
+    assert np.all(found.converged)
+    lower = exact_balance(first, second, shells(edges / 2, width=0), elapsed=1.0)
+    assert not lower.converged[0]
+    assert np.isinf(lower.energy_error[0, 0])
+    # A pair that is missing may lie anywhere below the last one that was found.
+    gap = first._replace(
+        values=first.values.at[4].set(0), vectors=first.vectors.at[:, 4].set(0)
+    )
+    places = float(first.values[3]) * np.array([0.5, 1.01])
+    holed = exact_balance(gap, second, shells(places, width=0), elapsed=1.0)
+    np.testing.assert_array_equal(holed.converged, [False, True])
+    # A point beside a snapshot is taken in the same form.
+    mixed = exact_balance(first, (problem, after), shells(edges, width=0), key=KEY)
+    np.testing.assert_allclose(mixed.flux, found.flux, atol=1e-4)
+    dense = dynamics.spectral_snapshot(problem, params)
+    mixed = exact_balance(dense, (problem, after), shells(edges, width=0))
+    np.testing.assert_allclose(mixed.flux, whole.flux, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "solver", ["dense", pytest.param(SHORT, marks=pytest.mark.scheduled)]
+)
+def test_balance_is_pure_and_maps_over_runs(solver):
+    problem, params = make_problem()
+    points = train(problem, params, optax.sgd(0.5), [2, 4])
+
+    @jax.jit
+    @jax.vmap
+    def run(before, after):
+        ends = (problem, before), (problem, after)
+        return exact_balance(*ends, shells(), solver=solver, elapsed=0.5, key=KEY)
+
+    stack = lambda *leaves: jnp.stack(leaves)  # noqa: E731
+    together = run(jax.tree.map(stack, *points[:2]), jax.tree.map(stack, *points[1:]))
+    for index in range(2):
+        ends = ((problem, point) for point in points[index : index + 2])
+        alone = exact_balance(*ends, shells(), solver=solver, elapsed=0.5, key=KEY)
+        top = np.asarray(alone.converged)
+        np.testing.assert_allclose(
+            together.flux[index][top], alone.flux[top], rtol=1e-2, atol=1e-4
+        )
+        assert together.comparable[index]
+
+
+@pytest.mark.parametrize("solver", ["dense", SHORT])
+def test_nothing_compiles_after_the_first_balance(solver):
+    problem, params = make_problem()
+    points = train(problem, params, optax.sgd(0.5), [1, 2, 3])
+    counts = []
+    for index in range(3):
+        ends = ((problem, point) for point in points[index : index + 2])
+        time = measured_time(problem, *points[index : index + 2])
+        edges = shells(EDGES * 1.1**index)
+        with compilations() as found:
+            exact_balance(*ends, edges, solver=solver, elapsed=time, key=KEY)
+        counts.append(len(found))
+    assert counts[1:] == [0, 0]
+
+
+def test_other_examples_are_refused_and_other_statistics_are_not():
+    problem, params = make_problem()
+    flipped = jax.tree.map(lambda leaf: leaf[:, ::-1], problem.batches)
+    relabelled = problem.batches | {"label": (problem.batches["label"] + 1) % 3}
+    for batches in (flipped, relabelled):
+        other = problem.replace(batches=batches)
+        ends = (problem, params), (other, params)
+        for solver in ("dense", SHORT):
+            with pytest.raises(ValueError, match="after: expected the examples"):
+                exact_balance(*ends, shells(), solver=solver, key=KEY)
+        run = jax.jit(
+            lambda *ends: exact_balance(*ends, shells(), solver="dense", elapsed=1.0)
+        )
+        assert run((problem, params), (problem, params)).comparable
+        assert np.any(run((problem, params), (problem, params)).velocity_mask)
+        assert not run(*ends).comparable
+        assert not np.any(run(*ends).velocity_mask)
+    statistics = problem.replace(
+        outputs_fn=jax.tree_util.Partial(scaled_outputs, jnp.float32(1.1))
+    )
+    ends = (problem, params), (statistics, params)
+    assert exact_balance(*ends, shells(), solver="dense").comparable
+    by_function = problem.replace(target=lambda batch: batch["label"])
+    shifted = problem.replace(target=lambda batch: (batch["label"] + 1) % 3)
+    with pytest.raises(ValueError, match="after: expected the examples"):
+        exact_balance(
+            (by_function, params), (shifted, params), shells(), solver="dense"
+        )
+
+
+def scaled_outputs(scale, params, batch):
+    return scale * outputs("gelu", params, batch)
+
+
+def test_bad_input_is_told_in_one_sentence():
+    problem, params = make_problem()
+    fewer, _ = make_problem(num_examples=4)
+    end, key = (problem, params), KEY
+    for solver in ("dense", SHORT):
+        with pytest.raises(ValueError, match="after: expected n = 48 as before"):
+            exact_balance(end, (fewer, params), shells(), solver=solver, key=key)
+    for elapsed in (0, -1.0, jnp.float32(0)):
+        with pytest.raises(ValueError, match="elapsed: expected a time above 0"):
+            exact_balance(end, end, shells(), solver="dense", elapsed=elapsed)
+    with pytest.raises(ValueError, match=r"shells\.width: expected 1/2 or 1/3"):
+        exact_balance(end, end, shells(width=0.4), solver=SHORT, key=key)
+    with pytest.raises(ValueError, match="key: expected a PRNG key for KrylovSteps"):
+        exact_balance(end, end, shells(), solver=SHORT)
+    with pytest.raises(ValueError, match="key: expected a PRNG key for leading"):
+        dynamics.spectral_snapshot(problem, params, num_pairs=4)
+    with pytest.raises(ValueError, match="solver: expected one of"):
+        exact_balance(end, end, shells(), solver="sparse")
+    with pytest.raises(ValueError, match="start: expected one of"):
+        KrylovSteps(start="end")
+    with pytest.raises(ValueError, match="num_steps: expected an integer >= 4"):
+        KrylovSteps(2)
+    two = jax.tree.map(lambda leaf: leaf.reshape(2, -1, *leaf.shape[2:]), fewer.batches)
+    mean = fewer.replace(batches=two, reduction="mean")
+    with pytest.raises(ValueError, match=r"problem\.reduction: expected one of"):
+        exact_balance((mean, params), (mean, params), shells(), solver="dense")
+
+
+def test_nothing_moves_between_a_point_and_itself():
+    problem, params = make_problem()
+    ends = (problem, params), (problem, params)
+    time = measured_time(problem, params, params)
+    for solver in ("dense", SHORT):
+        found = exact_balance(*ends, shells(), solver=solver, elapsed=time, key=KEY)
+        assert np.all(np.abs(found.flux) <= found.flux_error)
+        assert np.all(np.abs(found.lost) <= found.lost_error)
+        assert found.finite
+        assert np.all(np.isnan(found.velocity))
+        assert not np.any(found.velocity_mask)
+
+
+def test_parameters_that_are_not_finite_are_told():
+    problem, params = make_problem()
+    spoilt = params | {"out": params["out"].at[0, 0].set(jnp.nan)}
+    # A root at zero: the outputs are finite, and their Jacobian is not.
+    rooted = Problem(rooted_outputs, problem.batches)
+    zero = params | {"root": jnp.zeros(())}
+    one = params | {"root": jnp.ones(())}
+    for solver, ends in itertools.product(
+        ("dense", SHORT),
+        [((problem, params), (problem, spoilt)), ((rooted, one), (rooted, zero))],
+    ):
+        found = exact_balance(*ends, shells(), solver=solver, elapsed=1.0, key=KEY)
+        assert not found.finite
+        assert not np.any(found.velocity_mask)
+
+
+def rooted_outputs(params, batch):
+    return outputs("gelu", params, batch) + jnp.sqrt(params["root"])
+
+
+def coarse_outputs(params, batch):
+    half = lambda array: array.astype(jnp.bfloat16)  # noqa: E731
+    hidden = jnp.tanh(half(batch["image"]) @ half(params["in"])).astype(jnp.float32)
+    return hidden @ params["out"]
+
+
+@pytest.mark.parametrize("solver", ["dense", SHORT])
+def test_products_in_reduced_precision_are_seen(solver):
+    problem, params = make_problem("tanh")
+    coarse = problem.replace(outputs_fn=coarse_outputs)
+    _, after = train(problem, params, optax.sgd(0.5), [2])
+    eps = float(jnp.finfo(jnp.float32).eps)
+    found = {}
+    for which in (problem, coarse):
+        ends = (which, params), (which, after)
+        found[which] = exact_balance(*ends, shells(), solver=solver, key=KEY)
+    assert found[problem].rounding < 20 * eps
+    assert found[coarse].rounding > 1000 * eps
+    assert np.all(found[coarse].floor > 100 * found[problem].floor)
+
+
+def test_measured_time_is_that_of_the_steps():
+    problem, params = make_problem()
+    rate = 0.01
+    points = train(problem, params, optax.sgd(rate), [1, 20])
+    time = measured_time(problem, *points[:2])
+    np.testing.assert_allclose(time.start, rate, rtol=1e-4)
+    np.testing.assert_allclose(time.elapsed, rate, rtol=1e-2)
+    assert time.meaningful
+    np.testing.assert_allclose(
+        measured_time(problem, *points[1:]).elapsed, 19 * rate, rtol=0.05
+    )
+    settled = train(problem, params, optax.sgd(rate / 20, momentum=0.9), [60, 61])
+    np.testing.assert_allclose(
+        measured_time(problem, *settled[1:]).elapsed, rate / 2, rtol=0.1
+    )
+
+
+def test_time_has_no_meaning_against_the_flow_or_where_its_ends_disagree():
+    problem, params = make_problem()
+    _, after = train(problem, params, optax.sgd(0.01), [1])
+    back = measured_time(problem, after, params)
+    assert back.start < 0
+    assert not back.meaningful
+    assert np.isnan(back.elapsed)
+    far = train(problem, params, optax.sgd(20.0), [1])[1]
+    assert not measured_time(problem, params, far).meaningful
+    with pytest.raises(ValueError, match="after: expected the tree of before"):
+        measured_time(problem, params, {"in": params["in"]})
