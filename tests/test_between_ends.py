@@ -10,7 +10,8 @@ import optax
 import pytest
 
 from grsd_jax import Problem, dynamics
-from grsd_jax.dynamics import KrylovSteps, SoftShells, exact_balance, measured_time
+from grsd_jax.dynamics import KrylovSteps, exact_balance, measured_time
+from grsd_jax.shells import SoftShells
 from oracles import cast, dense_kernel
 from test_compiles import compilations
 from test_exact_balance import by_definition, snapshot_of

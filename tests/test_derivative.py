@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from grsd_jax import Problem, gradient_flow_direction, kernel_dense, kernel_derivative
-from grsd_jax.kernel import central_difference
+from grsd_jax.kernel import central_difference, kernel_derivative_matmat
 from oracles import dense_kernel, network_problem, relative_error
 
 reductions = pytest.mark.parametrize("reduction", ["mean", "stack"])
@@ -35,6 +35,19 @@ def test_direction_is_minus_the_gradient_of_the_mean_loss(reduction):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, -b, rtol=1e-12), got, expected
     )
+
+
+@pytest.mark.usefixtures("x64")
+@reductions
+def test_products_with_the_derivative_are_those_of_the_dense_one(reduction):
+    arguments = with_direction("mlp", jnp.float64, reduction=reduction)
+    _, moved = kernel_dense(*arguments)
+    block = columns(len(moved), 3, jnp.float64)
+    got = kernel_derivative_matmat(*arguments, block)
+    assert relative_error(got, moved @ block) < 1e-12
+    split = arguments[0].split(block)
+    got = kernel_derivative_matmat(*arguments, split)
+    assert got.shape == split.shape
 
 
 networks = [

@@ -12,14 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grsd_jax.dynamics import (
-    SoftShells,
     SpectralSnapshot,
     exact_balance,
     shell_dynamics,
 )
 from grsd_jax.dynamics.spectra import pair_snapshots
 from grsd_jax.dynamics.transport import balance_spectra
-from grsd_jax.shells import assign_shells
+from grsd_jax.shells import SoftShells, assign_shells
 from oracles import symmetric_with_spectrum
 
 EDGES = np.geomspace(1e-2, 3, 4)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grsd_jax.dynamics import SoftShells
+from grsd_jax.shells import SoftShells
 
 EDGES = np.geomspace(1e-3, 10, 5)
 VALUES = np.concatenate([[0.0, -1e-9], np.geomspace(1e-7, 1e5, 200)])

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grsd_jax.dynamics import SoftShells, SpectralSnapshot, exact_balance, velocity_law
+from grsd_jax.dynamics import SpectralSnapshot, exact_balance, velocity_law
+from grsd_jax.shells import SoftShells
 
 VALUES = np.geomspace(1e-6, 1e3, 250)
 EDGES = np.geomspace(1e-3, 1, 8)

@@ -25,7 +25,6 @@ from grsd_jax.dynamics.flow import (
 from grsd_jax.dynamics.law import VelocityLaw, velocity_law
 from grsd_jax.dynamics.probe import Probe, make_probe
 from grsd_jax.dynamics.record import ProbeRecord, ProbeState
-from grsd_jax.dynamics.soft_shells import SoftShells
 from grsd_jax.dynamics.spectra import SpectralSnapshot, spectral_snapshot
 from grsd_jax.dynamics.transport import Counting, ExactBalance
 from grsd_jax.dynamics.velocity import VelocityFit, velocity_fit
@@ -43,7 +42,6 @@ __all__ = [
     "ProbeRecord",
     "ProbeState",
     "ShellDynamics",
-    "SoftShells",
     "SpectralSnapshot",
     "VelocityFit",
     "VelocityLaw",

@@ -17,7 +17,6 @@ from grsd_jax._arrays import divisor, is_traced, matmul, ratio, unit_vectors
 from grsd_jax._checks import check_at_least, check_choice, check_shape
 from grsd_jax._typing import PyTree
 from grsd_jax.dynamics.elapsed_time import MeasuredTime
-from grsd_jax.dynamics.soft_shells import RATIONAL_WIDTHS, SoftShells
 from grsd_jax.dynamics.spectra import (
     SpectralSnapshot,
     errors_at,
@@ -40,6 +39,7 @@ from grsd_jax.kernel.products import held_products
 from grsd_jax.kernel.solver import solver_at
 from grsd_jax.linalg.lanczos import LanczosResult, block_lanczos
 from grsd_jax.problem import Point, Problem
+from grsd_jax.shells.soft_shells import RATIONAL_WIDTHS, SoftShells
 
 #: One end: the problem and its parameters, or a snapshot.
 End = tuple[Problem, PyTree] | SpectralSnapshot

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from grsd_jax._arrays import divisor, matmul, ratio
-from grsd_jax.dynamics.soft_shells import SoftShells
+from grsd_jax.shells.soft_shells import SoftShells
 
 #: The size of what rounding adds to a kernel, over ``eps lambda_max``, and to sums of
 #: energies, over ``eps |e|^2``: bounds on small networks.

@@ -8,6 +8,7 @@ from grsd_jax.kernel.derivative import (
     default_step,
     gradient_flow_direction,
     kernel_derivative,
+    kernel_derivative_matmat,
 )
 from grsd_jax.kernel.mesh import shard_batches
 from grsd_jax.kernel.operator import (
@@ -33,6 +34,7 @@ __all__ = [
     "gradient_flow_direction",
     "kernel_dense",
     "kernel_derivative",
+    "kernel_derivative_matmat",
     "kernel_matmat",
     "layer_kernels",
     "linearize_block_kernels",

@@ -27,10 +27,19 @@ from grsd_jax._typing import DerivativeMethod, PyTree
 from grsd_jax.jacobian.autodiff import (
     Jacobian,
     JacobianMap,
+    linearize,
     linearize_pair,
     pull,
+    pull_derivative,
+    push_derivative,
 )
-from grsd_jax.jacobian.columns import by_chunks, join_block, split_block, sum_trees
+from grsd_jax.jacobian.columns import (
+    as_columns,
+    by_chunks,
+    join_block,
+    split_block,
+    sum_trees,
+)
 from grsd_jax.jacobian.factored import held_pair
 from grsd_jax.jacobian.plan import Plan, plan_of
 from grsd_jax.kernel.mesh import layout_of
@@ -148,6 +157,60 @@ def kernel_derivative(
         plan=plan_of(point) if enough else None,
         column_chunk=column_chunk,
     )
+
+
+def kernel_derivative_matmat(
+    problem: Problem, params: PyTree, direction: PyTree, block: jax.Array
+) -> jax.Array:
+    """Applies the kernel's derivative to a block of columns, ``Mdot V``.
+
+    ``Mdot V = (1/K) sum_k (Jdot_k J_k^T + J_k Jdot_k^T) V``, without the mean for a
+    stack, by plain differentiation; about three products of the kernel a column.
+
+    Args:
+        problem: The problem, its batches on one device.
+        params: Parameters.
+        direction: The tangent d, a tree like ``params``.
+        block: Columns V, ``[n, b]``, or split as for `kernel_matmat`.
+
+    Returns:
+        ``Mdot V``, in the shape of ``block``, in units of M per unit of s.
+
+    Raises:
+        ValueError: If a shape, tree, dtype or leading axis does not fit, or the batches
+            lie on a mesh.
+
+    References:
+        Paper 7.2 and B.5.
+    """
+    point = problem.at(params, direction)
+    if layout_of(point) is not None:
+        raise ValueError("problem.batches: expected one device, got a mesh.")
+    columns, restore = as_columns("block", block, point.copies, point.error)
+    parts = split_block("block", columns, point.copies, point.error)
+    if point.reduction == "stack":
+        return restore(join_block(_moved(point, point.parts, parts)))
+    moved = [_moved(point, [batch], parts)[0] for batch in point.parts]
+    return restore(join_block([sum_trees(moved) / len(moved)]))
+
+
+def _moved(
+    point: Point, batches: list[PyTree], parts: list[jax.Array]
+) -> list[jax.Array]:
+    """Computes ``(Jdot J^T + J Jdot^T) V`` of stacked batches, ``[N, C, b]`` each."""
+    fn, params, direction = point.error_fn, point.params, point.direction
+    jacobians = [linearize(fn, params, batch) for batch in batches]
+    pulled = sum_trees(
+        jacobian.pull(part) for jacobian, part in zip(jacobians, parts, strict=True)
+    )
+    changed = sum_trees(
+        pull_derivative(fn, params, batch, direction, part)
+        for batch, part in zip(batches, parts, strict=True)
+    )
+    return [
+        push_derivative(fn, params, batch, direction, pulled) + jacobian.push(changed)
+        for batch, jacobian in zip(batches, jacobians, strict=True)
+    ]
 
 
 def project_derivative(

@@ -12,6 +12,13 @@ from grsd_jax.shells.layers import LayerMeasurements, measure_layers
 from grsd_jax.shells.measurement import measure_coupling
 from grsd_jax.shells.options import Binning, Window
 from grsd_jax.shells.power_law import PowerLawFit, fit_power_law
+from grsd_jax.shells.soft_shells import SoftShells
+from grsd_jax.shells.stochastic import (
+    Signs,
+    StochasticCoupling,
+    measure_stochastic_coupling,
+    stochastic_shell_coupling,
+)
 from grsd_jax.shells.toeplitz import (
     centre_toeplitz_residual,
     toeplitz_approximation,
@@ -28,6 +35,9 @@ __all__ = [
     "PowerLawFit",
     "ShellCoupling",
     "Shells",
+    "Signs",
+    "SoftShells",
+    "StochasticCoupling",
     "ToeplitzDiagnostics",
     "Window",
     "assign_shells",
@@ -36,7 +46,9 @@ __all__ = [
     "log_shells",
     "measure_coupling",
     "measure_layers",
+    "measure_stochastic_coupling",
     "shell_coupling",
+    "stochastic_shell_coupling",
     "toeplitz_approximation",
     "toeplitz_degrees_of_freedom",
     "toeplitz_residual",

@@ -1,0 +1,497 @@
+r"""Shell couplings of the whole spectrum without its eigenpairs, by random signs.
+
+The coupling of two soft shells is a trace,
+
+.. math:: C_{ab} = \mathrm{tr}(f_a \, \dot M' f_b \, \dot M') =
+          \sum_{ij} f_a(\lambda_i) f_b(\lambda_j) (K_{ij} - \delta_{ij} g(\lambda_i))^2,
+
+``K = V^T Mdot V``. The mean drift of the eigenvalues is taken out,
+``Mdot' = Mdot - g(M)``: soft shells share their modes with their neighbours, and with
+them the diagonal of K, which would hide the coupling. Leading pairs are taken exactly,
+among themselves and against the bulk. For the bulk against itself
+``C_ab = E x^T f_a(M) x`` with ``x = Mdot' y`` and ``y = f_b(M)^(1/2) z`` of random
+signs z, every function of M from a Lanczos run.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import scipy.stats
+
+from grsd_jax._arrays import divisor, matmul
+from grsd_jax._checks import check_at_least, check_shape
+from grsd_jax._typing import Matmat, PyTree
+from grsd_jax.kernel.derivative import (
+    gradient_flow_direction,
+    kernel_derivative_matmat,
+)
+from grsd_jax.kernel.products import held_products
+from grsd_jax.linalg.eigenpairs import leading_eigenpairs
+from grsd_jax.linalg.lanczos import LanczosResult, block_lanczos
+from grsd_jax.problem import Problem
+from grsd_jax.shells.soft_shells import SoftShells
+
+#: Edges where none are given, columns of a block of the search for leading pairs, and
+#: the largest residual of such a pair, relative to its value.
+_EDGES, _BLOCK, _CONVERGENCE = 8, 8, 1e-3
+
+#: Part of the Lanczos steps that all of them are held against.
+_SHARE = 0.75
+
+#: Eigenvalues below which a shell counts as empty.
+_FEWEST = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Signs:
+    """How a coupling is estimated.
+
+    Attributes:
+        num_signs: q, random sign vectors. Intervals are reliable from eight on.
+        num_steps: Lanczos steps m of every run. Blocks are as wide as there are signs
+            or shells, which makes few steps reach far down.
+    """
+
+    num_signs: int = 8
+    num_steps: int = 20
+
+    def __post_init__(self) -> None:
+        """Checks the options."""
+        check_at_least("num_signs", self.num_signs, 2)
+        check_at_least("num_steps", self.num_steps, 4)
+
+
+class StochasticCoupling(NamedTuple):
+    r"""The coupling between the soft shells above the lowest edge, S of them.
+
+    The shell below all edges, which holds the null space, is left out.
+
+    Attributes:
+        matrix: ``[S, S]``, ``C_ab / (n_a n_b)``: the mean of
+            ``(K_ij - delta_ij g_i)^2``, or of that over ``lambda_i lambda_j``; zero
+            where masked.
+        mask: ``[S, S]`` bool, cells of shells that are not empty, with a coupling.
+        replicates: ``[q, S, S]``, the matrix without one sign vector each. Errors of
+            what is fitted to the matrix come from a jackknife over them, since cells
+            share the signs.
+        log_error: ``[S, S]``, the standard error of the logarithm, by that jackknife.
+        lanczos_error: ``[S, S]``, the relative change of the first sample when every
+            run takes three quarters of its steps.
+        counts: ``[S]``, ``n_a = tr f_a``.
+        relative_drift: ``[S]``, ``tr(f_a Mdot) / tr(f_a M)``. ``g(lambda)`` is lambda
+            times this, interpolated in log lambda between the middles of the shells.
+        finite: [] bool, whether all products were finite.
+    """
+
+    matrix: jax.Array
+    mask: jax.Array
+    replicates: jax.Array
+    log_error: jax.Array
+    lanczos_error: jax.Array
+    counts: jax.Array
+    relative_drift: jax.Array
+    finite: jax.Array
+
+    def interval(self, confidence: float = 0.95) -> tuple[jax.Array, jax.Array]:
+        """Returns an interval for every cell, by Student t on the logarithm.
+
+        Args:
+            confidence: Its level.
+
+        Returns:
+            Lower and upper ends, ``[S, S]``. The Lanczos error is not in them.
+        """
+        freedom = self.replicates.shape[0] - 1
+        quantile = float(scipy.stats.t.ppf((1 + confidence) / 2, freedom))
+        spread = jnp.exp(quantile * self.log_error)
+        return self.matrix / spread, self.matrix * spread
+
+
+class _Functions(NamedTuple):
+    """Functions of M applied to a block, from a Lanczos run that started there.
+
+    Attributes:
+        run: The run.
+        block: ``[n, c]``, the block.
+        values: ``[r]``, Ritz values.
+        rotation: ``[r, r]``, eigenvectors of the projected operator.
+        inside: ``[r, c]``, the block in the Ritz vectors.
+    """
+
+    run: LanczosResult
+    block: jax.Array
+    values: jax.Array
+    rotation: jax.Array
+    inside: jax.Array
+
+    @classmethod
+    def of(cls, run: LanczosResult, block: jax.Array, share: float) -> "_Functions":
+        """Returns them from a share of the run's steps."""
+        width = run.block_size
+        used = max(1, int(share * run.tridiagonal.shape[0] / width)) * width
+        values, rotation = jnp.linalg.eigh(run.tridiagonal[:used, :used])
+        inside = matmul(rotation.T, matmul(run.basis[:, :used].T, block))
+        return cls(run, block, jnp.maximum(values, 0), rotation, inside)
+
+    def fewer(self, share: float) -> "_Functions":
+        """Returns the same from a share of the steps."""
+        return self.of(self.run, self.block, share)
+
+    def combine(self, coefficients: jax.Array) -> jax.Array:
+        """Returns ``[n, ...]`` of coefficients ``[r, ...]`` of the Ritz vectors."""
+        columns = coefficients.reshape(len(self.values), -1)
+        basis = self.run.basis[:, : len(self.values)]
+        combined = matmul(basis, matmul(self.rotation, columns))
+        return combined.reshape(-1, *coefficients.shape[1:])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Estimate:
+    """An operator, its derivative, and how functions of it are taken.
+
+    Attributes:
+        matmat: ``M V``.
+        derivative: ``Mdot V``.
+        values: ``[k]``, leading eigenvalues.
+        vectors: ``[n, k]``, their vectors.
+        shells: The shells.
+        signs: The options.
+        renormalize: Whether weights are divided by lambda.
+        driver: Of the Lanczos runs.
+        key: Of the Lanczos runs.
+    """
+
+    matmat: Matmat
+    derivative: Matmat
+    values: jax.Array
+    vectors: jax.Array
+    shells: SoftShells
+    signs: Signs
+    renormalize: bool
+    driver: Literal["scan", "host"]
+    key: jax.Array
+
+    def bulk(self, block: jax.Array) -> jax.Array:
+        """Returns columns ``[n, ...]`` without their part in the leading vectors."""
+        flat = block.reshape(len(block), -1)
+        for _ in range(2):  # once leaves the rounding of the part that is removed
+            flat = flat - matmul(self.vectors, matmul(self.vectors.T, flat))
+        return flat.reshape(block.shape)
+
+    def run(self, block: jax.Array) -> LanczosResult:
+        """Runs Lanczos on the bulk, from a block in it."""
+        return block_lanczos(
+            lambda columns: self.bulk(self.matmat(columns)),
+            block,
+            max(1, min(self.signs.num_steps, len(block) // block.shape[1])),
+            key=self.key,
+            driver=self.driver,
+        )
+
+    def members(self, values: jax.Array) -> jax.Array:
+        """Returns ``f_a(lambda)`` of the shells above the lowest edge, ``[r, S]``."""
+        return self.shells.members(values)[:, 1:]
+
+    def weights(self, values: jax.Array) -> jax.Array:
+        """Returns ``f_a``, or ``f_a / lambda`` in units of the top edge, ``[r, S]``."""
+        members = self.members(values)
+        if not self.renormalize:
+            return members
+        relative = values / self.shells.edges[-1]
+        # f_a falls at least as lambda^2: below the smallest number nothing is left.
+        return members / jnp.maximum(relative, jnp.finfo(values.dtype).tiny)[:, None]
+
+    def differentiate(self, block: jax.Array) -> jax.Array:
+        """Returns ``Mdot`` times columns ``[n, ...]``."""
+        if not block.size:
+            return block
+        return self.derivative(block.reshape(len(block), -1)).reshape(block.shape)
+
+    def drift(self, relative: jax.Array, values: jax.Array) -> jax.Array:
+        """Returns ``g(lambda)``, ``[r]``."""
+        logs = jnp.log(self.shells.edges)
+        spacing = jnp.diff(logs, append=2 * logs[-1:] - logs[-2:-1])
+        found = jnp.log(jnp.maximum(values, jnp.finfo(values.dtype).tiny))
+        return values * jnp.interp(found, logs + spacing / 2, relative)
+
+
+def stochastic_shell_coupling(
+    matmat: Matmat,
+    derivative: Matmat,
+    values: jax.Array,
+    vectors: jax.Array,
+    shells: SoftShells,
+    *,
+    key: jax.Array,
+    signs: Signs = Signs(),
+    renormalize: bool = False,
+    driver: Literal["scan", "host"] = "scan",
+) -> StochasticCoupling:
+    """Estimates the coupling between soft shells of an operator's whole spectrum.
+
+    With k leading pairs, q signs, m steps and S shells it takes about
+    ``m (q + (q + 1) S + k)`` columns of M and ``k + (q + 1) S`` of Mdot.
+
+    Args:
+        matmat: ``M V`` for a block ``[n, b]``, symmetric positive semidefinite.
+        derivative: ``Mdot V``, symmetric; or ``(M_1 V - M_0 V) / Delta tau``, the
+            change over a training step.
+        values: ``[k]``, leading eigenvalues.
+        vectors: ``[n, k]``, their vectors, orthonormal; k may be 0.
+        shells: At least two edges, three widths w or more apart; w is 1/2 or 1/3.
+        key: Consumed for the signs.
+        signs: How many signs and steps.
+        renormalize: Whether each square is divided by ``lambda_i lambda_j``.
+        driver: As for `grsd_jax.linalg.block_lanczos`.
+
+    Returns:
+        A `StochasticCoupling`.
+
+    Raises:
+        ValueError: If a shape does not fit, or an option is out of range.
+
+    References:
+        Ours; ``docs/theory.md``. Ubaru, Chen and Saad (2017), "Fast estimation of
+        tr(f(A)) via stochastic Lanczos quadrature".
+    """
+    check_shape("vectors", vectors, [None, len(values)])
+    shells = shells.checked(vectors.dtype)
+    check_at_least("len(shells.edges)", len(shells.edges), 2)
+    sign_key, key = jax.random.split(key)
+    size = (len(vectors), signs.num_signs)
+    estimate = _Estimate(
+        matmat, derivative, values, vectors, shells, signs, renormalize, driver, key
+    )
+    block = estimate.bulk(jax.random.rademacher(sign_key, size, vectors.dtype))
+    moved = estimate.differentiate(vectors)
+    return _estimated(estimate, block, moved)
+
+
+def measure_stochastic_coupling(
+    problem: Problem,
+    params: PyTree,
+    direction: PyTree | None = None,
+    *,
+    key: jax.Array,
+    shells: SoftShells | None = None,
+    num_pairs: int = 32,
+    signs: Signs = Signs(),
+    renormalize: bool = True,
+) -> StochasticCoupling:
+    """Measures the shell coupling of the whole spectrum, at any n.
+
+    Leading pairs by Lanczos, then `stochastic_shell_coupling`. It runs eagerly, driven
+    from the host, since the number of steps for the leading pairs depends on the data.
+
+    Args:
+        problem: The problem, its batches on one device.
+        params: Parameters.
+        direction: The tangent d, a tree like ``params``; the gradient flow of the
+            problem's loss if None.
+        key: Consumed for the start block and the signs.
+        shells: The shells; if None, of width 1/3 with eight edges at ``lambda_1 / e``,
+            ``lambda_1 / e^2``, and so on.
+        num_pairs: Leading pairs that are taken exactly.
+        signs: How many signs and steps.
+        renormalize: Whether each square is divided by ``lambda_i lambda_j``.
+
+    Returns:
+        A `StochasticCoupling`, not finite if the leading pairs did not converge.
+
+    Raises:
+        ValueError: If a shape, tree, dtype or leading axis does not fit.
+
+    References:
+        Ours; see `stochastic_shell_coupling`.
+    """
+    check_at_least("num_pairs", num_pairs, 1)
+    if direction is None:
+        direction = gradient_flow_direction(problem, params)
+    point = problem.at(params, direction)
+    num_pairs = min(num_pairs, point.dimension)
+    matmat = held_products(point)
+    start_key, pairs_key, key = jax.random.split(key, 3)
+    shape = (point.dimension, min(_BLOCK, num_pairs))
+    start = jax.random.normal(start_key, shape, point.error.dtype)
+    leading = leading_eigenpairs(
+        matmat, start, num_pairs, key=pairs_key, tolerance=_CONVERGENCE
+    )
+    if shells is None:
+        steps = 1 + jnp.arange(_EDGES, dtype=leading.values.dtype)
+        shells = SoftShells(leading.values[0] * jnp.exp(-steps)[::-1], 1 / 3)
+    found = stochastic_shell_coupling(
+        matmat,
+        partial(kernel_derivative_matmat, problem, params, direction),
+        leading.values,
+        leading.vectors,
+        shells,
+        key=key,
+        signs=signs,
+        renormalize=renormalize,
+        driver="host",
+    )
+    usable = found.finite & jnp.all(leading.converged)
+    return found._replace(mask=found.mask & usable, finite=usable)
+
+
+def _estimated(
+    estimate: _Estimate, block: jax.Array, moved: jax.Array
+) -> StochasticCoupling:
+    """Returns the coupling, given random signs in the bulk and ``Mdot V``."""
+    functions = _Functions.of(estimate.run(block), block, 1.0)
+    roots, lengths = _roots(estimate, functions)
+    changes = estimate.differentiate(functions.combine(roots))
+    drift = _relative_drift(estimate, functions, (roots, lengths), changes, moved)
+    unit = divisor(jnp.maximum(_largest(changes), _largest(moved)))
+    cells, fewer_cells, finite = _of_bulk(estimate, functions, changes, drift, unit)
+    leading, fewer_leading = _of_leading(estimate, moved, drift, unit)
+    known = jnp.sum(estimate.members(estimate.values), 0)
+    counted = matmul(estimate.members(functions.values).T, functions.inside**2)
+
+    def of(chosen: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns the means and the counts from signs with the given weights."""
+        bulk = jnp.einsum("sab,s,bt,t->ab", cells, chosen, lengths, chosen)
+        counts = known + matmul(counted, chosen)
+        filled = jnp.where(counts >= _FEWEST, counts, jnp.inf)
+        pairs = jnp.outer(filled, filled)
+        return (_symmetric(bulk) + leading) / pairs, counts
+
+    number = len(cells)
+    matrix, counts = of(jnp.full(number, 1 / number, cells.dtype))
+    others = (1 - jnp.eye(number, dtype=cells.dtype)) / (number - 1)
+    replicates, _ = jax.vmap(of)(others)
+    mask = finite & (matrix > 0) & jnp.all(replicates > 0, 0)
+    logs = jnp.log(jnp.where(mask, replicates, 1))
+    mass = jnp.mean(lengths, -1)
+    first = _symmetric(cells[0] * mass[None]) + leading
+    change = _symmetric((fewer_cells - cells[0]) * mass[None]) + fewer_leading - leading
+    scale = unit / estimate.shells.edges[-1] if estimate.renormalize else unit
+    return StochasticCoupling(
+        matrix=jnp.where(mask, matrix, 0) * scale * scale,
+        mask=mask,
+        replicates=jnp.where(mask, replicates, 0) * scale * scale,
+        log_error=jnp.std(logs, 0) * (number - 1) ** 0.5,
+        lanczos_error=jnp.abs(change) / jnp.where(mask, first, jnp.inf),
+        counts=counts,
+        relative_drift=drift,
+        finite=finite,
+    )
+
+
+def _roots(estimate: _Estimate, functions: _Functions) -> tuple[jax.Array, jax.Array]:
+    """Returns ``f_b(M)^(1/2) z`` in the Ritz vectors, and its squared length.
+
+    ``[r, S, q]``, each column of length one: the scatter of the lengths says nothing of
+    the coupling. ``[S, q]``, of which the mean is the trace of the weights.
+    """
+    weights = estimate.weights(functions.values)
+    roots = jnp.sqrt(weights)[:, :, None] * functions.inside[:, None, :]
+    lengths = jnp.sum(roots**2, 0)
+    return roots / jnp.sqrt(jnp.where(lengths > 0, lengths, 1))[None], lengths
+
+
+def _relative_drift(
+    estimate: _Estimate,
+    functions: _Functions,
+    columns: tuple[jax.Array, jax.Array],
+    changes: jax.Array,
+    moved: jax.Array,
+) -> jax.Array:
+    """Returns ``tr(f_a Mdot) / tr(f_a M)``, ``[S]``; 0 where a shell is empty."""
+    roots, lengths = columns
+    weights = estimate.weights(estimate.values)
+    growth = jnp.sum(functions.combine(roots) * changes, 0) * lengths
+    own = jnp.sum(estimate.vectors * moved, 0)
+    numerator = jnp.mean(growth, -1) + matmul(own, weights)
+    sizes = jnp.sum(functions.values[:, None, None] * roots**2, 0) * lengths
+    denominator = jnp.mean(sizes, -1) + matmul(estimate.values, weights)
+    return jnp.where(denominator > 0, numerator, 0) / divisor(denominator)
+
+
+def _of_bulk(
+    estimate: _Estimate,
+    functions: _Functions,
+    changes: jax.Array,
+    drift: jax.Array,
+    unit: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns ``x_b^T f_a(M) x_b`` over ``unit^2``, ``[q, S, S]``.
+
+    ``x_b = Mdot' y_b`` for the unit columns of `_roots`. Also that of the first sign
+    vector from fewer Lanczos steps, and whether all is finite.
+    """
+
+    def cells(
+        functions: _Functions, roots: jax.Array, changes: jax.Array, share: float
+    ) -> tuple[jax.Array, jax.Array]:
+        still = estimate.drift(drift, functions.values)[:, None, None] * roots
+        x = estimate.bulk((changes - functions.combine(still)) / unit)
+        by_sign = jnp.moveaxis(x, -1, 0)
+
+        def one(block: jax.Array) -> tuple[jax.Array, jax.Array]:
+            run = estimate.run(block)
+            return _quadrature(estimate, run, block, share), run.finite
+
+        if estimate.driver == "scan":
+            return jax.lax.map(one, by_sign)
+        found, finite = zip(*(one(block) for block in by_sign), strict=True)
+        return jnp.stack(found), jnp.stack(finite)
+
+    roots, _ = _roots(estimate, functions)
+    samples, finite = cells(functions, roots, changes, 1.0)
+    fewer = functions.fewer(_SHARE)
+    first = _roots(estimate, fewer)[0][..., :1]
+    again = estimate.differentiate(fewer.combine(first))
+    (rough,), _ = cells(fewer, first, again, _SHARE)
+    finite = jnp.all(finite) & functions.run.finite & jnp.all(jnp.isfinite(samples))
+    return samples, rough, finite
+
+
+def _of_leading(
+    estimate: _Estimate, moved: jax.Array, drift: jax.Array, unit: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Returns ``C_ab`` of the leading pairs and of theirs with the bulk, twice.
+
+    Over ``unit^2``, ``[S, S]``; from all Lanczos steps, and from fewer.
+    """
+    weights = estimate.weights(estimate.values)
+    count = estimate.vectors.shape[1]
+    if not count:
+        nothing = jnp.zeros((weights.shape[1],) * 2, moved.dtype)
+        return nothing, nothing
+    among = matmul(estimate.vectors.T, moved)
+    among = among - jnp.diag(estimate.drift(drift, estimate.values))
+    squares = (among / unit) ** 2
+    exact = matmul(weights.T, matmul(squares, weights))
+    rest = estimate.bulk(moved) / unit
+    width = min(weights.shape[1], count)
+    both = [exact, exact]
+    for start in range(0, count, width):
+        block = rest[:, start : start + width]
+        run = estimate.run(block)
+        for index, share in enumerate((1.0, _SHARE)):
+            crossed = matmul(
+                _quadrature(estimate, run, block, share),
+                weights[start : start + width],
+            )
+            both[index] = both[index] + crossed + crossed.T
+    return both[0], both[1]
+
+
+def _quadrature(
+    estimate: _Estimate, run: LanczosResult, block: jax.Array, share: float
+) -> jax.Array:
+    """Returns ``x^T f_a(M) x`` of the columns x of a block, ``[S, c]``."""
+    functions = _Functions.of(run, block, share)
+    return matmul(estimate.weights(functions.values).T, functions.inside**2)
+
+
+def _symmetric(matrix: jax.Array) -> jax.Array:
+    return (matrix + matrix.T) / 2
+
+
+def _largest(columns: jax.Array) -> jax.Array:
+    return jnp.max(jnp.abs(columns), initial=0)

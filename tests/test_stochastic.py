@@ -1,0 +1,210 @@
+"""Couplings by random signs, against the same sums over all pairs in float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+
+from grsd_jax import Problem, gradient_flow_direction, kernel_dense
+from grsd_jax.shells import (
+    Signs,
+    SoftShells,
+    measure_stochastic_coupling,
+    stochastic_shell_coupling,
+)
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+class Dense:
+    """The coupling of a spectrum by its definition, in NumPy."""
+
+    def __init__(self, values, coupling, shells, *, renormalize):
+        edges, width = np.asarray(shells.edges), shells.width
+        ratio = np.where(values > 0, values, 1e-300)[:, None] / edges
+        above = scipy.special.expit(np.log(ratio) / width)
+        members = above - np.concatenate([above[:, 1:], 0 * above[:, :1]], 1)
+        weights = (
+            members / np.maximum(values, 1e-300)[:, None] if renormalize else members
+        )
+        diagonal = np.diag(coupling)
+        self.drift = weights.T @ diagonal / (weights.T @ values)
+        middles = np.log(edges) + np.diff(np.log(edges), append=np.nan) / 2
+        middles[-1] = 1.5 * np.log(edges[-1]) - 0.5 * np.log(edges[-2])
+        relative = np.interp(np.log(ratio[:, 0] * edges[0]), middles, self.drift)
+        rest = coupling - np.diag(values * relative)
+        self.counts = members.sum(0)
+        self.matrix = weights.T @ rest**2 @ weights
+        self.matrix /= self.counts[:, None] * self.counts
+
+
+def planted(size, seed, scale=1.0):
+    """Returns a power law, random vectors, and couplings that fall with distance."""
+    rng = np.random.default_rng(seed)
+    values = np.arange(1, size + 1) ** -1.5
+    vectors, _ = np.linalg.qr(rng.normal(size=(size, size)))
+    entries = rng.normal(size=(size, size)) / 10
+    distance = np.abs(np.log(values)[:, None] - np.log(values))
+    coupling = (entries + entries.T) * np.sqrt(values[:, None] * values)
+    coupling = coupling * np.exp(-distance / 2) + np.diag(0.3 * values)
+    return scale * values, vectors, scale * coupling
+
+
+def estimated(case, shells, num_pairs, key, **options):
+    values, vectors, coupling = case
+    kernel = jnp.asarray((vectors * values) @ vectors.T)
+    moved = jnp.asarray(vectors @ coupling @ vectors.T)
+
+    @functools.partial(jax.jit)
+    def run(key):
+        return stochastic_shell_coupling(
+            lambda block: kernel @ block,
+            lambda block: moved @ block,
+            jnp.asarray(values[:num_pairs]),
+            jnp.asarray(vectors[:, :num_pairs]),
+            shells,
+            key=key,
+            **options,
+        )
+
+    return run(key) if key.ndim == 0 else [run(one) for one in key]
+
+
+@pytest.fixture
+def shells(x64):
+    return SoftShells(jnp.asarray(np.geomspace(3e-3, 0.3, 4)), 1 / 3)
+
+
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_all_pairs_given_it_is_exact(shells, renormalize):
+    case = planted(60, 0)
+    dense = Dense(case[0], case[2], shells, renormalize=renormalize)
+    found = estimated(
+        case, shells, 60, jax.random.key(0), signs=Signs(2, 4), renormalize=renormalize
+    )
+    assert found.mask.all()
+    np.testing.assert_allclose(found.matrix, dense.matrix, rtol=1e-9)
+    np.testing.assert_allclose(found.counts, dense.counts, rtol=1e-9)
+    np.testing.assert_allclose(found.relative_drift, dense.drift, rtol=1e-9)
+    assert np.max(found.log_error) < 1e-6
+    assert np.max(found.lanczos_error) < 1e-6
+
+
+def coverage(shells, num_pairs, num_keys, size, **options):
+    """Returns the share of cells inside of their interval, and the log errors."""
+    inside, errors = [], []
+    for seed in range(2):
+        case = planted(size, seed)
+        renormalize = options["renormalize"]
+        dense = Dense(case[0], case[2], shells, renormalize=renormalize)
+        keys = jax.random.split(jax.random.key(seed), num_keys)
+        for found in estimated(case, shells, num_pairs, keys, **options):
+            assert found.mask.all()
+            assert np.max(found.lanczos_error) < 0.1
+            low, high = found.interval(0.95)
+            inside.append((low <= dense.matrix) & (dense.matrix <= high))
+            errors.append(np.log(found.matrix / dense.matrix))
+    return np.mean(inside), np.array(errors)
+
+
+@pytest.mark.parametrize(("renormalize", "num_pairs"), [(False, 0), (True, 10)])
+def test_the_intervals_hold_what_they_should(shells, renormalize, num_pairs):
+    share, errors = coverage(
+        shells, num_pairs, 4, 120, signs=Signs(8, 8), renormalize=renormalize
+    )
+    assert share > 0.85
+    assert np.sqrt(np.mean(errors**2)) < (0.35 if num_pairs == 0 else 0.12)
+
+
+@pytest.mark.scheduled
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_coverage_is_within_90_and_98_percent(renormalize):
+    shells = SoftShells(jnp.asarray(np.geomspace(3e-4, 0.3, 7)), 1 / 3)
+    share, errors = coverage(
+        shells, 20, 40, 400, signs=Signs(8, 20), renormalize=renormalize
+    )
+    assert 0.90 < share < 0.98
+    assert np.sqrt(np.mean(errors**2)) < 0.06
+
+
+@pytest.mark.parametrize(("renormalize", "scale"), [(True, 1e-12), (False, 1e12)])
+def test_scales_drop_out_in_float32(shells, renormalize, scale):
+    options = {"signs": Signs(4, 6), "renormalize": renormalize}
+    found = []
+    for factor in (1.0, scale):
+        values, vectors, coupling = planted(60, 0, factor)
+        case = values.astype(np.float32), vectors.astype(np.float32)
+        edges = jnp.asarray(factor * np.asarray(shells.edges), jnp.float32)
+        scaled = SoftShells(edges, 1 / 3)
+        case = (*case, coupling.astype(np.float32))
+        found.append(estimated(case, scaled, 5, jax.random.key(0), **options))
+    unit = 1.0 if renormalize else scale**2
+    assert found[1].mask.all()
+    np.testing.assert_allclose(
+        np.asarray(found[1].matrix, np.float64) / unit, found[0].matrix, rtol=2e-3
+    )
+
+
+def test_empty_shells_are_masked_and_bad_products_are_said():
+    case = planted(60, 0)
+    shells = SoftShells(jnp.asarray([1e-2, 1e-1, 1e3]), 1 / 3)
+    found = estimated(case, shells, 5, jax.random.key(0), signs=Signs(4, 6))
+    assert found.mask.sum() == 4
+    assert not found.mask[-1].any()
+    assert np.all(np.where(found.mask, 0, found.matrix) == 0)
+    assert bool(found.finite)
+    case[2][0, 0] = np.nan
+    found = estimated(case, shells, 5, jax.random.key(0), signs=Signs(4, 6))
+    assert not found.finite
+    assert not found.mask.any()
+    assert np.all(found.matrix == 0)
+
+
+def test_a_network_against_its_dense_kernel():
+    rng = np.random.default_rng(0)
+    params = {
+        "w": jnp.asarray(rng.normal(size=(6, 12))),
+        "v": jnp.asarray(rng.normal(size=(12, 3)) / 3),
+    }
+    batches = {
+        "x": jnp.asarray(rng.normal(size=(2, 20, 6))),
+        "label": jnp.asarray(rng.integers(0, 3, (2, 20))),
+    }
+
+    def outputs_fn(p, batch):
+        return jnp.tanh(batch["x"] @ p["w"]) @ p["v"]
+
+    problem = Problem(outputs_fn, batches)
+    direction = gradient_flow_direction(problem, params)
+    kernel, moved = (np.asarray(x) for x in kernel_dense(problem, params, direction))
+    values, vectors = np.linalg.eigh(kernel)
+    found = measure_stochastic_coupling(
+        problem,
+        params,
+        key=jax.random.key(0),
+        shells=SoftShells(jnp.asarray(values[-1] * np.exp([-5.0, -4, -3, -2])), 1 / 3),
+        num_pairs=12,
+        signs=Signs(8, 12),
+    )
+    shells = SoftShells(jnp.asarray(values[-1] * np.exp([-5.0, -4, -3, -2])), 1 / 3)
+    dense = Dense(values, vectors.T @ moved @ vectors, shells, renormalize=True)
+    low, high = found.interval(0.99)
+    assert found.finite
+    assert found.mask.all()
+    assert np.mean((low <= dense.matrix) & (dense.matrix <= high)) > 0.8
+    np.testing.assert_allclose(found.counts, dense.counts, rtol=0.2)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"num_signs": 1}, "num_signs: expected"),
+        ({"num_steps": 3}, "num_steps: expected"),
+    ],
+)
+def test_options_are_checked(options, words):
+    with pytest.raises(ValueError, match=words):
+        Signs(**options)
