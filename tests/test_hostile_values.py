@@ -24,6 +24,9 @@ VALUES = np.geomspace(1, 1e-3, SIZE).astype(np.float32)
 MATRIX = RNG.normal(size=(SIZE, SIZE)).astype(np.float32)
 MATRIX = MATRIX + MATRIX.T
 KERNEL = (MATRIX @ MATRIX).astype(np.float32)
+OVERLAP = 0.5 ** np.abs(np.subtract.outer(np.arange(6), np.arange(6))).astype(
+    np.float32
+)
 VECTOR = np.abs(RNG.normal(size=SIZE)).astype(np.float32) + 0.1
 EDGES = np.geomspace(1e-3, 1, 5).astype(np.float32)
 START = RNG.normal(size=(SIZE, 2)).astype(np.float32)
@@ -204,8 +207,8 @@ ROWS = {
         ),
         {"x": X},
     ),
-    "correlation_time": (conditions.correlation_time, {"overlap": np.abs(KERNEL)}),
-    "direction_memory": (conditions.direction_memory, {"overlap": KERNEL}),
+    "correlation_time": (conditions.correlation_time, {"overlap": OVERLAP}),
+    "direction_memory": (conditions.direction_memory, {"overlap": OVERLAP}),
     "increment_statistics": (
         conditions.increment_statistics,
         {"increments": RNG.normal(size=(3, 5)).astype(np.float32)},
@@ -385,7 +388,7 @@ def spoil(array, kind):
     """Returns the array as a failed run or a careless caller might pass it."""
     if kind in ("nan", "inf"):
         spoilt = np.array(array)
-        spoilt[(0,) * spoilt.ndim] = np.float32(kind)
+        spoilt[(0,) * (spoilt.ndim > 0)] = np.float32(kind)  # the first row
         return spoilt
     if kind == "integer":
         return np.asarray(np.ceil(array), np.int32)

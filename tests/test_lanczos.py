@@ -249,3 +249,13 @@ def test_hard_spectra_with_blocks_in_pieces(name, monkeypatch):
     dense, _ = symmetric_with_spectrum(SPECTRA[name])
     matrix = jnp.asarray(dense, jnp.float32)
     check(jax.jit(run, static_argnums=(1, 2))(matrix, 8, 12), dense, SPECTRA[name])
+
+
+def test_directions_die_alike_in_operators_of_any_size():
+    values = np.r_[3.0, 2.0, 1.0, np.zeros(27)]
+    dense, _ = symmetric_with_spectrum(values)
+    expected = scanned(jnp.asarray(dense, jnp.float32), 2, 4).live_counts
+    for size in (2.0**-100, 2.0**100):
+        result = scanned(jnp.asarray(size * dense, jnp.float32), 2, 4)
+        np.testing.assert_array_equal(result.live_counts, expected)
+        assert result.finite
