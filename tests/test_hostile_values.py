@@ -14,7 +14,16 @@ import numpy as np
 import pytest
 
 import block_problems
-from grsd_jax import Binning, PathPoint, Problem, conditions, dynamics, errors, linalg
+from grsd_jax import (
+    Binning,
+    PathPoint,
+    Problem,
+    conditions,
+    dynamics,
+    errors,
+    gradient_flow_direction,
+    linalg,
+)
 from grsd_jax import shells as shells_
 from grsd_jax.conditions import propagation_report
 
@@ -111,6 +120,54 @@ def _drift(x):
     return conditions.shell_drift([found, found]).drift
 
 
+ORTHONORMAL = np.linalg.qr(KERNEL)[0]
+
+
+def _ends(values, error):
+    print_ = jnp.zeros(2, jnp.uint32)
+    first = dynamics.SpectralSnapshot(jnp.asarray(values), ORTHONORMAL, error, print_)
+    second = dynamics.SpectralSnapshot(
+        jnp.asarray(1.2 * VALUES), ORTHONORMAL[:, ::-1], 0.9 * VECTOR, print_
+    )
+    return first, second
+
+
+def _exact(values, error):
+    shells = shells_.SoftShells(jnp.asarray(EDGES[1:-1]), 1 / 2)
+    return dynamics.exact_balance(*_ends(values, error), shells, elapsed=1.0)
+
+
+def _law(values, error):
+    return dynamics.velocity_law([_exact(values, error)] * 3, [1.0, 2.0, 3.0])
+
+
+def _time(x):
+    problem, params, _ = _problem(x)
+    moved = jax.tree.map(
+        lambda p, d: p + 0.01 * d, params, gradient_flow_direction(problem, params)
+    )
+    return dynamics.measured_time(problem, params, moved)
+
+
+def _by_signs(kernel, moved):
+    return shells_.stochastic_shell_coupling(
+        lambda block: jnp.matmul(kernel, block),
+        lambda block: jnp.matmul(moved, block),
+        jnp.zeros(0),
+        jnp.zeros((SIZE, 0)),
+        shells_.SoftShells(jnp.asarray([1.0, 10.0]), 1 / 2),
+        key=KEY,
+        signs=shells_.Signs(2, 4),
+    )
+
+
+def _measure_by_signs(x):
+    problem, params, _ = _problem(x)
+    return shells_.measure_stochastic_coupling(
+        problem, params, params, key=KEY, num_pairs=3, signs=shells_.Signs(2, 4)
+    )
+
+
 def _on_blocks(function, x):
     problem, params, blocks = _problem(x)
     return function(problem, params, blocks)
@@ -121,6 +178,15 @@ X = np.asarray(jax.random.normal(jax.random.key(1), (1, 4, 3)))
 
 #: Healthy arguments of every function, and a call with them.
 ROWS = {
+    "exact_balance": (_exact, {"values": VALUES, "error": VECTOR}),
+    "velocity_law": (_law, {"values": VALUES, "error": VECTOR}),
+    "measured_time": (_time, {"x": X}),
+    "spectral_snapshot": (
+        lambda x: dynamics.spectral_snapshot(*_problem(x)[:2]),
+        {"x": X},
+    ),
+    "stochastic_shell_coupling": (_by_signs, {"kernel": KERNEL, "moved": MATRIX}),
+    "measure_stochastic_coupling": (_measure_by_signs, {"x": X}),
     "block_lanczos": (_lanczos, {"matrix": KERNEL, "start": START}),
     "lanczos_init": (_step, {"start": START, "product": START}),
     "lanczos_block": (_step, {"start": START, "product": START}),
@@ -312,6 +378,7 @@ ZERO_IS_RIGHT = {
     "edge_crossings projections_after",
     "effective_time rates",
     "eigenvalue_drift coupling",
+    "exact_balance error",
     "flow_step params",
     "half_squared_loss outputs",
     "half_squared_loss targets",
@@ -359,6 +426,8 @@ INTEGER_IS_RIGHT = {
 OF_THE_CALLER = {"x", "rates", "state"}
 SLOW = {"condition_report", "measure_layers", "shell_drift"}
 PRODUCTS = {
+    ("stochastic_shell_coupling", "kernel"),
+    ("stochastic_shell_coupling", "moved"),
     ("block_lanczos", "matrix"),
     ("leading_eigenpairs", "matrix"),
     ("ritz_pairs", "matrix"),

@@ -14,7 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from grsd_jax._arrays import divisor, is_traced, matmul, ratio, unit_vectors
-from grsd_jax._checks import check_at_least, check_choice, check_shape
+from grsd_jax._checks import (
+    check_at_least,
+    check_choice,
+    check_shape,
+    check_single_or_double,
+)
 from grsd_jax._typing import PyTree
 from grsd_jax.dynamics.elapsed_time import MeasuredTime
 from grsd_jax.dynamics.spectra import (
@@ -210,10 +215,28 @@ def _between(
     rounding: jax.Array | None = None,
 ) -> ExactBalance:
     """Returns the balance of two snapshots, after checking that they fit."""
+    _check_snapshot("before", before)
+    _check_snapshot("after", after)
     _check_same_space(*((len(e.error), e.error.dtype) for e in (before, after)))
     _check_comparable(before.fingerprint, after.fingerprint)
     shells = shells.checked(before.error.dtype)
     return _balance_snapshots(before, after, shells, elapsed, rounding)
+
+
+def _check_snapshot(name: str, snapshot: SpectralSnapshot) -> None:
+    """Raises ValueError unless a snapshot's arrays have one n, one r and one dtype."""
+    check_shape(f"{name}.error", snapshot.error, [None])
+    check_shape(f"{name}.values", snapshot.values, [None])
+    size = [len(snapshot.error), len(snapshot.values)]
+    check_shape(f"{name}.vectors", snapshot.vectors, size)
+    wanted = jnp.result_type(snapshot.error)
+    check_single_or_double(f"{name}.error", wanted)
+    for part in ("values", "vectors"):
+        got = jnp.result_type(getattr(snapshot, part))
+        if got != wanted:
+            raise ValueError(
+                f"{name}.{part}: expected dtype {wanted}, that of the error, got {got}."
+            )
 
 
 def _check_same_space(
