@@ -80,8 +80,8 @@ def report_entry(report: ConditionReport) -> dict[str, Any]:
 
 
 def _verdict(verdict: Verdict) -> dict[str, Any]:
-    checks = [check._asdict() | {"holds": check.holds} for check in verdict.checks]
-    return {"holds": verdict.holds, "checks": checks}
+    checks = [check._asdict() | {"outcome": check.outcome} for check in verdict.checks]
+    return {"outcome": verdict.outcome, "checks": checks}
 
 
 def layers_entry(layers: LayerMeasurements, blocks: ParameterBlocks) -> dict[str, Any]:
@@ -125,6 +125,19 @@ def find_check(found: Mapping[str, Any], condition: str, name: str) -> dict[str,
     raise KeyError(f"{condition}: expected a check {name!r}, got none.")
 
 
+def outcome(check: Mapping[str, Any]) -> str:
+    """Returns whether a check holds, fails or is undecided, and then why.
+
+    Args:
+        check: A check of ``conditions.json``.
+
+    Returns:
+        A few words.
+    """
+    why = check["reason"] or ("" if check["converged"] else "not converged")
+    return f"{check['outcome']}: {why}" if why else check["outcome"]
+
+
 def condition_rows(found: Mapping[str, Any]) -> list[list[str]]:
     """Lists the verdicts, one row for each check.
 
@@ -137,14 +150,13 @@ def condition_rows(found: Mapping[str, Any]) -> list[list[str]]:
     rows = [["condition", "check", "number", "threshold", "verdict"]]
     for name, title in TITLES.items():
         for check in found[name]["verdict"]["checks"]:
-            verdict = "holds" if check["holds"] else "fails"
             rows.append(
                 [
                     title,
                     check["name"],
                     number_with_error(check),
                     f"{check['relation']} {check['threshold']:.3g}",
-                    verdict if check["converged"] else f"{verdict}, not converged",
+                    outcome(check),
                 ]
             )
     return rows

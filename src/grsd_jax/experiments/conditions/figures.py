@@ -15,6 +15,7 @@ from grsd_jax.experiments.conditions.analyse import (
     TITLES,
     find_check,
     number_with_error,
+    outcome,
 )
 
 _BLUE, _RED, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "0.5"
@@ -82,14 +83,13 @@ def _verdicts(axis: Axes, found: Any) -> None:
     }
     rows = np.arange(len(checks))[::-1]
     for row, check in zip(rows.tolist(), checks.values(), strict=True):
-        color = _GREEN if check["holds"] else _RED
+        color = {"holds": _GREEN, "fails": _RED}.get(check["outcome"], _GREY)
         ratio = _over_threshold(check)
         if ratio is not None:
             axis.plot(np.clip(ratio, *_RATIOS), row, "o", color=color, markersize=4.5)
         told = f"{number_with_error(check)} {check['relation']} "
         told += f"{check['threshold']:.3g} "
-        told += "holds" if check["holds"] else "fails"
-        told += "" if check["converged"] else ", not converged"
+        told += outcome(check)
         axis.text(
             1.01, row, told, transform=axis.get_yaxis_transform(), va="center",
             fontsize="small",
@@ -99,7 +99,11 @@ def _verdicts(axis: Axes, found: Any) -> None:
     axis.axvline(1, color=_GREY, linestyle=":", linewidth=0.9)
     axis.set(xscale="log", xlim=_RATIOS, ylim=(-0.7, len(checks) - 0.3))
     axis.set_xlabel("number over threshold (threshold over number for >=)")
-    held = [title for name, title in TITLES.items() if found[name]["verdict"]["holds"]]
+    held = [
+        title
+        for name, title in TITLES.items()
+        if found[name]["verdict"]["outcome"] == "holds"
+    ]
     axis.set_title("conditions that hold: " + ("; ".join(held) or "none"))
 
 
