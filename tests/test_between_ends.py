@@ -144,7 +144,13 @@ def test_start_from_the_mean_leaves_out_what_is_quadratic():
     after = train(problem, params, optax.sgd(3.0), [4])[1]
     ends = (problem, params), (problem, after)
     large = exact_balance(*ends, shells(), solver=MEAN, elapsed=1.0, key=KEY)
-    expected = by_definition(*(in_double(*end) for end in ends), EDGES, 0.5)
+    oracle = [in_double(*end) for end in ends]
+    mean = sum(np.asarray(end.error) for end in oracle) / 2
+    alone = by_definition(*(end._replace(error=mean) for end in oracle), EDGES, 0.5)
+    top = np.asarray(large.converged)
+    np.testing.assert_allclose(large.flux[top], alone["flux"][top], rtol=1e-3)
+    expected = by_definition(*oracle, EDGES, 0.5)
+    assert np.all(np.abs(expected["flux"] / alone["flux"] - 1)[top] > 5e-3)
     off = np.abs(large.energies - expected["energies"])
     assert np.max(off) > 1e-2  # so the error has to say so
     assert np.all(off <= large.energy_error)
@@ -350,6 +356,9 @@ def test_nothing_moves_between_a_point_and_itself():
         assert found.finite
         assert np.all(np.isnan(found.velocity))
         assert not np.any(found.velocity_mask)
+    point = dynamics.spectral_snapshot(problem, params)
+    backwards = jax.jit(lambda t: exact_balance(point, point, shells(), elapsed=t))
+    assert np.all(np.isnan(backwards(-1.0).velocity))
 
 
 def test_parameters_that_are_not_finite_are_told():

@@ -120,8 +120,12 @@ def test_shells_are_data_and_their_width_is_not():
     "edges", [[1.0, 1.0], [2.0, 1.0], [0.0, 1.0], [1.0, np.inf], [np.nan, 1.0], [-1.0]]
 )
 def test_edges_that_do_not_rise_are_refused(edges):
-    with pytest.raises(ValueError, match=r"shells\.edges: expected positive, finite"):
+    message = r"shells\.edges: expected positive, finite"
+    with pytest.raises(ValueError, match=message):
         checked(edges, dtype=jnp.float32)
+    shells = SoftShells(jnp.asarray(edges, jnp.float32))
+    with pytest.raises(ValueError, match=message):
+        jax.jit(lambda: shells.checked(jnp.float32).edges)()
 
 
 def test_other_bad_shells_are_refused():

@@ -250,7 +250,10 @@ def _check_same_space(
 
 def _check_comparable(before: jax.Array, after: jax.Array) -> None:
     """Raises ValueError if both fingerprints are known here and differ."""
-    if not is_traced((before, after)) and np.any(before != after):
+    if is_traced((before, after)):
+        return
+    # In NumPy, since inside of `jit` any operation on known arrays is traced too.
+    if np.any(np.asarray(before) != np.asarray(after)):
         raise ValueError(
             "after: expected the examples and targets of before, in the same order, "
             "got others."

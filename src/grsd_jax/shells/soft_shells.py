@@ -72,16 +72,15 @@ class SoftShells:
         """
         edges = as_floating("shells.edges", self.edges, [None])
         check_at_least("len(shells.edges)", len(edges), 1)
-        edges = edges.astype(dtype)
-        if not is_traced(edges):
-            known = np.asarray(edges)
+        if not is_traced(self.edges):
+            known = np.asarray(self.edges).astype(dtype)
             positive = np.all(np.isfinite(known)) and known[0] > 0
             if not (positive and np.all(np.diff(known) > 0)):
                 raise ValueError(
                     "shells.edges: expected positive, finite, increasing numbers, got "
                     f"{known}."
                 )
-        return dataclasses.replace(self, edges=edges)
+        return dataclasses.replace(self, edges=edges.astype(dtype))
 
     def above(self, values: jax.Array, growth: jax.typing.ArrayLike = 0.0) -> jax.Array:
         """Returns ``up_k(e^u lambda)``.
