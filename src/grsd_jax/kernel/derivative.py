@@ -15,7 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grsd_jax._arrays import is_traced, matmul, on_automatic_mesh, on_mesh_of
+from grsd_jax._arrays import (
+    is_traced,
+    matmul,
+    norm,
+    on_automatic_mesh,
+    on_host,
+    on_mesh_of,
+)
 from grsd_jax._checks import (
     check_at_least,
     check_choice,
@@ -448,8 +455,6 @@ def _zero_like(leaf: Any) -> Any:
     return type(leaf)(0) if isinstance(leaf, bool | int | float | complex) else None
 
 
-# Jitted: an operation for each leaf, one by one, would cost more than the products.
-@jax.jit
 def _usable_norms(params: PyTree, direction: PyTree) -> tuple[jax.Array, jax.Array]:
     """Computes ``(|theta|, |d|)``, ones if either vanishes."""
     size, speed = _norm(params), _norm(direction)
@@ -465,5 +470,15 @@ def _shifted(params: PyTree, direction: PyTree, by: jax.Array) -> PyTree:
 
 
 def _norm(tree: PyTree) -> jax.Array:
-    squares = [jnp.sum(jnp.square(jnp.abs(leaf))) for leaf in jax.tree.leaves(tree)]
-    return jnp.sqrt(sum(squares[1:], squares[0]))
+    """Computes the Euclidean norm of all leaves together."""
+    leaves = on_host(tree)
+    if leaves is None:
+        return _traced_norm(tree)
+    norms = [np.linalg.norm(leaf.astype(np.float64)) for leaf in leaves]
+    return jnp.asarray(np.linalg.norm(norms))
+
+
+# Jitted: an operation for each leaf, one by one, would cost more than the products.
+@jax.jit
+def _traced_norm(tree: PyTree) -> jax.Array:
+    return norm(jnp.stack([norm(leaf) for leaf in jax.tree.leaves(tree)]))
