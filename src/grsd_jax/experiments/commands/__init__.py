@@ -80,5 +80,5 @@ def main() -> None:
 def _overview() -> str:
     lines = ["usage: grsd COMMAND [--flags]", ""]
     lines += [f"  {name:12}{what}" for name, what in COMMANDS.items()]
-    lines += ["", "grsd COMMAND --help says what a command does, writes and takes."]
+    lines += ["", "Run grsd COMMAND --help for its purpose, outputs and flags."]
     return "\n".join(lines)

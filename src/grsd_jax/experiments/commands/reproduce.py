@@ -1,4 +1,4 @@
-"""Runs the main job: is a trained ResNet log-shift invariant, and is its plain twin?
+r"""Runs the main job: is a trained ResNet log-shift invariant, and is its plain twin?
 
 Trains ResNet-18 (and PlainNet-18, for the protocol "own"), measures the coupling
 between logarithmic shells of the spectrum of M = J J^T for both, and ends with a table

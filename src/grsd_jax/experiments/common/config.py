@@ -76,7 +76,7 @@ class Settings:
     window: int = setting(5, "Shells in one sliding window.", minimum=2)
     precision: str = setting(
         "highest",
-        "Precision of matrix products outside the ones that are always highest.",
+        "Precision of the network's matrix products; the library's own are highest.",
         choices=("highest", "high", "default"),
     )
 
@@ -119,12 +119,14 @@ class Config(Settings):
     )
     schedule_args: str = setting(
         "{}",
-        "Arguments of the schedule as a JSON object; what it leaves out of the peak or "
-        "initial value is --learning_rate, and of decay_steps the whole training.",
+        "Arguments of the schedule as a JSON object; a missing peak or initial value "
+        "is --learning_rate, missing decay_steps are the whole training.",
     )
     checkpoint_every: int = setting(200, "Steps between checkpoints.", minimum=1)
     keep_checkpoints: int = setting(
-        2, "Newest checkpoints that stay; the conditions need several.", minimum=1
+        2,
+        "Number of newest checkpoints to keep; the conditions need several.",
+        minimum=1,
     )
     log_every: int = setting(20, "Steps between lines of metrics.", minimum=1)
     record_every: int = setting(10, "Steps between records of the probe.", minimum=1)

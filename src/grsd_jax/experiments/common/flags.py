@@ -91,7 +91,8 @@ def config_from_flags(
         The settings, checked.
 
     Raises:
-        UserError: If a setting is out of range, or the training's cannot be read.
+        UserError: If a setting is out of range, the training's cannot be read, or a
+            flag contradicts them.
     """
     values: dict[str, Any] = {}
     for field in dataclasses.fields(settings):
@@ -103,8 +104,19 @@ def config_from_flags(
     trained = _settings_of_training(Path(config.workdir), config.model)
     if not trained and not flag_values["model"].present:
         trained = _settings_of_the_only_training(Path(config.workdir))
+    given = {name for name in trained if flag_values[name].present} - _FREE
+    for name in sorted(given):
+        if getattr(config, name) != trained[name]:
+            raise UserError(
+                f"--{name}: expected {trained[name]!r} as in the run that is in "
+                f"'{config.workdir}', got {getattr(config, name)!r}."
+            )
     kept = {n: value for n, value in trained.items() if not flag_values[n].present}
     return dataclasses.replace(config, **kept)
+
+
+#: Settings of a training that what reads it may choose anew.
+_FREE = {"model", "precision"}
 
 
 def _settings_of_training(workdir: Path, model: str) -> dict[str, Any]:
@@ -262,6 +274,8 @@ def _help(description: str, *, full: bool) -> str:
     lines = [description.strip(), "", "Flags, with their defaults:", ""]
     for flag in flags.FLAGS.get_flags_for_module(sys.argv[0]):
         default = (flag.default_as_str or "").strip("'")
+        if isinstance(flag.default, list):
+            default = ",".join(map(str, flag.default))
         lines.append(f"  --{flag.name}={default}")
         lines += textwrap.wrap(
             flag.help, 88, initial_indent=" " * 6, subsequent_indent=" " * 6
