@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import grsd_jax as grsd
 from grsd_jax import (
     Problem,
     kernel_dense,
@@ -261,16 +262,21 @@ def test_numbers_that_are_not_finite_are_replaced_in_the_check():
 
 
 @pytest.mark.filterwarnings("ignore:grsd_jax. the examples:RuntimeWarning")
-def test_what_was_not_checked_while_traced_is_checked_later(monkeypatch):
+def test_without_factors_the_examples_are_checked_under_jit_too(monkeypatch):
     def broken(*_):
         raise TypeError("no walk")
 
     monkeypatch.setattr(plan, "walk", broken)
     problem, params = make(own(batchwise))
-    with pytest.warns(RuntimeWarning, match="no walk"):
-        jax.jit(kernel_dense)(problem, params)
-    with pytest.raises(ValueError, match="problem: expected an error whose examples"):
-        kernel_dense(problem, params)
+    for dense in (jax.jit(kernel_dense), kernel_dense):
+        plan._VERDICTS.clear()
+        with (
+            pytest.warns(RuntimeWarning, match="no walk"),
+            pytest.raises(
+                ValueError, match="problem: expected an error whose examples"
+            ),
+        ):
+            dense(problem, params)
 
 
 @pytest.mark.parametrize("mode", ["clip", "fill", None])
@@ -314,3 +320,128 @@ def test_an_explanation_prints_as_a_table():
     assert rows["gain"].flops == 4 * K * N * 2 * 5
     assert rows["w"].how == "composite"
     assert rows["w"].why == "dot_general"
+
+
+def _kernel(fn, params, batches):
+    """M of the softmax error by `jax.jacrev` of whole batches, stacked."""
+
+    def error(p):
+        parts = [jax.tree.map(lambda leaf, k=k: leaf[k], batches) for k in range(2)]
+        outputs = jnp.stack([fn(p, part) for part in parts])
+        hot = jax.nn.one_hot(batches["label"], outputs.shape[-1])
+        return (jax.nn.softmax(outputs) - hot).reshape(-1)
+
+    leaves = jax.tree.leaves(jax.jacrev(error)(params))
+    rows = jnp.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in leaves], 1)
+    return rows @ rows.T
+
+
+def _two_batches(dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 4, 4)), dtype)
+    return {"x": x, "label": jnp.zeros((2, 4), int)}
+
+
+def _two_layers():
+    rng = np.random.default_rng(1)
+    shapes = {"w": (4, 4), "v": (4, 3)}
+    return {
+        name: jnp.asarray(rng.normal(size=s), jnp.float32) for name, s in shapes.items()
+    }
+
+
+def _minus_mean(p, batch, share=0.5):
+    h = batch["x"].astype(jnp.float32) @ p["w"]
+    return jnp.tanh(h - share * jnp.mean(h, 0, keepdims=True)) @ p["v"]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_coupling_in_another_batch_than_the_first_is_seen():
+    def clipped(p, batch):
+        h = batch["x"] @ p["w"]
+        return jnp.tanh(h * jnp.minimum(1.0, 50.0 / jnp.linalg.norm(h))) @ p["v"]
+
+    batches, params = _two_batches(), _two_layers()
+    batches["x"] = batches["x"].at[1].multiply(30.0)
+    problem = grsd.Problem(clipped, batches)
+    with pytest.raises(ValueError, match="examples are coupled"):
+        grsd.kernel_dense(problem, params)
+    block = jnp.eye(24)
+    got = grsd.linearize_kernel(problem, params).matmat(block)
+    expected = _kernel(clipped, params, batches)
+    assert float(jnp.abs(got - expected).max() / jnp.abs(expected).max()) < 1e-4
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_gradients_that_vanish_settle_nothing():
+    def saturating(p, batch):
+        return _minus_mean(p, batch) * p["t"]
+
+    batches, params = _two_batches(), _two_layers() | {"t": jnp.float32(1e5)}
+    problem = grsd.Problem(saturating, batches)
+    assert not np.asarray(grsd.kernel_dense(problem, params)).any()
+    with pytest.raises(ValueError, match="examples are coupled"):
+        grsd.kernel_dense(problem, params | {"t": jnp.float32(1)})
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_low_precision_of_the_inputs_alone_loosens_no_check():
+    problem = grsd.Problem(
+        lambda p, batch: _minus_mean(p, batch, 0.1), _two_batches(jnp.bfloat16)
+    )
+    with pytest.raises(ValueError, match="examples are coupled"):
+        grsd.kernel_dense(problem, _two_layers())
+
+
+def test_an_integer_ends_the_path_of_a_weight():
+    def outputs_fn(p, batch):
+        whole = (3 * p["q"]).astype(jnp.int32).astype(jnp.float32)
+        return jnp.tanh(batch["x"] @ p["w"]) @ p["v"] + 0.01 * batch["x"] @ whole
+
+    params = _two_layers() | {"q": jnp.ones((4, 3))}
+    problem = grsd.Problem(outputs_fn, _two_batches())
+    layers = grsd.layer_kernels(problem, params, layer_of="/".join)
+    assert not np.asarray(layers["q"]).any()
+    expected = _kernel(outputs_fn, params, problem.batches)
+    np.testing.assert_allclose(sum(layers.values()), expected, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_wide_outputs_are_checked_under_jit_as_well():
+    def outputs_fn(p, batch):
+        return jnp.tile(_minus_mean(p, batch)[:, None], (1, 700, 1))
+
+    batches = {"x": _two_batches()["x"][:1], "label": jnp.zeros((1, 4, 700), int)}
+
+    @jax.jit
+    def dense(p):
+        return grsd.kernel_dense(grsd.Problem(outputs_fn, batches), p)
+
+    with pytest.raises(ValueError, match="examples are coupled"):
+        dense(_two_layers())
+
+
+def test_what_closes_over_traced_arrays_cannot_be_checked_and_says_so():
+    batches, params = _two_batches(), _two_layers()
+
+    def total(scale):
+        def outputs_fn(p, batch):
+            return jnp.tanh(batch["x"] @ p["w"] * scale) @ p["v"]
+
+        return jnp.trace(grsd.kernel_dense(grsd.Problem(outputs_fn, batches), params))
+
+    step = 1e-3
+    with pytest.warns(RuntimeWarning, match="closes over traced arrays"):
+        slope = jax.grad(total)(1.0)
+    difference = (total(1.0 + step) - total(1.0 - step)) / (2 * step)
+    np.testing.assert_allclose(slope, difference, rtol=1e-2)
+
+
+def test_a_function_that_needs_all_its_examples_is_told():
+    def outputs_fn(p, batch):
+        return jnp.tanh(batch["x"].reshape(4, 4) @ p["w"]) @ p["v"]
+
+    problem, params = grsd.Problem(outputs_fn, _two_batches()), _two_layers()
+    with pytest.raises(ValueError, match="evaluated for any number of examples"):
+        grsd.kernel_dense(problem, params)
+    assert grsd.kernel_matmat(problem, params, jnp.eye(24)).shape == (24, 24)

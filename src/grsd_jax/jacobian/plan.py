@@ -29,6 +29,12 @@ from grsd_jax.problem import Objective, Point
 #: and a basis ``[C, C]``; a block of fewer than C / 4 columns is cheaper without them.
 _MOST_OUTPUTS = 2048
 
+#: Batches that are looked at: a coupling may show in some of them alone.
+_MOST_BATCHES = 4
+
+#: Why an error has no jaxpr of one example.
+_NOT_ALONE, _CLOSES = "cannot be traced for one example", "closes over traced arrays"
+
 #: How many roundings of the largest leaf's gradient another leaf's may be off by.
 _CANCELLED = 30
 
@@ -74,14 +80,18 @@ def plan_of(point: Point) -> Plan | None:
 def are_coupled(point: Point) -> bool:
     """Whether the error of an example depends on the other examples of its batch.
 
-    Traced problems without factors are taken to be independent.
+    An error that cannot be evaluated for one example counts as coupled. One that closes
+    over traced arrays cannot be checked: it is taken to be independent, with a warning.
     """
     coupled = verdict_of(point).coupled
     if coupled is not None:
         return coupled
-    if is_traced((point.error_fn, point.params, point.batches)):
-        return False
     key = _key(point)
+    if key[1] == _CLOSES:
+        _warn(f"the error {_CLOSES}; its examples are taken to be independent")
+        return False
+    if key[1]:
+        return True
     if key not in _COUPLED:
         compared = _compared(point)
         if compared is None:
@@ -92,6 +102,13 @@ def are_coupled(point: Point) -> bool:
 
 def check_independent(point: Point) -> None:
     """Raises ValueError if the examples of a problem are coupled."""
+    reason = verdict_of(point).reason
+    if reason.startswith(_NOT_ALONE):
+        raise ValueError(
+            "problem: expected an error that can be evaluated for any number of "
+            f"examples, got one that {reason}; kernel_matmat and the Lanczos solver "
+            "can take it."
+        )
     if are_coupled(point):
         raise ValueError(
             "problem: expected an error whose examples are independent, got one whose "
@@ -146,9 +163,9 @@ def _closed(point: Point) -> tuple[Any, str]:
     try:
         closed = _error_of_one.trace(*args).jaxpr  # cached by JAX
     except Exception as error:  # a function may run on N examples, but not on one
-        return None, f"cannot be traced for one example: {error!r}"
+        return None, f"{_NOT_ALONE}: {error!r}"
     if len(closed.in_avals) != len(jax.tree.leaves(args)):
-        return None, "closes over traced arrays"
+        return None, _CLOSES
     return closed, ""
 
 
@@ -201,7 +218,8 @@ def _checked(point: Point, plan: Plan) -> tuple[Verdict, bool]:
         if differing == []:
             norms = [None if s is None else np.sqrt(np.abs(s)) for s in found.squares]
             expected = [np.linalg.norm(np.asarray(leaf, float)) for leaf in wanted]
-            differing = _differing(norms, expected, rounding)
+            dtypes = [np.asarray(leaf).dtype for leaf in wanted]
+            differing = _differing(norms, expected, rounding, dtypes)
         if differing is None:  # not finite: says nothing of the structure
             continue
         settled = True
@@ -253,11 +271,12 @@ def _compiled(fn: Any, values: tuple[Any, ...], **static: Any) -> Callable[..., 
 
 
 def _values(point: Point) -> list[tuple[Any, ...]]:
-    """Returns two sets of error function, params, one batch, and factors of a random u.
+    """Returns sets of error function, params, one batch, and factors of a random u.
 
-    The arrays themselves, and others near them with the signs of the parameters turned,
-    since a gate that is shut or a head of zeros would hide what is behind it. If they
-    are traced or not finite, random ones of the same shapes.
+    The arrays themselves, with every batch up to a few, and others near them with the
+    signs of the parameters turned, since a gate that is shut or a head of zeros would
+    hide what is behind it. If they are traced or not finite, random ones of the same
+    shapes.
     """
     rng = np.random.default_rng(0)
     with jax.ensure_compile_time_eval():
@@ -270,6 +289,9 @@ def _values(point: Point) -> list[tuple[Any, ...]]:
             params = jax.tree.map(partial(_near, rng, sign=-1.0), point.params)
             varied = jax.tree.map(partial(_near, rng, sign=1.0), batch)
             sets = [held, (point.error_fn, params, varied)]
+            for index in range(1, min(point.num_batches, _MOST_BATCHES)):
+                other = jax.tree.map(lambda leaf, k=index: leaf[k], point.batches)
+                sets.append((point.error_fn, point.params, other))
         num_examples, num_outputs = point.error.shape
         shapes = ((num_outputs, 1), (num_examples, 1, 1))
         dtype = point.error.dtype
@@ -356,25 +378,31 @@ def _tangents_alone(
 
 
 def _differing(
-    found: Sequence[Any], wanted: Sequence[Any], tolerance: float
+    found: Sequence[Any],
+    wanted: Sequence[Any],
+    tolerance: float,
+    dtypes: Sequence[Any] | None = None,
 ) -> list[int] | None:
-    """Returns the leaves that differ beyond rounding; None if one is not finite.
+    """Returns the leaves that differ beyond rounding, of the program and of the leaf.
 
-    A small gradient may be what is left of large terms, so that its rounding is counted
-    in those of the largest leaf.
+    None if one is not finite or all are zero, which says nothing. A small gradient may
+    be what is left of large terms, so that its rounding is counted in those of the
+    largest leaf.
     """
     largest = [np.max(np.abs(np.asarray(leaf, float)), initial=0) for leaf in wanted]
     if not np.all(np.isfinite(largest)):
         return None
+    dtypes = [np.asarray(leaf).dtype for leaf in wanted] if dtypes is None else dtypes
     floor = _CANCELLED * tolerance * max(largest, default=0.0)
     wrong = []
     for leaf, (a, b) in enumerate(zip(found, wanted, strict=True)):
         if a is None:
             continue
         apart = np.max(np.abs(np.asarray(a, float) - np.asarray(b, float)), initial=0)
-        if not apart <= tolerance * (largest[leaf] + floor):
+        own = max(tolerance, float(jnp.finfo(dtypes[leaf]).eps) ** 0.5)
+        if not apart <= own * (largest[leaf] + floor):
             wrong.append(leaf)
-    return wrong
+    return wrong if wrong or any(largest) else None
 
 
 def _rounding(program: Program | None, dtype: Any) -> float:

@@ -402,6 +402,8 @@ def _made(
     moved = equation.primitive.name in _MOVES and all(
         isinstance(atom, core.Literal) for atom in equation.invars[1:]
     )
+    # An integer has no derivative, whatever it is made of and becomes.
+    moved &= jnp.issubdtype(equation.outvars[output].aval.dtype, jnp.inexact)
     if not isinstance(first, Weight) or first.moves is None or not moved:
         return Weight(leaves, None, scanned)
     return Weight(leaves, (*first.moves, Move(equation, output)), scanned)
@@ -528,9 +530,14 @@ def _is_custom(equation: Any) -> bool:
 
 
 def _largest_eps(jaxpr: Any) -> float:
-    """Returns the largest rounding of any floating number in a program."""
-    outs = [out for equation in jaxpr.eqns for out in equation.outvars]
-    avals = [atom.aval for atom in (*jaxpr.invars, *outs)]
+    """Returns the largest rounding of any floating number that a program computes."""
+    rounding = [
+        equation
+        for equation in jaxpr.eqns
+        if equation.primitive.name not in _MOVES
+        or equation.primitive.name == "convert_element_type"
+    ]
+    avals = [out.aval for equation in rounding for out in equation.outvars]
     dtypes = {aval.dtype for aval in avals if hasattr(aval, "dtype")}
     inexact = [each for each in dtypes if jnp.issubdtype(each, jnp.inexact)]
     largest = max((float(jnp.finfo(each).eps) for each in inexact), default=0.0)
