@@ -165,7 +165,8 @@ def _linen_problem(model, batch, **options):
 def linen_resnet18():
     from grsd_jax import models
 
-    return _linen_problem(models.ResNet18(2, width=2), vectors(6, 6, 2), train=False)
+    images = vectors(6, 6, 2, num_classes=2)
+    return _linen_problem(models.ResNet18(2, width=2), images, train=False)
 
 
 def linen_vision_transformer():

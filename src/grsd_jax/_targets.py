@@ -57,8 +57,8 @@ def class_targets(
         targets = jax.nn.one_hot(labels, outputs.shape[-1], dtype=dtype)
     else:
         targets = labels.astype(dtype)
-    checked = not is_traced(labels)  # by value; a NaN would upset `jax_debug_nans`
-    if checked or not _are_checked(labels, outputs.shape, over_classes):
+    # By value; a NaN would upset `jax_debug_nans`.
+    if _are_at_hand(labels) or not _are_checked(labels, outputs.shape, over_classes):
         return targets
     wrong = _misfits(labels, outputs.shape)[..., None]
     return jnp.where(wrong, jnp.asarray(jnp.nan, dtype), targets)
@@ -75,7 +75,8 @@ def check_targets(
 
     Args:
         name: What to call the labels.
-        labels: The labels; nothing is checked of traced ones or of floating numbers.
+        labels: The labels; nothing is checked of traced ones, of those spread over
+            several processes or of floating numbers.
         shape: The shape of the outputs.
         over_classes: Whether integers of the full shape have to be one-hot rows.
 
@@ -83,7 +84,7 @@ def check_targets(
         ValueError: If a class is out of range or a row is not one-hot; it names the
             first.
     """
-    nothing = is_traced(labels) or 0 in np.shape(labels)
+    nothing = not _are_at_hand(labels) or 0 in np.shape(labels)
     if nothing or not _are_checked(labels, shape, over_classes):
         return
     with jax.ensure_compile_time_eval():
@@ -134,6 +135,13 @@ def _check_kind(
         )
     full = floating or np.ndim(labels) == len(shape)
     check_shape(name, labels, shape if full else shape[:-1])
+
+
+def _are_at_hand(labels: jax.typing.ArrayLike) -> bool:
+    """Whether this process sees all the values: not traced, not spread over several."""
+    if not isinstance(labels, jax.Array):
+        return True
+    return not is_traced(labels) and labels.is_fully_addressable
 
 
 def _are_classes(labels: jax.typing.ArrayLike, shape: tuple[int, ...]) -> bool:
