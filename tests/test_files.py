@@ -400,7 +400,7 @@ READERS = {
     "results.json": plot,
     "arrays.npz": plot,
     "claims.json": lambda folder: run_script(
-        "claims.py", f"--workdir={folder}", "--report_only"
+        "study.py", f"--workdir={folder}", "--report_only"
     ),
     "sweep.csv": lambda folder: run_script(
         "sweep.py", f"--workdir={folder}", "--figures_only"
@@ -449,7 +449,7 @@ def test_a_number_that_is_a_list_in_any_place_is_one_sentence(tmp_path):
         for key in row:
             broken = [row | {key: [1, [2]]}, rows[1]]
             (tmp_path / "claims.json").write_text(json.dumps({"rows": broken}))
-            done = run_script("claims.py", f"--workdir={tmp_path}", "--report_only")
+            done = run_script("study.py", f"--workdir={tmp_path}", "--report_only")
             assert done.code == 1
             assert done.err.startswith("error: ")
             assert "claims.json" in done.err

@@ -283,6 +283,12 @@ FUNCTIONS = {
         ),
         lambda m, d, v: v.T @ d @ v,
     ),
+    "kernel_derivative_matmat": (
+        lambda p, x: nan(
+            kernel.kernel_derivative_matmat(p, x, direction_of(x), columns_of(p, x))
+        ),
+        lambda m, d, v: d @ v,
+    ),
     "linearize_derivative": (
         lambda p, x: nan(
             kernel.linearize_derivative(p, x, direction_of(x)).matmat(columns_of(p, x))

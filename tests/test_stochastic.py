@@ -78,7 +78,9 @@ def shells(x64):
     return SoftShells(jnp.asarray(np.geomspace(3e-3, 0.3, 4)), 1 / 3)
 
 
-@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize(
+    "renormalize", [pytest.param(False, marks=pytest.mark.scheduled), True]
+)
 def test_all_pairs_given_it_is_exact(shells, renormalize):
     case = planted(60, 0)
     dense = Dense(case[0], case[2], shells, renormalize=renormalize)

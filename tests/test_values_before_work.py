@@ -59,10 +59,10 @@ def _small():
         ("reproduce.py", [*LANCZOS, "--num_steps=3"], "--num_shells"),
         ("reproduce.py", [*LANCZOS, "--num_steps=99999999999"], "--num_steps"),
         ("conditions.py", ["--num_shells=100000"], "--num_shells"),
-        ("claims.py", ["--dataset=synthetic", "--num_shells=100000"], "--num_shells"),
-        ("claims.py", ["--seeds=0,0"], "--seeds"),
-        ("claims.py", ["--seeds=0,²"], "--seeds"),
-        ("claims.py", ["--seeds=4294967296"], "--seeds"),
+        ("study.py", ["--dataset=synthetic", "--num_shells=100000"], "--num_shells"),
+        ("study.py", ["--seeds=0,0"], "--seeds"),
+        ("study.py", ["--seeds=0,²"], "--seeds"),
+        ("study.py", ["--seeds=4294967296"], "--seeds"),
         ("sweep.py", ["--seeds=4294967296"], "--seeds"),
         ("sweep.py", ["--widths=4000000000"], "--width"),
         ("sweep.py", ["--depths=4000000000"], "--depth"),
@@ -190,7 +190,7 @@ def test_other_errors_of_a_device_are_not_called_memory(monkeypatch, capsys):
 def run_to_the_end(monkeypatch, capsys, main):
     """Runs a body as `run_main` does, and returns what it printed as an error."""
     monkeypatch.setattr(flags.app, "run", lambda wrapped: wrapped(["script"]))
-    monkeypatch.setattr(flags, "config_from_flags", lambda *, settings: settings())
+    monkeypatch.setattr(flags, "config_from_flags", lambda *, settings, **_: settings())
     flags.flags.FLAGS(["script"], known_only=True)
     before = jax.config.jax_default_matmul_precision
     try:
