@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import scipy.stats
+import scipy.special
 
 from grsd_jax._arrays import divisor, matmul
 from grsd_jax._checks import check_at_least, check_shape
@@ -105,7 +105,7 @@ class StochasticCoupling(NamedTuple):
             Lower and upper ends, ``[S, S]``. The Lanczos error is not in them.
         """
         freedom = self.replicates.shape[0] - 1
-        quantile = float(scipy.stats.t.ppf((1 + confidence) / 2, freedom))
+        quantile = float(scipy.special.stdtrit(freedom, (1 + confidence) / 2))
         spread = jnp.exp(quantile * self.log_error)
         return self.matrix / spread, self.matrix * spread
 
