@@ -162,7 +162,7 @@ def test_every_use_of_a_linen_layer_is_counted(model):
 
 
 class Tokens(nn.Module):
-    """A table in bfloat16, whose indices bfloat16 cannot tell apart."""
+    """A bfloat16 table whose indices are equal once rounded to bfloat16."""
 
     @nn.compact
     def __call__(self, t):
@@ -333,7 +333,7 @@ def test_dropout_that_draws_is_refused_or_drawn_from_a_state():
         def __call__(self, x):
             return self.o(self.drop(jnp.tanh(self.a(x))))
 
-    # The stream starts anew in each call: one mask, drawn for the whole batch.
+    # The stream restarts in each call: one mask, drawn for the whole batch.
     outputs, params = models.nnx_outputs(Stateful(nnx.Rngs(0)))
     problem = grsd.Problem(outputs, BATCHES)
     expected = dense_kernel(problem, params)

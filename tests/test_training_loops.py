@@ -50,7 +50,7 @@ def batches_of(step):
 
 
 # Each returns ``at(step)``: the problem and the parameters after so many steps of a
-# training that changes parameters, statistics and batches, stated anew as users do.
+# training that changes parameters, statistics and batches, restated as users do.
 
 
 def plain_loop():
@@ -94,7 +94,7 @@ def linen_loop():
 
     def at(step):
         there = moved(variables, step)
-        params = there.pop("params")  # the module itself is made anew: it is compared
+        params = there.pop("params")  # the module itself is rebuilt: it is compared
         outputs_fn = models.linen_outputs(LinenNetwork(), there)
         return grsd.Problem(outputs_fn, batches_of(step)), params
 

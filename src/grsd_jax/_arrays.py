@@ -28,9 +28,14 @@ def as_floating(
     return at_least_single(result)
 
 
+def is_half(dtype: jax.typing.DTypeLike) -> bool:
+    """Whether a floating dtype holds fewer digits than float32."""
+    return jnp.finfo(dtype).bits < 32
+
+
 def at_least_single(array: jax.Array) -> jax.Array:
     """Returns floating numbers of less than 32 bits as float32, others unchanged."""
-    return array.astype(jnp.float32) if jnp.finfo(array.dtype).bits < 32 else array
+    return array.astype(jnp.float32) if is_half(array.dtype) else array
 
 
 def as_mask(
@@ -100,6 +105,13 @@ def unit_vectors(
     scaled = vectors / unit
     norms = jnp.sqrt(jnp.sum(jnp.square(scaled), axis=axes, keepdims=True))
     return scaled / divisor(norms), norms * unit
+
+
+def outside(vectors: jax.Array, block: jax.Array) -> jax.Array:
+    """Returns columns ``[n, b]`` without their part in orthonormal ones ``[n, k]``."""
+    for _ in range(2):  # once leaves the rounding of the part that is removed
+        block = block - matmul(vectors, matmul(vectors.T, block))
+    return block
 
 
 def magnitude(array: jax.Array, axes: int | tuple[int, ...] | None = None) -> jax.Array:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grsd_jax._arrays import is_traced
+from grsd_jax._arrays import is_half, is_traced
 from grsd_jax._checks import check_floating, check_numbers, check_shape
 
 
@@ -51,8 +51,7 @@ def class_targets(
     _check_kind(name, labels, outputs.shape)
     check_targets(name, labels, outputs.shape, over_classes=over_classes)
     labels = widened(labels)
-    half = jnp.finfo(outputs.dtype).bits < 32
-    dtype = jnp.dtype(jnp.float32) if half else outputs.dtype
+    dtype = jnp.dtype(jnp.float32) if is_half(outputs.dtype) else outputs.dtype
     if _are_classes(labels, outputs.shape):
         targets = jax.nn.one_hot(labels, outputs.shape[-1], dtype=dtype)
     else:

@@ -13,7 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grsd_jax._arrays import in_explicit_context, is_traced, on_automatic_mesh
+from grsd_jax._arrays import (
+    at_least_single,
+    in_explicit_context,
+    is_half,
+    is_traced,
+    on_automatic_mesh,
+)
 from grsd_jax._checks import (
     check_batches,
     check_choice,
@@ -117,7 +123,7 @@ class OutputsObjective:
         """
         outputs = self.outputs_fn(params, batch)
         _check_outputs(outputs, _num_examples(batch))
-        return outputs.astype(jnp.float32) if is_half(outputs.dtype) else outputs
+        return at_least_single(outputs)
 
     def num_classes(self, params: PyTree, batch: PyTree) -> int | None:
         """Returns the last axis of the outputs for a softmax error, else None."""
@@ -718,11 +724,6 @@ def _one_batch(batches: PyTree) -> PyTree:
         lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf)[1:], jnp.result_type(leaf)),
         batches,
     )
-
-
-def is_half(dtype: jax.typing.DTypeLike) -> bool:
-    """Whether a floating dtype holds fewer digits than float32."""
-    return jnp.finfo(dtype).bits < 32
 
 
 def check_digits(dtype: jax.typing.DTypeLike) -> None:

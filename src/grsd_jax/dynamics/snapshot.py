@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from grsd_jax._arrays import matmul
+from grsd_jax._arrays import matmul, outside
 from grsd_jax._typing import Matmat, PyTree
 from grsd_jax.jacobian.autodiff import linearize
 from grsd_jax.kernel.dense import dense_at
@@ -212,11 +212,7 @@ def _with_rest(
     return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=-1), pairs, rest)
 
 
-@jax.jit
-def _outside(vectors: jax.Array, block: jax.Array) -> jax.Array:
-    for _ in range(2):  # once leaves the rounding of the part that is removed
-        block = block - matmul(vectors, matmul(vectors.T, block))
-    return block
+_outside = jax.jit(outside)
 
 
 def _errors(point: Point) -> tuple[jax.Array, jax.Array]:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grsd_jax._arrays import matmul
+from grsd_jax._arrays import matmul, outside
 from grsd_jax._checks import check_at_least, check_choice, check_single_or_double
 from grsd_jax._typing import PyTree
 from grsd_jax.dynamics.transport import Pairing, Spectrum
@@ -246,12 +246,9 @@ def _with_rest(
     inside = matmul(snapshot.vectors.T, vectors)
     if snapshot.vectors.shape[0] == snapshot.vectors.shape[1]:
         return Spectrum(snapshot.values, inside), snapshot.vectors
-    rest = vectors
-    for _ in range(2):  # once leaves the rounding of the part that is removed
-        rest = rest - matmul(snapshot.vectors, matmul(snapshot.vectors.T, rest))
-    outside, triangular = jnp.linalg.qr(rest)
+    rest, triangular = jnp.linalg.qr(outside(snapshot.vectors, vectors))
     values = jnp.pad(snapshot.values, (0, 2))
     coefficients = jnp.concatenate([inside, triangular])
     return Spectrum(values, coefficients), jnp.concatenate(
-        [snapshot.vectors, outside], axis=1
+        [snapshot.vectors, rest], axis=1
     )

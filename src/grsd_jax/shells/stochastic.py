@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import scipy.special
 
-from grsd_jax._arrays import divisor, matmul
+from grsd_jax._arrays import divisor, matmul, outside
 from grsd_jax._checks import check_at_least, check_shape
 from grsd_jax._typing import Matmat, PyTree
 from grsd_jax.kernel.derivative import (
@@ -176,9 +176,7 @@ class _Estimate:
 
     def bulk(self, block: jax.Array) -> jax.Array:
         """Returns columns ``[n, ...]`` without their part in the leading vectors."""
-        flat = block.reshape(len(block), -1)
-        for _ in range(2):  # once leaves the rounding of the part that is removed
-            flat = flat - matmul(self.vectors, matmul(self.vectors.T, flat))
+        flat = outside(self.vectors, block.reshape(len(block), -1))
         return flat.reshape(block.shape)
 
     def run(self, block: jax.Array) -> LanczosResult:
@@ -343,10 +341,16 @@ def _estimated(
     """Returns the coupling, given random signs in the bulk and ``Mdot V``."""
     functions = _Functions.of(estimate.run(block), block, 1.0)
     roots, lengths = _roots(estimate, functions)
-    changes = estimate.differentiate(functions.combine(roots))
-    drift = _relative_drift(estimate, functions, (roots, lengths), changes, moved)
+    columns = functions.combine(roots)
+    changes = estimate.differentiate(columns)
+    growth = jnp.mean(jnp.sum(columns * changes, 0) * lengths, -1)
+    sizes = jnp.sum(functions.values[:, None, None] * roots**2, 0)
+    size = jnp.mean(sizes * lengths, -1)
+    drift = _relative_drift(estimate, growth, size, moved)
     unit = divisor(jnp.maximum(_largest(changes), _largest(moved)))
-    cells, fewer_cells, finite = _of_bulk(estimate, functions, changes, drift, unit)
+    cells, fewer_cells, finite = _of_bulk(
+        estimate, functions, (roots, changes), drift, unit
+    )
     leading, fewer_leading = _of_leading(estimate, moved, drift, unit)
     known = jnp.sum(estimate.members(estimate.values), 0)
     counted = matmul(estimate.members(functions.values).T, functions.inside**2)
@@ -394,34 +398,31 @@ def _roots(estimate: _Estimate, functions: _Functions) -> tuple[jax.Array, jax.A
 
 
 def _relative_drift(
-    estimate: _Estimate,
-    functions: _Functions,
-    columns: tuple[jax.Array, jax.Array],
-    changes: jax.Array,
-    moved: jax.Array,
+    estimate: _Estimate, growth: jax.Array, size: jax.Array, moved: jax.Array
 ) -> jax.Array:
-    """Returns ``tr(f_a Mdot) / tr(f_a M)``, ``[S]``; 0 where a shell is empty."""
-    roots, lengths = columns
+    """Returns ``tr(f_a Mdot) / tr(f_a M)``, ``[S]``; 0 where a shell is empty.
+
+    ``growth`` and ``size`` are the two traces of the bulk.
+    """
     weights = estimate.weights(estimate.values)
-    growth = jnp.sum(functions.combine(roots) * changes, 0) * lengths
     own = jnp.sum(estimate.vectors * moved, 0)
-    numerator = jnp.mean(growth, -1) + matmul(own, weights)
-    sizes = jnp.sum(functions.values[:, None, None] * roots**2, 0) * lengths
-    denominator = jnp.mean(sizes, -1) + matmul(estimate.values, weights)
+    numerator = growth + matmul(own, weights)
+    denominator = size + matmul(estimate.values, weights)
     return jnp.where(denominator > 0, numerator, 0) / divisor(denominator)
 
 
 def _of_bulk(
     estimate: _Estimate,
     functions: _Functions,
-    changes: jax.Array,
+    columns: tuple[jax.Array, jax.Array],
     drift: jax.Array,
     unit: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns ``x_b^T f_a(M) x_b`` over ``unit^2``, ``[q, S, S]``.
 
-    ``x_b = Mdot' y_b`` for the unit columns of `_roots`. Also that of the first sign
-    vector from fewer Lanczos steps, and whether all is finite.
+    ``x_b = Mdot' y_b``; ``columns`` are the unit ``y_b`` of `_roots`, and ``Mdot y_b``.
+    Also that of the first sign vector from fewer Lanczos steps, and whether all is
+    finite.
     """
 
     def cells(
@@ -440,8 +441,7 @@ def _of_bulk(
         found, finite = zip(*(one(block) for block in by_sign), strict=True)
         return jnp.stack(found), jnp.stack(finite)
 
-    roots, _ = _roots(estimate, functions)
-    samples, finite = cells(functions, roots, changes, 1.0)
+    samples, finite = cells(functions, *columns, 1.0)
     fewer = functions.fewer(_SHARE)
     first = _roots(estimate, fewer)[0][..., :1]
     again = estimate.differentiate(fewer.combine(first))

@@ -115,7 +115,7 @@ def config_from_flags(
     return dataclasses.replace(config, **kept)
 
 
-#: Settings of a training that what reads it may choose anew.
+#: Training settings that a command which reads the run may set differently.
 _FREE = {"model", "precision"}
 
 
