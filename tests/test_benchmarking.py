@@ -12,7 +12,7 @@ def test_every_case_runs_and_says_what_it_measured():
         batch_size=2,
         num_batches=1,
         block_size=2,
-        num_steps=10,
+        num_pairs=12,
     )
     with jax.numpy_dtype_promotion("standard"):
         rows = [benchmarking.run_case(name, config) for name in benchmarking.CASES]

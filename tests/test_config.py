@@ -35,7 +35,7 @@ def test_defaults_are_valid_and_every_field_has_help():
         ("batch_size", 0),
         ("num_batches", 0),
         ("block_size", 0),
-        ("num_steps", 0),
+        ("num_pairs", 0),
         ("num_shells", 1),
         ("window", 1),
         ("checkpoint_every", 0),

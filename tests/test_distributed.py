@@ -15,7 +15,7 @@ SETTINGS = (
     "--num_batches=2",
     "--solver=lanczos",
     "--block_size=4",
-    "--num_steps=4",
+    "--num_pairs=8",
     "--num_shells=4",
     "--window=2",
 )

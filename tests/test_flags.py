@@ -47,7 +47,7 @@ def test_every_field_can_be_set_by_its_flag():
         num_batches=17,
         solver="dense",
         block_size=19,
-        num_steps=21,
+        num_pairs=21,
         derivative="finite_difference",
         reduction="mean",
         num_shells=23,

@@ -9,6 +9,7 @@ from grsd_jax import (
     Derivative,
     Lanczos,
     Problem,
+    Window,
     gradient_flow_direction,
     measure_coupling,
 )
@@ -123,8 +124,8 @@ def test_lanczos_by_name_fits_its_block_to_the_space(mlp):
     one = jax.tree.map(lambda leaf: leaf[:1, :1], problem.batches)
     for batches, block_size in ((problem.batches, 8), (one, 3)):
         point = problem.replace(batches=batches).at(params)
-        chosen = measurement._resolved("lanczos", point)
-        assert chosen == Lanczos(block_size, 20)
+        chosen = measurement._resolved("lanczos", point, Window())
+        assert chosen == Lanczos(block_size)
 
 
 @pytest.mark.parametrize("solver", ["dense", LANCZOS])

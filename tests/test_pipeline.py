@@ -47,7 +47,7 @@ SETTINGS = {
     "num_shells": 4,
     "window": 2,
     "block_size": 4,
-    "num_steps": 4,
+    "num_pairs": 8,
     "activation": "gelu",
     "solver": "dense",
 }
@@ -97,7 +97,7 @@ def test_reproduce_writes_the_schema_the_table_and_the_figures(reproduced):
     assert len(analyse.list_entries(found)) == 4
     table = analyse.format_table(found)  # read back, the networks come by name
     assert set(table.splitlines()) <= set(out.splitlines())
-    assert "n = 40, dense, r = 40" in out
+    assert "n = 40, leading 8 pairs, dense" in out
     paths = figures.write_figures(found, arrays, folder / "figures")
     assert sorted(paths) == sorted((folder / "figures").iterdir())
     assert len(paths) == 10
@@ -180,7 +180,8 @@ def test_options_are_those_of_the_measurement(dataset, solver):
     assert problem.reduction == "mean"
     assert problem.dimension(weights.params) == 40
     options = measurement_options(problem, weights.params, config)
-    # With so few columns Lanczos is the cheaper of the two.
-    assert options["solver"] == ("dense" if solver == "dense" else Lanczos(4, 4))
+    # With so few pairs Lanczos is the cheaper of the two.
+    assert options["solver"] == ("dense" if solver == "dense" else Lanczos(4))
+    assert options["window"].num_pairs == 8
     assert options["shells"] == Binning(4, 2)
     assert options["derivative"].method == "exact"

@@ -15,6 +15,7 @@ from grsd_jax import (
     Derivative,
     Lanczos,
     Problem,
+    Window,
     gradient_flow_direction,
     kernel_dense,
     kernel_derivative,
@@ -307,7 +308,8 @@ def test_measurement_and_probe_on_an_explicit_mesh_equal_one_device(mlp, explici
     problem, params, _ = mlp
     options = {
         "key": jax.random.key(0),
-        "solver": Lanczos(block_size=4, num_steps=5),
+        "solver": "lanczos",
+        "window": Window(num_pairs=12),
         "shells": Binning(num_shells=4, window=2, num_bootstrap=0),
     }
     one = measure_coupling(problem, params, **options)

@@ -55,6 +55,7 @@ def test_values_are_those_of_the_result():
         "r_squared": 0.9876,
         "interval": [1.1, 1.3],
     }
+    entry["unresolved_share"] = 0.25
     entry["shell_fit"] |= {"exponent": 0.5, "exponent_stderr": 0.25}
     for kind, residual, ends in [("literal", 0.9, 0.8), ("renormalized", 0.2, 0.1)]:
         entry["toeplitz"][kind] = {
@@ -69,6 +70,7 @@ def test_values_are_those_of_the_result():
         "0.812",
         "320",
         "128/160",
+        "75%",
         "dense",
         "1.235 +- 0.012 [1.100, 1.300]",
         "0.988",
@@ -88,7 +90,7 @@ def test_everything_undefined():
     entry = {"diagonal_fit": fit, "shell_fit": None, "toeplitz": {"literal": None}}
     for fields in (entry, {}):
         scaling, toeplitz = cells(format_table({"models": {"mlp": fields}}))
-        assert scaling[2] == ["MLP", *["n/a"] * 3, "n/a/n/a", *["n/a"] * 4]
+        assert scaling[2] == ["MLP", *["n/a"] * 3, "n/a/n/a", *["n/a"] * 5]
         undefined = ["n/a", "n/a -> n/a"]
         assert toeplitz[2] == ["MLP", "n/a", *undefined, *undefined, "n/a"]
 
@@ -96,7 +98,16 @@ def test_everything_undefined():
 def test_slope_without_error_or_interval():
     fit = {"exponent": 2.0, "exponent_stderr": None, "interval": [None, None]}
     scaling, _ = cells(format_table({"model": {"diagonal_fit": fit}}))
-    assert scaling[2][6] == "2.000 +- n/a [n/a, n/a]"
+    assert scaling[2][7] == "2.000 +- n/a [n/a, n/a]"
+
+
+def test_caveats_stand_below_the_tables():
+    good = {"num_missing": 0, "unresolved_share": 0.3}
+    poor = {"num_missing": 7, "unresolved_share": 0.96}
+    table = format_table({"models": {"mlp": good, "cnn": poor}})
+    _, _, missing, outside = table.split("\n\n")
+    assert missing.startswith("CNN: At least 7 pairs")
+    assert outside.startswith("CNN: 96% of the error's energy")
 
 
 NAN = float("nan")

@@ -18,6 +18,9 @@ from grsd_jax.problem import Point, Problem
 #: n x n arrays alive at once in the dense solver: M, Mdot, V, and work space.
 _DENSE_MATRICES = 8
 
+#: Columns of a Krylov space for each pair that is to converge, as a first guess.
+COLUMNS_A_PAIR = 2
+
 
 @dataclasses.dataclass(frozen=True)
 class Lanczos:
@@ -25,16 +28,19 @@ class Lanczos:
 
     Attributes:
         block_size: Columns b of a block; also the columns differentiated at a time.
-        num_steps: Steps m; the leading pairs of ``r = m b`` dimensions are found.
+        num_steps: Steps m, which span ``r = m b`` dimensions. If None, as many as the
+            pairs that are asked for need to converge; inside `jit`, which cannot wait
+            for that, enough for two columns a pair.
     """
 
     block_size: int = 8
-    num_steps: int = 20
+    num_steps: int | None = None
 
     def __post_init__(self) -> None:
         """Checks the options."""
         check_at_least("block_size", self.block_size, 1)
-        check_at_least("num_steps", self.num_steps, 1)
+        if self.num_steps is not None:
+            check_at_least("num_steps", self.num_steps, 1)
 
 
 def choose_solver(

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 
-from grsd_jax._arrays import matmul
+from grsd_jax._arrays import all_finite, matmul
 from grsd_jax._checks import (
     check_at_least,
     check_choice,
@@ -162,7 +162,7 @@ def leading_eigenpairs(
     check_at_least("max_steps", max_steps, fewest)
     if check_every is not None:
         check_at_least("check_every", check_every, 1)
-    if not np.all(np.isfinite(start_block)):
+    if not all_finite(start_block):
         raise ValueError("start_block: expected finite numbers, got others.")
 
     first = max(_FIRST_BLOCKS, _blocks(_FIRST_COLUMNS * num_pairs, width))

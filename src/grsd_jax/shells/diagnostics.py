@@ -6,7 +6,7 @@ one jitted function (paper 7.3 to 7.5).
 
 import dataclasses
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,13 +20,16 @@ from grsd_jax.shells.binning import (
     mean_squares,
     root_mean_squares,
 )
-from grsd_jax.shells.options import Binning
+from grsd_jax.shells.options import Binning, Window
 from grsd_jax.shells.power_law import PowerLawFit, fit_power_law
 from grsd_jax.shells.toeplitz import (
     toeplitz_residual,
     windowed_toeplitz_degrees_of_freedom,
     windowed_toeplitz_residual,
 )
+
+#: The share of the error beyond which the pairs do not stand for it.
+_MOST = 0.5
 
 
 class ToeplitzDiagnostics(NamedTuple):
@@ -66,19 +69,23 @@ class ToeplitzDiagnostics(NamedTuple):
         "shell_fit",
         "secant_disagreement",
         "operator_disagreement",
+        "unresolved_share",
+        "num_missing",
         "finite",
     ],
-    meta_fields=["solver", "jacobian", "derivative", "reduction", "coupled"],
+    meta_fields=["solver", "jacobian", "derivative", "reduction", "coupled", "window"],
 )
 @dataclasses.dataclass(frozen=True)
 class CouplingMeasurement:
-    """The result of `measure_coupling`; a pytree whose last five fields are static.
+    """The result of `measure_coupling`; a pytree whose last six fields are static.
 
     Attributes:
-        values: lambda, ``[r]``, descending; ``r = n`` for the dense solver.
+        values: lambda, ``[r]``, descending; ``r = n`` for the dense solver, those of
+            the window for Lanczos, ``m b`` after a given number of steps.
         vectors: V, ``[n, r]``.
         residuals: ``[r]``, bounds of ``|M v - lambda v|``.
-        resolved: ``[r]`` bool; only these pairs enter the fields below.
+        resolved: ``[r]`` bool, pairs of the window that are accurate enough; only they
+            enter the fields below.
         coupling: ``V^T Mdot V``, ``[r, r]``, in units of M per unit of s.
         shells: Equal widths in log lambda, between the resolved edges.
         literal: Diagnostics of ``K_ab = mean |coupling_ij|^2``.
@@ -93,6 +100,10 @@ class CouplingMeasurement:
             ``lambda_max`` for the leading b pairs, with M by plain differentiation. A
             value far above the precision means that the M that was measured is another.
             NaN for a kernel that is zero.
+        unresolved_share: [], the share of ``|e|^2`` that lies outside the resolved
+            pairs, ``1 - |V^T e|^2 / |e|^2``, of all batches together. Where it is near
+            1, the pairs say little about this error. NaN for an error that is zero.
+        num_missing: [] int32, pairs of the window that are not resolved.
         finite: [] bool, whether errors, direction and products were finite. If not,
             nothing is resolved.
         solver: ``"dense"`` or ``"lanczos"``, the one that ran.
@@ -101,6 +112,7 @@ class CouplingMeasurement:
         reduction: ``"mean"`` or ``"stack"``.
         coupled: Whether the examples are coupled, so that products are taken plainly;
             None if that was not checked (many outputs, or a traced problem).
+        window: The pairs that were asked for.
     """
 
     values: jax.Array
@@ -115,12 +127,48 @@ class CouplingMeasurement:
     shell_fit: PowerLawFit
     secant_disagreement: jax.Array
     operator_disagreement: jax.Array
+    unresolved_share: jax.Array
+    num_missing: jax.Array
     finite: jax.Array
     solver: str
     jacobian: str
     derivative: str
     reduction: str
     coupled: bool | None
+    window: Window
+
+    @property
+    def caveats(self) -> tuple[str, ...]:
+        """What a reader of the exponents must know, a sentence each; see `caveats`."""
+        return caveats(
+            num_missing=int(self.num_missing),
+            unresolved_share=float(self.unresolved_share),
+        )
+
+
+def caveats(*, num_missing: int, unresolved_share: float) -> tuple[str, ...]:
+    """Returns what a reader of a measurement's exponents must know.
+
+    Args:
+        num_missing: As in `CouplingMeasurement`.
+        unresolved_share: As there; NaN if it is not known.
+
+    Returns:
+        Sentences, none if all pairs of the window are resolved and hold most of the
+        error.
+    """
+    found = []
+    if num_missing:
+        found.append(
+            f"At least {num_missing} pairs of the spectral window are not resolved."
+        )
+    if unresolved_share > _MOST:
+        found.append(
+            f"{unresolved_share:.0%} of the error's energy lies outside the measured "
+            "pairs, so that exponents and residuals describe the rest of it alone; ask "
+            "for more pairs."
+        )
+    return tuple(found)
 
 
 class CrossChecks(NamedTuple):
@@ -128,6 +176,8 @@ class CrossChecks(NamedTuple):
 
     secant_disagreement: jax.Array
     operator_disagreement: jax.Array
+    unresolved_share: jax.Array
+    num_missing: jax.Array
     finite: jax.Array
 
 
@@ -139,9 +189,9 @@ class Labels(NamedTuple):
     derivative: str
     reduction: str
     coupled: bool | None
+    window: Window
 
 
-@partial(jax.jit, static_argnames=("labels", "binning"))
 def diagnose(
     pairs: RitzPairs,
     coupling: jax.Array,
@@ -152,8 +202,30 @@ def diagnose(
     binning: Binning,
 ) -> CouplingMeasurement:
     """Returns the measurement: the coupling, binned, with every diagnostic."""
-    resolved = pairs.resolved & checks.finite
-    coupling = jnp.where(checks.finite, coupling, 0)
+    # The labels stay outside, so that one program serves every solver and window.
+    fields = _fields(pairs, coupling, checks.finite, key, binning=binning)
+    return CouplingMeasurement(
+        values=pairs.values,
+        vectors=pairs.vectors,
+        residuals=pairs.residuals,
+        **fields,
+        **checks._asdict(),
+        **labels._asdict(),
+    )
+
+
+@partial(jax.jit, static_argnames="binning")
+def _fields(
+    pairs: RitzPairs,
+    coupling: jax.Array,
+    finite: jax.Array,
+    key: jax.Array,
+    *,
+    binning: Binning,
+) -> dict[str, Any]:
+    """Returns the fields of a `CouplingMeasurement` that are computed here."""
+    resolved = pairs.resolved & finite
+    coupling = jnp.where(finite, coupling, 0)
     shells = log_shells(pairs.values, binning.num_shells, mask=resolved)
     literal, renormalized = (
         root_mean_squares(
@@ -168,27 +240,19 @@ def diagnose(
     root, enough = literal
     mode_key, shell_key = jax.random.split(key)
     fit = partial(fit_power_law, num_bootstrap=binning.num_bootstrap)
-    return CouplingMeasurement(
-        values=pairs.values,
-        vectors=pairs.vectors,
-        residuals=pairs.residuals,
-        resolved=resolved,
-        coupling=coupling,
-        shells=shells,
-        literal=toeplitz_diagnostics(*literal, binning.window),
-        renormalized=toeplitz_diagnostics(*renormalized, binning.window),
-        diagonal_fit=fit(
+    return {
+        "resolved": resolved,
+        "coupling": coupling,
+        "shells": shells,
+        "literal": toeplitz_diagnostics(*literal, binning.window),
+        "renormalized": toeplitz_diagnostics(*renormalized, binning.window),
+        "diagonal_fit": fit(
             pairs.values, jnp.abs(jnp.diag(coupling)), resolved, key=mode_key
         ),
-        shell_fit=fit(
-            shells.centers,
-            jnp.diag(root),
-            jnp.diag(enough),
-            key=shell_key,
+        "shell_fit": fit(
+            shells.centers, jnp.diag(root), jnp.diag(enough), key=shell_key
         ),
-        **checks._asdict(),
-        **labels._asdict(),
-    )
+    }
 
 
 def toeplitz_diagnostics(

@@ -30,7 +30,7 @@ from grsd_jax.shells.diagnostics import (
     diagnose,
     toeplitz_diagnostics,
 )
-from grsd_jax.shells.measurement import diagonalize, leading_pairs
+from grsd_jax.shells.measurement import diagonalize, leading_pairs, missing_pairs
 from grsd_jax.shells.options import Binning, Window
 
 
@@ -74,7 +74,7 @@ def measure_layers(
     Returns:
         `LayerMeasurements`. Of the cross-checks of `measure_coupling` only the total's
         ``operator_disagreement`` is made, with its leading eigenvector; the other
-        disagreements are NaN.
+        disagreements, and the unresolved energies, are NaN.
 
     Raises:
         ValueError: If a shape, tree, dtype, leading axis or choice does not fit.
@@ -97,15 +97,24 @@ def measure_layers(
         measured = diagnose(
             pairs,
             coupling,
-            CrossChecks(unmade, unmade, all_finite((kernel, moved))),
+            CrossChecks(
+                unmade,
+                unmade,
+                unmade,
+                missing_pairs(pairs, point.dimension, window),
+                all_finite((kernel, moved)),
+            ),
             key,
-            labels=Labels("dense", form, "exact", point.reduction, coupled=False),
+            labels=Labels("dense", form, "exact", point.reduction, False, window),
             binning=shells,
         )
         # NaN from the host: computed, it would stop a run under `jax_debug_nans`.
-        unknown = np.full((), np.nan, kernel.dtype)
+        unknown = jax.device_put(np.full((), np.nan, kernel.dtype))
         return dataclasses.replace(
-            measured, secant_disagreement=unknown, operator_disagreement=unknown
+            measured,
+            secant_disagreement=unknown,
+            operator_disagreement=unknown,
+            unresolved_share=unknown,
         )
 
     kernels, moved = (list(part) for part in zip(*matrices.values(), strict=True))

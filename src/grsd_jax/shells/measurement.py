@@ -1,8 +1,9 @@
 """The whole measurement in one call: spectrum, coupling, shells and diagnostics.
 
 The pieces are all public; this module puts them in order, chooses the solver, and adds
-the two cross-checks that every result carries: how far the pairs' values are from those
-of the plain kernel, and how far the exact derivative is from a finite difference.
+the cross-checks that every result carries: how far the pairs' values are from those of
+the plain kernel, how far the exact derivative is from a finite difference, and how much
+of the error lies outside the pairs.
 """
 
 import dataclasses
@@ -13,10 +14,10 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from grsd_jax._arrays import all_finite, is_traced, magnitude, matmul, norm
+from grsd_jax._arrays import all_finite, is_traced, magnitude, matmul, norm, ratio
 from grsd_jax._checks import check_choice, check_type
 from grsd_jax._memory import check_fits, naming_what_to_lower
-from grsd_jax._typing import PyTree
+from grsd_jax._typing import Matmat, PyTree
 from grsd_jax.jacobian.plan import verdict_of
 from grsd_jax.kernel.dense import check_dense_fits, dense_at
 from grsd_jax.kernel.derivative import (
@@ -28,9 +29,16 @@ from grsd_jax.kernel.derivative import (
 from grsd_jax.kernel.mesh import layout_of
 from grsd_jax.kernel.null_space import free_start
 from grsd_jax.kernel.products import held_products, projected_derivative
-from grsd_jax.kernel.solver import Lanczos, solver_at
-from grsd_jax.linalg.lanczos import LanczosResult, block_lanczos
-from grsd_jax.linalg.ritz import RitzPairs, resolved_pairs, ritz_pairs, rounding_bound
+from grsd_jax.kernel.solver import COLUMNS_A_PAIR, Lanczos, solver_at
+from grsd_jax.linalg.eigenpairs import leading_eigenpairs
+from grsd_jax.linalg.lanczos import block_lanczos
+from grsd_jax.linalg.ritz import (
+    RitzPairs,
+    default_floor,
+    resolved_pairs,
+    ritz_pairs,
+    rounding_bound,
+)
 from grsd_jax.problem import Point, Problem, evaluate
 from grsd_jax.shells.diagnostics import (
     CouplingMeasurement,
@@ -42,6 +50,9 @@ from grsd_jax.shells.options import Binning, Window
 
 #: What a measurement accepts as its solver.
 Solver = Literal["auto", "dense", "lanczos"] | Lanczos
+
+#: Pairs at first, where a floor ends the window and not a number.
+_FIRST_PAIRS = 64
 
 
 def measure_coupling(
@@ -58,9 +69,13 @@ def measure_coupling(
 ) -> CouplingMeasurement:
     """Measures the shell coupling of the kernel's derivative, with its diagnostics.
 
-    ``M = J J^T`` and ``Mdot`` along ``direction`` at ``params``; eigenpairs of M (all
-    of them, or Ritz pairs); ``V^T Mdot V``; log shells; literal and renormalised
-    coupling; Toeplitz residuals, whole and in sliding windows; power-law fits.
+    ``M = J J^T`` and ``Mdot`` along ``direction`` at ``params``; the eigenpairs of M in
+    the spectral window; ``V^T Mdot V``; log shells; literal and renormalised coupling;
+    Toeplitz residuals, whole and in sliding windows; power-law fits.
+
+    The window decides what is measured, the solver only how: both measure the same
+    pairs. Lanczos runs until they have converged. ``num_missing`` counts those that did
+    not, and ``unresolved_share`` is the share of the error outside the pairs.
 
     Call it eagerly (its programs are compiled once and reused while shapes stay the
     same), or inside `jit`, where nothing is checked but shapes.
@@ -72,10 +87,10 @@ def measure_coupling(
         direction: The tangent d, a tree like ``params``; the gradient flow of the
             problem's loss if None.
         key: Consumed for the start block and the bootstrap.
-        solver: ``"dense"`` for all n pairs (examples must be independent),
-            ``"lanczos"`` or a `Lanczos` for the leading ``m b``; ``"auto"`` takes the
-            cheaper by `choose_solver`.
-        window: Which pairs are used.
+        solver: ``"dense"`` (examples must be independent), ``"lanczos"`` or a
+            `Lanczos`; ``"auto"`` takes the cheaper by `choose_solver`.
+        window: Which pairs are measured, by default the leading 100. More are asked for
+            by name: ``Window(num_pairs=400)``, or ``Window(num_pairs=None)`` for all.
         shells: The shells, and what is computed from them.
         derivative: How Mdot is computed.
         progress: Called with the number of Lanczos steps done, where the steps are
@@ -102,19 +117,18 @@ def measure_coupling(
     if direction is None:
         direction = gradient_flow_direction(problem, params)
     point = problem.at(params, direction)
-    lanczos = _resolved(solver, point)
-    _check_sizes(point, lanczos, shells)
+    lanczos = _resolved(solver, point, window)
+    _check_sizes(point, lanczos, window, shells)
     width = min((lanczos or Lanczos()).block_size, point.dimension)
     start_key, bootstrap_key = jax.random.split(key)
     with naming_what_to_lower("block_size", "num_steps", "batches"):
         if lanczos is None:
             pairs, coupling = _dense_pairs(point, window, derivative)
         else:
-            run = _lanczos_run(point, lanczos, start_key, progress)
-            pairs = _ritz_pairs(run, tolerance=window.tolerance, floor=window.floor)
+            pairs = _lanczos_pairs(point, lanczos, window, start_key, progress)
             coupling = projected_derivative(point, pairs.vectors, derivative, width)
         pairs = leading_pairs(pairs, window)
-        checks = _cross_checks(point, pairs, coupling, derivative, width)
+        checks = _cross_checks(point, pairs, coupling, derivative, width, window)
     verdict = verdict_of(point)
     labels = Labels(
         "dense" if lanczos is None else "lanczos",
@@ -122,6 +136,7 @@ def measure_coupling(
         derivative.method,
         point.reduction,
         verdict.coupled,
+        window,
     )
     with jax.debug_nans(False):  # what is undefined is NaN by contract
         return diagnose(
@@ -129,7 +144,7 @@ def measure_coupling(
         )
 
 
-def _resolved(solver: Solver, point: Point) -> Lanczos | None:
+def _resolved(solver: Solver, point: Point, window: Window) -> Lanczos | None:
     """Returns how Lanczos runs, or None for the dense solver."""
     on_mesh = layout_of(point) is not None
     if isinstance(solver, Lanczos):
@@ -142,26 +157,37 @@ def _resolved(solver: Solver, point: Point) -> Lanczos | None:
     choices = ("auto", "lanczos") if on_mesh else ("auto", "dense", "lanczos")
     named = "solver, with batches on a mesh," if on_mesh else "solver"
     check_choice(named, solver, choices)
-    default = Lanczos()
-    default = Lanczos(min(default.block_size, point.dimension), default.num_steps)
+    default = Lanczos(min(Lanczos().block_size, point.dimension))
     if solver == "auto" and not on_mesh:
-        columns = min(default.block_size * default.num_steps, point.dimension)
-        solver = solver_at(point, columns)
+        solver = solver_at(point, _num_columns(point, default, window))
     return None if solver == "dense" else default
 
 
-def _check_sizes(point: Point, lanczos: Lanczos | None, shells: Binning) -> None:
+def _num_columns(point: Point, lanczos: Lanczos, window: Window) -> int:
+    """Returns how many columns Lanczos is expected to need, a multiple of its block."""
+    n, width = point.dimension, lanczos.block_size
+    if lanczos.num_steps is not None:
+        return width * lanczos.num_steps
+    wanted = n if window.num_pairs is None else COLUMNS_A_PAIR * window.num_pairs
+    return width * -(-min(wanted, n) // width)
+
+
+def _check_sizes(
+    point: Point, lanczos: Lanczos | None, window: Window, shells: Binning
+) -> None:
     """Raises MemoryError, before any work, if what is asked for cannot fit."""
     n, itemsize = point.dimension, point.error.dtype.itemsize
     pairs = n
     if lanczos is None:
         check_dense_fits(point, extra=2)  # V, and the derivative in its terms
     elif layout_of(point) is None:
-        pairs = lanczos.block_size * lanczos.num_steps
+        pairs = _num_columns(point, lanczos, window)
+        given = lanczos.num_steps is not None
+        lower = "num_steps or block_size of Lanczos" if given else "num_pairs of Window"
         check_fits(
             f"solver: a basis and Ritz vectors of {pairs} columns of n = {n}",
             2.0 * pairs * n * itemsize,
-            "lower num_steps or block_size of Lanczos",
+            f"lower {lower}",
             "measure fewer batches or examples",
         )
     check_fits(
@@ -227,30 +253,86 @@ def leading_pairs(pairs: RitzPairs, window: Window) -> RitzPairs:
     return pairs._replace(resolved=pairs.resolved & leading)
 
 
-def _lanczos_run(
+def missing_pairs(pairs: RitzPairs, size: int, window: Window) -> jax.Array:
+    """Counts the pairs of the window that are not resolved, [] int32.
+
+    Args:
+        pairs: The pairs that were found, in descending order.
+        size: The dimension n.
+        window: The window.
+
+    Returns:
+        The count, with those that the solver did not come to. How many these are is not
+        known if a floor ends the window: then they count as one.
+    """
+    rank = len(pairs.values)
+    wanted = size if window.num_pairs is None else min(window.num_pairs, size)
+    floor = window.floor or default_floor(pairs.values.dtype)
+    above = pairs.values > floor * jnp.max(pairs.values, initial=0)
+    inside = above & (jnp.arange(rank) < wanted)
+    beyond = wanted - rank if window.num_pairs is not None else 1
+    unseen = jnp.where(above[-1] & (rank < wanted), beyond, 0)
+    missing = jnp.sum(inside & ~pairs.resolved) + unseen
+    return missing.astype(jnp.int32)
+
+
+def _lanczos_pairs(
     point: Point,
-    solver: Lanczos,
+    lanczos: Lanczos,
+    window: Window,
     key: jax.Array,
     progress: Callable[[int], None] | None,
-) -> LanczosResult:
-    """Runs block Lanczos from a Gaussian block free of the softmax null space."""
+) -> RitzPairs:
+    """Returns leading pairs by block Lanczos: converged, or of a number of steps."""
     start_key, probe_key, lanczos_key = jax.random.split(key, 3)
-    shape = (point.dimension, solver.block_size)
+    shape = (point.dimension, lanczos.block_size)
     start = jax.random.normal(start_key, shape, point.error.dtype)
     start = free_start(point, start, probe_key)
     layout = layout_of(point)
     if layout is not None:
         start = jax.device_put(start, layout.row_sharding)
     traced = is_traced((point.params, point.batches))
+    matmat = held_products(point)
+    if lanczos.num_steps is None and not traced:
+        return _converged_pairs(matmat, start, window, lanczos_key, progress)
+    num_steps = _num_columns(point, lanczos, window) // lanczos.block_size
     on_host = jax.default_backend() == "cpu" and not traced
-    return block_lanczos(
-        held_products(point),
+    run = block_lanczos(
+        matmat,
         start,
-        solver.num_steps,
+        num_steps,
         key=lanczos_key,
         driver="host" if on_host else "scan",
         progress=progress,
     )
+    return _ritz_pairs(run, tolerance=window.tolerance, floor=window.floor)
+
+
+def _converged_pairs(
+    matmat: Matmat,
+    start: jax.Array,
+    window: Window,
+    key: jax.Array,
+    progress: Callable[[int], None] | None,
+) -> RitzPairs:
+    """Returns the pairs of the window, from as many steps as they need."""
+    size = start.shape[0]
+    floor = window.floor or default_floor(start.dtype)
+    num_pairs = min(window.num_pairs or _FIRST_PAIRS, size)
+    while True:
+        found = leading_eigenpairs(
+            matmat,
+            start,
+            num_pairs,
+            key=key,
+            tolerance=window.tolerance,
+            progress=progress,
+        )
+        above = found.values > floor * found.values[0]
+        if window.num_pairs is not None or num_pairs == size or not above[-1]:
+            resolved = found.converged & above & (found.values > 0)
+            return RitzPairs(found.values, found.vectors, found.residuals, resolved)
+        num_pairs = min(2 * num_pairs, size)
 
 
 _ritz_pairs = partial(jax.jit, static_argnames=("tolerance", "floor"))(ritz_pairs)
@@ -262,8 +344,9 @@ def _cross_checks(
     coupling: jax.Array,
     derivative: Derivative,
     width: int,
+    window: Window,
 ) -> CrossChecks:
-    """Returns the disagreement with the secant and with the plain kernel."""
+    """Returns what a measurement says of its own accuracy."""
     leading = pairs.vectors[:, :width]
     values = pairs.values[:width]
     first = coupling[:width, :width]
@@ -274,11 +357,29 @@ def _cross_checks(
     difference = other if exact else first
     apart = project_kernel(point, leading) - jnp.diag(values)
     errors = [evaluate(point.error_fn, point.params, batch) for batch in point.parts]
+    stack = point.reduction == "stack"
     numbers = (coupling, pairs.values, errors, point.params, point.direction)
     return CrossChecks(
         secant_disagreement=norm(first - other) / norm(difference),
         operator_disagreement=(
             jnp.max(jnp.abs(apart)) / jnp.max(jnp.abs(pairs.values))
         ),
+        unresolved_share=_unresolved_share(pairs, errors, stack=stack),
+        num_missing=missing_pairs(pairs, point.dimension, window),
         finite=all_finite(numbers),
     )
+
+
+@partial(jax.jit, static_argnames="stack")
+def _unresolved_share(
+    pairs: RitzPairs, errors: list[jax.Array], *, stack: bool
+) -> jax.Array:
+    """Returns ``1 - |V^T e|^2 / |e|^2``, V resolved, all batches together."""
+    rows = jnp.stack([jnp.ravel(error) for error in errors])
+    columns = rows.reshape(-1, 1) if stack else rows.T
+    columns = columns / magnitude(columns)
+    inside = matmul(pairs.vectors.T, columns)
+    held = jnp.sum(jnp.square(inside), axis=1, where=pairs.resolved[:, None])
+    total = jnp.sum(jnp.square(columns))
+    share = 1 - ratio(jnp.sum(held), total)
+    return jnp.where(total > 0, jnp.clip(share, 0, 1), jnp.nan)

@@ -7,15 +7,15 @@ from grsd_jax._checks import check_at_least, check_positive
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """The part of the spectrum that is measured.
+    """The part of the spectrum that is measured, whichever solver finds it.
 
     Attributes:
-        num_pairs: Leading pairs that are used; all of them if None.
-        floor: Smallest value used, relative to the largest; ten eps if None.
+        num_pairs: Leading pairs; all those above the floor if None.
+        floor: Smallest value, relative to the largest; ten eps if None.
         tolerance: Largest residual of a pair that is used, relative to its value.
     """
 
-    num_pairs: int | None = None
+    num_pairs: int | None = 100
     floor: float | None = None
     tolerance: float = 0.05
 

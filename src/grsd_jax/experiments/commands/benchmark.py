@@ -31,7 +31,7 @@ FIELDS = (
     "num_batches",
     "solver",
     "block_size",
-    "num_steps",
+    "num_pairs",
     "precision",
 )
 
@@ -46,13 +46,7 @@ def main(config: Config) -> None:
         rows = []
         for name in benchmarking.CASES:
             print(f"{name} ...", file=sys.stderr)
-            command = [
-                sys.executable,
-                "-m",
-                commands.__name__,
-                "benchmark",
-                *sys.argv[1:],
-            ]
+            command = [sys.executable, "-m", commands.__name__, "benchmark"]
             command += [*sys.argv[1:], f"--case={name}"]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
             if done.returncode:

@@ -33,6 +33,7 @@ DEFAULTS = {
     "train_batch_size": 128,
     "schedule": "cosine_decay_schedule",
     "num_batches": 4,
+    "num_pairs": 1280,  # all of them: K N C
     "solver": "dense",
 }
 #: What the study sets by itself, and what its two networks do not take.

@@ -135,8 +135,10 @@ class Config(Settings):
         "How the spectrum is found; auto takes the cheaper that fits in memory.",
         choices=("auto", "dense", "lanczos"),
     )
+    num_pairs: int = setting(
+        100, "Leading eigenpairs that are measured, by either solver.", minimum=1
+    )
     block_size: int = setting(8, "Columns b of a Lanczos block.", minimum=1)
-    num_steps: int = setting(20, "Lanczos steps m.", minimum=1)
     derivative: Literal["exact", "finite_difference"] = setting(
         "exact",
         "Derivative of the kernel: within one activation pattern, or across patterns.",

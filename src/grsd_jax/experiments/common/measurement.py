@@ -1,7 +1,7 @@
 """The measurement of one network, and what files hold of it."""
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from grsd_jax.experiments.common.networks import Weights
 from grsd_jax.experiments.common.quantities import whole_residual, window_residuals
 from grsd_jax.experiments.common.runs import environment, progress_bar, writes
 from grsd_jax.kernel import choose_solver, default_step, shard_batches
+from grsd_jax.kernel.solver import COLUMNS_A_PAIR
 from grsd_jax.linalg import default_floor
 from grsd_jax.models import linen_outputs
 from grsd_jax.shells import (
@@ -26,8 +27,7 @@ from grsd_jax.shells import (
     toeplitz_degrees_of_freedom,
 )
 
-#: The pairs that every measurement uses, and the step of a difference.
-WINDOW = Window(floor=default_floor(np.float32))
+#: The step of every difference.
 STEP = default_step(np.float32)
 
 #: Settings of a `Config` that do not change what one measurement computes.
@@ -118,16 +118,16 @@ def measurement_options(
     Returns:
         Keyword arguments.
     """
+    window = Window(config.num_pairs, floor=default_floor(np.float32))
     solver: str | Lanczos = config.solver
     if solver == "auto":
-        size = problem.dimension(params)
-        columns = min(config.block_size * config.num_steps, size)
+        columns = min(COLUMNS_A_PAIR * config.num_pairs, problem.dimension(params))
         solver = choose_solver(problem, params, num_columns=columns)
     if solver == "lanczos":
-        solver = Lanczos(config.block_size, config.num_steps)
+        solver = Lanczos(config.block_size)
     return {
         "solver": solver,
-        "window": WINDOW,
+        "window": window,
         "shells": Binning(config.num_shells, config.window),
         "derivative": Derivative(config.derivative, STEP),
     }
@@ -166,7 +166,7 @@ def measure_network(
     problem = network_problem(model, weights, batches, config)
     options = measurement_options(problem, weights.params, config)
     if writes():
-        print(_how(problem.dimension(weights.params), options["solver"], mesh))
+        print(_how(problem.dimension(weights.params), options, mesh))
     with progress_bar(desc=title, unit="step", leave=False) as bar:
 
         def progress(done: int) -> None:
@@ -188,13 +188,12 @@ def measure_network(
     return measured
 
 
-def _how(size: int, solver: str | Lanczos, mesh: Mesh | None) -> str:
-    """Says the dimension, the solver and the number of pairs of a measurement."""
-    name, pairs = "dense", size
-    if isinstance(solver, Lanczos):
-        name, pairs = "lanczos", solver.block_size * solver.num_steps
+def _how(size: int, options: Mapping[str, Any], mesh: Mesh | None) -> str:
+    """Says the dimension, the window and the solver of a measurement."""
+    name = "lanczos" if isinstance(options["solver"], Lanczos) else "dense"
+    pairs = min(options["window"].num_pairs, size)
     shared = "" if mesh is None else f", shared by {mesh.size} devices"
-    return f"n = {size}, {name}, r = {min(pairs, size)}{shared}"
+    return f"n = {size}, leading {pairs} pairs, {name}{shared}"
 
 
 def _fetched(measured: CouplingMeasurement) -> CouplingMeasurement:
@@ -215,17 +214,19 @@ def measurement_entry(measured: CouplingMeasurement, config: Config) -> dict[str
         Its entry.
     """
     edges, window = np.asarray(measured.shells.edges), config.window
+    size = measured.vectors.shape[0]
     return {
-        "n": measured.vectors.shape[0],
-        "num_pairs": len(measured.values),
+        "n": size,
+        "num_pairs": min(measured.window.num_pairs or size, size),
         "num_resolved": int(np.sum(measured.resolved)),
+        "num_missing": int(measured.num_missing),
+        "unresolved_share": float(measured.unresolved_share),
         "solver": measured.solver,
         "jacobian": measured.jacobian,
         "derivative": measured.derivative,
         "reduction": measured.reduction,
         "seed": config.seed,
-        "tolerance": WINDOW.tolerance,
-        "floor": WINDOW.floor,
+        "spectral_window": dataclasses.asdict(measured.window),
         "step": STEP,
         "diagonal_fit": _fit(measured.diagonal_fit),
         "shell_fit": _fit(measured.shell_fit),

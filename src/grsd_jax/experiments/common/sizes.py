@@ -74,8 +74,7 @@ def check_measurement(config: Any, size: int) -> None:
             f"--block_size: expected at most the error dimension n = {size}, "
             f"got {width}."
         )
-    columns = config.block_size * config.num_steps if solver != "auto" else size
-    pairs = min(size, columns) if solver == "lanczos" else size
+    pairs = min(size, getattr(config, "num_pairs", size))
     if config.num_shells > pairs:
         raise UserError(
             f"--num_shells: expected at most the {pairs} eigenpairs, one for each "
@@ -86,6 +85,6 @@ def check_measurement(config: Any, size: int) -> None:
         needed = 3 * _FLOAT * size**2
         check_fits("--batch_size or --num_batches", got, "matrices", needed)
     elif solver == "lanczos":
-        got = f"{columns} vectors of n = {size}"
-        needed = _FLOAT * size * columns
-        check_fits("--block_size or --num_steps", got, "Lanczos vectors", needed)
+        got = f"{pairs} vectors of n = {size}"
+        needed = _FLOAT * size * pairs
+        check_fits("--num_pairs", got, "Lanczos vectors", needed)

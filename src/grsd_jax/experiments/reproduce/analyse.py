@@ -17,6 +17,7 @@ from grsd_jax.experiments.common.config import TITLES, UserError
 from grsd_jax.experiments.common.quantities import edge_residual
 from grsd_jax.experiments.common.tables import MISSING, aligned, finite, number
 from grsd_jax.shells import centre_toeplitz_residual
+from grsd_jax.shells.diagnostics import caveats
 
 #: Names of the arrays of one measurement, and their shapes in r modes and S shells.
 _SHAPES = {
@@ -189,7 +190,8 @@ def entry_arrays(
 def format_table(results: Any) -> str:
     """Writes a result as two aligned tables, valid as Markdown too.
 
-    The first says what was measured and how the diagonal scales: the slope of
+    The first says what was measured, the resolved pairs out of those asked for and
+    their share of the error's energy, and how the diagonal scales: the slope of
     ``|Mdot_ii|`` against ``lambda_i`` with its standard error and bootstrap interval,
     and the slope over shells. The second holds the Toeplitz residuals: of the whole
     coupling, and from the edges (`edge_residual`) to the centre
@@ -199,12 +201,36 @@ def format_table(results: Any) -> str:
         results: The contents of ``results.json``, of one measurement or of several.
 
     Returns:
-        The tables, one row for each network and protocol; what is undefined is "n/a".
+        The tables, one row for each network and protocol, and the caveats below them;
+        what is undefined is "n/a".
 
     Raises:
         UserError: If there is no measurement in ``results``.
     """
-    return "\n\n".join(aligned(rows) for rows in result_tables(results))
+    parts = [aligned(rows) for rows in result_tables(results)]
+    return "\n\n".join([*parts, *result_caveats(results)])
+
+
+def result_caveats(results: Any) -> list[str]:
+    """Returns what a reader of the tables must know of single rows.
+
+    Args:
+        results: The contents of ``results.json``, of one measurement or of several.
+
+    Returns:
+        Sentences, each after the name of its row.
+
+    Raises:
+        UserError: If there is no measurement in ``results``.
+    """
+    return [
+        f"{entry.label}: {sentence}"
+        for entry in list_entries(results)
+        for sentence in caveats(
+            num_missing=int(entry.number("num_missing") or 0),
+            unresolved_share=entry.number("unresolved_share") or 0.0,
+        )
+    ]
 
 
 def result_tables(results: Any) -> list[list[list[str]]]:
@@ -232,7 +258,8 @@ def result_tables(results: Any) -> list[list[list[str]]]:
 _SCALING = (
     "accuracy",
     "n",
-    "resolved",
+    "pairs",
+    "energy",
     "solver",
     "slope +- stderr [interval]",
     "R^2",
@@ -243,10 +270,12 @@ _SCALING = (
 def _scaling(entry: Entry) -> list[str]:
     """The cells of the first table."""
     resolved, pairs = entry.number("num_resolved"), entry.number("num_pairs")
+    outside = entry.number("unresolved_share")
     return [
         number(entry.number("test_accuracy")),
         number(entry.number("n"), ".0f"),
         f"{number(resolved, '.0f')}/{number(pairs, '.0f')}",
+        number(None if outside is None else 1 - outside, ".0%"),
         str(entry.fields.get("solver") or MISSING),
         _slope(entry, "diagonal_fit", interval=True),
         number(entry.number("diagonal_fit", "r_squared")),

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from flax import linen as nn
 
-from grsd_jax import Binning, Problem, measure_coupling
+from grsd_jax import Binning, Problem, Window, measure_coupling
 from grsd_jax._typing import PyTree
 from grsd_jax.conditions import (
     correlation_time,
@@ -235,6 +235,9 @@ def _coupling(
     """Measures the shell coupling at the trained parameters."""
     problem = Problem(linen_outputs(model, {}), batches)
     shells = Binning(config.num_shells, config.window, num_bootstrap=0)
-    measured = measure_coupling(problem, params, key=key, shells=shells)
+    everything = Window(num_pairs=None)
+    measured = measure_coupling(
+        problem, params, key=key, window=everything, shells=shells
+    )
     found = coupling_quantities(jax.device_get(measured))
     return {name: found[name] for name in COUPLING}

@@ -35,7 +35,7 @@ SETTINGS = (
     "num_shells",
     "solver",
     "block_size",
-    "num_steps",
+    "num_pairs",
 )
 
 #: The outer edges of the shells. The spectrum of a fresh network says little of that of
@@ -71,7 +71,7 @@ class Tracker:
             every=config.record_every,
             solver=config.solver,
             edges=np.geomspace(*LAMBDA_RANGE, config.num_shells + 1).tolist(),
-            window=Window(config.block_size * config.num_steps, tolerance=0.01),
+            window=Window(config.num_pairs, tolerance=0.01),
             # Momentum mu without dampening moves 1 / (1 - mu) times as far.
             schedule=lambda step: schedule(step) / (1 - config.momentum),
         )
