@@ -35,6 +35,7 @@ def test_every_field_can_be_set_by_its_flag():
         activation="gelu",
         epochs=7,
         train_batch_size=9,
+        optimizer="adamw",
         learning_rate=0.5,
         momentum=0.0,
         schedule="linear_schedule",

@@ -143,6 +143,42 @@ def test_a_resumed_run_ends_with_the_same_bits(
     assert metrics_of(tmp_path / "tiny") == metrics_of(whole[1])
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_run_of_another_optimizer_resumes_too(name, dataset, tmp_path, monkeypatch):
+    config = dataclasses.replace(
+        CONFIG, optimizer=name, learning_rate=1e-3, epochs=1, checkpoint_every=3
+    )
+    whole = train(dataset, tmp_path / "whole", config)
+    with monkeypatch.context() as patch:
+        interrupt(patch, 4)
+        with pytest.raises(KeyboardInterrupt):
+            train(dataset, tmp_path / "cut", config)
+    result = train(dataset, tmp_path / "cut", config)
+    assert result.resumed_from == 3
+    assert_same_bits(result.state, whole.state)
+
+
+def test_the_first_updates_of_the_optimizers_in_closed_form():
+    weights = {"w": jnp.asarray([[3.0, 0.0], [0.0, -0.5]]), "b": jnp.asarray([1.0])}
+    gradient = {"w": jnp.asarray([[0.2, 0.0], [0.0, -4.0]]), "b": jnp.asarray([-7.0])}
+    signs = {"w": [[1.0, 0.0], [0.0, -1.0]], "b": [-1.0]}
+    rate = 0.01
+    for name, decay, tolerance in (("adamw", 1e-4, 1e-5), ("muon", 0.0, 0.5)):
+        config = dataclasses.replace(
+            CONFIG,
+            optimizer=name,
+            learning_rate=rate,
+            schedule="constant_schedule",
+        )
+        optimizer = cached_optimizer(config, total_steps=3)
+        updates, _ = optimizer.update(gradient, optimizer.init(weights), weights)
+        for leaf, update in updates.items():
+            # Adam's first step has size eta; muon's orthogonal factor of a diagonal
+            # matrix is that of its signs, up to five Newton-Schulz steps and Nesterov.
+            expected = -rate * (np.asarray(signs[leaf]) + decay * weights[leaf])
+            np.testing.assert_allclose(update, expected, atol=tolerance * rate)
+
+
 def test_a_complete_run_is_returned_as_it_is(whole, dataset):
     before = (whole[1] / "metrics.jsonl").read_text()
     result = train(dataset, whole[1].parent)

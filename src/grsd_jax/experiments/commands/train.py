@@ -1,4 +1,4 @@
-r"""Trains a network by SGD with momentum: ResNet-18, PlainNet-18 or one of any depth.
+r"""Trains a network: ResNet-18, PlainNet-18 or one of any depth.
 
 Writes to WORKDIR/MODEL: config.json, metrics.jsonl (one JSON object a line) and Orbax
 checkpoints. A run that was killed resumes by itself when the same command is given

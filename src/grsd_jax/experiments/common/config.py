@@ -67,7 +67,14 @@ class Settings:
     )
     workdir: str = setting("runs/default", "Folder for everything that is written.")
     train_batch_size: int = setting(64, "Examples in one training step.", minimum=1)
-    learning_rate: float = setting(0.05, "Learning rate of SGD.", low=0.0)
+    optimizer: str = setting(
+        "sgd",
+        "Optimizer, one of optax's with its defaults; SGD with --momentum.",
+        choices=("sgd", "adamw", "muon"),
+    )
+    learning_rate: float = setting(
+        0.05, "Learning rate; the default is meant for SGD.", low=0.0
+    )
     momentum: float = setting(0.9, "Momentum of SGD, in [0, 1).", low=0.0, high=1.0)
     rho: float = setting(0.9, "Spectral radius of the state-space model, ssm.", low=0.0)
     batch_size: int = setting(32, "Examples N in one measured batch.", minimum=1)
@@ -169,6 +176,7 @@ TRAINING_FIELDS = (
     "activation",
     "epochs",
     "train_batch_size",
+    "optimizer",
     "learning_rate",
     "momentum",
     "schedule",

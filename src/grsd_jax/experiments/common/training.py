@@ -1,4 +1,4 @@
-"""Training of the networks: SGD with momentum, checkpoints, metrics and resuming.
+"""Training of the networks: optimizer, checkpoints, metrics and resuming.
 
 The loop is a Python loop over one jitted step: convolutions inside ``lax.scan`` are
 slow on XLA's CPU backend. A run that is killed and started again repeats the same
@@ -144,10 +144,13 @@ def make_schedule(config: Config, *, total_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: Config, *, total_steps: int) -> optax.GradientTransformation:
-    """Returns SGD with momentum: ``t <- mu t + g``, ``theta <- theta - eta t``.
+    """Returns the optimiser of the settings, one of optax's.
+
+    ``sgd`` with momentum is ``t <- mu t + g``, ``theta <- theta - eta t``; ``adamw``
+    and ``muon`` have optax's defaults but for the learning rate.
 
     Args:
-        config: ``momentum`` and the schedule's settings are used.
+        config: ``optimizer``, ``momentum`` and the schedule's settings are used.
         total_steps: Steps of the whole training, for schedules that decay.
 
     Returns:
@@ -157,7 +160,10 @@ def make_optimizer(config: Config, *, total_steps: int) -> optax.GradientTransfo
         UserError: As for `make_schedule`.
     """
     schedule = make_schedule(config, total_steps=total_steps)
-    return optax.sgd(schedule, momentum=config.momentum)
+    if config.optimizer == "sgd":
+        return optax.sgd(schedule, momentum=config.momentum)
+    make = {"adamw": optax.adamw, "muon": optax.contrib.muon}[config.optimizer]
+    return make(schedule)
 
 
 def init_state(weights: Weights, optimizer: optax.GradientTransformation) -> TrainState:
@@ -183,7 +189,7 @@ def train_step(
     images: jax.Array,
     labels: jax.Array,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Does one step of SGD on the mean cross-entropy of a batch.
+    """Does one step on the mean cross-entropy of a batch.
 
     Args:
         model: The linen module, static.
