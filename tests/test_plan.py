@@ -393,6 +393,46 @@ def test_low_precision_of_the_inputs_alone_loosens_no_check():
         grsd.kernel_dense(problem, _two_layers())
 
 
+def half(params, batch, share=0.0):
+    """Computes in bfloat16, with a share of the mean over the examples."""
+    w, v = (params[name].astype(jnp.bfloat16) for name in "wv")
+    h = batch["x"].astype(jnp.bfloat16) @ w
+    h = h - jnp.bfloat16(share) * jnp.mean(h, 0, keepdims=True)
+    return (jnp.tanh(h) @ v).astype(jnp.float32)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_wrong_rule_is_found_in_a_program_in_half_precision(monkeypatch, dtype):
+    right = blocks._product
+
+    def wrong(*arguments):
+        (inputs, deltas), arrange = right(*arguments)
+        return (1.02 * inputs, deltas), arrange
+
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), _two_layers())
+    problem = grsd.Problem(own(half), _two_batches())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert problem.explain(params).num_factored == 2
+    monkeypatch.setattr(blocks, "_product", wrong)
+    problem = grsd.Problem(own(half), _two_batches())
+    with pytest.warns(RuntimeWarning, match="the factors of v, w do not agree"):
+        assert problem.explain(params).num_factored == 0
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("length", [1, 700])
+def test_a_small_coupling_is_found_in_a_program_in_half_precision(length):
+    def coupled(params, batch):
+        outputs = half(params, batch, 0.02)[:, None]
+        return jnp.tile(outputs, (1, length, 1))
+
+    batches = {"x": _two_batches()["x"], "label": jnp.zeros((2, 4, length), int)}
+    assert plan.are_coupled(grsd.Problem(coupled, batches).at(_two_layers()))
+    alone = grsd.Problem(own(lambda p, batch: half(p, batch)), _two_batches())
+    assert not plan.are_coupled(alone.at(_two_layers()))
+
+
 def test_an_integer_ends_the_path_of_a_weight():
     def outputs_fn(p, batch):
         whole = (3 * p["q"]).astype(jnp.int32).astype(jnp.float32)
@@ -445,3 +485,79 @@ def test_a_function_that_needs_all_its_examples_is_told():
     with pytest.raises(ValueError, match="evaluated for any number of examples"):
         grsd.kernel_dense(problem, params)
     assert grsd.kernel_matmat(problem, params, jnp.eye(24)).shape == (24, 24)
+
+
+def later(params, batch):
+    """Couples the examples once the parameter ``t`` is above 1."""
+    mean = jnp.mean(batch["x"], 0)[None]
+    x = batch["x"] - jnp.where(params["t"] > 1, mean, 0.0)
+    return jnp.tanh(x @ params["w"]) @ params["v"]
+
+
+@pytest.mark.filterwarnings("ignore:grsd_jax. the examples:RuntimeWarning")
+def test_a_coupling_that_begins_at_other_parameters_is_found():
+    batches, params = _two_batches(), _two_layers() | {"t": jnp.float32(0)}
+    problem = grsd.Problem(own(later), batches)
+    expected = _kernel(later, params, batches)
+    assert relative_error(grsd.kernel_dense(problem, params), expected) < 1e-5
+    assert problem.explain(params).num_factored == 3
+
+    params = params | {"t": jnp.float32(2)}
+    block = jnp.eye(24)
+    got = grsd.linearize_kernel(problem, params).matmat(block)
+    assert relative_error(got, _kernel(later, params, batches)) < 1e-5
+    with pytest.raises(ValueError, match="examples are coupled"):
+        grsd.kernel_dense(problem, params)
+    assert problem.explain(params).coupled
+
+
+@pytest.mark.filterwarnings("ignore:grsd_jax. the examples:RuntimeWarning")
+def test_a_coupling_that_begins_with_other_batches_is_found():
+    def switched(params, batch):
+        return later(params | {"t": batch["t"][0]}, batch)
+
+    batches, params = _two_batches(), _two_layers()
+    batches["t"] = jnp.zeros((2, 4))
+    problem = grsd.Problem(switched, batches)
+    assert problem.explain(params).coupled is False
+    problem = problem.replace(batches=batches | {"t": jnp.full((2, 4), 2.0)})
+    with pytest.raises(ValueError, match="examples are coupled"):
+        grsd.kernel_dense(problem, params)
+
+
+@pytest.mark.filterwarnings("ignore:grsd_jax. the examples:RuntimeWarning")
+def test_a_coupling_of_wide_outputs_that_begins_later_is_found():
+    def wide(params, batch):
+        return jnp.tile(later(params, batch)[:, None], (1, 700, 1))
+
+    batches = {"x": _two_batches()["x"][:1], "label": jnp.zeros((1, 4, 700), int)}
+    params = _two_layers() | {"t": jnp.float32(0)}
+    point = grsd.Problem(wide, batches).at(params)
+    assert not plan.are_coupled(point)
+    params = params | {"t": jnp.float32(2)}
+    assert plan.are_coupled(grsd.Problem(wide, batches).at(params))
+
+
+def test_examples_that_may_meet_are_compared_once_for_each_set_of_values(monkeypatch):
+    compared = []
+    right = plan._compared
+
+    def counted(point, key, sets):
+        compared.append(len(sets))
+        return right(point, key, sets)
+
+    monkeypatch.setattr(plan, "_compared", counted)
+    batches, params = _two_batches(), _two_layers() | {"t": jnp.float32(0)}
+    problem = grsd.Problem(own(later), batches)
+    block = jnp.ones((24, 1))
+    moved = jax.tree.map(lambda leaf: 1.5 * leaf, params)
+    for at, expected in ((params, 0), (params, 0), (moved, 1), (moved, 1), (params, 1)):
+        grsd.linearize_kernel(problem, at).matmat(block)
+        assert len(compared) == expected
+    assert set(compared) == {2}  # in both batches
+
+    network, params = make(own(outputs_fn))
+    for seed in range(3):  # proved by the program
+        network = network.replace(batches=make(seed=seed)[0].batches)
+        linearize_kernel(network, make(seed=seed)[1])
+    assert len(compared) == 1

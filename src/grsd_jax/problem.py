@@ -296,9 +296,14 @@ class Point:
     def num_classes(self) -> int | None:
         """The classes over which a position's error always sums to zero, or None."""
         # As a shape, which a jitted function finds once for many calls.
-        one_batch = _one_batch(self.batches)
-        (size,) = _classes.eval_shape(self.error_fn, self.params, one_batch).shape
+        shapes = self.batch_shapes
+        (size,) = _classes.eval_shape(self.error_fn, self.params, shapes).shape
         return size or None
+
+    @property
+    def batch_shapes(self) -> PyTree:
+        """The shapes and dtypes of one batch."""
+        return _one_batch(self.batches)
 
     @property
     def parts(self) -> list[PyTree]:
