@@ -17,7 +17,7 @@ from grsd_jax import (
     linearize_kernel,
 )
 from grsd_jax.jacobian import blocks, plan
-from oracles import dense_kernel, relative_error
+from oracles import dense_kernel, plain, relative_error
 
 K, N = 2, 4
 
@@ -307,6 +307,100 @@ def test_embeddings_read_the_rows_that_the_network_reads(mode, dtype):
     assert relative_error(kernel_dense(problem, params), expected) < bound
     product = linearize_kernel(problem, params).matmat(jnp.eye(12))
     assert relative_error(product, expected) < bound
+
+
+def by_rows(params, batch):
+    rows = params["table"][batch["token"]]
+    return jnp.tanh(rows).reshape(-1, 4) @ params["out"]
+
+
+def by_columns(params, batch):
+    columns = params["table"].T[:, batch["token"]]
+    return jnp.tanh(jnp.moveaxis(columns, 0, -1)).reshape(-1, 4) @ params["out"]
+
+
+def by_entries(params, batch):
+    return by_rows(params | {"table": params["table"] ** 2}, batch)
+
+
+def rematerialised(params, batch):
+    return jax.checkpoint(by_rows)(params, batch)
+
+
+def in_a_loop(params, batch):
+    def step(total, token):
+        return total + jnp.tanh(params["table"][token]), None
+
+    start = jnp.zeros((len(batch["token"]), 2))
+    found, _ = jax.lax.scan(step, start, batch["token"].T)
+    return jnp.tile(found, (1, 2)) @ params["out"]
+
+
+def in_a_branch(params, batch):
+    return jax.lax.cond(
+        jnp.sum(params["out"]) < 1e6,
+        by_rows,
+        lambda p, b: 0 * by_rows(p, b),
+        params,
+        batch,
+    )
+
+
+def of_a_weight(params, batch):
+    """A weight is gathered from a parameter at places of which one does not exist."""
+    weight = jnp.tanh(params["table"])[jnp.array([1, 9, 0, 1])]
+    x = jnp.sin(batch["token"].astype(jnp.float32))
+    return jnp.tile(x @ weight[:2] + x @ weight[2:], (1, 2)) @ params["out"]
+
+
+LOOKUPS = [
+    by_rows,
+    by_columns,
+    by_entries,
+    rematerialised,
+    in_a_loop,
+    in_a_branch,
+    of_a_weight,
+]
+
+
+@pytest.mark.parametrize("path", ["as it is", "plain"])
+@pytest.mark.parametrize("fn", LOOKUPS)
+def test_rows_out_of_range_leave_every_product_symmetric(fn, path):
+    noise = np.random.default_rng(0)
+    shapes = {"table": (7, 2), "out": (4, 3)}
+    params, direction = (
+        {k: jnp.asarray(noise.normal(size=s), jnp.float32) for k, s in shapes.items()}
+        for _ in range(2)
+    )
+    tokens = jnp.asarray([[[6, 5], [60, -1], [6, 257], [-30, 2]]])
+    batches = {"token": tokens, "label": jnp.asarray([[0, 1, 2, 0]])}
+    problem = Problem(fn, batches)
+    problem = plain(problem) if path == "plain" else problem
+
+    def error(p):
+        one_hot = jax.nn.one_hot(batches["label"][0], 3)
+        outputs = fn(p, {"token": tokens[0]})
+        return (jax.nn.softmax(outputs) - one_hot).reshape(-1)
+
+    def kernel(p):
+        leaves = [
+            leaf.reshape(12, -1) for leaf in jax.tree.leaves(jax.jacrev(error)(p))
+        ]
+        return sum(jnp.matmul(leaf, leaf.T, precision="highest") for leaf in leaves)
+
+    expected, moved = jax.jvp(kernel, (params,), (direction,))
+    found = {
+        "matmat": kernel_matmat(problem, params, jnp.eye(12)),
+        "linearized": linearize_kernel(problem, params).matmat(jnp.eye(12)),
+        "dense": kernel_dense(problem, params),
+    }
+    for got in found.values():
+        assert relative_error(got, got.T) < 1e-6
+        assert relative_error(got, expected) < 1e-5
+    got = kernel_derivative(problem, params, direction, jnp.eye(12))
+    assert relative_error(got, got.T) < 1e-6
+    assert relative_error(got, moved) < 1e-5
 
 
 def test_an_explanation_prints_as_a_table():

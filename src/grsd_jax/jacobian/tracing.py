@@ -10,8 +10,8 @@ activations stay. The body of a `lax.scan` is entered as well: its meetings happ
 a step. Parameters that reach an activation in another way (a `cond`, a `while`, a call
 with a custom derivative) are named with the reason.
 
-This is the one module that reads jaxprs (`jax.extend.core`), about which JAX makes no
-promise of compatibility.
+This is the one module that imports `jax.extend.core`, about which JAX makes no promise
+of compatibility; `independence`, `raised` and `adjoint` read jaxprs by its functions.
 """
 
 import dataclasses
@@ -691,6 +691,11 @@ def bind(equation: Any, values: Sequence[Any], **changes: Any) -> list[Any]:
     functions, params = found if isinstance(found, tuple) else ((), found)
     out = equation.primitive.bind(*functions, *values, **params)
     return list(out) if equation.primitive.multiple_results else [out]
+
+
+def run_jaxpr(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+    """Runs a jaxpr."""
+    return core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, consts))(*args)
 
 
 def applied(equation: Any, values: Sequence[Any]) -> Any:
