@@ -221,6 +221,65 @@ def test_empty_leaves_and_constants_that_a_scan_reads():
     assert relative_error(got, dense_kernel(problem, params)) < 1e-5
 
 
+def _scanned(x, e):
+    return jax.lax.scan(lambda c, w: (jnp.tanh(c @ w), None), x[:, :3], e)[0]
+
+
+def _convolved(x, e):
+    numbers = ("NHC", "HIO", "NHC")
+    out = jax.lax.conv_general_dilated(
+        x[:, :, None], e, (1,), "SAME", None, None, numbers
+    )
+    return jnp.sum(out, (1, 2))[:, None]
+
+
+#: Shapes of a leaf, and what is added to the outputs ``[N, 3]`` with it.
+EMPTY = {
+    "wide": ((4, 0), lambda x, e: x @ e @ jnp.zeros((0, 3))),
+    "high": ((0, 3), lambda x, e: x[:, :0] @ e),
+    "shared": ((4, 0), lambda x, e: (x @ e + x @ e) @ jnp.zeros((0, 3))),
+    "of a scan": ((0, 3, 3), _scanned),
+    "kernel": ((3, 1, 0), _convolved),
+    "joined": ((0, 4), lambda x, e: x @ jnp.concatenate([e, jnp.ones((3, 4))]).T),
+    "nowhere": ((4, 3), lambda x, e: jnp.sum(x[:, :0] @ e[:0], keepdims=True)),
+}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_what_has_no_entries_costs_no_other_leaf_its_factors(name):
+    shape, added = EMPTY[name]
+
+    def fn(params, batch):
+        return _minus_mean(params, batch, 0) + added(batch["x"], params["e"])
+
+    params = _two_layers() | {"e": jnp.ones(shape)}
+    batches = _two_batches() | {"empty": jnp.zeros((2, 4, 0))}
+    problem = Problem(fn, batches)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rows = explained(problem, params)
+    assert [rows[name].how for name in "evw"] == ["unused", "outer", "outer"]
+    expected = _kernel(fn, params, batches)
+    assert relative_error(kernel_dense(problem, params), expected) < 1e-5
+    got = linearize_kernel(problem, params).matmat(jnp.eye(24))
+    assert relative_error(got, expected) < 1e-5
+    layers = layer_kernels(problem, params, layer_of="/".join)
+    assert not np.asarray(layers["e"]).any()
+
+
+def test_a_loop_without_steps_is_differentiated_plainly():
+    def fn(params, batch):
+        h = jax.lax.scan(lambda c, _: (c @ params["e"], None), batch["x"], None, 0)[0]
+        return _minus_mean(params, batch, 0) + h[:, :3]
+
+    params = _two_layers() | {"e": jnp.ones((4, 4))}
+    problem = Problem(fn, _two_batches())
+    rows = explained(problem, params)
+    assert [rows[name].how for name in "evw"] == ["plain", "outer", "outer"]
+    expected = _kernel(fn, params, problem.batches)
+    assert relative_error(kernel_dense(problem, params), expected) < 1e-5
+
+
 def test_coupled_examples_are_named_once():
     problem, params = make(own(batchwise))
     with pytest.warns(RuntimeWarning, match="the examples of the error are coupled"):

@@ -115,7 +115,7 @@ def _equation(equation: Any, moves: list[bool]) -> tuple[Any, list[bool]]:
     floating = jnp.issubdtype(equation.invars[0].aval.dtype, jnp.inexact)
     if not (open_index and any(moves) and floating):
         return equation, everything
-    drop = {"mode": GatherScatterMode.FILL_OR_DROP}
+    drop: dict[str, Any] = {"mode": GatherScatterMode.FILL_OR_DROP}
     if name == "gather" and moves[0]:
         drop["fill_value"] = 0
     elif name not in _SCATTERS:

@@ -329,7 +329,6 @@ def _sharp(point: Point, eps: float) -> tuple[Point, Any] | None:
     """
     if max(eps, float(jnp.finfo(point.error.dtype).eps)) <= _SINGLE:
         return None
-    error_fn: Any
     error_fn, params = RaisedErrorFn.of(point.error_fn, point.params)
     try:
         error = evaluate.eval_shape(error_fn, params, point.batch_shapes)

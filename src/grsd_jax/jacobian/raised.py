@@ -51,7 +51,7 @@ class RaisedErrorFn:
     dtypes: tuple[Any, ...]
 
     @classmethod
-    def of(cls, error_fn: ErrorFn, params: PyTree) -> "tuple[RaisedErrorFn, PyTree]":
+    def of(cls, error_fn: ErrorFn, params: PyTree) -> tuple[Any, PyTree]:
         """Returns the error function and the parameters, both raised."""
         dtypes = tuple(jnp.result_type(leaf) for leaf in jax.tree.leaves(params))
         return cls(error_fn, dtypes), jax.tree.map(raised, params)

@@ -273,7 +273,9 @@ class _Walk:
         known: dict[Any, _Value] = dict(zip(frame.jaxpr.invars, ins, strict=True))
 
         def read(atom: Any) -> _Value:
-            return None if is_literal(atom) else known.get(atom)
+            value = None if is_literal(atom) else known.get(atom)
+            # Nothing depends on a weight without entries: a constant.
+            return None if _is_weight(value) and not atom.aval.size else value
 
         for equation in frame.jaxpr.eqns:
             values = [read(atom) for atom in equation.invars]
@@ -306,8 +308,10 @@ class _Walk:
         if not active and not _is_step_from_constant(equation, values):
             made = [_made(equation, values, k, loops) for k in range(num_outs)]
             return _Plain(active=False), [*made]
-        if name == "scan":
+        if name == "scan" and equation.params["length"]:
             return self.loop(equation, values, loops), [_ACTIVATION] * num_outs
+        if not any(out.aval.size for out in equation.outvars):
+            return _Plain(active=True), [_ACTIVATION] * num_outs
         kind = _kind(equation, values)
         if kind is None:
             for weight in weights.values():
