@@ -1,7 +1,7 @@
 """Arguments as checked arrays, and small operations that several modules share."""
 
 import weakref
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -217,6 +217,22 @@ def _explicit_mesh(leaf: Any) -> Mesh | None:
     mesh = getattr(leaf.sharding, "mesh", None)
     explicit = isinstance(mesh, Mesh) and AxisType.Explicit in mesh.axis_types
     return mesh if explicit else None
+
+
+def with_leaves(
+    structure: Any, leaves: Iterable[Any], places: Iterable[tuple[int, Any]]
+) -> PyTree:
+    """Returns a tree of a structure, with other leaves at some positions.
+
+    Args:
+        structure: What `jax.tree.flatten` returned.
+        leaves: Its leaves; those that are replaced may be anything.
+        places: Positions, and what stands there.
+    """
+    chosen = list(leaves)
+    for index, leaf in places:
+        chosen[index] = leaf
+    return jax.tree.unflatten(structure, chosen)
 
 
 def is_traced(tree: PyTree) -> bool:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from grsd_jax._arrays import is_traced
+from grsd_jax._arrays import is_traced, with_leaves
 from grsd_jax._typing import ErrorFn, PyTree
 from grsd_jax.jacobian.adjoint import adjoint, settled
 
@@ -213,9 +213,8 @@ class RestrictedErrorFn:
     def __call__(self, selected: list[jax.Array], batch: PyTree) -> jax.Array:
         """Evaluates the error with the selected leaves put in their places."""
         leaves, tree = jax.tree.flatten(self.params)
-        for index, leaf in zip(self.indices, selected, strict=True):
-            leaves[index] = leaf
-        return self.error_fn(jax.tree.unflatten(tree, leaves), batch)
+        places = zip(self.indices, selected, strict=True)
+        return self.error_fn(with_leaves(tree, leaves, places), batch)
 
 
 def linearize(error_fn: ErrorFn, params: PyTree, batch: PyTree) -> PlainJacobian:
