@@ -22,7 +22,7 @@ _UNITS = ("", "k", "M", "G", "T", "P")
 
 @dataclasses.dataclass(frozen=True)
 class LeafForm:
-    """How J comes for one parameter leaf.
+    """How J comes for one leaf, an array of the parameters.
 
     Attributes:
         path: The leaf's path.

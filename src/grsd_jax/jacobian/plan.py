@@ -246,7 +246,7 @@ def _verdict(point: Point) -> tuple[Verdict, bool]:
         raise
     except Exception as error:  # jaxprs are JAX's own affair, and change
         reason = f"the jaxpr of the error could not be walked: {error!r}"
-        _warn(f"{reason}; every leaf is differentiated plainly")
+        _warn(f"{reason}; every parameter leaf is differentiated plainly")
         return Verdict(None, None, reason), True
 
 
@@ -292,7 +292,10 @@ def _checked(point: Point, plan: Plan) -> tuple[Verdict, bool]:
         return Verdict(plan, coupled=False if settled else None), settled
     paths = ["/".join(path) for path in parameter_paths(point.params)]
     named = ", ".join(paths[leaf] for leaf in sorted(wrong))
-    _warn(f"the factors of {named} do not agree with jax.vjp; they are not used")
+    _warn(
+        f"the factors of {named} do not agree with jax.vjp; "
+        "these parameter leaves are differentiated plainly, through the network"
+    )
     reasons = {**plan.reasons, **dict.fromkeys(wrong, "factors disagree with jax.vjp")}
     if len(reasons) == len(paths):
         return Verdict(None, coupled=False, reason=_listed(reasons)), True
