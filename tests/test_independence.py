@@ -35,6 +35,11 @@ def values():
     return params, batch
 
 
+def wide(x):
+    """Returns ``[N, N]`` as ``[N, 4]``."""
+    return jnp.pad(x, ((0, 0), (0, 4 - len(x))))
+
+
 #: From ``x [N, 4]``, with values ``i [N]``, and N in place of any other size.
 APART = {
     "lookup": lambda x, i: jnp.eye(N, 4)[i] * x,
@@ -64,7 +69,12 @@ MIXING = {
     "attention": lambda x, i: jax.nn.softmax(x @ x.T) @ x,
     "transposed": lambda x, i: x.T.reshape(x.shape),
     "reshaped": lambda x, i: jnp.flip(x.reshape(2, -1), 0).reshape(-1, 4),
-    "carried": lambda x, i: jax.lax.scan(lambda c, r: (c + r, c), x[0], x)[1],
+    "carried": lambda x, i: jax.lax.scan(lambda c, r: (c + r, c), jnp.zeros(4), x)[1],
+    "crossed": lambda x, i: wide(x[:, : len(x)] + x[:, : len(x)].T),
+    "pairs": lambda x, i: wide(jnp.take(x.T, i, axis=0)),
+    "branches": lambda x, i: wide(
+        jax.lax.cond(jnp.arange(2)[0] > 0, jnp.sin, jnp.transpose, x[:, : len(x)])
+    ),
     "place": lambda x, i: x * jnp.arange(1.0, len(x) + 1)[:, None],
     "number": lambda x, i: x / x.shape[0],
     "first": lambda x, i: x + x[:1],
