@@ -17,7 +17,7 @@ from grsd_jax import (
     linearize_kernel,
 )
 from grsd_jax.jacobian import blocks, plan
-from oracles import dense_kernel, relative_error
+from oracles import dense_kernel, plain, relative_error
 
 K, N = 2, 4
 
@@ -221,6 +221,65 @@ def test_empty_leaves_and_constants_that_a_scan_reads():
     assert relative_error(got, dense_kernel(problem, params)) < 1e-5
 
 
+def _scanned(x, e):
+    return jax.lax.scan(lambda c, w: (jnp.tanh(c @ w), None), x[:, :3], e)[0]
+
+
+def _convolved(x, e):
+    numbers = ("NHC", "HIO", "NHC")
+    out = jax.lax.conv_general_dilated(
+        x[:, :, None], e, (1,), "SAME", None, None, numbers
+    )
+    return jnp.sum(out, (1, 2))[:, None]
+
+
+#: Shapes of a leaf, and what is added to the outputs ``[N, 3]`` with it.
+EMPTY = {
+    "wide": ((4, 0), lambda x, e: x @ e @ jnp.zeros((0, 3))),
+    "high": ((0, 3), lambda x, e: x[:, :0] @ e),
+    "shared": ((4, 0), lambda x, e: (x @ e + x @ e) @ jnp.zeros((0, 3))),
+    "of a scan": ((0, 3, 3), _scanned),
+    "kernel": ((3, 1, 0), _convolved),
+    "joined": ((0, 4), lambda x, e: x @ jnp.concatenate([e, jnp.ones((3, 4))]).T),
+    "nowhere": ((4, 3), lambda x, e: jnp.sum(x[:, :0] @ e[:0], keepdims=True)),
+}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_what_has_no_entries_costs_no_other_leaf_its_factors(name):
+    shape, added = EMPTY[name]
+
+    def fn(params, batch):
+        return _minus_mean(params, batch, 0) + added(batch["x"], params["e"])
+
+    params = _two_layers() | {"e": jnp.ones(shape)}
+    batches = _two_batches() | {"empty": jnp.zeros((2, 4, 0))}
+    problem = Problem(fn, batches)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rows = explained(problem, params)
+    assert [rows[name].how for name in "evw"] == ["unused", "outer", "outer"]
+    expected = _kernel(fn, params, batches)
+    assert relative_error(kernel_dense(problem, params), expected) < 1e-5
+    got = linearize_kernel(problem, params).matmat(jnp.eye(24))
+    assert relative_error(got, expected) < 1e-5
+    layers = layer_kernels(problem, params, layer_of="/".join)
+    assert not np.asarray(layers["e"]).any()
+
+
+def test_a_loop_without_steps_is_differentiated_plainly():
+    def fn(params, batch):
+        h = jax.lax.scan(lambda c, _: (c @ params["e"], None), batch["x"], None, 0)[0]
+        return _minus_mean(params, batch, 0) + h[:, :3]
+
+    params = _two_layers() | {"e": jnp.ones((4, 4))}
+    problem = Problem(fn, _two_batches())
+    rows = explained(problem, params)
+    assert [rows[name].how for name in "evw"] == ["plain", "outer", "outer"]
+    expected = _kernel(fn, params, problem.batches)
+    assert relative_error(kernel_dense(problem, params), expected) < 1e-5
+
+
 def test_coupled_examples_are_named_once():
     problem, params = make(own(batchwise))
     with pytest.warns(RuntimeWarning, match="the examples of the error are coupled"):
@@ -309,6 +368,100 @@ def test_embeddings_read_the_rows_that_the_network_reads(mode, dtype):
     assert relative_error(product, expected) < bound
 
 
+def by_rows(params, batch):
+    rows = params["table"][batch["token"]]
+    return jnp.tanh(rows).reshape(-1, 4) @ params["out"]
+
+
+def by_columns(params, batch):
+    columns = params["table"].T[:, batch["token"]]
+    return jnp.tanh(jnp.moveaxis(columns, 0, -1)).reshape(-1, 4) @ params["out"]
+
+
+def by_entries(params, batch):
+    return by_rows(params | {"table": params["table"] ** 2}, batch)
+
+
+def rematerialised(params, batch):
+    return jax.checkpoint(by_rows)(params, batch)
+
+
+def in_a_loop(params, batch):
+    def step(total, token):
+        return total + jnp.tanh(params["table"][token]), None
+
+    start = jnp.zeros((len(batch["token"]), 2))
+    found, _ = jax.lax.scan(step, start, batch["token"].T)
+    return jnp.tile(found, (1, 2)) @ params["out"]
+
+
+def in_a_branch(params, batch):
+    return jax.lax.cond(
+        jnp.sum(params["out"]) < 1e6,
+        by_rows,
+        lambda p, b: 0 * by_rows(p, b),
+        params,
+        batch,
+    )
+
+
+def of_a_weight(params, batch):
+    """A weight is gathered from a parameter at places of which one does not exist."""
+    weight = jnp.tanh(params["table"])[jnp.array([1, 9, 0, 1])]
+    x = jnp.sin(batch["token"].astype(jnp.float32))
+    return jnp.tile(x @ weight[:2] + x @ weight[2:], (1, 2)) @ params["out"]
+
+
+LOOKUPS = [
+    by_rows,
+    by_columns,
+    by_entries,
+    rematerialised,
+    in_a_loop,
+    in_a_branch,
+    of_a_weight,
+]
+
+
+@pytest.mark.parametrize("path", ["as it is", "plain"])
+@pytest.mark.parametrize("fn", LOOKUPS)
+def test_rows_out_of_range_leave_every_product_symmetric(fn, path):
+    noise = np.random.default_rng(0)
+    shapes = {"table": (7, 2), "out": (4, 3)}
+    params, direction = (
+        {k: jnp.asarray(noise.normal(size=s), jnp.float32) for k, s in shapes.items()}
+        for _ in range(2)
+    )
+    tokens = jnp.asarray([[[6, 5], [60, -1], [6, 257], [-30, 2]]])
+    batches = {"token": tokens, "label": jnp.asarray([[0, 1, 2, 0]])}
+    problem = Problem(fn, batches)
+    problem = plain(problem) if path == "plain" else problem
+
+    def error(p):
+        one_hot = jax.nn.one_hot(batches["label"][0], 3)
+        outputs = fn(p, {"token": tokens[0]})
+        return (jax.nn.softmax(outputs) - one_hot).reshape(-1)
+
+    def kernel(p):
+        leaves = [
+            leaf.reshape(12, -1) for leaf in jax.tree.leaves(jax.jacrev(error)(p))
+        ]
+        return sum(jnp.matmul(leaf, leaf.T, precision="highest") for leaf in leaves)
+
+    expected, moved = jax.jvp(kernel, (params,), (direction,))
+    found = {
+        "matmat": kernel_matmat(problem, params, jnp.eye(12)),
+        "linearized": linearize_kernel(problem, params).matmat(jnp.eye(12)),
+        "dense": kernel_dense(problem, params),
+    }
+    for got in found.values():
+        assert relative_error(got, got.T) < 1e-6
+        assert relative_error(got, expected) < 1e-5
+    got = kernel_derivative(problem, params, direction, jnp.eye(12))
+    assert relative_error(got, got.T) < 1e-6
+    assert relative_error(got, moved) < 1e-5
+
+
 def test_an_explanation_prints_as_a_table():
     problem, params = make()
     text = str(problem.explain(params))
@@ -393,6 +546,46 @@ def test_low_precision_of_the_inputs_alone_loosens_no_check():
         grsd.kernel_dense(problem, _two_layers())
 
 
+def half(params, batch, share=0.0):
+    """Computes in bfloat16, with a share of the mean over the examples."""
+    w, v = (params[name].astype(jnp.bfloat16) for name in "wv")
+    h = batch["x"].astype(jnp.bfloat16) @ w
+    h = h - jnp.bfloat16(share) * jnp.mean(h, 0, keepdims=True)
+    return (jnp.tanh(h) @ v).astype(jnp.float32)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_wrong_rule_is_found_in_a_program_in_half_precision(monkeypatch, dtype):
+    right = blocks._product
+
+    def wrong(*arguments):
+        (inputs, deltas), arrange = right(*arguments)
+        return (1.02 * inputs, deltas), arrange
+
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), _two_layers())
+    problem = grsd.Problem(own(half), _two_batches())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert problem.explain(params).num_factored == 2
+    monkeypatch.setattr(blocks, "_product", wrong)
+    problem = grsd.Problem(own(half), _two_batches())
+    with pytest.warns(RuntimeWarning, match="the factors of v, w do not agree"):
+        assert problem.explain(params).num_factored == 0
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("length", [1, 700])
+def test_a_small_coupling_is_found_in_a_program_in_half_precision(length):
+    def coupled(params, batch):
+        outputs = half(params, batch, 0.02)[:, None]
+        return jnp.tile(outputs, (1, length, 1))
+
+    batches = {"x": _two_batches()["x"], "label": jnp.zeros((2, 4, length), int)}
+    assert plan.are_coupled(grsd.Problem(coupled, batches).at(_two_layers()))
+    alone = grsd.Problem(own(lambda p, batch: half(p, batch)), _two_batches())
+    assert not plan.are_coupled(alone.at(_two_layers()))
+
+
 def test_an_integer_ends_the_path_of_a_weight():
     def outputs_fn(p, batch):
         whole = (3 * p["q"]).astype(jnp.int32).astype(jnp.float32)
@@ -445,3 +638,79 @@ def test_a_function_that_needs_all_its_examples_is_told():
     with pytest.raises(ValueError, match="evaluated for any number of examples"):
         grsd.kernel_dense(problem, params)
     assert grsd.kernel_matmat(problem, params, jnp.eye(24)).shape == (24, 24)
+
+
+def later(params, batch):
+    """Couples the examples once the parameter ``t`` is above 1."""
+    mean = jnp.mean(batch["x"], 0)[None]
+    x = batch["x"] - jnp.where(params["t"] > 1, mean, 0.0)
+    return jnp.tanh(x @ params["w"]) @ params["v"]
+
+
+@pytest.mark.filterwarnings("ignore:grsd_jax. the examples:RuntimeWarning")
+def test_a_coupling_that_begins_at_other_parameters_is_found():
+    batches, params = _two_batches(), _two_layers() | {"t": jnp.float32(0)}
+    problem = grsd.Problem(own(later), batches)
+    expected = _kernel(later, params, batches)
+    assert relative_error(grsd.kernel_dense(problem, params), expected) < 1e-5
+    assert problem.explain(params).num_factored == 3
+
+    params = params | {"t": jnp.float32(2)}
+    block = jnp.eye(24)
+    got = grsd.linearize_kernel(problem, params).matmat(block)
+    assert relative_error(got, _kernel(later, params, batches)) < 1e-5
+    with pytest.raises(ValueError, match="examples are coupled"):
+        grsd.kernel_dense(problem, params)
+    assert problem.explain(params).coupled
+
+
+@pytest.mark.filterwarnings("ignore:grsd_jax. the examples:RuntimeWarning")
+def test_a_coupling_that_begins_with_other_batches_is_found():
+    def switched(params, batch):
+        return later(params | {"t": batch["t"][0]}, batch)
+
+    batches, params = _two_batches(), _two_layers()
+    batches["t"] = jnp.zeros((2, 4))
+    problem = grsd.Problem(switched, batches)
+    assert problem.explain(params).coupled is False
+    problem = problem.replace(batches=batches | {"t": jnp.full((2, 4), 2.0)})
+    with pytest.raises(ValueError, match="examples are coupled"):
+        grsd.kernel_dense(problem, params)
+
+
+@pytest.mark.filterwarnings("ignore:grsd_jax. the examples:RuntimeWarning")
+def test_a_coupling_of_wide_outputs_that_begins_later_is_found():
+    def wide(params, batch):
+        return jnp.tile(later(params, batch)[:, None], (1, 700, 1))
+
+    batches = {"x": _two_batches()["x"][:1], "label": jnp.zeros((1, 4, 700), int)}
+    params = _two_layers() | {"t": jnp.float32(0)}
+    point = grsd.Problem(wide, batches).at(params)
+    assert not plan.are_coupled(point)
+    params = params | {"t": jnp.float32(2)}
+    assert plan.are_coupled(grsd.Problem(wide, batches).at(params))
+
+
+def test_examples_that_may_meet_are_compared_once_for_each_set_of_values(monkeypatch):
+    compared = []
+    right = plan._compared
+
+    def counted(point, key, sets):
+        compared.append(len(sets))
+        return right(point, key, sets)
+
+    monkeypatch.setattr(plan, "_compared", counted)
+    batches, params = _two_batches(), _two_layers() | {"t": jnp.float32(0)}
+    problem = grsd.Problem(own(later), batches)
+    block = jnp.ones((24, 1))
+    moved = jax.tree.map(lambda leaf: 1.5 * leaf, params)
+    for at, expected in ((params, 0), (params, 0), (moved, 1), (moved, 1), (params, 1)):
+        grsd.linearize_kernel(problem, at).matmat(block)
+        assert len(compared) == expected
+    assert set(compared) == {2}  # in both batches
+
+    network, params = make(own(outputs_fn))
+    for seed in range(3):  # proved by the program
+        network = network.replace(batches=make(seed=seed)[0].batches)
+        linearize_kernel(network, make(seed=seed)[1])
+    assert len(compared) == 1

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 
 import grsd_jax as grsd
+from grsd_jax.jacobian import plan
 from oracles import relative_error
 from random_programs import AROUND, SIMPLE, names, network, programs, used
 
@@ -54,6 +55,17 @@ def test_random_programs_agree_with_jacrev(program):
 @given(programs)
 def test_many_random_programs_agree_with_jacrev(program):
     check_as_users_run_it(program)
+
+
+@settings(QUICK, max_examples=40)
+@given(programs)
+def test_random_programs_are_known_to_keep_their_examples_apart(program):
+    outputs_fn, params, batch = network(program)
+    batches = jax.tree.map(lambda leaf: leaf[None], batch)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        point = grsd.Problem(outputs_fn, batches).at(params)
+        closed, _ = plan._closed(point)
+        assert plan._what_may_mix(point, closed) == ""
 
 
 @pytest.mark.parametrize("name", AROUND)

@@ -1,6 +1,7 @@
 """Arguments as checked arrays, and small operations that several modules share."""
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -218,6 +219,22 @@ def _explicit_mesh(leaf: Any) -> Mesh | None:
     return mesh if explicit else None
 
 
+def with_leaves(
+    structure: Any, leaves: Iterable[Any], places: Iterable[tuple[int, Any]]
+) -> PyTree:
+    """Returns a tree of a structure, with other leaves at some positions.
+
+    Args:
+        structure: What `jax.tree.flatten` returned.
+        leaves: Its leaves; those that are replaced may be anything.
+        places: Positions, and what stands there.
+    """
+    chosen = list(leaves)
+    for index, leaf in places:
+        chosen[index] = leaf
+    return jax.tree.unflatten(structure, chosen)
+
+
 def is_traced(tree: PyTree) -> bool:
     """Whether any leaf is an abstract value of an enclosing transformation."""
     for leaf in jax.tree.leaves(tree):
@@ -227,3 +244,35 @@ def is_traced(tree: PyTree) -> bool:
             except jax.errors.ConcretizationTypeError:
                 return True
     return False
+
+
+class Seen:
+    """Remembers which arrays came before, by identity and only while they live.
+
+    Arrays of NumPy are never known, since their numbers may change in place.
+
+    Attributes:
+        most: How many sets of arrays are remembered; the oldest is forgotten.
+    """
+
+    def __init__(self, most: int = 64) -> None:
+        self.most = most
+        self._known: dict[Hashable, list[weakref.ref[jax.Array]]] = {}
+
+    def knows(self, about: Hashable, tree: PyTree) -> bool:
+        """Whether exactly these arrays were noted under ``about``."""
+        leaves = jax.tree.leaves(tree)
+        known = self._known.get((about, *map(id, leaves)))
+        return known is not None and all(
+            ref() is leaf for ref, leaf in zip(known, leaves, strict=True)
+        )
+
+    def note(self, about: Hashable, tree: PyTree) -> None:
+        """Remembers arrays under ``about``."""
+        leaves = jax.tree.leaves(tree)
+        if is_traced(leaves) or not all(isinstance(x, jax.Array) for x in leaves):
+            return
+        if len(self._known) >= self.most:
+            del self._known[next(iter(self._known))]
+        key = (about, *map(id, leaves))
+        self._known[key] = [weakref.ref(leaf) for leaf in leaves]

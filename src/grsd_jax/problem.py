@@ -14,11 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from grsd_jax._arrays import (
+    Seen,
     at_least_single,
     in_explicit_context,
     is_half,
     is_traced,
     on_automatic_mesh,
+    with_leaves,
 )
 from grsd_jax._checks import (
     check_batches,
@@ -48,6 +50,10 @@ LOSSES: dict[str, tuple[Callable[..., jax.Array], Callable[..., jax.Array]]] = {
     "softmax_cross_entropy": (softmax_error, softmax_cross_entropy),
     "squared": (squared_error, half_squared_loss),
 }
+
+
+#: The targets whose values were checked, beside the error's shape.
+_CHECKED_TARGETS = Seen()
 
 
 class Objective(Protocol):
@@ -135,6 +141,12 @@ class OutputsObjective:
     def targets(self, batch: PyTree) -> PyTree:
         """Returns the targets of a batch."""
         return entry_of("target", batch, self.target)
+
+    def read_by_target(self, batches: PyTree) -> PyTree:
+        """Returns the arrays that the target is made of: an entry, or all."""
+        if callable(self.target):
+            return batches
+        return entry_of("target", batches, self.target)
 
     def check_targets(self, batches: PyTree, outputs: jax.ShapeDtypeStruct) -> None:
         """Raises ValueError if targets whose values are at hand do not fit the loss.
@@ -248,13 +260,9 @@ class HeldObjective:
 
     def _whole(self, params: PyTree) -> PyTree:
         moving, tree = jax.tree.flatten(params, is_leaf=_is_none)
-        held = jax.tree.leaves(self.held, is_leaf=_is_none)
-        fixed = dict(self.fixed)
-        whole = [
-            fixed.get(index, b if a is None else a)
-            for index, (a, b) in enumerate(zip(moving, held, strict=True))
-        ]
-        return jax.tree.unflatten(tree, whole)
+        leaves = enumerate(jax.tree.leaves(self.held, is_leaf=_is_none))
+        held = [(index, leaf) for index, leaf in leaves if leaf is not None]
+        return with_leaves(tree, moving, [*held, *self.fixed])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,9 +304,14 @@ class Point:
     def num_classes(self) -> int | None:
         """The classes over which a position's error always sums to zero, or None."""
         # As a shape, which a jitted function finds once for many calls.
-        one_batch = _one_batch(self.batches)
-        (size,) = _classes.eval_shape(self.error_fn, self.params, one_batch).shape
+        shapes = self.batch_shapes
+        (size,) = _classes.eval_shape(self.error_fn, self.params, shapes).shape
         return size or None
+
+    @property
+    def batch_shapes(self) -> PyTree:
+        """The shapes and dtypes of one batch."""
+        return _one_batch(self.batches)
 
     @property
     def parts(self) -> list[PyTree]:
@@ -522,7 +535,7 @@ class Problem:
         error = _error_struct(error_fn, moving, self.batches)
         if direction is not None:
             check_digits(error.dtype)
-        self._check_targets(error_fn, moving, self.batches)
+        self._check_targets_once(error_fn, moving, error)
         point = Point(error_fn, moving, self.batches, direction, error, self.reduction)
         placed = {
             name: on_automatic_mesh(getattr(point, name))
@@ -556,6 +569,21 @@ class Problem:
             object.__setattr__(problem, name, value)
         object.__setattr__(problem, "reduction", reduction)
         return problem
+
+    def _check_targets_once(
+        self, error_fn: Objective, params: PyTree, error: jax.ShapeDtypeStruct
+    ) -> None:
+        """Checks targets unless these arrays passed before.
+
+        A look at their values waits for the device, in every eager product.
+        """
+        if not isinstance(self.objective, OutputsObjective):
+            return
+        about = (self.objective.loss, self.objective.target, error.shape)
+        read = self.objective.read_by_target(self.batches)
+        if not _CHECKED_TARGETS.knows(about, read):
+            self._check_targets(error_fn, params, self.batches)
+            _CHECKED_TARGETS.note(about, read)
 
     def _check_targets(
         self, error_fn: Objective, params: PyTree, batches: PyTree
@@ -610,10 +638,7 @@ class FixedLeaves:
 
     def __call__(self, *args: Any) -> Any:
         """Calls the whole pytree."""
-        leaves = list(self.data)
-        for index, leaf in self.fixed:
-            leaves[index] = leaf
-        return jax.tree.unflatten(self.tree, leaves)(*args)
+        return with_leaves(self.tree, self.data, self.fixed)(*args)
 
 
 def as_pytree(name: str, fn: Any) -> Callable[..., Any]:

@@ -4,8 +4,6 @@ import dataclasses
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from grsd_jax._memory import tree_bytes
 from grsd_jax._typing import PyTree
@@ -24,7 +22,7 @@ _UNITS = ("", "k", "M", "G", "T", "P")
 
 @dataclasses.dataclass(frozen=True)
 class LeafForm:
-    """How J comes for one parameter leaf.
+    """How J comes for one leaf, an array of the parameters.
 
     Attributes:
         path: The leaf's path.
@@ -166,11 +164,8 @@ def _plain_operations(point: Point) -> int:
 
     shape = (*point.error.shape, 1)
     column = jax.ShapeDtypeStruct(shape, point.error.dtype)
-    batch = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf)[1:], jnp.result_type(leaf)),
-        point.batches,
-    )
-    costs = jax.jit(product).lower(point.params, batch, column).cost_analysis()
+    lowered = jax.jit(product).lower(point.params, point.batch_shapes, column)
+    costs = lowered.cost_analysis()
     return int((costs or {}).get("flops", 0)) * point.num_batches
 
 

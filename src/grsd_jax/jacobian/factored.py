@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grsd_jax._arrays import with_leaves
 from grsd_jax._typing import PyTree
 from grsd_jax.errors import softmax_basis
 from grsd_jax.jacobian.autodiff import (
@@ -259,10 +260,9 @@ class _RestDerivative:
     def push(self, tangents: list[jax.Array]) -> jax.Array:
         leaves, tree = jax.tree.flatten(self.derivative.params)
         width = tangents[0].shape[0]
-        padded = [jnp.zeros((width, *leaf.shape), leaf.dtype) for leaf in leaves]
-        for index, tangent in zip(self.indices, tangents, strict=True):
-            padded[index] = tangent
-        return self.derivative.push(jax.tree.unflatten(tree, padded))
+        zeros = [jnp.zeros((width, *leaf.shape), leaf.dtype) for leaf in leaves]
+        places = zip(self.indices, tangents, strict=True)
+        return self.derivative.push(with_leaves(tree, zeros, places))
 
 
 @jax.jit

@@ -30,6 +30,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grsd_jax.jacobian.adjoint import adjoint
+
 _einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 #: How much faster one large matrix product runs than the batched ones of `Outer`,
@@ -433,8 +435,8 @@ def _one_column(block: Part) -> jax.ShapeDtypeStruct:
 def _forwards(pullback: Any, example: jax.ShapeDtypeStruct, tangent: jax.Array) -> Any:
     """Computes ``D g`` from the pullback ``w -> D^T w``."""
     out = jax.eval_shape(lambda w: pullback(w)[0], example)
-    transposed = jax.linear_transpose(lambda w: pullback(w)[0], example)
-    return transposed(tangent.astype(out.dtype))[0]
+    forwards = adjoint(lambda w: pullback(w)[0], example)
+    return forwards(tangent.astype(out.dtype))
 
 
 Factor = Part | Pieces | Composite

@@ -4,7 +4,9 @@ Factors see one example at a time, and rest on the walk of a jaxpr. One check se
 both: for a random u, ``J_l^T u`` from the factors is compared, leaf by leaf, with the
 gradient of the user's function on the whole batch. A coupling of the examples, a use
 that was missed and a wrong rule all show there. It is made once for each structure; in
-a caller's `jit`, where there are no values, on random arrays of the same shapes.
+a caller's `jit`, where there are no values, on random arrays of the same shapes. Where
+the program itself does not prove that examples are independent (see `independence`),
+they are compared at every new set of values.
 """
 
 import dataclasses
@@ -17,13 +19,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grsd_jax._arrays import all_finite, is_traced
+from grsd_jax._arrays import Seen, all_finite, is_traced
 from grsd_jax._checks import check_not_explicit
 from grsd_jax._typing import PyTree
 from grsd_jax.jacobian.blocks import LeafTangents, leaf_tangents
-from grsd_jax.jacobian.tracing import Program, walk
+from grsd_jax.jacobian.independence import what_may_mix
+from grsd_jax.jacobian.raised import RaisedErrorFn
+from grsd_jax.jacobian.tracing import Program, largest_eps, walk
 from grsd_jax.parameter_blocks import parameter_paths
-from grsd_jax.problem import Objective, Point
+from grsd_jax.problem import Objective, Point, evaluate
 
 #: Outputs C of an example up to which J comes as factors. They take C backward passes
 #: and a basis ``[C, C]``; a block of fewer than C / 4 columns is cheaper without them.
@@ -37,6 +41,9 @@ _NOT_ALONE, _CLOSES = "cannot be traced for one example", "closes over traced ar
 
 #: How many roundings of the largest leaf's gradient another leaf's may be off by.
 _CANCELLED = 30
+
+#: The rounding of single precision.
+_SINGLE = float(jnp.finfo(jnp.float32).eps)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -93,10 +100,13 @@ def are_coupled(point: Point) -> bool:
     if key[1]:
         return True
     if key not in _COUPLED:
-        compared = _compared(point)
+        compared = _compared(point, key, _values(point))
         if compared is None:
             return False
         _remember(_COUPLED, key, compared)
+        _SEEN.note(key, _data(point))
+    elif not _COUPLED[key] and _couple_now(point, key):
+        _remember(_COUPLED, key, value=True)
     return _COUPLED[key]
 
 
@@ -129,17 +139,57 @@ def verdict_of(point: Point) -> Verdict:
         if not settled:
             return verdict
         _remember(_VERDICTS, key, verdict)
+        _SEEN.note(key, _data(point))
+    elif _VERDICTS[key].coupled is False and _couple_now(point, key):
+        _remember(_VERDICTS, key, _COUPLED_VERDICT)
     return _VERDICTS[key]
 
+
+_COUPLED_VERDICT = Verdict(None, coupled=True, reason="the examples are coupled")
 
 #: What was found, by jaxpr and shapes; the oldest is forgotten.
 _VERDICTS: dict[Any, Verdict] = {}
 _COUPLED: dict[Any, bool] = {}
+_MAY_MIX: dict[Any, str] = {}
+_COMPARISONS: dict[Any, Callable[[Any], tuple[Any, Any]]] = {}
 _MOST_REMEMBERED = 64
+
+#: The values at which the examples were compared.
+_SEEN = Seen()
+
+
+def _data(point: Point) -> PyTree:
+    return point.error_fn, point.params, point.batches
+
+
+def _couple_now(point: Point, key: Any) -> bool:
+    """Whether a program that may mix its examples does so at the values at hand.
+
+    Asked once for each set of values, by one gradient and its sum over the examples.
+    """
+    data = _data(point)
+    if is_traced(data) or _SEEN.knows(key, data):
+        return False
+    if key not in _MAY_MIX:
+        _remember(_MAY_MIX, key, _what_may_mix(point, key[0]))
+    compared = _compared(point, key, _held(point)) if _MAY_MIX[key] else False
+    _SEEN.note(key, data)
+    return bool(compared)
+
+
+def _what_may_mix(point: Point, closed: Any) -> str:
+    """Returns what in the program of a batch may mix its examples, "" if nothing."""
+    held = jax.tree.map(_placeless, (point.error_fn, point.params))
+    num_held = len(jax.tree.leaves(held))
+    try:
+        whole = evaluate.trace(*held, point.batch_shapes).jaxpr
+        return what_may_mix(whole, closed, num_held, point.error.shape[0])
+    except Exception as error:  # jaxprs are JAX's own affair, and change
+        return f"its program could not be read: {error!r}"
 
 
 def _remember(memory: dict[Any, Any], key: Any, value: Any) -> None:
-    if len(memory) >= _MOST_REMEMBERED:
+    if key not in memory and len(memory) >= _MOST_REMEMBERED:
         del memory[next(iter(memory))]
     memory[key] = value
 
@@ -187,28 +237,73 @@ def _verdict(point: Point) -> tuple[Verdict, bool]:
     closed, reason = _closed(point)
     if closed is None:
         return Verdict(None, None, reason), True
-    num_state = len(jax.tree.leaves(point.error_fn))
-    num_leaves = len(jax.tree.leaves(point.params))
     try:
-        program = walk(closed, num_state, num_leaves)
-        if len(program.refused) == num_leaves:
+        program = _walked(point, closed)
+        if len(program.refused) == len(jax.tree.leaves(point.params)):
             return Verdict(None, None, _listed(program.refused)), True
         return _checked(point, Plan(program, dict(program.refused)))
     except Warning:  # a caller's filter that raises it
         raise
     except Exception as error:  # jaxprs are JAX's own affair, and change
         reason = f"the jaxpr of the error could not be walked: {error!r}"
-        _warn(f"{reason}; every leaf is differentiated plainly")
+        _warn(f"{reason}; every parameter leaf is differentiated plainly")
         return Verdict(None, None, reason), True
+
+
+def _walked(point: Point, closed: Any) -> Program:
+    num_state = len(jax.tree.leaves(point.error_fn))
+    return walk(closed, num_state, len(jax.tree.leaves(point.params)))
 
 
 def _listed(reasons: dict[int, str]) -> str:
     return "; ".join(dict.fromkeys(reasons.values()))
 
 
+class _Comparison(NamedTuple):
+    """What the factors show beside `jax.vjp`.
+
+    Attributes:
+        settled: Whether any gradient was finite and not zero.
+        wrong: The leaves that differ.
+        coupled: Whether the examples alone differ as well.
+    """
+
+    settled: bool
+    wrong: set[int]
+    coupled: bool
+
+
 def _checked(point: Point, plan: Plan) -> tuple[Verdict, bool]:
     """Returns the plan without the leaves whose factors fail, and whether settled."""
-    rounding = _rounding(plan.program, point.error.dtype)
+    settled, wrong, coupled = _beside_vjp(
+        point, plan, _rounding(plan.program.eps, point)
+    )
+    sharp = None if coupled else _sharp(point, plan.program.eps)
+    if sharp is not None:
+        program = _walked(*sharp)
+        raised = Plan(program, plan.reasons | program.refused)
+        rounding = _rounding(program.eps, sharp[0])
+        _, more, coupled = _beside_vjp(sharp[0], raised, rounding)
+        wrong |= more
+    if coupled:
+        _warn("the examples of the error are coupled; products are taken plainly")
+        return _COUPLED_VERDICT, True
+    if not wrong:
+        return Verdict(plan, coupled=False if settled else None), settled
+    paths = ["/".join(path) for path in parameter_paths(point.params)]
+    named = ", ".join(paths[leaf] for leaf in sorted(wrong))
+    _warn(
+        f"the factors of {named} do not agree with jax.vjp; "
+        "these parameter leaves are differentiated plainly, through the network"
+    )
+    reasons = {**plan.reasons, **dict.fromkeys(wrong, "factors disagree with jax.vjp")}
+    if len(reasons) == len(paths):
+        return Verdict(None, coupled=False, reason=_listed(reasons)), True
+    return Verdict(Plan(plan.program, reasons), coupled=False), True
+
+
+def _beside_vjp(point: Point, plan: Plan, rounding: float) -> _Comparison:
+    """Compares ``J_l^T u`` from the factors with `jax.vjp`."""
     settled, wrong = False, set[int]()
     sets = _values(point)
     run = _compiled(_tangents, sets[0], plan=plan)
@@ -223,33 +318,46 @@ def _checked(point: Point, plan: Plan) -> tuple[Verdict, bool]:
         if differing is None:  # not finite: says nothing of the structure
             continue
         settled = True
-        if differing and _differing(
-            _compiled(_tangents_alone, values)(values), wanted, rounding
-        ):
-            _warn("the examples of the error are coupled; products are taken plainly")
-            return Verdict(None, coupled=True, reason="the examples are coupled"), True
+        alone = _compiled(_tangents_alone, values) if differing else None
+        if alone is not None and _differing(alone(values), wanted, rounding):
+            return _Comparison(settled, wrong, coupled=True)
         wrong |= set(differing)
-    if not wrong:
-        return Verdict(plan, coupled=False if settled else None), settled
-    paths = ["/".join(path) for path in parameter_paths(point.params)]
-    named = ", ".join(paths[leaf] for leaf in sorted(wrong))
-    _warn(f"the factors of {named} do not agree with jax.vjp; they are not used")
-    reasons = {**plan.reasons, **dict.fromkeys(wrong, "factors disagree with jax.vjp")}
-    if len(reasons) == len(paths):
-        return Verdict(None, coupled=False, reason=_listed(reasons)), True
-    return Verdict(Plan(plan.program, reasons), coupled=False), True
+    return _Comparison(settled, wrong, coupled=False)
 
 
-def _compared(point: Point) -> bool | None:
+def _sharp(point: Point, eps: float) -> tuple[Point, Any] | None:
+    """Returns a problem with its half precision raised, and its jaxpr.
+
+    None if no number is rounded to half precision, or it cannot be raised.
+    """
+    if max(eps, float(jnp.finfo(point.error.dtype).eps)) <= _SINGLE:
+        return None
+    error_fn, params = RaisedErrorFn.of(point.error_fn, point.params)
+    try:
+        error = evaluate.eval_shape(error_fn, params, point.batch_shapes)
+    except Exception:  # jaxprs are JAX's own affair, and change
+        return None
+    raised = dataclasses.replace(point, error_fn=error_fn, params=params, error=error)
+    return raised, _closed(raised)[0]
+
+
+def _compared(point: Point, key: Any, sets: list[tuple[Any, ...]]) -> bool | None:
     """Whether the gradient of the whole batch differs from that of its examples.
 
     None if nothing is finite, which says nothing of the structure.
     """
-    rounding = _rounding(None, point.error.dtype)
-    sets = _values(point)
-    together = _compiled(_tangents_together, sets[0])
-    alone = _compiled(_tangents_alone, sets[0])
-    found = [_differing(alone(each), together(each), rounding) for each in sets]
+    eps = largest_eps(key[0])
+    sharp = _sharp(point, eps)
+    if sharp is not None:
+        point, closed = sharp
+        eps = largest_eps(closed)
+        sets = [(*RaisedErrorFn.of(fn, p), *rest) for fn, p, *rest in sets]
+    rounding = _rounding(eps, point)
+    arrays = [x for x in jax.tree.leaves(sets[0]) if isinstance(x, jax.Array)]
+    placed = (key, *(array.sharding for array in arrays))
+    if placed not in _COMPARISONS:
+        _remember(_COMPARISONS, placed, _compiled(_tangents_both, sets[0]))
+    found = [_differing(*_COMPARISONS[placed](each), rounding) for each in sets]
     if any(found):
         _warn("the examples of the error are coupled")
         return True
@@ -284,19 +392,32 @@ def _values(point: Point) -> list[tuple[Any, ...]]:
         held = (point.error_fn, point.params, batch)
         numbers = [x for x in jax.tree.leaves(held) if _is_floating(x)]
         if is_traced(held) or not all_finite(numbers):
+            ends = _ends(point)
             sets = [jax.tree.map(partial(_random_like, rng), held) for _ in range(2)]
-        else:
-            params = jax.tree.map(partial(_near, rng, sign=-1.0), point.params)
-            varied = jax.tree.map(partial(_near, rng, sign=1.0), batch)
-            sets = [held, (point.error_fn, params, varied)]
-            for index in range(1, min(point.num_batches, _MOST_BATCHES)):
-                other = jax.tree.map(lambda leaf, k=index: leaf[k], point.batches)
-                sets.append((point.error_fn, point.params, other))
-        num_examples, num_outputs = point.error.shape
-        shapes = ((num_outputs, 1), (num_examples, 1, 1))
-        dtype = point.error.dtype
-        ends = [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
-    return [(*each, *ends) for each in sets]
+            return [(*each, *ends) for each in sets]
+        params = jax.tree.map(partial(_near, rng, sign=-1.0), point.params)
+        varied = jax.tree.map(partial(_near, rng, sign=1.0), batch)
+        first, *others = _held(point)
+        return [first, (point.error_fn, params, varied, *first[3:]), *others]
+
+
+def _held(point: Point) -> list[tuple[Any, ...]]:
+    """Returns the values at hand, with every batch up to a few, and factors of u."""
+    with jax.ensure_compile_time_eval():
+        ends = _ends(point)
+        batches = [
+            jax.tree.map(lambda leaf, k=k: leaf[k], point.batches)
+            for k in range(min(point.num_batches, _MOST_BATCHES))
+        ]
+    return [(point.error_fn, point.params, batch, *ends) for batch in batches]
+
+
+def _ends(point: Point) -> list[jax.Array]:
+    """Returns two factors ``[C, 1]`` and ``[N, 1, 1]`` of a random u."""
+    rng = np.random.default_rng(1)
+    num_examples, num_outputs = point.error.shape
+    shapes = ((num_outputs, 1), (num_examples, 1, 1))
+    return [jnp.asarray(rng.normal(size=s), point.error.dtype) for s in shapes]
 
 
 def _is_floating(leaf: Any) -> bool:
@@ -377,6 +498,11 @@ def _tangents_alone(
     return jax.tree.leaves(jax.grad(total)(params))
 
 
+@jax.jit
+def _tangents_both(*values: Any) -> tuple[list[jax.Array], list[jax.Array]]:
+    return _tangents_alone(*values), _tangents_together(*values)
+
+
 def _differing(
     found: Sequence[Any],
     wanted: Sequence[Any],
@@ -405,9 +531,9 @@ def _differing(
     return wrong if wrong or any(largest) else None
 
 
-def _rounding(program: Program | None, dtype: Any) -> float:
+def _rounding(eps: float, point: Point) -> float:
     """Returns what two orders of the same sums may differ by: half of the digits."""
-    eps = max(float(jnp.finfo(dtype).eps), 0.0 if program is None else program.eps)
+    eps = max(eps, float(jnp.finfo(point.error.dtype).eps))
     if jax.default_backend() != "cpu":
         eps = max(eps, 2.0**-10)  # the default precision of products
     return eps**0.5

@@ -10,8 +10,8 @@ activations stay. The body of a `lax.scan` is entered as well: its meetings happ
 a step. Parameters that reach an activation in another way (a `cond`, a `while`, a call
 with a custom derivative) are named with the reason.
 
-This is the one module that reads jaxprs (`jax.extend.core`), about which JAX makes no
-promise of compatibility.
+This is the one module that imports `jax.extend.core`, about which JAX makes no promise
+of compatibility; `independence`, `raised` and `adjoint` read jaxprs by its functions.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ _CALLS = ("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "rem
 _CUSTOM = ("custom_jvp_call", "custom_vjp_call")
 
 #: Equations that move the entries of their first operand and compute nothing.
-_MOVES = (
+MOVES = (
     "broadcast_in_dim",
     "convert_element_type",
     "copy",
@@ -241,8 +241,8 @@ def walk(closed: Any, num_state: int, num_leaves: int) -> Program:
     Returns:
         The program.
     """
-    frame = _Frame(*_opened(closed))
-    program = Program([], [], {}, _largest_eps(frame.jaxpr), frame)
+    frame = _Frame(*opened(closed))
+    program = Program([], [], {}, largest_eps(closed), frame)
     num_inputs = len(program._frame.jaxpr.invars)
     ins: list[_Value] = [None] * num_state
     ins += [Weight(frozenset([i]), (), ()) for i in range(num_leaves)]
@@ -273,7 +273,9 @@ class _Walk:
         known: dict[Any, _Value] = dict(zip(frame.jaxpr.invars, ins, strict=True))
 
         def read(atom: Any) -> _Value:
-            return None if isinstance(atom, core.Literal) else known.get(atom)
+            value = None if is_literal(atom) else known.get(atom)
+            # Nothing depends on a weight without entries: a constant.
+            return None if _is_weight(value) and not atom.aval.size else value
 
         for equation in frame.jaxpr.eqns:
             values = [read(atom) for atom in equation.invars]
@@ -300,14 +302,16 @@ class _Walk:
             still = None if active else _constant(values)
             return _Plain(active), [_ACTIVATION if active else still] * num_outs
         self.program.custom |= _is_custom(equation)
-        if name in _CALLS and _body(equation) is not None:
-            frame = _Frame(*_opened(_body(equation)))
+        if name in _CALLS and body_of(equation) is not None:
+            frame = _Frame(*opened(body_of(equation)))
             return _Call(frame), self.enter(frame, values, loops, leaving=False)
         if not active and not _is_step_from_constant(equation, values):
             made = [_made(equation, values, k, loops) for k in range(num_outs)]
             return _Plain(active=False), [*made]
-        if name == "scan":
+        if name == "scan" and equation.params["length"]:
             return self.loop(equation, values, loops), [_ACTIVATION] * num_outs
+        if not any(out.aval.size for out in equation.outvars):
+            return _Plain(active=True), [_ACTIVATION] * num_outs
         kind = _kind(equation, values)
         if kind is None:
             for weight in weights.values():
@@ -326,8 +330,8 @@ class _Walk:
     ) -> _Loop:
         """Enters the body of a scan."""
         length = equation.params["length"]
-        num_consts, num_carry = _scan_counts(equation)
-        frame = _Frame(*_opened(equation.params["jaxpr"]))
+        num_consts, num_carry = scan_counts(equation)
+        frame = _Frame(*opened(equation.params["jaxpr"]))
         entries = {}
         inner: list[_Value] = []
         for index, value in enumerate(values):
@@ -399,8 +403,8 @@ def _made(
         any(weight.scanned[level] for weight in weights) for level in range(len(loops))
     )
     first = values[0]
-    moved = equation.primitive.name in _MOVES and all(
-        isinstance(atom, core.Literal) for atom in equation.invars[1:]
+    moved = equation.primitive.name in MOVES and all(
+        is_literal(atom) for atom in equation.invars[1:]
     )
     # An integer has no derivative, whatever it is made of and becomes.
     moved &= jnp.issubdtype(equation.outvars[output].aval.dtype, jnp.inexact)
@@ -417,13 +421,13 @@ def _inside(weight: Weight, *, scanned: bool) -> Weight:
     return Weight(weight.leaves, moves, (*weight.scanned, scanned))
 
 
-def _scan_counts(equation: Any) -> tuple[int, int]:
+def scan_counts(equation: Any) -> tuple[int, int]:
     """Returns how many operands of a scan are constants, and how many are carried.
 
     From the axes of what goes in and out, since the names of the parameters that say so
     have changed with JAX: what is scanned has one axis more outside of the body.
     """
-    body = _opened(equation.params["jaxpr"])[0]
+    body = opened(equation.params["jaxpr"])[0]
 
     def same(outside: Sequence[Any], inside: Sequence[Any]) -> int:
         pairs = zip(outside, inside, strict=True)
@@ -496,7 +500,18 @@ def _reads_rows(equation: Any) -> bool:
     )
 
 
-def _body(equation: Any) -> Any:
+def is_literal(atom: Any) -> bool:
+    """Whether an operand is a number of the program itself."""
+    return isinstance(atom, core.Literal)
+
+
+def is_call(equation: Any) -> bool:
+    """Whether an equation calls one program, perhaps with a derivative of its own."""
+    known = equation.primitive.name in (*_CALLS, *_CUSTOM)
+    return known and body_of(equation) is not None
+
+
+def body_of(equation: Any) -> Any:
     """Returns the jaxpr of a call, None if there is none."""
     for name in ("jaxpr", "call_jaxpr"):
         if name in equation.params:
@@ -506,10 +521,10 @@ def _body(equation: Any) -> Any:
 
 def _has_body(equation: Any) -> bool:
     """Whether an equation holds a program of its own."""
-    return bool(_bodies(equation))
+    return bool(bodies(equation))
 
 
-def _bodies(equation: Any) -> list[Any]:
+def bodies(equation: Any) -> list[Any]:
     """Returns the jaxprs among the parameters of an equation."""
 
     def programs(value: Any) -> list[Any]:
@@ -525,16 +540,17 @@ def _is_custom(equation: Any) -> bool:
     """Whether an equation is or holds a call with a derivative of its own."""
     if equation.primitive.name in _CUSTOM:
         return True
-    inner = [_opened(body)[0] for body in _bodies(equation)]
+    inner = [opened(body)[0] for body in bodies(equation)]
     return any(_is_custom(each) for jaxpr in inner for each in jaxpr.eqns)
 
 
-def _largest_eps(jaxpr: Any) -> float:
+def largest_eps(jaxpr: Any) -> float:
     """Returns the largest rounding of any floating number that a program computes."""
+    jaxpr = opened(jaxpr)[0]
     rounding = [
         equation
         for equation in jaxpr.eqns
-        if equation.primitive.name not in _MOVES
+        if equation.primitive.name not in MOVES
         or equation.primitive.name == "convert_element_type"
     ]
     avals = [out.aval for equation in rounding for out in equation.outvars]
@@ -542,12 +558,12 @@ def _largest_eps(jaxpr: Any) -> float:
     inexact = [each for each in dtypes if jnp.issubdtype(each, jnp.inexact)]
     largest = max((float(jnp.finfo(each).eps) for each in inexact), default=0.0)
     for equation in jaxpr.eqns:
-        for body in _bodies(equation):
-            largest = max(largest, _largest_eps(_opened(body)[0]))
+        for body in bodies(equation):
+            largest = max(largest, largest_eps(body))
     return largest
 
 
-def _opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+def opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
     """Returns a jaxpr and its constants."""
     consts = getattr(jaxpr, "consts", ())
     return getattr(jaxpr, "jaxpr", jaxpr), consts
@@ -566,7 +582,7 @@ class _Perturbed:
         self.program = program
 
     def equation(self, equation: Any, step: _Plain, values: list[Any]) -> list[Any]:
-        outs = _bind(equation, values)
+        outs = bind(equation, values)
         if step.meeting is None:
             return outs
         meeting = self.program.meetings[step.meeting]
@@ -622,7 +638,7 @@ class _WeightsAlone:
                 self.found[use] = values[self.program.uses[use].operand]
         if step.active:
             return [None] * len(equation.outvars)
-        return _bind(equation, values)
+        return bind(equation, values)
 
     def entry(self, use: int, value: Any) -> Any:
         self.found[use] = value
@@ -654,7 +670,7 @@ def _run(frame: _Frame, values: Sequence[Any], run: Any) -> list[Any]:
     known.update(zip(frame.jaxpr.invars, values, strict=True))
 
     def read(atom: Any) -> Any:
-        return atom.val if isinstance(atom, core.Literal) else known[atom]
+        return atom.val if is_literal(atom) else known[atom]
 
     for equation, step in zip(frame.jaxpr.eqns, frame.steps, strict=True):
         operands = [read(atom) for atom in equation.invars]
@@ -672,18 +688,23 @@ def _run(frame: _Frame, values: Sequence[Any], run: Any) -> list[Any]:
     ]
 
 
-def _bind(equation: Any, values: Sequence[Any]) -> list[Any]:
-    """Runs one equation."""
-    found = equation.primitive.get_bind_params(equation.params)
+def bind(equation: Any, values: Sequence[Any], **changes: Any) -> list[Any]:
+    """Runs one equation, with changes of its parameters."""
+    found = equation.primitive.get_bind_params(equation.params | changes)
     # A dictionary since JAX 0.9.2, before that a pair with it.
     functions, params = found if isinstance(found, tuple) else ((), found)
     out = equation.primitive.bind(*functions, *values, **params)
     return list(out) if equation.primitive.multiple_results else [out]
 
 
+def run_jaxpr(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+    """Runs a jaxpr."""
+    return core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, consts))(*args)
+
+
 def applied(equation: Any, values: Sequence[Any]) -> Any:
     """Returns the one result of an equation of a `Meeting`."""
-    (out,) = _bind(equation, values)
+    (out,) = bind(equation, values)
     return out
 
 
@@ -711,7 +732,7 @@ def _moved(positions: np.ndarray, moves: tuple[Move, ...]) -> np.ndarray:
         if equation.primitive.name == "convert_element_type":
             continue
         others = [atom.val for atom in equation.invars[1:]]
-        positions = np.asarray(_bind(equation, [positions, *others])[output])
+        positions = np.asarray(bind(equation, [positions, *others])[output])
     return positions
 
 

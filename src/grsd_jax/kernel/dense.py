@@ -219,7 +219,7 @@ def accumulate(point: Point, labels: Sequence[str], chunking: Chunking) -> Matri
     check_independent(point)
     if point.reduction == "stack":
         batches = jax.tree.map(
-            lambda leaf: leaf.reshape(1, -1, *leaf.shape[2:]), batches
+            lambda x: x.reshape(1, x.shape[0] * x.shape[1], *x.shape[2:]), batches
         )
     num_spaces, num_examples = check_batches(batches)
     plan = plan_of(point)

@@ -214,7 +214,7 @@ def _prepared(
 
     if layout.reduction == "stack":  # devices share the rows, and so these, in order
         batches = jax.tree.map(
-            lambda leaf: leaf.reshape(1, -1, *leaf.shape[2:]), batches
+            lambda x: x.reshape(1, x.shape[0] * x.shape[1], *x.shape[2:]), batches
         )
     everywhere, examples = PartitionSpec(), PartitionSpec(None, layout.axis)
     specs = (everywhere, everywhere, examples, everywhere)

@@ -1,0 +1,128 @@
+"""Which programs are known to keep their examples apart, and which are not."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grsd_jax import Problem
+from grsd_jax.jacobian import plan
+from user_networks import NETWORKS, plain
+
+N = 3
+
+
+@pytest.fixture(autouse=True)
+def _as_users_run_it():
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def reason(outputs_fn, params, batch):
+    """Returns what may mix the examples, as the check of the factors asks it."""
+    batches = jax.tree.map(lambda leaf: leaf[None], batch)
+    point = Problem(outputs_fn, batches).at(params)
+    closed, alone = plan._closed(point)
+    assert not alone
+    return plan._what_may_mix(point, closed)
+
+
+def values():
+    noise = np.random.default_rng(0)
+    params = {"w": jnp.asarray(noise.normal(size=(4, N, 2)))}
+    x = jnp.asarray(noise.normal(size=(N, 4)))
+    batch = {"x": x, "i": jnp.array([2, 0, 1]), "label": jnp.array([0, 1, 1])}
+    return params, batch
+
+
+def wide(x):
+    """Returns ``[N, N]`` as ``[N, 4]``."""
+    return jnp.pad(x, ((0, 0), (0, 4 - len(x))))
+
+
+#: From ``x [N, 4]``, with values ``i [N]``, and N in place of any other size.
+APART = {
+    "lookup": lambda x, i: jnp.eye(N, 4)[i] * x,
+    "own_entry": lambda x, i: x * jnp.take_along_axis(x, i[:, None], 1),
+    "merged": lambda x, i: jnp.tanh(x.reshape(-1, 2)).reshape(-1, 4),
+    "merged_inside": lambda x, i: jnp.tanh(x.T.reshape(2, -1)).reshape(4, -1).T,
+    "pairs_of_features": lambda x, i: jnp.einsum("ni,nj->n", x, x)[:, None] * x,
+    "mapped": lambda x, i: jax.lax.map(lambda row: row - jnp.mean(row), x),
+    "by_vmap": lambda x, i: jax.vmap(lambda row, k: jnp.sort(row) * k)(x, i),
+    "steps": lambda x, i: jax.lax.scan(lambda c, t: (c + t, c), x[:, 0], x.T)[1].T,
+    "until": lambda x, i: jax.lax.fori_loop(0, 3, lambda _, c: jnp.sin(c), x),
+    "branch": lambda x, i: jax.lax.cond(True, jnp.sin, jnp.zeros_like, x),
+    "windows": lambda x, i: jax.lax.reduce_window(
+        x, 0.0, jax.lax.add, (1, 3), (1, 1), "SAME"
+    ),
+    "update": lambda x, i: jax.lax.dynamic_update_slice(x, 2 * x[:, :2], (0, 1)),
+}
+
+MIXING = {
+    "mean": lambda x, i: x - jnp.mean(x, 0),
+    "norm": lambda x, i: x / jnp.linalg.norm(x),
+    "flip": lambda x, i: x[::-1],
+    "shuffle": lambda x, i: x[i],
+    "roll": lambda x, i: jnp.roll(x, 1, 0),
+    "sort": lambda x, i: jnp.sort(x, 0),
+    "cumulated": lambda x, i: jnp.cumsum(x, 0),
+    "attention": lambda x, i: jax.nn.softmax(x @ x.T) @ x,
+    "transposed": lambda x, i: x.T.reshape(x.shape),
+    "reshaped": lambda x, i: jnp.flip(x.reshape(2, -1), 0).reshape(-1, 4),
+    "carried": lambda x, i: jax.lax.scan(lambda c, r: (c + r, c), jnp.zeros(4), x)[1],
+    "crossed": lambda x, i: wide(x[:, : len(x)] + x[:, : len(x)].T),
+    "pairs": lambda x, i: wide(jnp.take(x.T, i, axis=0)),
+    "branches": lambda x, i: wide(
+        jax.lax.cond(jnp.arange(2)[0] > 0, jnp.sin, jnp.transpose, x[:, : len(x)])
+    ),
+    "place": lambda x, i: x * jnp.arange(1.0, len(x) + 1)[:, None],
+    "number": lambda x, i: x / x.shape[0],
+    "first": lambda x, i: x + x[:1],
+    "shut": lambda x, i: x + jnp.where(i[:1] > 9, jnp.mean(x, 0), 0.0),
+    "window": lambda x, i: jax.lax.reduce_window(
+        x, 0.0, jax.lax.add, (3, 1), (1, 1), "SAME"
+    ),
+    "chosen": lambda x, i: jax.lax.cond(i[0] > 9, jnp.sin, jnp.cos, x),
+    "loop": lambda x, i: jax.lax.fori_loop(0, i[0], lambda _, c: jnp.sin(c), x),
+    "noise": lambda x, i: x * jax.random.normal(jax.random.key(0), x.shape),
+    "one_for_all": lambda x, i: x.at[i].add(x),
+}
+
+
+def network(mixed):
+    def outputs_fn(params, batch):
+        x = mixed(batch["x"], batch["i"])
+        return jnp.einsum("nd,dkc->nc", x, params["w"])
+
+    return outputs_fn
+
+
+@pytest.mark.parametrize("name", APART)
+def test_examples_that_are_kept_apart_are_known(name):
+    assert reason(network(APART[name]), *values()) == ""
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_examples_that_may_meet_are_not_taken_for_independent(name):
+    assert reason(network(MIXING[name]), *values())
+
+
+@pytest.mark.parametrize("name", sorted(set(MIXING) - {"shut", "chosen", "loop"}))
+def test_the_mixing_programs_are_no_programs_of_one_example(name):
+    """The list itself: what one example gives alone differs from its row."""
+    params, batch = values()
+    outputs_fn = network(MIXING[name])
+    whole = outputs_fn(params, batch)
+    alone = [
+        outputs_fn(params, jax.tree.map(lambda leaf, k=k: leaf[k : k + 1], batch))
+        for k in range(N)
+    ]
+    assert not np.allclose(whole, jnp.concatenate(alone))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name for name, build in NETWORKS.items() if build.__module__ == plain.__name__],
+)
+def test_networks_are_known_to_keep_their_examples_apart(name, x64):
+    assert reason(*NETWORKS[name]()) == ""
