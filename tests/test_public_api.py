@@ -34,6 +34,7 @@ CONTRACT = {
         "kernel_matmat",
         "layer_kernels",
         "linearize_kernel",
+        "load",
         "make_probe",
         "measure_coupling",
         "partition",
@@ -99,14 +100,15 @@ PUBLIC = [
 ]
 
 #: Helpers that any module may import.
-HELPERS = ("_typing", "_checks", "_arrays", "_memory", "_targets")
+HELPERS = ("_typing", "_checks", "_arrays", "_files", "_memory", "_targets")
 
 #: What each part imports, besides helpers and itself: what is named here, and what
 #: that may import. `linalg` knows nothing of networks, `models` nothing of kernels.
 ARROWS = {
     "errors": set(),
-    "linalg": set(),
-    "parameter_blocks": set(),
+    "results": set(),
+    "linalg": {"results"},
+    "parameter_blocks": {"results"},
     "problem": {"errors"},
     "jacobian": {"problem", "parameter_blocks"},
     "kernel": {"jacobian", "parameter_blocks"},
@@ -129,9 +131,13 @@ EXTRAS = [
     "matplotlib",
     "optax",
     "orbax",
+    "pandas",
+    "tabulate",
+    "tensorboardX",
     "tensorflow",
     "tensorflow_datasets",
     "tqdm",
+    "xarray",
 ]
 
 
@@ -339,6 +345,8 @@ def test_library_imports_jax_numpy_and_scipy_alone(path):
     allowed = {"jax", "numpy", "scipy", "grsd_jax", *sys.stdlib_module_names}
     if PACKAGE / "models" in path.parents:
         allowed |= {"equinox", "flax", "haiku"}
+    if PACKAGE / "results" in path.parents:
+        allowed |= {"pandas", "xarray"}
     assert {name.split(".")[0] for name in imports(path)} <= allowed
 
 
