@@ -78,7 +78,7 @@ def test_one_panel_for_each_measurement(draw):
     for name in NAMES:
         titles = [axis.get_title() for axis in drawn[name].axes if axis.get_title()]
         if name == "figure2_toeplitz_residual":
-            assert [title.split()[0] for title in titles] == ["literal", "renormalised"]
+            assert [title.split()[0] for title in titles] == ["literal", "renormalized"]
             texts = drawn[name].legends[0].get_texts()
             assert [text.get_text() for text in texts] == labels
         else:

@@ -34,6 +34,7 @@ CONTRACT = {
         "kernel_matmat",
         "layer_kernels",
         "linearize_kernel",
+        "load",
         "make_probe",
         "measure_coupling",
         "partition",
@@ -82,6 +83,17 @@ CONTRACT = {
         "operator_norms",
         "partition",
     },
+    "grsd_jax.plotting": {
+        "coupling",
+        "diagonal",
+        "eigenvalues",
+        "energies",
+        "flux",
+        "spectrum",
+        "velocity",
+        "windows",
+    },
+    "grsd_jax.writers": {"CallbackWriter", "TensorBoardWriter", "WandbWriter"},
     "grsd_jax.models": {
         "PlainNet18",
         "ResNet18",
@@ -92,6 +104,9 @@ CONTRACT = {
     },
 }
 
+#: Topics that are no part of the package's own import.
+ON_REQUEST = {"models", "plotting", "writers"}
+
 PUBLIC = [
     (topic, name)
     for topic in CONTRACT
@@ -99,14 +114,15 @@ PUBLIC = [
 ]
 
 #: Helpers that any module may import.
-HELPERS = ("_typing", "_checks", "_arrays", "_memory", "_targets")
+HELPERS = ("_typing", "_checks", "_arrays", "_files", "_memory", "_targets")
 
 #: What each part imports, besides helpers and itself: what is named here, and what
 #: that may import. `linalg` knows nothing of networks, `models` nothing of kernels.
 ARROWS = {
     "errors": set(),
-    "linalg": set(),
-    "parameter_blocks": set(),
+    "results": set(),
+    "linalg": {"results"},
+    "parameter_blocks": {"results"},
     "problem": {"errors"},
     "jacobian": {"problem", "parameter_blocks"},
     "kernel": {"jacobian", "parameter_blocks"},
@@ -115,6 +131,8 @@ ARROWS = {
     "conditions": {"dynamics"},
     "__init__": {"conditions"},
     "models": {"parameter_blocks"},
+    "plotting": {"dynamics"},
+    "writers": {"results"},
 }
 
 #: Everything the experiments need, and the import of the package must not.
@@ -129,9 +147,13 @@ EXTRAS = [
     "matplotlib",
     "optax",
     "orbax",
+    "pandas",
+    "tabulate",
+    "tensorboardX",
     "tensorflow",
     "tensorflow_datasets",
     "tqdm",
+    "xarray",
 ]
 
 
@@ -201,10 +223,10 @@ def test_contract_is_kept_and_all_is_sorted(topic):
 
 def test_few_names_are_at_the_top_and_the_topics_are_among_them():
     assert 15 <= len(grsd_jax.__all__) <= 25
-    topics = {topic.partition(".")[2] for topic in CONTRACT} - {"", "models"}
+    topics = {topic.partition(".")[2] for topic in CONTRACT} - {"", *ON_REQUEST}
     assert set(grsd_jax.__all__) >= topics
-    # Models need flax, which importing the package must not.
-    assert "models" not in grsd_jax.__all__
+    # What needs more than JAX, NumPy and SciPy is imported by name.
+    assert not ON_REQUEST & set(grsd_jax.__all__)
 
 
 @by_name
@@ -287,7 +309,9 @@ import grsd_jax
 after = dict(jax.config.values)
 changed = [name for name in before if before[name] != after[name]]
 assert not changed, changed
-assert "grsd_jax.models" not in sys.modules
+for name in ("models", "plotting", "writers"):
+    assert f"grsd_jax.{name}" not in sys.modules
+import grsd_jax.plotting, grsd_jax.writers
 assert not [name for name in sys.modules if name.startswith("grsd_jax.experiments")]
 ones = jax.numpy.ones
 batches = {"x": ones((1, 2, 3)), "label": jax.numpy.zeros((1, 2), int)}
@@ -339,6 +363,10 @@ def test_library_imports_jax_numpy_and_scipy_alone(path):
     allowed = {"jax", "numpy", "scipy", "grsd_jax", *sys.stdlib_module_names}
     if PACKAGE / "models" in path.parents:
         allowed |= {"equinox", "flax", "haiku"}
+    if PACKAGE / "results" in path.parents:
+        allowed |= {"pandas", "xarray"}
+    if PACKAGE / "plotting" in path.parents:
+        allowed |= {"matplotlib"}
     assert {name.split(".")[0] for name in imports(path)} <= allowed
 
 

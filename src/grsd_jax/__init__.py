@@ -26,6 +26,7 @@ from grsd_jax.kernel import (
 )
 from grsd_jax.parameter_blocks import partition
 from grsd_jax.problem import Problem
+from grsd_jax.results import load
 from grsd_jax.shells import Binning, Window, measure_coupling
 
 try:
@@ -51,6 +52,7 @@ __all__ = [
     "layer_kernels",
     "linalg",
     "linearize_kernel",
+    "load",
     "make_probe",
     "measure_coupling",
     "partition",

@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from grsd_jax._typing import PyTree
+from grsd_jax.results import result
 
 #: The names along a parameter's path, such as ``("head", "kernel")``.
 Path = tuple[str, ...]
 
 
+@result()
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class ParameterBlocks:

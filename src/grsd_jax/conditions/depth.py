@@ -15,8 +15,10 @@ from jax.scipy.special import ndtr, ndtri
 
 from grsd_jax._arrays import at_least_single, matmul, norm, unit_vectors
 from grsd_jax._checks import check_at_least, check_floating
+from grsd_jax.results import result
 
 
+@result()
 class StateIncrements(NamedTuple):
     r"""What the state Jacobians of a chain do to random directions.
 
@@ -31,6 +33,7 @@ class StateIncrements(NamedTuple):
     overlap: jax.Array
 
 
+@result()
 class IncrementStatistics(NamedTuple):
     """How the increments of a chain add up over its depth.
 

@@ -19,8 +19,10 @@ from grsd_jax._typing import PyTree
 from grsd_jax.jacobian.autodiff import PlainDerivative
 from grsd_jax.parameter_blocks import ParameterBlocks, check_blocks, restrict_to_block
 from grsd_jax.problem import Point, Problem
+from grsd_jax.results import result
 
 
+@result()
 class InfluenceProfile(NamedTuple):
     """How the motion of each block changes the Jacobian of every other.
 

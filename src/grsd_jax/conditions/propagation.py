@@ -11,11 +11,13 @@ from typing import NamedTuple
 import numpy as np
 
 from grsd_jax._checks import check_positive
+from grsd_jax.results import result
 
 #: Relative rounding of the ratio of two logarithms.
 _ROUNDING = 1e-12
 
 
+@result()
 class PropagationReport(NamedTuple):
     """Measured influence beside the bound of Proposition 2.
 

@@ -7,7 +7,7 @@ together and held against thresholds.
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,7 @@ from grsd_jax.conditions.verdicts import Thresholds, Verdict
 from grsd_jax.kernel.derivative import gradient_flow_direction
 from grsd_jax.parameter_blocks import ParameterBlocks
 from grsd_jax.problem import Problem
+from grsd_jax.results import result
 from grsd_jax.shells.diagnostics import CouplingMeasurement
 from grsd_jax.shells.measurement import Solver, measure_coupling
 from grsd_jax.shells.options import Binning, Window
@@ -72,6 +73,7 @@ class PathPoint(NamedTuple):
     direction: PyTree | None = None
 
 
+@result()
 class Locality(NamedTuple):
     """Condition 1.
 
@@ -90,6 +92,7 @@ class Locality(NamedTuple):
     verdict: Verdict
 
 
+@result()
 class Incoherence(NamedTuple):
     """Condition 2, at the first point of the path.
 
@@ -104,6 +107,7 @@ class Incoherence(NamedTuple):
     verdict: Verdict
 
 
+@result()
 class Stability(NamedTuple):
     """Condition 3, along the whole path.
 
@@ -122,6 +126,7 @@ class Stability(NamedTuple):
     verdict: Verdict
 
 
+@result()
 class ShiftInvariance(NamedTuple):
     """Condition 4, at each point; the verdict is that of the last.
 
@@ -137,6 +142,7 @@ class ShiftInvariance(NamedTuple):
     verdict: Verdict
 
 
+@result()
 class ConditionReport(NamedTuple):
     """All four conditions of one training path.
 
@@ -164,6 +170,27 @@ class ConditionReport(NamedTuple):
             "condition2": self.condition2.verdict,
             "condition3": self.condition3.verdict,
             "condition4": self.condition4.verdict,
+        }
+
+    def _headline(self) -> list[tuple[str, str]]:
+        rows = []
+        for name, verdict in self.verdicts.items():
+            checks = [("", str(check)) for check in verdict.checks]
+            rows += [(name, verdict.outcome), *checks]
+        return rows
+
+    def _tables(self) -> dict[str, dict[str, list[Any]]]:
+        pairs = [(n, check) for n, v in self.verdicts.items() for check in v.checks]
+        checks = [check for _, check in pairs]
+        return {
+            "checks": {
+                "condition": [name for name, _ in pairs],
+                "check": [check.name for check in checks],
+                "number": [check.number for check in checks],
+                "error": [check.error for check in checks],
+                "threshold": [f"{c.relation} {c.threshold:.3g}" for c in checks],
+                "outcome": [check.outcome for check in checks],
+            }
         }
 
 

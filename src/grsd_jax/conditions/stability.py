@@ -24,6 +24,7 @@ from grsd_jax.kernel.operator import (
 from grsd_jax.kernel.sharded import ShardedKernel
 from grsd_jax.linalg.eigenpairs import LeadingEigenpairs, leading_eigenpairs
 from grsd_jax.problem import Problem
+from grsd_jax.results import result
 from grsd_jax.shells.binning import log_shells
 from grsd_jax.shells.diagnostics import CouplingMeasurement
 
@@ -31,6 +32,7 @@ from grsd_jax.shells.diagnostics import CouplingMeasurement
 _GAIN = 2.0**100
 
 
+@result(axes={"2": "norm"})
 class OperatorNorms(NamedTuple):
     """How large the Jacobian and its derivative are.
 
@@ -137,6 +139,7 @@ def _leading(
     return (second, gain) if second.finite and second.values[0] > 0 else (first, 1.0)
 
 
+@result()
 class ProjectorDrift(NamedTuple):
     """How far two subspaces are apart, each measure in [0, 1].
 
@@ -255,6 +258,7 @@ def _largest_slope(
     return jnp.where(jnp.any(both), largest, jnp.nan)
 
 
+@result()
 class ShellDrift(NamedTuple):
     """How far the projector on each shell moves between neighbouring measurements.
 

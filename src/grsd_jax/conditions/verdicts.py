@@ -9,6 +9,8 @@ neither holds nor fails: it is undecided.
 import math
 from typing import Literal, NamedTuple
 
+from grsd_jax.results import result
+
 Outcome = Literal["holds", "fails", "undecided"]
 
 
@@ -49,6 +51,7 @@ class Thresholds(NamedTuple):
     min_r_squared: float = 0.9
 
 
+@result()
 class Check(NamedTuple):
     """One number held against one threshold.
 
@@ -89,6 +92,9 @@ class Check(NamedTuple):
         """Whether the number is converged and on the right side of the threshold."""
         return self.outcome == "holds"
 
+    def _headline(self) -> list[tuple[str, str]]:
+        return [("", str(self))]
+
     def __str__(self) -> str:
         """Returns the check as a line of text."""
         if math.isnan(self.number):
@@ -101,6 +107,7 @@ class Check(NamedTuple):
         return f"{self.name}: {sides} {self.outcome}{noted}"
 
 
+@result()
 class Verdict(NamedTuple):
     """The checks of one condition.
 
@@ -122,6 +129,9 @@ class Verdict(NamedTuple):
     def holds(self) -> bool:
         """Whether there are checks, and every one holds."""
         return self.outcome == "holds"
+
+    def _headline(self) -> list[tuple[str, str]]:
+        return [("", self.outcome), *(("", str(check)) for check in self.checks)]
 
     def __str__(self) -> str:
         """Returns the verdict, and each check on a line of its own."""

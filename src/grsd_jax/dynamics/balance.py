@@ -24,13 +24,31 @@ from grsd_jax._arrays import (
 )
 from grsd_jax._checks import check_positive, check_shape
 from grsd_jax._typing import PyTree
+from grsd_jax.results import result
 from grsd_jax.shells.binning import Shells
 
 #: Rounding of the eigenvalues, in units of eps times the largest: closer ones are
 #: indistinguishable. Resolved pairs lie above ten.
 _GAP = 4
 
+_UNITS = dict.fromkeys(("energies", "unresolved_energy"), "|e|^2")
+_UNITS |= dict.fromkeys(
+    (
+        "dissipation",
+        "transfers",
+        "leak",
+        "energy_rate",
+        "flux",
+        "nearest_flux",
+        "unresolved_dissipation",
+        "ambiguous_rate",
+    ),
+    "|e|^2 per time",
+)
+_UNITS |= {"velocity": "lambda per time"}
 
+
+@result()
 class BasisRotation(NamedTuple):
     """How the eigenvectors turn.
 
@@ -47,6 +65,7 @@ class BasisRotation(NamedTuple):
     num_degenerate: jax.Array
 
 
+@result(masks={"velocity": "velocity_mask"}, units=_UNITS)
 class ShellDynamics(NamedTuple):
     """The energy balance of the shells at one instant; shell 0 holds the smallest.
 

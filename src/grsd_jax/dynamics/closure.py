@@ -12,8 +12,10 @@ import jax.numpy as jnp
 
 from grsd_jax._arrays import as_floating, as_mask, as_scalar, norm, ratio
 from grsd_jax._checks import check_at_least
+from grsd_jax.results import result
 
 
+@result()
 class EdgeCrossings(NamedTuple):
     """What passes fixed edges because eigenvalues move over them.
 
@@ -30,6 +32,10 @@ class EdgeCrossings(NamedTuple):
     energy_down: jax.Array
 
 
+@result(
+    masks=dict.fromkeys(("measured_rate", "shell_errors", "total_error"), "defined"),
+    units={"measured_rate": "|e|^2 per time"},
+)
 class ClosureError(NamedTuple):
     """The predicted energy rates beside the measured ones.
 

@@ -10,11 +10,13 @@ from grsd_jax._checks import check_same_tree
 from grsd_jax._typing import PyTree
 from grsd_jax.kernel.derivative import gradient_flow_direction
 from grsd_jax.problem import Problem
+from grsd_jax.results import result
 
 #: The factor up to which the times of both ends agree.
 _AGREEMENT = 2.0
 
 
+@result(derived=("elapsed",))
 class MeasuredTime(NamedTuple):
     """The time that the gradient flow would have taken for a motion.
 

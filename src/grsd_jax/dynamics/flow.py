@@ -18,11 +18,13 @@ from grsd_jax._typing import PyTree
 from grsd_jax.kernel.dense import kernel_dense
 from grsd_jax.kernel.derivative import gradient_flow_direction
 from grsd_jax.problem import Problem
+from grsd_jax.results import result
 
 #: ``field(params) -> tangent``, an autonomous vector field.
 Field = Callable[[PyTree], PyTree]
 
 
+@result()
 class CovarianceCheck(NamedTuple):
     """The eigenvalues along two flows, of the loss and of the scaled loss.
 

@@ -23,12 +23,14 @@ from grsd_jax.dynamics.closure import (
 from grsd_jax.dynamics.snapshot import Snapshot
 from grsd_jax.dynamics.velocity import VelocityFit, velocity_fit
 from grsd_jax.linalg.ritz import RitzPairs
+from grsd_jax.results import result
 from grsd_jax.shells.binning import Shells, assign_shells, log_shells
 
 #: Changes over the measured step, over the cube root of eps: of theta, and of e and M.
 _BEND_PARAMS, _BEND_ERROR = 0.2, 20.0
 
 
+@result()
 class ProbeState(NamedTuple):
     """What a probe remembers from one record to the next, of constant size.
 
@@ -54,6 +56,7 @@ class ProbeState(NamedTuple):
     key_data: jax.Array
 
 
+@result()
 class ProbeRecord(NamedTuple):
     """The shell dynamics at one step of a training.
 

@@ -19,6 +19,7 @@ from grsd_jax.kernel.products import held_products
 from grsd_jax.linalg.eigenpairs import leading_eigenpairs
 from grsd_jax.linalg.lanczos import LanczosResult
 from grsd_jax.problem import OutputsObjective, Point, Problem, evaluate
+from grsd_jax.results import result
 
 #: Largest residual of a leading pair, relative to its value.
 _CONVERGENCE = 1e-5
@@ -27,6 +28,7 @@ _CONVERGENCE = 1e-5
 _BLOCK = 8
 
 
+@result(axes={"2": "word"})
 class SpectralSnapshot(NamedTuple):
     """What `exact_balance` needs of one end, without parameters and batches.
 

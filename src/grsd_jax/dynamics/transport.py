@@ -10,12 +10,13 @@ too, so that closure is no evidence of accuracy.
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from grsd_jax._arrays import divisor, matmul, ratio
+from grsd_jax.results import number, result, span
 from grsd_jax.shells.soft_shells import SoftShells
 
 #: The size of what rounding adds to a kernel, over ``eps lambda_max``, and to sums of
@@ -60,6 +61,7 @@ class Pairing(NamedTuple):
     overlap: jax.Array
 
 
+@result()
 class Counting(NamedTuple):
     """How many eigenvalues lie above the edges, and at them.
 
@@ -74,6 +76,19 @@ class Counting(NamedTuple):
     stderr: jax.Array
 
 
+@result(
+    units=dict.fromkeys(("energies", "lost", "moved", "flux"), "|e|^2"),
+    derived=(
+        "drift",
+        "velocity",
+        "velocity_error",
+        "shift_velocity",
+        "counting_velocity",
+        "excess_velocity",
+        "velocity_mask",
+        "non_adjacent_share",
+    ),
+)
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=[
@@ -228,6 +243,55 @@ class ExactBalance:
         far = jnp.triu(sizes, 2) + jnp.tril(sizes, -2)
         share = _over(jnp.sum(far, axis=(-2, -1)), jnp.sum(sizes, axis=(-2, -1)))
         return jnp.where(self.shells.are_wide(), share, jnp.nan)
+
+    def _headline(self) -> list[tuple[str, str]]:
+        totals = [number(total) for total in jnp.sum(self.energies, axis=1)]
+        usable, q = int(jnp.sum(self.velocity_mask)), len(self.flux)
+        rows = [
+            ("energy |e|^2", f"{totals[0]} before, {totals[1]} after"),
+            ("lost as the error changed", number(jnp.sum(self.lost))),
+            ("flux past the edges", span(self.flux, "|e|^2")),
+            ("elapsed time", number(self.elapsed)),
+            ("edges with a usable velocity", f"{usable} of {q}"),
+        ]
+        if usable:
+            shown = self.velocity[self.velocity_mask]
+            rows.append(("velocity there", span(shown, "in log lambda per time")))
+        share = f"{number(self.non_adjacent_share)} of all"
+        if jnp.isnan(self.non_adjacent_share):
+            share = "n/a (narrow shells, or none above its error)"
+        same = "the same examples" if self.comparable else "NOT the same examples"
+        finite = "finite" if self.finite else "NOT finite"
+        return [
+            *rows,
+            ("transfers between non-neighbours", share),
+            ("both ends", f"{same}, {finite}"),
+        ]
+
+    def _tables(self) -> dict[str, dict[str, Any]]:
+        before, after = self.energies
+        optional = {"excess": self.excess_velocity, "rotation": self.rotation}
+        edges = {
+            "lambda": self.shells.edges,
+            "flux": self.flux,
+            "+-": self.flux_error,
+            "velocity": self.velocity,
+            "+- ": self.velocity_error,
+            **{name: column for name, column in optional.items() if column is not None},
+            "usable": self.velocity_mask,
+        }
+        shells = {
+            "shell": jnp.arange(len(before), dtype=jnp.int32),
+            "energy before": before,
+            "after": after,
+            "lost": self.lost,
+            "+-": self.lost_error,
+            "moved in": jnp.sum(self.moved, axis=1),
+        }
+        return {
+            "edges (flux in |e|^2, velocity in log lambda per time)": edges,
+            "shells, from small to large lambda (in |e|^2)": shells,
+        }
 
 
 class _Amounts(NamedTuple):

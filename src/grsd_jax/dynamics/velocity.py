@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from grsd_jax._arrays import as_floating, as_mask, divisor
+from grsd_jax.results import headline, number, result
 from grsd_jax.shells.power_law import PowerLawFit, fit_power_law, logs_and_unit
 
 
+@result()
 class VelocityFit(NamedTuple):
     """A power law of the velocity, and the evidence against it.
 
@@ -40,6 +42,17 @@ class VelocityFit(NamedTuple):
     curvature: jax.Array
     curvature_stderr: jax.Array
     p_value: jax.Array
+
+    def _headline(self) -> list[tuple[str, str]]:
+        directions = {1.0: "upwards", -1.0: "downwards"}
+        (_, exponent), *rest = headline(self.fit)
+        share = f"{number(self.sign_share)} of the points"
+        return [
+            ("exponent of v = c lambda^p", exponent),
+            ("direction", f"{directions.get(float(self.sign), 'n/a')}, {share}"),
+            ("straightness", f"p-value {number(self.p_value)}"),
+            *rest,
+        ]
 
 
 def velocity_fit(

@@ -13,6 +13,7 @@ from grsd_jax.jacobian.factors import Composite, Factor, product_operations
 from grsd_jax.jacobian.plan import Plan, verdict_of
 from grsd_jax.jacobian.tracing import Program, Use
 from grsd_jax.problem import Point
+from grsd_jax.results import result
 
 #: What a leaf that meets activations in one way is called.
 _NAMES = {"local": "rows", "entry": "rows"}
@@ -20,6 +21,7 @@ _NAMES = {"local": "rows", "entry": "rows"}
 _UNITS = ("", "k", "M", "G", "T", "P")
 
 
+@result()
 @dataclasses.dataclass(frozen=True)
 class LeafForm:
     """How J comes for one leaf, an array of the parameters.
@@ -44,6 +46,7 @@ class LeafForm:
     flops: int
 
 
+@result()
 @dataclasses.dataclass(frozen=True)
 class Explanation:
     """How J comes for every parameter leaf; prints as a table.
@@ -79,6 +82,12 @@ class Explanation:
         return sum(row.flops for row in self.rows if row.how != "plain") + max(
             plain, default=0
         )
+
+    def _headline(self) -> list[tuple[str, str]]:
+        total = f"{self.num_factored} of {self.num_leaves} leaves factored"
+        sizes = f"{_short(self.bytes)} bytes, {_short(self.flops)} flops a column"
+        leaves = [(row.path, f"{row.how}: {row.why}") for row in self.rows]
+        return [("all", f"{total}, {sizes}"), *leaves]
 
     def __str__(self) -> str:
         """Returns the table, one line a leaf, and the totals."""

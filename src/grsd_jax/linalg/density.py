@@ -10,8 +10,10 @@ from grsd_jax._arrays import divisor, magnitude, matmul
 from grsd_jax._checks import check_at_least, check_positive
 from grsd_jax.linalg.lanczos import LanczosResult
 from grsd_jax.linalg.ritz import default_floor
+from grsd_jax.results import result
 
 
+@result(units={"grid": "units of M", "density": "per unit of log lambda"})
 class SpectralDensity(NamedTuple):
     """A smoothed density of eigenvalues in ``s = log lambda``.
 

@@ -28,6 +28,7 @@ from grsd_jax.linalg.lanczos import (
     lanczos_step,
 )
 from grsd_jax.linalg.ritz import default_floor, rounding_bound
+from grsd_jax.results import number, result, span
 
 REFERENCES = ("value", "largest")
 
@@ -38,6 +39,7 @@ _FIRST_COLUMNS, _MOST_COLUMNS = 4, 20
 _FIRST_BLOCKS = 8
 
 
+@result(units={"values": "units of M"})
 class LeadingEigenpairs(NamedTuple):
     """The leading eigenpairs ``M v = theta v`` and what they cost.
 
@@ -71,6 +73,18 @@ class LeadingEigenpairs(NamedTuple):
     asymmetry: jax.Array
     finite: jax.Array
     complete: jax.Array
+
+    def _headline(self) -> list[tuple[str, str]]:
+        found = np.asarray(self.values)[np.asarray(self.converged)]
+        return [
+            ("converged pairs", f"{found.size} of {self.values.size}"),
+            ("converged values", span(found, "units of M")),
+            ("columns multiplied", str(self.num_columns)),
+            ("orthogonality", number(self.orthogonality)),
+            ("asymmetry", number(self.asymmetry)),
+            ("complete", str(bool(self.complete))),
+            ("finite", str(bool(self.finite))),
+        ]
 
 
 class _Progress(NamedTuple):

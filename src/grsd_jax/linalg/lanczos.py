@@ -23,6 +23,7 @@ from grsd_jax._checks import (
     check_single_or_double,
 )
 from grsd_jax._typing import Matmat
+from grsd_jax.results import result
 
 DRIVERS = ("scan", "host")
 
@@ -34,6 +35,7 @@ _DEAD_EPS = 4.0
 _QR_ROWS = 256
 
 
+@result()
 class LanczosState(NamedTuple):
     """The run after j steps.
 
@@ -63,6 +65,7 @@ class LanczosState(NamedTuple):
     key: jax.Array
 
 
+@result()
 class LanczosResult(NamedTuple):
     """A block Krylov decomposition ``M Q = Q T + Q_{m+1} B_m E_m^T``.
 

@@ -4,10 +4,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from grsd_jax._arrays import as_floating, divisor, magnitude, matmul, norm
 from grsd_jax._checks import check_positive
 from grsd_jax.linalg.lanczos import LanczosResult
+from grsd_jax.results import result, span
 
 #: Rounding of the run, in eps of ``|M|`` times the root of r, added to residuals.
 _ROUNDING_EPS = 2.0
@@ -17,6 +19,7 @@ _ROUNDING_EPS = 2.0
 _SMALL_ROUNDING_EPS = 5.0
 
 
+@result(units={"values": "units of M"})
 class RitzPairs(NamedTuple):
     """Approximate eigenpairs ``M v = theta v``.
 
@@ -34,6 +37,13 @@ class RitzPairs(NamedTuple):
     vectors: jax.Array
     residuals: jax.Array
     resolved: jax.Array
+
+    def _headline(self) -> list[tuple[str, str]]:
+        found = np.asarray(self.values)[np.asarray(self.resolved)]
+        return [
+            ("resolved pairs", f"{found.size} of {self.values.size}"),
+            ("resolved values", span(found, "units of M")),
+        ]
 
 
 def ritz_pairs(

@@ -10,11 +10,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from grsd_jax._arrays import as_floating, as_mask, magnitude
 from grsd_jax._checks import check_at_least, check_shape
+from grsd_jax.results import result, span
 
 
+@result(units={"edges": "units of M", "centers": "units of M"})
 class Shells(NamedTuple):
     """Shells of equal width in ``log lambda``, index 0 at the smallest ``lambda``.
 
@@ -31,7 +34,15 @@ class Shells(NamedTuple):
     index: jax.Array
     counts: jax.Array
 
+    def _headline(self) -> list[tuple[str, str]]:
+        number = len(self.counts)
+        return [
+            ("edges", f"{span(self.edges, 'units of M')}, {number} shells"),
+            ("counts", f"{span(self.counts)} values in a shell"),
+        ]
 
+
+@result(masks={"matrix": "mask"})
 class ShellCoupling(NamedTuple):
     """The coupling between shells.
 
@@ -45,6 +56,13 @@ class ShellCoupling(NamedTuple):
 
     matrix: jax.Array
     mask: jax.Array
+
+    def _headline(self) -> list[tuple[str, str]]:
+        mask = np.asarray(self.mask)
+        return [
+            ("matrix", span(np.asarray(self.matrix)[mask])),
+            ("mask", f"{mask.sum()} of {mask.size} pairs of shells are defined"),
+        ]
 
 
 def log_shells(

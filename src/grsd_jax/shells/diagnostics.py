@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from grsd_jax._arrays import magnitude
 from grsd_jax.linalg.ritz import RitzPairs
+from grsd_jax.results import headline, number, result, span
 from grsd_jax.shells.binning import (
     ShellCoupling,
     Shells,
@@ -23,6 +25,7 @@ from grsd_jax.shells.binning import (
 from grsd_jax.shells.options import Binning, Window
 from grsd_jax.shells.power_law import PowerLawFit, fit_power_law
 from grsd_jax.shells.toeplitz import (
+    toeplitz_degrees_of_freedom,
     toeplitz_residual,
     windowed_toeplitz_degrees_of_freedom,
     windowed_toeplitz_residual,
@@ -32,6 +35,7 @@ from grsd_jax.shells.toeplitz import (
 _MOST = 0.5
 
 
+@result()
 class ToeplitzDiagnostics(NamedTuple):
     """How far a coupling between shells is from depending on ``a - b`` alone.
 
@@ -53,7 +57,22 @@ class ToeplitzDiagnostics(NamedTuple):
     windows: jax.Array
     degrees_of_freedom: jax.Array
 
+    def _headline(self) -> list[tuple[str, str]]:
+        free = np.asarray(self.degrees_of_freedom) > 0
+        windows = np.asarray(self.windows)[free]
+        return [
+            ("residual", self._residual_text()),
+            ("windows", f"{span(windows)}, {windows.size} of {free.size} defined"),
+        ]
 
+    def _residual_text(self) -> str:
+        """Returns the residual; one without a degree of freedom says nothing."""
+        if toeplitz_degrees_of_freedom(self.coupling.mask) > 0:
+            return number(self.residual, 3)
+        return "n/a (no degree of freedom)"
+
+
+@result(units={"values": "units of M", "coupling": "units of M per time"})
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=[
@@ -146,6 +165,61 @@ class CouplingMeasurement:
         )
 
 
+    def _headline(self) -> list[tuple[str, str]]:
+        values = np.asarray(self.values)[np.asarray(self.resolved)]
+        wanted = min(self.window.num_pairs or len(self.vectors), len(self.vectors))
+        sizes = f"{values.size} of the leading {wanted}, n = {len(self.vectors)}"
+        literal, renormalized = (
+            part._residual_text() for part in (self.literal, self.renormalized)
+        )
+        coupled = {True: "yes", False: "no", None: "not checked"}[self.coupled]
+        return [
+            ("resolved pairs", sizes),
+            ("resolved eigenvalues", span(values, "units of M")),
+            ("|e|^2 outside these pairs", number(self.unresolved_share, 2)),
+            ("slope, mode by mode", _slope_text(self.diagonal_fit, "modes")),
+            ("slope, shell by shell", _slope_text(self.shell_fit, "shells")),
+            ("Toeplitz residual, literal", literal),
+            ("Toeplitz residual, renormalized", renormalized),
+            ("secant disagreement", number(self.secant_disagreement, 2)),
+            ("operator disagreement", number(self.operator_disagreement, 2)),
+            ("examples coupled", coupled),
+            ("finite", str(bool(self.finite))),
+            *(("caveat", sentence) for sentence in self.caveats),
+        ]
+
+    def _tables(self) -> dict[str, dict[str, Any]]:
+        literal, renormalized = (
+            np.where(
+                np.diagonal(part.coupling.mask),
+                np.diagonal(part.coupling.matrix),
+                np.nan,
+            )
+            for part in (self.literal, self.renormalized)
+        )
+        shells = {
+            "shell": np.arange(len(literal)),
+            "center": np.asarray(self.shells.centers),
+            "pairs": np.asarray(self.shells.counts),
+            "sqrt(K_aa)": np.sqrt(np.maximum(literal, 0)),
+            "renormalized": renormalized,
+        }
+        windows = {
+            "first shell": np.arange(len(self.literal.windows)),
+            **{
+                name: np.where(part.degrees_of_freedom > 0, part.windows, np.nan)
+                for name, part in (
+                    ("literal", self.literal),
+                    ("renormalized", self.renormalized),
+                )
+            },
+        }
+        return {
+            "shells, from small to large lambda": shells,
+            "Toeplitz residual of the windows": windows,
+        }
+
+
 def caveats(*, num_missing: int, unresolved_share: float) -> tuple[str, ...]:
     """Returns what a reader of a measurement's exponents must know.
 
@@ -169,6 +243,11 @@ def caveats(*, num_missing: int, unresolved_share: float) -> tuple[str, ...]:
             "for more pairs."
         )
     return tuple(found)
+
+
+def _slope_text(fit: PowerLawFit, points: str) -> str:
+    (_, exponent), (_, r_squared), (_, count), _ = headline(fit)
+    return f"{exponent}, R^2 {r_squared}, {count} {points}"
 
 
 class CrossChecks(NamedTuple):

@@ -21,6 +21,7 @@ from grsd_jax.jacobian.plan import plan_of
 from grsd_jax.kernel.dense import layer_kernels
 from grsd_jax.kernel.derivative import gradient_flow_direction, project_kernel
 from grsd_jax.problem import Problem
+from grsd_jax.results import result
 from grsd_jax.shells.binning import Shells, root_mean_squares
 from grsd_jax.shells.diagnostics import (
     CouplingMeasurement,
@@ -34,6 +35,7 @@ from grsd_jax.shells.measurement import diagonalize, leading_pairs, missing_pair
 from grsd_jax.shells.options import Binning, Window
 
 
+@result()
 class LayerMeasurements(NamedTuple):
     """The diagnostics of every layer, of their sum, and of the average over depth.
 

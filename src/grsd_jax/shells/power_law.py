@@ -11,8 +11,10 @@ import jax.numpy as jnp
 
 from grsd_jax._arrays import as_floating, as_mask, magnitude
 from grsd_jax._checks import check_at_least
+from grsd_jax.results import number, result, with_interval
 
 
+@result(axes={"2": "bound"})
 class PowerLawFit(NamedTuple):
     """A least-squares fit of ``log y = log c + p log x``.
 
@@ -35,6 +37,17 @@ class PowerLawFit(NamedTuple):
     exponent_stderr: jax.Array
     num_points: jax.Array
     interval: jax.Array | None = None
+
+    def _headline(self) -> list[tuple[str, str]]:
+        text = with_interval(self.exponent, self.interval, self.exponent_stderr)
+        if not jnp.isfinite(self.exponent):
+            text += " (fewer than 2 points, or a single x)"
+        return [
+            ("exponent", text),
+            ("R^2", number(self.r_squared, 3)),
+            ("points", str(int(self.num_points))),
+            ("prefactor", number(self.prefactor)),
+        ]
 
 
 class _Line(NamedTuple):

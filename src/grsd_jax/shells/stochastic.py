@@ -15,10 +15,11 @@ signs z, every function of M from a Lanczos run.
 
 import dataclasses
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import scipy.special
 
 from grsd_jax._arrays import divisor, matmul, outside
@@ -32,6 +33,7 @@ from grsd_jax.kernel.products import held_products
 from grsd_jax.linalg.eigenpairs import leading_eigenpairs
 from grsd_jax.linalg.lanczos import LanczosResult, block_lanczos
 from grsd_jax.problem import Problem
+from grsd_jax.results import number, result, span
 from grsd_jax.shells.soft_shells import SoftShells
 
 #: Edges where none are given, columns of a block of the search for leading pairs, and
@@ -64,6 +66,10 @@ class Signs:
         check_at_least("num_steps", self.num_steps, 4)
 
 
+@result(
+    axes={"q": "sign"},
+    masks=dict.fromkeys(("matrix", "replicates", "log_error", "lanczos_error"), "mask"),
+)
 class StochasticCoupling(NamedTuple):
     r"""The coupling between the soft shells above the lowest edge, S of them.
 
@@ -108,6 +114,37 @@ class StochasticCoupling(NamedTuple):
         quantile = float(scipy.special.stdtrit(freedom, (1 + confidence) / 2))
         spread = jnp.exp(quantile * self.log_error)
         return self.matrix / spread, self.matrix * spread
+
+    def _headline(self) -> list[tuple[str, str]]:
+        filled = np.asarray(self.mask)
+        spread = np.asarray(self.log_error)[filled]
+        lanczos = np.asarray(self.lanczos_error)[filled]
+        typical = number(np.median(spread), 2) if filled.any() else "n/a"
+        largest = number(lanczos.max(), 2) if filled.any() else "n/a"
+        return [
+            ("cells with a coupling", f"{filled.sum()} of {filled.size}"),
+            ("coupling", span(np.asarray(self.matrix)[filled])),
+            ("error of its logarithm", f"{typical}, the median over the cells"),
+            ("largest Lanczos error", f"{largest}, relative"),
+            ("sign vectors", str(len(self.replicates))),
+            ("finite", str(bool(self.finite))),
+        ]
+
+    def _tables(self) -> dict[str, dict[str, Any]]:
+        undefined = ~np.diagonal(self.mask)
+        diagonal, low, high = (
+            np.where(undefined, np.nan, np.diagonal(part))
+            for part in (self.matrix, *self.interval())
+        )
+        columns = {
+            "shell": np.arange(len(self.counts)),
+            "eigenvalues": np.asarray(self.counts),
+            "relative drift": np.asarray(self.relative_drift),
+            "C_aa": diagonal,
+            "low": low,
+            "high": high,
+        }
+        return {"shells, from small to large lambda (95% intervals)": columns}
 
 
 class _Functions(NamedTuple):

@@ -5,7 +5,6 @@ files hold is the business of `records`.
 """
 
 import contextlib
-import errno
 import hashlib
 import os
 import re
@@ -14,47 +13,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from grsd_jax import _files
+from grsd_jax._files import PathLike, as_path, reason, sync, temporary_path
 from grsd_jax.experiments.common.config import UserError
 
-PathLike = str | os.PathLike[str]
-
-#: What a file system says that cannot sync; some do not let a folder be opened.
-_NO_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EACCES}
-
 _TEMPORARY = re.compile(r"\..+\.(\d+)\.grsd\.tmp")
-
-
-def as_path(path: PathLike) -> Path:
-    """Returns a path with ``~`` as the home folder.
-
-    Args:
-        path: The path.
-
-    Returns:
-        The path.
-    """
-    return Path(os.path.expanduser(path))
-
-
-def temporary_path(path: Path) -> Path:
-    """Returns where this process writes what becomes ``path`` by one rename.
-
-    Args:
-        path: The final path.
-
-    Returns:
-        A hidden path in the same folder, which `remove_temporaries` recognises.
-    """
-    return path.parent / f".{path.name}.{os.getpid()}.grsd.tmp"
 
 
 @contextlib.contextmanager
 def atomic_path(path: PathLike) -> Iterator[Path]:
     """Gives a temporary path that replaces ``path`` when the block ends well.
-
-    The temporary file lies in the same folder, so that the replacement is one rename;
-    it is synced first, and removed if the block fails. Whoever reads ``path`` sees the
-    old contents or the new ones, never a part.
 
     Args:
         path: The file to write.
@@ -65,58 +33,11 @@ def atomic_path(path: PathLike) -> Iterator[Path]:
     Raises:
         UserError: If the folder cannot be written or is full.
     """
-    path = as_path(path)
-    temporary = temporary_path(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        sync(temporary)
-        os.replace(temporary, path)
-        sync(path.parent)
+        with _files.atomic_path(path) as temporary:
+            yield temporary
     except OSError as error:
         raise cannot_write(path, error) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def sync(path: Path) -> None:
-    """Has a file or the entries of a folder written to disk, where that can be done.
-
-    Args:
-        path: The file or folder.
-
-    Raises:
-        OSError: If the disk is full or fails.
-    """
-    with _where_supported():
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def sync_descriptor(descriptor: int) -> None:
-    """Has an open file written to disk, where the file system can.
-
-    Args:
-        descriptor: The file's descriptor.
-
-    Raises:
-        OSError: If the disk is full or fails.
-    """
-    with _where_supported():
-        os.fsync(descriptor)
-
-
-@contextlib.contextmanager
-def _where_supported() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _NO_SYNC:
-            raise
 
 
 def checksum(path: Path) -> str:
@@ -301,15 +222,3 @@ def reading(path: PathLike, wanted: str) -> Iterator[None]:
     except Exception as error:
         why = f"{type(error).__name__}: {reason(error)[:160]}"
         raise cannot_read(path, wanted, why) from error
-
-
-def reason(error: Any) -> str:
-    """Returns the text of an error on one line, without its full stop.
-
-    Args:
-        error: The error.
-
-    Returns:
-        The text.
-    """
-    return " ".join(str(error).split()).rstrip(".")

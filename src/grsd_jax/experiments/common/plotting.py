@@ -127,13 +127,3 @@ def shared_legend(figure: Figure, axes: Iterable[Axes], **options: Any) -> None:
     if found:
         options = {"ncols": len(found)} | options
         figure.legend(list(found.values()), list(found), **options)
-
-
-def say_empty(axis: Axes, text: str) -> None:
-    """Writes in the middle of an axis why it shows nothing.
-
-    Args:
-        axis: The axis.
-        text: The reason.
-    """
-    axis.text(0.5, 0.5, text, transform=axis.transAxes, ha="center", color="0.4")

@@ -5,11 +5,9 @@ is read. Files that were written before there were checksums are read without.
 """
 
 import hashlib
-import io
 import json
 import math
 import os
-import struct
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, BinaryIO
@@ -17,8 +15,15 @@ from typing import Any, BinaryIO
 import jax
 import numpy as np
 
+from grsd_jax._files import (
+    PathLike,
+    as_path,
+    packed,
+    reason,
+    sync_descriptor,
+    unpacked,
+)
 from grsd_jax.experiments.common import files
-from grsd_jax.experiments.common.files import PathLike
 
 #: What a JSON file says of itself, beside its contents. That there are two keys shows
 #: that a checksum is missing, not that the file is older than checksums.
@@ -27,10 +32,6 @@ _VERSION = 2
 
 #: The same for one line; its number shows a line that was lost or doubled.
 _LINE, _LINE_CHECKSUM = "line", "crc32"
-
-#: The comment at the end of an archive: a tag and 64 digits.
-_TAG = b"sha256:"
-_COMMENT_SIZE = len(_TAG) + 64
 
 
 def write_json(path: PathLike, value: Mapping[str, Any]) -> None:
@@ -85,7 +86,7 @@ def read_any_json(path: PathLike) -> Any:
         UserError: If the file is missing, is not JSON, or is damaged.
     """
     try:
-        value = _loads(files.as_path(path).read_bytes())
+        value = _loads(as_path(path).read_bytes())
         if isinstance(value, dict) and (_FORMAT in value or _CHECKSUM in value):
             written = value.pop(_CHECKSUM, "no checksum")
             if written != _sha256(_canonical(value)):
@@ -110,17 +111,9 @@ def write_npz(path: PathLike, arrays: Mapping[str, Any]) -> None:
         UserError: If the file cannot be written.
         ValueError: If an array could not be read back without pickle.
     """
-    arrays = {name: np.asarray(array) for name, array in arrays.items()}
-    for name, array in arrays.items():
-        if array.dtype.hasobject:
-            raise ValueError(f"{name}: expected an array of numbers, got dtype object.")
-    archive = io.BytesIO()
-    np.savez_compressed(archive, allow_pickle=False, **arrays)
-    whole = archive.getvalue()
-    # An archive ends with the length of its comment, which is 0 so far.
-    end = struct.pack("<H", _COMMENT_SIZE) + _TAG + _sha256(whole).encode()
+    archive = packed(arrays)
     with files.atomic_path(path) as temporary:
-        temporary.write_bytes(whole[:-2] + end)
+        temporary.write_bytes(archive)
 
 
 def read_npz(path: PathLike) -> dict[str, np.ndarray]:
@@ -135,26 +128,8 @@ def read_npz(path: PathLike) -> dict[str, np.ndarray]:
     Raises:
         UserError: If the file is missing, damaged, or needs pickle.
     """
-    wanted = "an .npz file of arrays without pickle"
-    with files.reading(path, wanted):
-        whole = files.as_path(path).read_bytes()
-        _check_archive(whole)
-        loaded = np.load(io.BytesIO(whole), allow_pickle=False)
-        if not isinstance(loaded, np.lib.npyio.NpzFile):
-            raise ValueError("a single array")
-        with loaded:
-            return {name: loaded[name] for name in loaded.files}
-
-
-def _check_archive(whole: bytes) -> None:
-    """Raises ValueError unless the checksum fits, or there is no comment to hold it."""
-    written = whole[-_COMMENT_SIZE:]
-    if written.startswith(_TAG):
-        before = whole[: -_COMMENT_SIZE - 2] + struct.pack("<H", 0)
-        if written != _TAG + _sha256(before).encode():
-            raise ValueError("contents that do not fit the checksum")
-    elif not whole.endswith(struct.pack("<H", 0)):
-        raise ValueError("an end without a checksum")
+    with files.reading(path, "an .npz file of arrays without pickle"):
+        return unpacked(as_path(path).read_bytes())
 
 
 def append_jsonl(path: PathLike, line: Mapping[str, Any]) -> None:
@@ -171,11 +146,11 @@ def append_jsonl(path: PathLike, line: Mapping[str, Any]) -> None:
         UserError: If the file cannot be written, or its last line is not one of ours.
     """
     try:
-        with open(files.as_path(path), "a+b") as file:
+        with open(as_path(path), "a+b") as file:
             number = _mend(path, file) + 1
             file.write(_line(line, number))
             file.flush()
-            files.sync_descriptor(file.fileno())
+            sync_descriptor(file.fileno())
     except OSError as error:
         raise files.cannot_write(path, error) from error
 
@@ -194,7 +169,7 @@ def read_jsonl(path: PathLike) -> list[dict[str, Any]]:
         UserError: If a line is not a JSON object, is damaged, lost or doubled.
     """
     try:
-        *lines, rest = files.as_path(path).read_bytes().split(b"\n")
+        *lines, rest = as_path(path).read_bytes().split(b"\n")
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -242,7 +217,7 @@ def rewind_jsonl(path: PathLike, step: int) -> list[dict[str, Any]]:
     Raises:
         UserError: If the file cannot be read or written.
     """
-    if not files.as_path(path).exists():
+    if not as_path(path).exists():
         return []
     found = read_jsonl(path)
     with files.reading(path, "a step in every line"):
@@ -284,7 +259,7 @@ def _checked(
     try:
         return _unpack(text)
     except ValueError as error:
-        got = f"line {place} ({files.reason(error)})"
+        got = f"line {place} ({reason(error)})"
         raise files.cannot_read(path, "a JSON object on every line", got) from error
 
 

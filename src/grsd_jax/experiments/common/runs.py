@@ -17,6 +17,7 @@ import numpy as np
 from absl import flags
 from jax.sharding import AxisType, Mesh
 
+from grsd_jax._files import sync_descriptor
 from grsd_jax.experiments.common import files, records
 from grsd_jax.experiments.common.config import UserError
 
@@ -186,7 +187,7 @@ def _check_writable(workdir: Path) -> None:
         with tempfile.TemporaryFile(dir=workdir) as file:
             file.write(bytes(2**16))
             file.flush()
-            files.sync_descriptor(file.fileno())
+            sync_descriptor(file.fileno())
     except OSError as error:
         raise files.cannot_write(workdir, error) from error
 

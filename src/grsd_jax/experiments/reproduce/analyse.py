@@ -10,13 +10,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from grsd_jax.experiments.common import files, records
 from grsd_jax.experiments.common.config import TITLES, UserError
 from grsd_jax.experiments.common.quantities import edge_residual
 from grsd_jax.experiments.common.tables import MISSING, aligned, finite, number
-from grsd_jax.shells import centre_toeplitz_residual
+from grsd_jax.shells import (
+    CouplingMeasurement,
+    PowerLawFit,
+    ShellCoupling,
+    Shells,
+    ToeplitzDiagnostics,
+    Window,
+    centre_toeplitz_residual,
+)
 from grsd_jax.shells.diagnostics import caveats
 
 #: Names of the arrays of one measurement, and their shapes in r modes and S shells.
@@ -185,6 +194,85 @@ def entry_arrays(
             )
         found[name] = array
     return found
+
+
+def as_measurement(
+    entry: Entry, arrays: Mapping[str, np.ndarray]
+) -> CouplingMeasurement:
+    """Returns a measurement as far as the files hold it, for the public figures.
+
+    The eigenvectors, and the coupling off its diagonal, are not in the files: the
+    measurement has no vectors, and a diagonal coupling.
+
+    Args:
+        entry: The measurement.
+        arrays: The contents of ``arrays.npz``.
+
+    Returns:
+        The measurement, with NaN for what is null.
+
+    Raises:
+        UserError: As for `entry_arrays`.
+    """
+    found = entry_arrays(entry, arrays)
+    values, nan = found["values"], np.float32(np.nan)
+    labels = ("solver", "jacobian", "derivative", "reduction")
+    fields: dict[str, Any] = {
+        "values": values,
+        "vectors": np.zeros((0, values.size), values.dtype),
+        "residuals": np.full_like(values, nan),
+        "resolved": found["resolved"].astype(bool),
+        "coupling": np.diag(found["coupling_diagonal"]),
+        "shells": _shells(found),
+        "literal": _diagnostics(entry, found, "literal"),
+        "renormalized": _diagnostics(entry, found, "renormalized"),
+        "diagonal_fit": _fit(entry, "diagonal_fit"),
+        "shell_fit": _fit(entry, "shell_fit"),
+        "secant_disagreement": nan,
+        "operator_disagreement": nan,
+        "unresolved_share": np.float64(_or_nan(entry.number("unresolved_share"))),
+        "num_missing": np.int32(entry.number("num_missing") or 0),
+        "window": Window(num_pairs=int(entry.number("num_pairs") or values.size)),
+        "finite": np.bool_(True),
+        "coupled": None,
+        **{label: str(entry.fields.get(label)) for label in labels},
+    }
+    return CouplingMeasurement(**fields)
+
+
+def _shells(arrays: Mapping[str, Any]) -> Shells:
+    return Shells(
+        edges=arrays["shell_edges"],
+        centers=arrays["shell_centers"],
+        index=jnp.full(arrays["values"].shape, -1, jnp.int32),
+        counts=arrays["shell_counts"],
+    )
+
+
+def _diagnostics(
+    entry: Entry, arrays: Mapping[str, Any], kind: str
+) -> ToeplitzDiagnostics:
+    """Returns the diagnostics; windows that are null have no degree of freedom."""
+    windows = np.array([residual for _, residual in entry.windows(kind)])
+    residual = entry.number("toeplitz", kind, "residual")
+    fields: dict[str, Any] = {
+        "coupling": ShellCoupling(arrays[kind], arrays[f"{kind}_mask"].astype(bool)),
+        "residual": np.float64(_or_nan(residual)),
+        "windows": windows,
+        "degrees_of_freedom": np.isfinite(windows).astype(np.int32),
+    }
+    return ToeplitzDiagnostics(**fields)
+
+
+def _fit(entry: Entry, name: str) -> PowerLawFit:
+    fields: dict[str, Any] = {}
+    for field in PowerLawFit._fields:
+        fields[field] = np.float64(_or_nan(entry.number(name, field)))
+    return PowerLawFit(**fields | {"interval": None})
+
+
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def format_table(results: Any) -> str:

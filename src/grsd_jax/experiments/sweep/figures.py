@@ -19,11 +19,11 @@ from grsd_jax.experiments.common.plotting import (
     PAGE_WIDTH,
     look_of,
     save_figures,
-    say_empty,
     shared_legend,
 )
 from grsd_jax.experiments.common.tables import finite
 from grsd_jax.experiments.sweep.analyse import Line, Row, lines_of
+from grsd_jax.plotting.drawing import say_empty
 
 _DASHES = ("-", "--", ":", "-.")
 _FILLS = ("full", "none", "left", "top", "bottom")

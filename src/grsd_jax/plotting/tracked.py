@@ -1,0 +1,246 @@
+"""Figures along a training: energies, flux, velocity and eigenvalues.
+
+Records come from a probe, or from its file as dictionaries. What a figure shows is
+found by its name, wherever in the record it is.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from grsd_jax.dynamics import ExactBalance, ProbeRecord
+from grsd_jax.plotting.drawing import (
+    DARK,
+    GREY,
+    LEGEND,
+    axes_of,
+    color_bar,
+    leave_room,
+    say_empty,
+)
+from grsd_jax.results.fields import description_of, names_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+#: A record of a probe, or one line of its file.
+Record = ProbeRecord | Mapping[str, Any]
+
+_TIME = r"effective time $\tau$"
+
+
+def energies(records: Sequence[Record], ax: "Axes | None" = None) -> "Axes":
+    """Draws the energy of each shell over time, colored by its place in the spectrum.
+
+    Args:
+        records: The records of a probe, or the lines of its file.
+        ax: The axes; new ones if None.
+
+    Returns:
+        The axes, with a color bar beside them.
+
+    Raises:
+        ImportError: If Matplotlib is not installed.
+    """
+    import matplotlib as mpl
+    from matplotlib.colors import LogNorm
+
+    ax = axes_of(ax)
+    ax.set(xlabel=_TIME, ylabel=r"energy $E_a$")
+    time, found, edges = _columns(records, "effective_time", "energies", "edges")
+    if not len(time) or not np.nanmax(found, initial=0) > 0:
+        say_empty(ax, "no record with energy")
+        return ax
+    ax.set_yscale("log")
+    found = found[:, -1] if found.ndim == 3 else found  # before and after
+    centers = _centers(edges[0], found.shape[1])
+    norm, colors = LogNorm(centers[0], centers[-1]), mpl.colormaps["viridis"]
+    for shell, center in enumerate(centers):
+        shown = np.where(found[:, shell] > 0, found[:, shell], np.nan)
+        ax.plot(time, shown, ".-", color=colors(norm(center)), markersize=3)
+    ax.plot(time, np.nansum(found, axis=1), "--", color=DARK, label="sum of the shells")
+    ax.legend(loc="best", fontsize=LEGEND)
+    color_bar(ax, mpl.cm.ScalarMappable(norm, colors), r"shell $\lambda_a$")
+    return ax
+
+
+def eigenvalues(records: Sequence[Record], ax: "Axes | None" = None) -> "Axes":
+    """Draws the leading eigenvalues over time, each a line, in order of size.
+
+    Values below ten eps of float32, relative to the largest, are rounding and left out.
+
+    Args:
+        records: The records of a probe, or the lines of its file.
+        ax: The axes; new ones if None.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ImportError: If Matplotlib is not installed.
+    """
+    import matplotlib as mpl
+
+    ax = axes_of(ax)
+    ax.set(xlabel=_TIME, ylabel=r"eigenvalue $\lambda_i$")
+    time, values = _columns(records, "effective_time", "values")
+    if not len(time) or not np.nanmax(values, initial=0) > 0:
+        say_empty(ax, "no record with a positive eigenvalue")
+        return ax
+    ax.set_yscale("log")
+    colors = mpl.colormaps["viridis_r"]
+    rounding = 10 * np.finfo(np.float32).eps * np.nanmax(values)
+    for index, track in enumerate(values.T):
+        shown = np.where(track > rounding, track, np.nan)
+        shade = colors(index / max(values.shape[1] - 1, 1))
+        ax.plot(time, shown, ".-", color=shade, linewidth=0.8, markersize=2)
+    return ax
+
+
+def flux(
+    results: Any, ax: "Axes | None" = None, *, labels: Sequence[str] | None = None
+) -> "Axes":
+    """Draws the energy that passed each edge, upwards where it is positive.
+
+    Args:
+        results: An `ExactBalance` or a record of a probe, or a sequence of them.
+        ax: The axes; new ones if None.
+        labels: What the legend calls each result; the times of records by default.
+
+    Returns:
+        The axes; a band is the error, where it is known.
+
+    Raises:
+        ImportError: If Matplotlib is not installed.
+    """
+    ax = axes_of(ax)
+    ax.set(xscale="log", xlabel=r"edge $\lambda_k$", ylabel=r"flux $F_k$ upwards")
+    ax.axhline(0, color="0.8", linewidth=0.6, zorder=0)
+    for result, style in _styled(results, labels):
+        edges, found = _over_edges(result, "flux")
+        _band(ax, edges, found, _found(result, "flux_error"), style)
+    _legend(ax)
+    return ax
+
+
+def velocity(
+    results: Any, ax: "Axes | None" = None, *, labels: Sequence[str] | None = None
+) -> "Axes":
+    """Draws the velocity of the energy at each edge, beside that of a null.
+
+    The null is the counting velocity: that of a kernel that only grows. Only what
+    exceeds it speaks for the theory. It is a dashed line where it was computed.
+
+    Args:
+        results: An `ExactBalance` or a record of a probe, or a sequence of them.
+        ax: The axes; new ones if None.
+        labels: What the legend calls each result; the times of records by default.
+
+    Returns:
+        The axes; a band is the error, where it is known, and hollow points are edges
+        whose velocity cannot be used.
+
+    Raises:
+        ImportError: If Matplotlib is not installed.
+    """
+    ax = axes_of(ax)
+    ax.set(xscale="log", xlabel=r"edge $\lambda_k$", ylabel=r"velocity $v_k$")
+    ax.axhline(0, color="0.8", linewidth=0.6, zorder=0)
+    counted_any = False
+    for result, style in _styled(results, labels):
+        edges, found = _over_edges(result, "velocity")
+        usable = _found(result, "velocity_mask")
+        _band(ax, edges, found, _found(result, "velocity_error"), style)
+        if usable is not None:
+            aside = np.where(np.asarray(usable, bool), np.nan, found)
+            hollow: Any = {"markerfacecolor": "white", "zorder": 3}
+            ax.plot(edges, aside, "o", color=style["color"], markersize=4, **hollow)
+        counted = _found(result, "counting_velocity")
+        if counted is not None:
+            ax.plot(edges, counted, "--", color=style["color"], linewidth=0.9)
+            counted_any = True
+    if counted_any:
+        ax.plot([], [], "--", color=GREY, label="a kernel that only grows")
+    _legend(ax)
+    return ax
+
+
+def _band(
+    ax: "Axes", x: np.ndarray, y: np.ndarray, error: Any, style: Mapping[str, Any]
+) -> None:
+    """Draws a line over edges, with its error as a band where it is finite."""
+    ax.plot(x, y, "o-", markersize=4, linewidth=1.0, **style)
+    if error is not None:
+        finite = np.where(np.isfinite(error), np.asarray(error, np.float64), np.nan)
+        shade: Any = {"color": style["color"], "alpha": 0.2, "linewidth": 0}
+        ax.fill_between(x, y - finite, y + finite, **shade)
+
+
+def _styled(
+    results: Any, labels: Sequence[str] | None
+) -> Iterable[tuple[Any, dict[str, Any]]]:
+    """Yields each result that holds something, with its color and its label."""
+    import matplotlib as mpl
+
+    one = isinstance(results, Mapping | ExactBalance | ProbeRecord)
+    several = [results] if one else list(results)
+    kept = [k for k, x in enumerate(several) if _found(x, "flux") is not None]
+    colors = mpl.colormaps["plasma"](np.linspace(0, 0.85, max(len(kept), 1)))
+    for k, color in zip(kept, colors, strict=False):
+        label = labels[k] if labels is not None else _time_text(several[k])
+        yield several[k], {"color": color, "label": label}
+
+
+def _time_text(result: Any) -> str | None:
+    time = _found(result, "effective_time")
+    return None if time is None else rf"$\tau$ = {float(time):.3g}"
+
+
+def _legend(ax: "Axes") -> None:
+    if ax.get_legend_handles_labels()[1]:
+        leave_room(ax)
+        ax.legend(loc="upper left", ncols=2, fontsize=LEGEND)
+    if not ax.lines[1:]:
+        say_empty(ax, "nothing was recorded")
+
+
+def _columns(records: Sequence[Record], *names: str) -> list[np.ndarray]:
+    """Returns fields of all records that have all of them, ``[records, ...]``."""
+    rows = [[_found(record, name) for name in names] for record in records]
+    rows = [row for row in rows if all(value is not None for value in row)]
+    columns = zip(*rows, strict=True) if rows else [[] for _ in names]
+    return [np.array([np.asarray(x, np.float64) for x in column]) for column in columns]
+
+
+def _found(result: Any, name: str) -> Any:
+    """Returns what has a name in a result, or in one inside it; None without any."""
+    if isinstance(result, Mapping):
+        value = result.get(name)
+        return None if value is None else np.array(value, np.float64)
+    if name in names_of(type(result)) or isinstance(
+        getattr(type(result), name, None), property
+    ):
+        value = getattr(result, name)
+        return None if value is None else np.asarray(value)
+    for field in names_of(type(result)):
+        inner = getattr(result, field)
+        if description_of(inner) is not None:
+            value = _found(inner, name)
+            if value is not None:
+                return value
+    return None
+
+
+def _over_edges(result: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the edges that a quantity belongs to, and the quantity."""
+    edges, values = _found(result, "edges"), np.asarray(_found(result, name), float)
+    return (edges if len(edges) == len(values) else edges[1:-1]), values
+
+
+def _centers(edges: np.ndarray, num_shells: int) -> np.ndarray:
+    """Returns the middles of the shells; those beyond all edges are as wide as next."""
+    if len(edges) < num_shells:  # open at both ends
+        step = edges[1] / edges[0] if len(edges) > 1 else 2.0
+        edges = np.concatenate([edges[:1] / step, edges, edges[-1:] * step])
+    return np.sqrt(edges[:-1] * edges[1:])

@@ -1,0 +1,234 @@
+"""What a result consists of: its fields, their axes, and where they are undefined.
+
+The docstring of a result states the shape of every field, ``[S, S]``, in the letters of
+the theory. The names of the axes are read from there, so that they are stated once.
+"""
+
+import dataclasses
+import functools
+import inspect
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grsd_jax._arrays import is_traced
+
+#: What the letters of the docstrings stand for.
+_AXES = {
+    "(m + 1) b": "krylov",
+    "2": "end",
+    "B": "balance",
+    "L": "block",
+    "L + 1": "boundary",
+    "N": "example",
+    "R": "direction",
+    "S": "shell",
+    "S + 1": "edge",
+    "S - 1": "inner_edge",
+    "S - w + 1": "window",
+    "T": "time",
+    "T - 1": "interval",
+    "b": "column",
+    "m": "step",
+    "m + 1": "step",
+    "m b": "krylov",
+    "n": "entry",
+    "num_pairs": "pair",
+    "num_points": "point",
+    "num_values": "leading_pair",
+    "q": "edge",
+    "r": "pair",
+}
+
+#: A shape such as ``[2, S]`` or ``[(m + 1) b]``, but no interval such as ``[0, 1)``.
+_SHAPE = re.compile(r"\[((?:[\w() +-]+(?:, )?)*)\]")
+
+_UNDEFINED = re.compile(r"NaN\s+(if|where|with|without|for|after)\b([^.;]*)", re.S)
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What is declared about a class of results beyond its fields and its docstring.
+
+    Attributes:
+        axes: Names of axes, by their letters, where they are not the usual ones.
+        masks: The field or property that says where another one is defined, by name.
+        units: Units, by the name of the field.
+        derived: Properties that count as fields.
+
+    A class may also have two methods. ``_headline`` returns its most important numbers
+    as pairs of label and text, and ``_tables`` those of a summary, as columns by title.
+    Both are called only where all numbers are at hand.
+    """
+
+    axes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    masks: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    units: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    derived: tuple[str, ...] = ()
+
+
+class Field(NamedTuple):
+    """One field of a result.
+
+    Attributes:
+        name: Its name.
+        value: Its value.
+        axes: The names of its axes, without those that a `vmap` has put in front; None
+            if its docstring states no shape.
+        about: What the docstring says of it.
+        unit: Its unit, empty if it has none.
+    """
+
+    name: str
+    value: Any
+    axes: tuple[str, ...] | None
+    about: str
+    unit: str
+
+    @property
+    def reason(self) -> str:
+        """When the field is undefined, in the words of its docstring; or empty."""
+        found = _UNDEFINED.search(self.about)
+        return "" if found is None else " ".join(found.group(0)[4:].split())
+
+
+def description_of(result: Any) -> Description | None:
+    """Returns what is declared about a result's class, None if it is no result."""
+    return getattr(type(result), "_description", None)
+
+
+def names_of(kind: type) -> tuple[str, ...]:
+    """Returns the names of the fields of a named tuple or dataclass."""
+    if dataclasses.is_dataclass(kind):
+        return tuple(field.name for field in dataclasses.fields(kind))
+    return kind._fields  # pyrefly: ignore[missing-attribute]
+
+
+def fields_of(result: Any, *, derived: bool = False) -> Iterator[Field]:
+    """Yields the fields of a result, and the derived ones if asked for."""
+    described = description_of(result) or Description()
+    for name in (*names_of(type(result)), *(described.derived if derived else ())):
+        yield _named(result, name)
+
+
+def defined(result: Any, field: Field) -> np.ndarray | None:
+    """Returns the numbers of a field, NaN where it is undefined; None without any.
+
+    Numbers that are not floating ones are returned as they are, without a mask.
+    """
+    array = on_host(field.value)
+    described = description_of(result) or Description()
+    name = described.masks.get(field.name)
+    if array is None or name is None or not _is_floating(array):
+        return array
+    mask = on_host(getattr(result, name))
+    if mask is None:
+        return array
+    axes = _named(result, name).axes or ()
+    batch = mask.ndim - len(axes)
+    ones = (1,) * (array.ndim - mask.ndim)
+    mask = mask.reshape(mask.shape[:batch] + ones + mask.shape[batch:])
+    return np.where(mask, array, np.full((), np.nan, array.dtype))
+
+
+def on_host(value: Any) -> np.ndarray | None:
+    """Returns a number or an array as a NumPy array, None if it is none or not at hand.
+
+    Not at hand is what is traced, was deleted, lies on other processes, or is abstract.
+    """
+    if isinstance(value, bool | int | float | np.ndarray | np.generic):
+        array = np.asarray(value)
+        return None if array.dtype.hasobject else array
+    if not isinstance(value, jax.Array) or is_abstract(value):
+        return None
+    if is_key(value) or value.is_deleted():
+        return None
+    if not (value.is_fully_addressable or value.is_fully_replicated):
+        return None
+    return np.asarray(value)
+
+
+def is_concrete(result: Any) -> bool:
+    """Whether every number of a result is at hand, and none has an axis of a `vmap`."""
+    hints = inspect.get_annotations(type(result))
+    for field in fields_of(result):
+        absent = field.value is None and "None" in str(hints.get(field.name))
+        if not absent and not _is_usable(field.value, field.axes):
+            return False
+    return True
+
+
+def _is_usable(value: Any, axes: tuple[str, ...] | None) -> bool:
+    if description_of(value) is not None:
+        return is_concrete(value)
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return all(_is_usable(item, axes) for item in value)
+    if axes is None and isinstance(value, str):
+        return True
+    array = on_host(value)
+    return array is not None and (axes is None or array.ndim == len(axes))
+
+
+def is_key(array: Any) -> bool:
+    """Whether an array or its shape is one of typed random keys."""
+    return bool(jnp.issubdtype(array.dtype, jax.dtypes.prng_key))
+
+
+def is_abstract(array: Any) -> bool:
+    """Whether an array is a value of an enclosing transformation, without numbers."""
+    try:
+        return is_traced(array)
+    except RuntimeError:  # it was deleted
+        return False
+
+
+def field_of(kind: type, name: str) -> Field:
+    """Returns what is known of a field or property of a class, without a value."""
+    described = getattr(kind, "_description", Description())
+    about = _documented(kind.__doc__).get(name, "")
+    if name not in names_of(kind):
+        about = inspect.cleandoc(getattr(kind, name).__doc__ or "")
+    axes, shape = None, _SHAPE.search(about)
+    if shape is not None:
+        letters = [part for part in shape.group(1).split(", ") if part]
+        axes = tuple(_axis(part, described.axes) for part in letters)
+    return Field(name, None, axes, about, described.units.get(name, ""))
+
+
+def _named(result: Any, name: str) -> Field:
+    return field_of(type(result), name)._replace(value=getattr(result, name))
+
+
+def _axis(letters: str, special: Mapping[str, str]) -> str:
+    """Returns the name of an axis of a size such as ``S+1`` or ``m b``."""
+    size = " ".join(re.sub(r"([+-])", r" \1 ", letters).split())
+    return special.get(size) or _AXES.get(size) or re.sub(r"\W+", "_", size).strip("_")
+
+
+@functools.cache
+def _documented(docstring: str | None) -> dict[str, str]:
+    """Returns what a docstring says of each attribute, by its name."""
+    text = inspect.cleandoc(docstring or "")
+    _, _, section = text.partition("Attributes:\n")
+    found: dict[str, str] = {}
+    name = ""
+    for line in section.splitlines():
+        start = re.match(r"    (\w+): (.*)", line)
+        if start is not None:
+            name = start[1]
+            found[name] = start[2]
+        elif line.startswith("        ") and name:
+            found[name] += " " + line.strip()
+        elif line.strip():
+            break
+    return found
+
+
+def _is_floating(array: np.ndarray) -> bool:
+    return bool(jnp.issubdtype(array.dtype, jnp.inexact))

@@ -1,0 +1,89 @@
+"""Results as the tables of other libraries, which are imported when they are asked for.
+
+`xarray` and `pandas` are optional: ``pip install 'grsd-jax[tables]'``.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from grsd_jax._checks import check_choice
+from grsd_jax.results.flat import columns_of, labels_of, rows_of, variables_of
+
+if TYPE_CHECKING:
+    import pandas
+    import xarray
+
+#: Names of what the axes mean, which become coordinates.
+_COORDINATES = ("edges", "centers", "effective_edges", "grid", "times")
+
+
+def needed(name: str, wanted: str, extra: str) -> Any:
+    """Returns an optional module.
+
+    Raises:
+        ImportError: If it is not installed; it says what to install.
+    """
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"{wanted} needs {name}: pip install 'grsd-jax[{extra}]'."
+        ) from error
+
+
+def to_xarray(result: Any) -> "xarray.Dataset":
+    """Returns a result as a dataset with named dimensions.
+
+    Everything inside the result is a variable, named after the fields that lead to it;
+    what is masked is NaN. Edges and centers are coordinates, and every variable carries
+    its description. Texts and options are attributes of the dataset.
+
+    Raises:
+        ImportError: If xarray is not installed.
+        ValueError: If the result is traced.
+    """
+    xarray = needed("xarray", "to_xarray", "tables")
+    variables, labels = variables_of(result), labels_of(result)
+    data = {
+        variable.name: (variable.axes, variable.values, _attributes(variable))
+        for variable in variables
+        if variable.name not in labels
+    }
+    dataset = xarray.Dataset(data, attrs=labels)
+    return dataset.set_coords(
+        [name for name in data if name.endswith(_COORDINATES) and data[name][0]]
+    )
+
+
+def to_pandas(result: Any, axis: str | None = None) -> "pandas.DataFrame":
+    """Returns a result as a data frame: one row a shell, a pair or an edge.
+
+    Args:
+        result: The result.
+        axis: What makes the rows, one of the dimensions of `to_xarray`; shells or edges
+            where there are any. Of square arrays over it the diagonal is a column.
+
+    Returns:
+        The frame; its index is named after the axis. A result of single numbers is one
+        row.
+
+    Raises:
+        ImportError: If pandas is not installed.
+        ValueError: If there is nothing along the axis, or the result is traced.
+    """
+    pandas = needed("pandas", "to_pandas", "tables")
+    variables = variables_of(result)
+    if axis is None:
+        axis = next(iter(rows_of(result)), None)
+    else:
+        check_choice("axis", axis, sorted({a for v in variables for a in v.axes}))
+    if axis is None:
+        numbers = {v.name: v.values[()] for v in variables if not v.axes}
+        return pandas.DataFrame([numbers])
+    frame = pandas.DataFrame(columns_of(result, axis))
+    return frame.rename_axis(index=axis)
+
+
+def _attributes(variable: Any) -> dict[str, str]:
+    found = {"description": variable.about, "units": variable.unit}
+    return {name: text for name, text in found.items() if text}

@@ -1,0 +1,243 @@
+"""Results as text: a screenful for the notebook, and tables for the eye."""
+
+import html
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from grsd_jax.results.fields import (
+    Field,
+    defined,
+    description_of,
+    fields_of,
+    is_abstract,
+    is_concrete,
+    is_key,
+    on_host,
+)
+from grsd_jax.results.flat import columns_of, rows_of
+
+#: What stands for what is undefined.
+MISSING = "n/a"
+
+_LINES, _WIDTH = 24, 100
+
+#: Numbers of an array that is shown number by number; those up to which the range of an
+#: array is looked up; and the rows of one table.
+_FEW, _MANY, _ROWS = 4, 2**20, 24
+
+Row = tuple[str, str]
+
+
+def number(value: Any, digits: int = 4) -> str:
+    """Returns a number as text, ``n/a`` for NaN or None."""
+    if value is None:
+        return MISSING
+    value = np.asarray(value)
+    if value.dtype == np.bool_ or np.issubdtype(value.dtype, np.integer):
+        return str(value[()])
+    value = float(value)
+    return MISSING if np.isnan(value) else f"{value:.{digits}g}"
+
+
+def with_interval(value: Any, interval: Any = None, stderr: Any = None) -> str:
+    """Returns a number with its interval, or with its standard error."""
+    if interval is not None and not np.isnan(np.asarray(interval)).any():
+        low, high = np.asarray(interval)
+        return f"{number(value, 3)} [{number(low, 3)}, {number(high, 3)}]"
+    if stderr is not None and not np.isnan(stderr) and not np.isnan(value):
+        return f"{number(value, 3)} ± {number(stderr, 2)}"
+    return number(value, 3)
+
+
+def span(values: Any, unit: str = "") -> str:
+    """Returns the smallest and the largest of some numbers as text."""
+    values = np.asarray(values)
+    if not values.size:
+        return MISSING
+    ends = f"{number(values.min())} to {number(values.max())}"
+    return f"{ends} {unit}".rstrip()
+
+
+def as_text(result: Any) -> str:
+    """Returns a result as at most 24 lines of at most 100 characters."""
+    title, rows, rest = _screenful(result)
+    width = max((len(label) for label, _ in rows), default=0)
+    lines = [title, *(f"  {label:<{width}}  {text}".rstrip() for label, text in rows)]
+    return "\n".join(_cut(line) for line in [*lines, *([rest] if rest else [])])
+
+
+def as_html(result: Any) -> str:
+    """Returns a result as a small table for notebooks."""
+    title, rows, rest = _screenful(result)
+    cells = "".join(
+        f'<tr><th style="text-align:left">{html.escape(label)}</th>'
+        f'<td style="text-align:left">{html.escape(text)}</td></tr>'
+        for label, text in rows
+    )
+    caption = f"<p>{html.escape(rest)}</p>" if rest else ""
+    return f"<div><b>{html.escape(title)}</b><table>{cells}</table>{caption}</div>"
+
+
+def summary(result: Any) -> str:
+    """Returns a result as its most important numbers and its tables."""
+    title, rows, _ = _screenful(result, arrays=False)
+    width = max((len(label) for label, _ in rows), default=0)
+    parts = [title, *(f"  {label:<{width}}  {text}" for label, text in rows)]
+    if hasattr(result, "_tables") and is_concrete(result):
+        tables = result._tables()
+    else:
+        tables = {f"by {axis}": columns_of(result, axis) for axis in rows_of(result)}
+    for caption, columns in tables.items():
+        parts += ["", f"{caption}:", *_table(columns)]
+    return "\n".join(_cut(line) for line in parts)
+
+
+def headline(result: Any) -> list[Row]:
+    """Returns the most important numbers of a result as pairs of label and text."""
+    if hasattr(result, "_headline") and is_concrete(result):
+        return result._headline()
+    return [_row(result, field) for field in fields_of(result) if _is_number(field)]
+
+
+def _screenful(result: Any, *, arrays: bool = True) -> tuple[str, list[Row], str]:
+    """Returns the title, the rows, and one line on what is left out."""
+    fields = list(fields_of(result))
+    title = type(result).__name__
+    texts = [f"{f.name} {f.value}" for f in fields if isinstance(f.value, str)]
+    title = f"{title}: {', '.join(texts)}" if texts else title
+    fields = [field for field in fields if not isinstance(field.value, str)]
+    rows = headline(result)
+    numbers = len(rows)
+    labels = [label for label, _ in rows]
+    others = [f for f in fields if not _is_number(f) and f.name not in labels]
+    rows += [_row(result, field) for field in others] if arrays else []
+    if len(rows) <= _LINES - 2:
+        return title, rows, ""
+    shown, hidden = rows[: _LINES - 2], rows[_LINES - 2 :]
+    kind = "numbers" if len(shown) < numbers else "fields"
+    names = ", ".join(label for label, _ in hidden)
+    return title, shown, f"  left out: {len(hidden)} {kind} ({names})"
+
+
+def _is_number(field: Field) -> bool:
+    value = field.value
+    if isinstance(value, bool | int | float | np.generic) or value is None:
+        return True
+    return isinstance(value, jax.Array | np.ndarray) and value.ndim == 0
+
+
+def _row(result: Any, field: Field) -> Row:
+    """Returns the line of one field."""
+    array = defined(result, field)
+    text = _value_text(field.value, array, field)
+    return field.name, text if array is None else f"{text} {field.unit}".rstrip()
+
+
+def _value_text(value: Any, array: np.ndarray | None, field: Field) -> str:
+    if value is None:
+        return MISSING
+    if description_of(value) is not None:
+        return one_line(value)
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return f"{len(value)} by name: {', '.join(value)}" if value else "none"
+    if isinstance(value, list | tuple):
+        return _sequence_text(value)
+    if array is None:
+        return _abstract_text(value)
+    if array.ndim == 0:
+        text = number(array)
+        return text + _why(field) if text == MISSING else text
+    return _array_text(array, field)
+
+
+def _array_text(array: np.ndarray, field: Field) -> str:
+    """Returns the shape, the dtype and the range of an array, or its few numbers."""
+    kind = f"{list(array.shape)} {array.dtype}"
+    if array.size > _MANY or not array.size:
+        return kind
+    if array.dtype == np.bool_:
+        return f"{kind}, {int(array.sum())} of {array.size} True"
+    if not np.issubdtype(array.dtype, np.integer):
+        array = array.astype(np.float64)
+    known = array[~np.isnan(array)]
+    if not known.size:
+        return f"{kind}, {MISSING}{_why(field)}"
+    if array.ndim == 1 and array.size <= _FEW:
+        return f"{kind}: {', '.join(number(entry) for entry in array)}"
+    gaps = array.size - known.size
+    return f"{kind}, {span(known)}" + (f", {gaps} {MISSING}" if gaps else "")
+
+
+def _why(field: Field) -> str:
+    return f" ({field.reason})" if field.reason else ""
+
+
+def _abstract_text(value: Any) -> str:
+    """Returns what is known of something without numbers at hand."""
+    if not isinstance(value, jax.Array | jax.ShapeDtypeStruct):
+        return type(value).__name__
+    kind = f"{list(value.shape)} {value.dtype}"
+    if is_key(value):
+        return kind
+    return f"{kind}, {'traced' if is_abstract(value) else 'without numbers'}"
+
+
+def _sequence_text(values: Sequence[Any]) -> str:
+    if not values:
+        return "none"
+    first = values[0]
+    if description_of(first) is not None:
+        return f"{len(values)} of {type(first).__name__}"
+    arrays = [on_host(value) for value in values]
+    if all(array is not None and array.ndim == 0 for array in arrays):
+        shown = ", ".join(number(array) for array in arrays[:_FEW])
+        return shown + (f", ... ({len(values)} in all)" if len(values) > _FEW else "")
+    if all(isinstance(value, str) for value in values):
+        shown = ", ".join(values[:_FEW])
+        return shown + (f", ... ({len(values)} in all)" if len(values) > _FEW else "")
+    return f"{len(values)} of {type(first).__name__}"
+
+
+def one_line(result: Any) -> str:
+    """Returns a result as its first few numbers, for a line of another one."""
+    shown = "; ".join(f"{label} {text}".strip() for label, text in headline(result)[:3])
+    return shown or type(result).__name__
+
+
+def _table(columns: Mapping[str, Any]) -> list[str]:
+    """Returns columns as lines, as many columns as fit, and a word on the others."""
+    length = max((len(values) for values in columns.values()), default=0)
+    shown = {
+        name: [name, *(_cell(value) for value in list(values)[:_ROWS])]
+        for name, values in columns.items()
+    }
+    widths = {name: max(map(len, cells)) for name, cells in shown.items()}
+    kept, total = [], 0
+    for name, width in widths.items():
+        total += width + 2
+        if total <= _WIDTH:
+            kept.append(name)
+    lines = [
+        "  " + "  ".join(shown[name][row].rjust(widths[name]) for name in kept)
+        for row in range(1 + min(length, _ROWS))
+    ]
+    if length > _ROWS:
+        lines.append(f"  ... {length - _ROWS} more rows")
+    hidden = [name for name in shown if name not in kept]
+    return lines + ([f"  left out: {', '.join(hidden)}"] if hidden else [])
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    value = np.asarray(value)
+    if value.dtype == np.bool_:
+        return "yes" if value else "no"
+    return number(value, 3)
+
+
+def _cut(line: str) -> str:
+    return line if len(line) <= _WIDTH else line[: _WIDTH - 3] + "..."

@@ -1,0 +1,204 @@
+"""Public figures: what they show, on whose axes, legible at the width of a column."""
+
+import sys
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+mpl = pytest.importorskip("matplotlib")
+
+from matplotlib.figure import Figure  # noqa: E402
+
+import example_results  # noqa: E402
+from grsd_jax import plotting, shells  # noqa: E402
+from grsd_jax.dynamics import ExactBalance, ProbeRecord  # noqa: E402
+from grsd_jax.experiments.reproduce.analyse import (  # noqa: E402
+    as_measurement,
+    list_entries,
+)
+from grsd_jax.shells.toeplitz import (  # noqa: E402
+    windowed_toeplitz_degrees_of_freedom,
+    windowed_toeplitz_residual,
+)
+from random_results import random_result  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def measured():
+    results, arrays = example_results.one_model()
+    return as_measurement(list_entries(results)[0], arrays)
+
+
+def axes(width=3.3):
+    return Figure(figsize=(width, 2.4), layout="constrained").subplots()
+
+
+def positive(tree):
+    """Returns a random result with sizes in place of signed numbers."""
+    floating = jnp.floating
+    return jax.tree.map(
+        lambda x: (
+            jnp.abs(x) + 0.1 if jnp.issubdtype(jnp.result_type(x), floating) else x
+        ),
+        tree,
+    )
+
+
+def balance(seed):
+    made = positive(random_result(ExactBalance, 2 * seed))
+    edges = shells.SoftShells(jnp.asarray([0.1, 0.2, 0.4, 0.8, 1.6]), 0.5)
+    wide = {"energies": jnp.ones((2, 6)) * (seed + 1)}
+    return type(made)(**{**vars(made), "shells": edges, **wide})
+
+
+class Record(dict):
+    """One line of the file of a probe."""
+
+
+def lines():
+    names = {"energies": [1.0, 2.0], "edges": [0.1, 1.0, 10.0], "values": [9.0, 0.5]}
+    return [Record(effective_time=float(k), **names) for k in range(3)]
+
+
+DRAWINGS = {
+    "spectrum": lambda m, ax: plotting.spectrum(m, ax),
+    "diagonal": lambda m, ax: plotting.diagonal(m, ax),
+    "literal": lambda m, ax: plotting.coupling(m, ax, kind="literal"),
+    "renormalized": lambda m, ax: plotting.coupling(m, ax),
+    "windows": lambda m, ax: plotting.windows(m, ax, label="MLP"),
+    "energies": lambda m, ax: plotting.energies(lines(), ax),
+    "eigenvalues": lambda m, ax: plotting.eigenvalues(lines(), ax),
+    "flux": lambda m, ax: plotting.flux([balance(1), balance(2)], ax),
+    "velocity": lambda m, ax: plotting.velocity(balance(1), ax, labels=["start"]),
+}
+
+by_drawing = pytest.mark.parametrize("draw", DRAWINGS.values(), ids=DRAWINGS)
+
+
+@by_drawing
+@pytest.mark.parametrize("width", [3.3, 6.9])
+def test_everything_is_inside_the_figure_and_labeled(draw, width, measured):
+    """Text may reach the margin of 0.04 inches, which rounding of the layout takes."""
+    ax = axes(width)
+    assert draw(measured, ax) is ax
+    figure = ax.get_figure()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure.draw_without_rendering()
+    box = figure.get_tightbbox()
+    assert box.x0 > -0.03
+    assert box.x1 < width + 0.03
+    assert box.y0 > -0.03
+    assert box.y1 < 2.43
+    assert all(each.get_ylabel() for each in [ax, *ax.child_axes])
+    assert ax.get_xlabel()
+    legend = ax.get_legend()
+    if legend is not None:
+        frame = legend.get_window_extent()
+        assert frame.width <= 1.02 * ax.get_window_extent().width
+    assert all(text.get_fontsize() >= 6 for text in figure.findobj(mpl.text.Text))
+
+
+def test_new_axes_are_made_and_settings_kept(measured, monkeypatch):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    settings = dict(mpl.rcParams)
+    ax = plotting.spectrum(measured)
+    assert ax.get_figure().number in pyplot.get_fignums()
+    pyplot.close(ax.get_figure())
+    assert dict(mpl.rcParams) == settings
+
+
+def test_without_matplotlib_it_says_what_to_install(measured, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"pip install 'grsd-jax\[plots\]'"):
+        plotting.spectrum(measured)
+
+
+def test_one_color_bar_for_several(measured):
+    low, high = plotting.coupling_limits([measured, measured], "literal")
+    pairs = measured.literal.coupling
+    inside = pairs.matrix[pairs.mask]
+    assert (low, high) == (inside[inside > 0].min(), inside.max())
+    ax = plotting.coupling(measured, axes(), kind="literal", limits=(low / 2, high))
+    assert ax.collections[0].norm.vmin == low / 2
+
+
+def test_a_stochastic_coupling_is_drawn_by_the_number_of_the_shell():
+    found = positive(random_result(shells.StochasticCoupling))
+    ax = plotting.coupling(found, axes())
+    shown = ax.collections[0].get_array()
+    np.testing.assert_array_equal(np.ma.getmaskarray(shown), ~np.asarray(found.mask))
+    assert ax.get_xscale() == "linear"
+    assert ax.get_xlim() == (0, 4)
+
+
+def test_energies_are_those_after_each_interval():
+    records = [
+        positive(random_result(ProbeRecord))._replace(effective_time=jnp.float32(k))
+        for k in range(2)
+    ]
+    plain = plotting.energies(lines(), axes()).lines
+    np.testing.assert_array_equal(plain[0].get_ydata(), [1, 1, 1])
+    np.testing.assert_array_equal(plain[-1].get_ydata(), [3, 3, 3])
+    ends = [{"effective_time": k, **vars_of(balance(k))} for k in (1, 2)]
+    after = plotting.energies(ends, axes()).lines
+    np.testing.assert_array_equal(after[0].get_ydata(), [2, 3])
+    assert plotting.energies(records, axes()) is not None
+
+
+def vars_of(result):
+    return {"energies": result.energies, "edges": result.shells.edges}
+
+
+def test_velocity_shows_its_error_its_null_and_what_cannot_be_used():
+    result = balance(1)
+    ax = plotting.velocity(result, axes())
+    shown, hollow, null = ax.lines[1:4]
+    np.testing.assert_allclose(shown.get_ydata(), result.velocity, rtol=1e-6)
+    np.testing.assert_array_equal(
+        np.isnan(hollow.get_ydata()), np.asarray(result.velocity_mask)
+    )
+    np.testing.assert_allclose(null.get_ydata(), result.counting_velocity, rtol=1e-6)
+    texts = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert texts[-1] == "a kernel that only grows"
+
+
+@pytest.mark.parametrize("nothing", [[], [{}], [{"effective_time": 1.0}]])
+def test_nothing_recorded_is_said(nothing):
+    for draw in (plotting.energies, plotting.eigenvalues, plotting.flux):
+        (text,) = draw(nothing, axes()).texts
+        assert text.get_text().startswith(("no", "nothing"))
+
+
+def test_the_noise_floor_is_the_residual_of_sampled_toeplitz_couplings():
+    """Against samples: Gaussian entries whose variance depends on a - b alone."""
+    rng = np.random.default_rng(0)
+    counts = np.array([6, 9, 14, 8, 11, 7])
+    shell = np.repeat(np.arange(6), counts)
+    variance = np.exp(-0.5 * np.abs(np.arange(6)[:, None] - np.arange(6)[None]))
+    one_hot = (shell[:, None] == np.arange(6)).astype(float)
+    mask = jnp.ones((6, 6), bool).at[0, 4].set(False).at[4, 0].set(False)
+    samples = []
+    for _ in range(300):
+        entries = rng.normal(size=(shell.size,) * 2)
+        upper = np.triu(entries)
+        entries = upper + np.triu(entries, 1).T
+        entries *= np.sqrt(variance[shell[:, None], shell[None]])
+        means = one_hot.T @ entries**2 @ one_hot / np.outer(counts, counts)
+        samples.append(means.astype(np.float32))
+    residuals = jax.jit(jax.vmap(lambda x: windowed_toeplitz_residual(x, 4, mask)))
+    sampled = np.sqrt(np.mean(residuals(np.stack(samples)) ** 2, axis=0))
+    coupling = shells.ShellCoupling(jnp.asarray(variance, jnp.float32), mask)
+    blank = random_result(shells.CouplingMeasurement)
+    diagnostics = blank.literal._replace(
+        coupling=coupling,
+        windows=jnp.asarray(sampled),
+        degrees_of_freedom=windowed_toeplitz_degrees_of_freedom(mask, 4),
+    )
+    binned = blank.shells._replace(counts=jnp.asarray(counts, jnp.int32))
+    whole = type(blank)(**{**vars(blank), "literal": diagnostics, "shells": binned})
+    floor = plotting.noise_floor_of(whole, "literal")
+    np.testing.assert_allclose(floor, sampled, rtol=0.06)

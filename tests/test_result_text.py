@@ -1,0 +1,158 @@
+"""The text of results: a screenful, right numbers, and n/a for what is undefined."""
+
+import re
+import typing
+from html.parser import HTMLParser
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grsd_jax import dynamics, shells
+from grsd_jax.results.fields import field_of, names_of
+from random_results import public_classes, random_result
+
+CLASSES = public_classes()
+
+by_class = pytest.mark.parametrize("kind", CLASSES.values(), ids=CLASSES)
+
+
+def is_screenful(text):
+    lines = text.splitlines()
+    return len(lines) <= 24 and max(map(len, lines)) <= 100
+
+
+@by_class
+def test_every_result_offers_text_files_and_tables(kind):
+    methods = ("summary", "save", "to_xarray", "to_pandas", "_repr_html_")
+    assert not [name for name in methods if not callable(getattr(kind, name, None))]
+
+
+@by_class
+def test_docstrings_state_the_shape_of_every_array(kind):
+    hints = typing.get_type_hints(kind)
+    arrays = [x for x in names_of(kind) if hints[x] in (jax.Array, np.ndarray)]
+    keys = {"key", "key_data"}
+    assert not [x for x in arrays if field_of(kind, x).axes is None and x not in keys]
+
+
+@by_class
+@pytest.mark.parametrize("seed", [0, 1])
+def test_text_is_a_screenful_and_names_its_class(kind, seed):
+    result = random_result(kind, seed)
+    text = repr(result)
+    assert is_screenful(text)
+    assert text.startswith(kind.__name__)
+    assert max(map(len, result.summary().splitlines())) <= 100
+
+
+def undefined(leaf):
+    floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+    return jnp.full_like(leaf, jnp.nan) if floating else leaf
+
+
+def arrays_of(result):
+    return [leaf for leaf in jax.tree.leaves(result) if isinstance(leaf, jax.Array)]
+
+
+@by_class
+def test_undefined_numbers_are_na(kind):
+    result = jax.tree.map(
+        lambda x: undefined(x) if isinstance(x, jax.Array) else x, random_result(kind)
+    )
+    for text in (repr(result), result.summary(), result._repr_html_()):
+        assert not re.search(r"\bnan\b", text, re.I)
+    assert is_screenful(repr(result))
+
+
+@by_class
+def test_text_of_what_has_no_numbers(kind):
+    """Inside `jit` and `vmap`, and of trees of other things, text does not fail."""
+    result = random_result(kind)
+    found = []
+
+    def look(arrays):
+        found.append(repr(jax.tree.unflatten(structure, arrays)))
+        return arrays
+
+    leaves, structure = jax.tree.flatten(result)
+    arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
+    if len(arrays) == len(leaves) > 0:
+        jax.jit(look)(arrays)
+        stacked = [jnp.stack([leaf, leaf]) for leaf in arrays]
+        jax.vmap(look)(stacked)
+        found.append(repr(jax.tree.unflatten(structure, stacked)))
+        shapes = jax.eval_shape(lambda x: x, result)
+        found.append(repr(shapes))
+        assert "traced" in found[0]
+    found += [repr(jax.tree.map(lambda leaf, x=x: x, result)) for x in (object(), True)]
+    assert all(is_screenful(text) for text in found)
+
+
+@by_class
+def test_html_is_well_formed_and_holds_the_text(kind):
+    html = random_result(kind)._repr_html_()
+    opened = []
+
+    class Parser(HTMLParser):
+        def handle_starttag(self, tag, _):
+            opened.append(tag)
+
+        def handle_endtag(self, tag):
+            assert opened.pop() == tag
+
+    Parser().feed(html)
+    assert not opened
+    assert kind.__name__ in html
+
+
+def test_html_escapes():
+    check = CLASSES["Check"]("<b>&", 1.0, 2.0)
+    assert "&lt;b&gt;&amp;" in check._repr_html_()
+
+
+def fit(exponent, **more):
+    numbers = {"prefactor": 2.0, "r_squared": 0.9, "exponent_stderr": 0.05}
+    numbers = {k: jnp.float32(v) for k, v in (numbers | more).items()}
+    points = jnp.int32(7)
+    return shells.PowerLawFit(jnp.float32(exponent), num_points=points, **numbers)
+
+
+def test_a_fit_shows_its_interval_or_its_error():
+    assert "exponent   0.78 ± 0.05" in repr(fit(0.78))
+    interval = jnp.asarray([0.7261, 0.831], jnp.float32)
+    assert "0.78 [0.726, 0.831]" in repr(fit(0.78)._replace(interval=interval))
+
+
+def test_an_undefined_fit_says_why():
+    few = shells.fit_power_law(jnp.ones(1), jnp.ones(1))
+    assert "n/a (fewer than 2 points, or a single x)" in repr(few)
+
+
+def test_masked_placeholders_are_not_shown():
+    matrix = jnp.asarray([[0.0, 3.0], [3.0, 5.0]])
+    mask = matrix > 0
+    assert "matrix  3 to 5" in repr(shells.ShellCoupling(matrix, mask))
+    zeros = jnp.zeros(3)
+    closure = dynamics.ClosureError(zeros, zeros, zeros[0], jnp.asarray(False))
+    assert "total_error    n/a" in repr(closure)
+    assert "measured_rate  [3] float32, n/a" in repr(closure)
+
+
+def test_ranges_are_those_of_the_numbers():
+    result = random_result(CLASSES["StateIncrements"])
+    low, high = np.min(result.increments), np.max(result.increments)
+    assert f"{low:.4g} to {high:.4g}" in repr(result)
+
+
+def test_a_large_array_is_not_fetched():
+    big = jnp.zeros((2**20 + 1, 1))
+    pairs = random_result(CLASSES["RitzPairs"])._replace(vectors=big)
+    assert "[1048577, 1] float32\n" in repr(pairs)
+
+
+def test_deleted_arrays_have_a_shape():
+    result = random_result(CLASSES["ProjectorDrift"])
+    result.operator.delete()
+    assert "operator   [] float32, without numbers" in repr(result)
