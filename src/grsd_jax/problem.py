@@ -257,9 +257,16 @@ class HeldObjective:
         return jax.tree.unflatten(tree, whole)
 
 
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["error_fn", "params", "batches", "direction"],
+    meta_fields=["error", "reduction"],
+)
 @dataclasses.dataclass(frozen=True)
 class Point:
     """A problem at given parameters: checked, and ready to be differentiated.
+
+    A pytree, whose shape and dtype of the error are static.
 
     Attributes:
         error_fn: The objective, as a function of ``params``.

@@ -13,7 +13,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from grsd_jax._arrays import all_finite, is_traced, magnitude, matmul, norm
+from grsd_jax._arrays import all_finite, is_traced, matmul, norm
 from grsd_jax._checks import check_choice, check_type
 from grsd_jax._memory import check_fits, naming_what_to_lower
 from grsd_jax._typing import PyTree
@@ -30,7 +30,13 @@ from grsd_jax.kernel.null_space import free_start
 from grsd_jax.kernel.products import held_products, projected_derivative
 from grsd_jax.kernel.solver import Lanczos, solver_at
 from grsd_jax.linalg.lanczos import LanczosResult, block_lanczos
-from grsd_jax.linalg.ritz import RitzPairs, resolved_pairs, ritz_pairs, rounding_bound
+from grsd_jax.linalg.ritz import (
+    RitzPairs,
+    descending_pairs,
+    resolved_pairs,
+    ritz_pairs,
+    rounding_bound,
+)
 from grsd_jax.problem import Point, Problem, evaluate
 from grsd_jax.shells.diagnostics import (
     CouplingMeasurement,
@@ -208,9 +214,7 @@ def diagonalize(
     """
     finite = all_finite((kernel, moved))
     kernel, moved = (jnp.where(finite, matrix, 0) for matrix in (kernel, moved))
-    unit = magnitude(kernel)
-    values, vectors = jnp.linalg.eigh(kernel / unit)
-    values, vectors = values[::-1] * unit, vectors[:, ::-1]
+    values, vectors = descending_pairs(kernel)
     residuals = norm(matmul(kernel, vectors) - vectors * values[None], 0)
     resolved = resolved_pairs(values, residuals, tolerance=tolerance, floor=floor)
     coupling = matmul(vectors.T, matmul(moved, vectors))
