@@ -90,7 +90,8 @@ def time_between(ends: list[PyTree], flows: list[PyTree]) -> MeasuredTime:
 def _flat(tree: PyTree) -> jax.Array:
     """Returns all floating leaves as one vector, of single precision at least."""
     leaves = jax.tree.leaves(tree)
-    dtype = jnp.result_type(jnp.float32, *(leaf.dtype for leaf in leaves))
+    with jax.numpy_dtype_promotion("standard"):  # of dtypes alone
+        dtype = jnp.result_type(jnp.float32, *(leaf.dtype for leaf in leaves))
     return jnp.concatenate([jnp.ravel(leaf).astype(dtype) for leaf in leaves])
 
 

@@ -12,13 +12,13 @@ import operator
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grsd_jax._arrays import all_finite, is_traced, unknown_like
+from grsd_jax._arrays import all_finite, unknown_like
 from grsd_jax._checks import (
     check_at_least,
     check_batches,
@@ -39,6 +39,7 @@ from grsd_jax.dynamics.between_ends import (
     leading_ritz_values,
     snapshot_rounding,
 )
+from grsd_jax.dynamics.contents import check_same_sizes, contents_of, point_of
 from grsd_jax.dynamics.elapsed_time import MeasuredTime, time_between
 from grsd_jax.dynamics.instantaneous import (
     Instantaneous,
@@ -46,14 +47,19 @@ from grsd_jax.dynamics.instantaneous import (
     first_state,
     measure_instant,
 )
-from grsd_jax.dynamics.record import ProbeRecord, ProbeState
+from grsd_jax.dynamics.record import (
+    Found,
+    ProbeRecord,
+    ProbeState,
+    concluded,
+    stopped,
+)
 from grsd_jax.dynamics.spectra import (
     SpectralSnapshot,
     dense_snapshot,
     fingerprint,
     stacked_point,
 )
-from grsd_jax.dynamics.transport import ExactBalance
 from grsd_jax.jacobian.plan import check_independent, verdict_of
 from grsd_jax.kernel.dense import check_dense_fits
 from grsd_jax.kernel.derivative import flow_at
@@ -66,6 +72,9 @@ Schedule = Callable[[Any], Any]
 #: Where the outer edges lie that are not given, over the first record's largest
 #: eigenvalue: spectra grow in training, and float32 resolves some four decades.
 _LOWEST, _HEADROOM = 1e-4, 10.0
+
+#: How Lanczos runs if it is chosen: a velocity says little without its null.
+_STEPS = KrylovSteps(num_probes=4)
 
 #: The width of shells that are given by their number.
 _WIDTH = 1 / 2
@@ -134,7 +143,7 @@ class Probe:
             effective_time=jnp.zeros((), dtype),
             edges=jnp.array(edges, copy=True),
             fingerprint=data,
-            start=jax.tree.map(partial(jnp.array, copy=True), _contents(point)),
+            start=jax.tree.map(partial(jnp.array, copy=True), contents_of(point)),
             snapshot=snapshot,
             instant=self._first_instant(point),
             key_data=jax.random.bits(key, (2,), jnp.uint32),
@@ -174,7 +183,7 @@ class Probe:
                 "update takes, got one with them."
             )
         point = stacked_point(problem or self.problem, params)
-        _check_same_sizes(state, point)
+        self._check_sizes(state, point)
         data = fingerprint(problem or self.problem)
         step = jnp.asarray(step, jnp.int32)
 
@@ -246,7 +255,7 @@ class Probe:
         problem = problem or self.problem
         point, data = stacked_point(problem, params), fingerprint(problem)
         _check_same_examples(state, data)
-        _check_same_sizes(state, point)
+        self._check_sizes(state, point)
         needs_flow = self.instantaneous is not None and direction is None
         flow, gradient_seconds = _timed_flow(problem, point, needs_flow)
         first = steps[1] < 0
@@ -280,7 +289,7 @@ class Probe:
     @property
     def _steps(self) -> KrylovSteps:
         """How Lanczos runs where the solver is not dense."""
-        return self.solver if isinstance(self.solver, KrylovSteps) else KrylovSteps()
+        return self.solver if isinstance(self.solver, KrylovSteps) else _STEPS
 
     def _is_due(self, last: Any, start: Any, step: Any) -> Any:
         """Whether an active probe looks at a step; of integers or arrays."""
@@ -288,6 +297,15 @@ class Probe:
         for length in self.over:
             due = due | ((step - start == length) & (start >= 0))
         return due & (step > last)
+
+    def _check_sizes(self, state: ProbeState, point: Point) -> None:
+        """Raises ValueError unless sizes are those that the state was made for."""
+        check_same_sizes(state.start, point)
+        if state.snapshot and len(state.snapshot.error) != point.dimension:
+            wanted = len(state.snapshot.error)
+            raise ValueError(
+                f"problem: expected n = {wanted} as at init, got {point.dimension}."
+            )
 
     def _first_instant(self, point: Point) -> PyTree:
         """Returns what the first instantaneous record finds; ``{}`` without them."""
@@ -314,10 +332,10 @@ class Probe:
         if not bool(all_finite(point.params)):
             _, shapes = jax.eval_shape(self._measure, *arguments)
             record = unknown_like(shapes)._replace(start_step=state.start_step)
-            return _stopped(state, arguments[-1]), record
-        if jax.default_backend() == "cpu":  # where convolutions in a scan are slow
-            return self._measure(*arguments)
-        return _measured(self, *arguments)
+            return stopped(state, arguments[-1]), record
+        if _scans_are_fast():
+            return _measured(self, *arguments)
+        return self._measure(*arguments)
 
     def _measure(
         self,
@@ -328,11 +346,11 @@ class Probe:
         step: jax.Array,
     ) -> tuple[ProbeState, ProbeRecord]:
         """Takes a record, with the flow at the point if time is measured by it."""
-        start = _restored_point(state.start, point)
+        start = point_of(state.start, point)
         elapsed, measured = self._elapsed(state, start, point, flow, step)
         found = self._balance(state, (start, point), data, elapsed, step)
-        return _concluded(
-            state, _contents(point), found, elapsed, measured, step, every=self.every
+        return concluded(
+            state, contents_of(point), found, elapsed, measured, step, every=self.every
         )
 
     def _balance(
@@ -342,7 +360,7 @@ class Probe:
         data: jax.Array,
         elapsed: jax.Array,
         step: jax.Array,
-    ) -> "_Found":
+    ) -> Found:
         """Finds both kernels' spectra, and the balance between them."""
         number = min(_NUM_VALUES, points[1].dimension)
         if state.snapshot:
@@ -355,7 +373,7 @@ class Probe:
                 elapsed,
                 snapshot_rounding(points, (state.snapshot, now)),
             )
-            return _Found(balance, now, shells.edges, now.values[:number])
+            return Found(balance, now, shells.edges, now.values[:number])
         key = jax.random.wrap_key_data(state.key_data, impl="threefry2x32")
         key = jax.random.split(jax.random.fold_in(key, step))[0]
         spaces = krylov_spaces(points, self._steps, key)
@@ -363,7 +381,7 @@ class Probe:
         shells = self._shells(state, values[0])
         same = jnp.all(state.fingerprint == data)
         balance = balance_spaces(spaces, shells, elapsed, same, steps=self._steps)
-        return _Found(balance, {}, shells.edges, values)
+        return Found(balance, {}, shells.edges, values)
 
     def _shells(self, state: ProbeState, largest: jax.Array) -> SoftShells:
         """Returns the shells, made from the largest eigenvalue at the first record."""
@@ -415,7 +433,7 @@ class Probe:
             instantaneous=instant, finite=record.finite & instant.finite
         )
         if not bool(record.finite):
-            return _stopped(state, later.last_step), record
+            return stopped(state, later.last_step), record
         return later._replace(instant=left), record
 
     def _num_columns(self, state: ProbeState, record: ProbeRecord) -> int:
@@ -455,7 +473,8 @@ def make_probe(
         over: Numbers of steps h, each below ``every``, over which balances are taken
             besides.
         solver: ``"dense"`` for all n pairs, with the split of the flux and the counting
-            velocity; `KrylovSteps` for any n; ``"auto"`` for the cheaper.
+            velocity; `KrylovSteps` for any n; ``"auto"`` for the cheaper, with 4 random
+            vectors behind the counting velocity.
         shells: The shells, which stay for the run: `SoftShells`, or a number S of soft
             shells of width 1/2 whose edges come from the first record. They are equal
             steps of the logarithm from a ten-thousandth of its largest eigenvalue to
@@ -502,22 +521,6 @@ def make_probe(
     )
 
 
-class _Found(NamedTuple):
-    """What was found at a step.
-
-    Attributes:
-        balance: The balance since the start.
-        snapshot: Of the kernel now with the dense solver, else ``{}``.
-        edges: [q], of the shells.
-        values: Leading eigenvalues.
-    """
-
-    balance: ExactBalance
-    snapshot: PyTree
-    edges: jax.Array
-    values: jax.Array
-
-
 @partial(jax.jit, static_argnames="probe")
 def _measured(
     probe: Probe,
@@ -528,60 +531,6 @@ def _measured(
     step: jax.Array,
 ) -> tuple[ProbeState, ProbeRecord]:
     return probe._measure(state, point, flow, data, step)
-
-
-@partial(jax.jit, static_argnames="every")
-def _concluded(
-    state: ProbeState,
-    contents: dict[str, list[jax.Array]],
-    found: _Found,
-    elapsed: jax.Array,
-    measured: MeasuredTime | None,
-    step: jax.Array,
-    *,
-    every: int,
-) -> tuple[ProbeState, ProbeRecord]:
-    """Returns the state after a record, and the record."""
-    first = state.start_step < 0
-    balance = found.balance
-    finite = balance.finite & all_finite(contents["params"])
-    if measured is not None:  # by a motion that there was not
-        elapsed = jnp.where(first, 0, elapsed)
-    record = ProbeRecord(
-        # Where there was no start, what was compared with is of no meaning.
-        balance=_where(first, unknown_like(balance), balance),
-        start_step=state.start_step,
-        step=step,
-        effective_time=state.effective_time + elapsed,
-        finite=finite,
-        num_resolved=jnp.sum(
-            balance.converged & (jnp.abs(balance.flux) > balance.flux_error) & ~first,
-            dtype=jnp.int32,
-        ),
-        values=found.values,
-        measured_time=_where(first, unknown_like(measured), measured),
-        due=~(first & finite),
-    )
-    whole = finite & (step % every == 0)
-    begun = state._replace(
-        start_step=step,
-        effective_time=record.effective_time,
-        edges=found.edges,
-        start=contents,
-        snapshot=found.snapshot,
-    )
-    later = _where(whole, begun, state)
-    return later._replace(last_step=step, active=finite), record
-
-
-@jax.jit
-def _stopped(state: ProbeState, step: jax.Array) -> ProbeState:
-    return state._replace(last_step=step, active=jnp.bool_(False))
-
-
-def _where(chosen: jax.Array, one: Any, other: Any) -> Any:
-    """Chooses between two trees of arrays, each leaf a new array."""
-    return jax.tree.map(lambda a, b: jnp.where(chosen, a, b), one, other)
 
 
 @partial(jax.jit, static_argnames="schedule")
@@ -618,6 +567,11 @@ def _with_ends(edges: jax.Array) -> jax.Array:
     return jnp.concatenate([edges[:1] * low, edges, edges[-1:] * high])
 
 
+def _scans_are_fast() -> bool:
+    """Whether Lanczos may run in a scan: on CPU convolutions are slow in it."""
+    return jax.default_backend() != "cpu"
+
+
 def _timed_flow(
     problem: Problem, point: Point, needed: bool
 ) -> tuple[PyTree | None, float]:
@@ -631,60 +585,6 @@ def _timed_flow(
 
 def _has_loss(problem: Problem) -> bool:
     return getattr(problem.objective, "loss_fn", problem) is not None
-
-
-def _contents(point: Point) -> dict[str, list[jax.Array]]:
-    """Returns the data of a point that change in a training, as plain arrays."""
-
-    def plain(leaf: Any) -> jax.Array:
-        if _is_key(leaf):
-            return jax.random.key_data(leaf)
-        return jnp.asarray(leaf)
-
-    parts = {"params": point.params, "state": point.error_fn}
-    return {name: list(map(plain, jax.tree.leaves(x))) for name, x in parts.items()}
-
-
-def _restored_point(contents: dict[str, list[jax.Array]], like: Point) -> Point:
-    """Returns the point of earlier contents, whose form is that of another."""
-
-    def restored(leaf: Any, now: Any) -> Any:
-        if _is_key(now):
-            return jax.random.wrap_key_data(leaf, impl=jax.random.key_impl(now))
-        if isinstance(now, int | float | complex) and not is_traced(leaf):
-            return type(now)(leaf)  # a Python number has a dtype of its own
-        return leaf
-
-    def rebuilt(leaves: list[jax.Array], form: PyTree) -> PyTree:
-        now, tree = jax.tree.flatten(form)
-        return jax.tree.unflatten(tree, map(restored, leaves, now))
-
-    return dataclasses.replace(
-        like,
-        params=rebuilt(contents["params"], like.params),
-        error_fn=rebuilt(contents["state"], like.error_fn),
-    )
-
-
-def _is_key(leaf: Any) -> bool:
-    dtype = getattr(leaf, "dtype", None)
-    return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-
-
-def _check_same_sizes(state: ProbeState, point: Point) -> None:
-    """Raises ValueError unless parameters and state are those of `Probe.init`."""
-    for name, what in (("params", "params"), ("state", "problem")):
-        wanted = [np.shape(leaf) for leaf in state.start[name]]
-        got = [np.shape(leaf) for leaf in jax.eval_shape(_contents, point)[name]]
-        if wanted != got:
-            raise ValueError(
-                f"{what}: expected arrays of the shapes of init, {wanted}, got {got}."
-            )
-    if state.snapshot and len(state.snapshot.error) != point.dimension:
-        wanted = len(state.snapshot.error)
-        raise ValueError(
-            f"problem: expected n = {wanted} as at init, got {point.dimension}."
-        )
 
 
 def _check_same_examples(state: ProbeState, data: jax.Array) -> None:
@@ -713,18 +613,15 @@ def _constant(rate: float, step: Any) -> jax.Array:
 
 def _checked_lengths(over: Sequence[int], every: int) -> tuple[int, ...]:
     """Returns the numbers of steps, after checking that each is below ``every``."""
-    try:
-        lengths = tuple(over)
-    except TypeError:
-        lengths = (over,)
-    for length in lengths:
+    given = tuple(over) if np.iterable(over) else None
+    for length in (over,) if given is None else given:
         whole = isinstance(length, int | np.integer) and not isinstance(length, bool)
-        if not (whole and 1 <= length < every):
+        if given is None or not (whole and 1 <= length < every):
             raise ValueError(
-                f"over: expected integers from 1 to every - 1 = {every - 1}, got "
-                f"{length!r}."
+                f"over: expected a list of integers from 1 to every - 1 = {every - 1}, "
+                f"got {length!r}."
             )
-    return tuple(sorted({int(length) for length in lengths}))
+    return tuple(sorted(map(int, set(given or ()))))
 
 
 def _concrete_step(step: Any) -> int:

@@ -1,9 +1,12 @@
 """What a probe remembers between its records, and what a record says."""
 
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
+from grsd_jax._arrays import all_finite, unknown_like
 from grsd_jax._typing import PyTree
 from grsd_jax.dynamics.elapsed_time import MeasuredTime
 from grsd_jax.dynamics.instantaneous import InstantRecord
@@ -89,3 +92,87 @@ class ProbeRecord(NamedTuple):
     cost: float | None = None
     cost_in_steps: float | None = None
     coupled: bool | None = None
+
+
+class Found(NamedTuple):
+    """What was found at a step.
+
+    Attributes:
+        balance: The balance since the start.
+        snapshot: Of the kernel now with the dense solver, else ``{}``.
+        edges: [q], of the shells.
+        values: Leading eigenvalues.
+    """
+
+    balance: ExactBalance
+    snapshot: PyTree
+    edges: jax.Array
+    values: jax.Array
+
+
+@partial(jax.jit, static_argnames="every")
+def concluded(
+    state: ProbeState,
+    contents: dict[str, list[jax.Array]],
+    found: Found,
+    elapsed: jax.Array,
+    measured: MeasuredTime | None,
+    step: jax.Array,
+    *,
+    every: int,
+) -> tuple[ProbeState, ProbeRecord]:
+    """Returns the state after a record, and the record.
+
+    Args:
+        state: The state before.
+        contents: Those of the problem and its parameters now.
+        found: What was found.
+        elapsed: [], the time since the start of the balance.
+        measured: How it was measured, if it was.
+        step: [] int32, the step.
+        every: Steps between records.
+
+    Returns:
+        The state and the record, as `Probe.record` gives them.
+    """
+    first = state.start_step < 0
+    balance = found.balance
+    finite = balance.finite & all_finite(contents["params"])
+    if measured is not None:  # by a motion that there was not
+        elapsed = jnp.where(first, 0, elapsed)
+    record = ProbeRecord(
+        # Where there was no start, what was compared with is of no meaning.
+        balance=_where(first, unknown_like(balance), balance),
+        start_step=state.start_step,
+        step=step,
+        effective_time=state.effective_time + elapsed,
+        finite=finite,
+        num_resolved=jnp.sum(
+            balance.converged & (jnp.abs(balance.flux) > balance.flux_error) & ~first,
+            dtype=jnp.int32,
+        ),
+        values=found.values,
+        measured_time=_where(first, unknown_like(measured), measured),
+        due=~(first & finite),
+    )
+    whole = finite & (step % every == 0)
+    begun = state._replace(
+        start_step=step,
+        effective_time=record.effective_time,
+        edges=found.edges,
+        start=contents,
+        snapshot=found.snapshot,
+    )
+    later = _where(whole, begun, state)
+    return later._replace(last_step=step, active=finite), record
+
+
+@jax.jit
+def stopped(state: ProbeState, step: jax.Array) -> ProbeState:
+    """Returns the state of a probe that measures no more."""
+    return state._replace(last_step=step, active=jnp.bool_(False))
+
+
+def _where(chosen: jax.Array, one: Any, other: Any) -> Any:
+    """Chooses between two trees of arrays, each leaf a new array."""
+    return jax.tree.map(lambda a, b: jnp.where(chosen, a, b), one, other)

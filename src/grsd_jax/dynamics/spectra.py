@@ -19,7 +19,13 @@ from grsd_jax.kernel.products import held_products
 from grsd_jax.linalg.eigenpairs import leading_eigenpairs
 from grsd_jax.linalg.lanczos import LanczosResult
 from grsd_jax.linalg.ritz import descending_pairs
-from grsd_jax.problem import OutputsObjective, Point, Problem, evaluate
+from grsd_jax.problem import (
+    OutputsObjective,
+    Point,
+    Problem,
+    check_digits,
+    evaluate,
+)
 
 #: Largest residual of a leading pair, relative to its value.
 _CONVERGENCE = 1e-5
@@ -92,7 +98,8 @@ def dense_snapshot(point: Point, data: jax.Array) -> SpectralSnapshot:
         The snapshot.
     """
     (kernel,) = dense_at(point)
-    return SpectralSnapshot(*_all_pairs(kernel), errors_at(point), data)
+    values, vectors = _all_pairs(kernel)
+    return SpectralSnapshot(values, vectors, errors_at(point), data)
 
 
 def stacked_point(problem: Problem, params: PyTree) -> Point:
@@ -104,6 +111,7 @@ def stacked_point(problem: Problem, params: PyTree) -> Point:
     point = problem.at(params)
     if point.copies != point.num_batches:
         check_choice("problem.reduction", problem.reduction, ("stack",))
+    check_digits(point.error.dtype)
     check_single_or_double("error", point.error.dtype)
     return point
 

@@ -88,10 +88,8 @@ def _energies(tracks: Tracks) -> Figure:
     figure, axes = _panels(tracks, 1, 2.7)
     for axis, lines in zip(axes[0], tracks.values(), strict=True):
         axis.set(yscale="log", xlabel=_TIME, ylabel=r"energy $E_a$")
-        time, energies = (
-            column(lines, "effective_time"),
-            column(lines, "energies")[:, 1],
-        )
+        time = column(lines, "effective_time")
+        energies = column(lines, "energies")[:, 1]
         colors, norm = mpl.colormaps["viridis"], Normalize(0, energies.shape[1] - 1)
         for shell, track in enumerate(energies.T):
             shown = np.where(track > 0, track, np.nan)
