@@ -16,6 +16,7 @@ import grsd_jax as grsd
 import jax
 import jax.numpy as jnp
 import numpy as np
+from grsd_jax.dynamics import Instantaneous
 from grsd_jax.experiments.common import records
 from grsd_jax.experiments.common.config import Config
 from grsd_jax.experiments.common.data import evaluation_batches, load_dataset
@@ -23,6 +24,7 @@ from grsd_jax.experiments.common.networks import load_weights, make_model
 from grsd_jax.experiments.common.runs import environment
 from grsd_jax.experiments.track.run import LAMBDA_RANGE
 from grsd_jax.models import linen_outputs
+from grsd_jax.shells import SoftShells
 
 STEPS = {"float64": (1e-3, 1e-4, 1e-6, 1e-8), "float32": (1e-3, 1e-4, 1e-5)}
 
@@ -43,11 +45,11 @@ def closure_errors(model, weights, batches, dtype):
             problem,
             every=1,
             solver="dense",
-            edges=tuple(np.geomspace(*LAMBDA_RANGE, 13)),
-            closure_step=step,
+            shells=SoftShells(jnp.asarray(np.geomspace(*LAMBDA_RANGE, 13)[1:-1])),
+            instantaneous=Instantaneous(closure_step=step),
         )
         _, record = probe.update(probe.init(jax.random.key(0), params), params, 0)
-        found[f"{step:g}"] = float(record.closure.total_error)
+        found[f"{step:g}"] = float(record.instantaneous.closure.total_error)
     return found
 
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from grsd_jax.dynamics.snapshot import start_block
+from grsd_jax.dynamics.moving_spectrum import start_block
 from grsd_jax.experiments.common import records
 from grsd_jax.experiments.common.data import evaluation_batches, synthetic_textures
 from grsd_jax.experiments.common.runs import environment

@@ -44,6 +44,8 @@ def test_every_field_can_be_set_by_its_flag():
         keep_checkpoints=12,
         log_every=13,
         record_every=14,
+        over=(2, 3),
+        num_steps=22,
         batch_size=15,
         num_batches=17,
         solver="dense",

@@ -227,9 +227,10 @@ def measured(solver):
 
 
 def probed(problem, params):
-    probe = grsd.make_probe(problem, every=1, shells=SHELLS, solver="dense")
-    direction = direction_of(params)
-    _, record = probe.update(probe.init(KEY, params), params, 0, direction=direction)
+    probe = grsd.make_probe(problem, every=1, shells=4, solver="dense")
+    state, record = probe.update(probe.init(KEY, params), params, 0)
+    if record is None:
+        _, record = probe.update(state, params, 1)
     return record.values[:2], not bool(record.finite)
 
 

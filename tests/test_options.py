@@ -103,13 +103,10 @@ def test_options_of_another_kind_are_named(options, message):
         ("schedule", -0.1, "schedule: expected a finite number >= 0, got -0.1"),
         ("schedule", [0.1], "schedule: expected a finite number >= 0, got [0.1]"),
         ("schedule", "fast", "schedule: expected a finite number >= 0, got 'fast'"),
-        ("window", 64, "window: expected a Window, got 64"),
-        ("shells", 12, "shells: expected a Binning, got 12"),
-        ("closure_step", np.inf, "closure_step: expected a finite number > 0, got inf"),
-        ("closure_step", True, "closure_step: expected a finite number > 0, got True"),
-        ("edges", (0.1, np.nan, 1.0), "edges: expected at least 3 increasing numbers"),
-        ("edges", (0.1, 1.0, np.inf), "edges[-1]: expected a finite number > 0"),
-        ("edges", ("a", "b", "c"), "edges: expected at least 3 increasing numbers"),
+        ("over", (3,), "over: expected a list of integers from 1 to every - 1 = 0"),
+        ("shells", 1, "shells: expected an integer >= 2, got 1"),
+        ("shells", (0.1, 1.0), "shells: expected an integer >= 2, got (0.1, 1.0)"),
+        ("solver", "lanczos", "solver: expected one of 'auto', 'dense', got 'lanczos'"),
     ],
 )
 def test_an_option_of_a_probe_out_of_range_is_named(option, value, message):
@@ -124,12 +121,12 @@ def test_numbers_of_an_update_out_of_range_are_named():
     state = probe.init(jax.random.key(0), params)
     for step in (0.5, 2.0, "2", None, np.nan):
         with pytest.raises(ValueError, match=r"^step: expected an integer whose value"):
-            probe.update(state, params, step, direction=params)
+            probe.update(state, params, step)
     for step in (1, np.int64(3), jnp.int32(5)):  # none is due
-        assert probe.update(state, params, step, direction=params) == (state, None)
+        assert probe.update(state, params, step) == (state, None)
     for seconds in (0.0, -1.0, np.inf):
         with pytest.raises(ValueError, match=r"^step_seconds: expected a finite"):
-            probe.update(state, params, 1, direction=params, step_seconds=seconds)
+            probe.update(state, params, 1, step_seconds=seconds)
 
 
 def large():

@@ -13,14 +13,17 @@ from grsd_jax.experiments.common.config import UserError
 from grsd_jax.experiments.track.log import ProbeLog
 
 CLOCK = ("seconds", "gradient_seconds", "cost")
+AMOUNTS = {"energies", "lost", "moved", "flux", "rotation", "density"}
 
 
 @pytest.fixture(scope="module")
 def training():
     """Returns a function that trains from a checkpoint to a step, and the start."""
     problem, params = oracles.network_problem("mlp", jnp.float32)
-    shells = grsd.Binning(4, 4, num_bootstrap=0)
-    probe = grsd.make_probe(problem, every=2, shells=shells, schedule=0.1)
+    instantaneous = grsd.dynamics.Instantaneous(num_bootstrap=0)
+    probe = grsd.make_probe(
+        problem, every=2, shells=4, schedule=0.1, instantaneous=instantaneous
+    )
 
     def train(log, checkpoint, last_step, save_every=3):
         step, params, state = checkpoint
@@ -62,18 +65,42 @@ def test_a_killed_loop_leaves_the_lines_of_a_whole_one(training, tmp_path):
 def test_a_line_is_strict_json_with_every_part_of_the_record(training, tmp_path):
     train, start = training
     log = ProbeLog(tmp_path / "lines")
-    train(log, start, 0)
+    train(log, start, 2)
 
     def refuse(name):
         raise AssertionError(name)
 
     text = (tmp_path / "lines").read_text()
-    (line,) = [json.loads(x, parse_constant=refuse) for x in text.splitlines()]
-    assert (line.pop("line"), len(line.pop("crc32"))) == (1, 8)
-    assert line == log.read()[0]
+    first, line = [json.loads(x, parse_constant=refuse) for x in text.splitlines()]
+    assert (line.pop("line"), len(line.pop("crc32"))) == (2, 8)
+    assert line == log.read()[1]
+    assert set(line) == set(first) - {"line", "crc32"}
+    assert set(line) >= AMOUNTS | {"velocity", "counting_velocity", "velocity_mask"}
+    assert set(line) >= {"elapsed", "effective_time", "num_resolved", "converged"}
+    assert set(line) >= {"step", "start_step", "edges", "floor", "cost", "values"}
+    errors = {"flux_error", "energy_error", "lost_error", "moved_error"}
+    assert set(line) >= errors | {"velocity_error", "density_error"}
+    assert (line["start_step"], line["step"]) == (0, 2)
+    assert np.shape(line["moved"]) == (4, 4)
+    assert np.shape(line["flux"]) == (3,)
+    # Before there are two ends there are rates alone.
+    assert first["flux"] is first["edges"] is None
     dynamics = set(grsd.dynamics.ShellDynamics._fields)
-    assert set(line) >= dynamics | {"step", "edges", "exponent", "closure_error"}
-    assert np.shape(line["transfers"]) == (4, 4)
+    for rates in (first["instantaneous"], line["instantaneous"]):
+        assert set(rates) >= dynamics | {"exponent", "closure_error"}
+        assert np.shape(rates["transfers"]) == (4, 4)
+
+
+def test_balance_of_a_line_adds_up(training, tmp_path):
+    train, start = training
+    log = ProbeLog(tmp_path / "lines")
+    train(log, start, 4)
+    for line in log.read()[1:]:
+        before, after = np.array(line["energies"])
+        gained = np.sum(line["moved"], axis=1) - np.array(line["lost"])
+        np.testing.assert_allclose(after - before, gained, atol=1e-5 * before.sum())
+        flux = [np.sum(np.array(line["moved"])[k + 1 :, : k + 1]) for k in range(3)]
+        np.testing.assert_allclose(line["flux"], flux, atol=1e-5 * before.sum())
 
 
 def test_a_log_that_is_not_one_is_named(tmp_path):

@@ -26,6 +26,7 @@ from grsd_jax import (
     measure_coupling,
     models,
 )
+from grsd_jax.dynamics import KrylovSteps
 from grsd_jax.kernel import ShardedKernel, products, shard_batches
 from grsd_jax.linalg import block_lanczos, lanczos_init, lanczos_step, ritz_pairs
 from oracles import dense_kernel, network_problem, plain, random_batches, relative_error
@@ -318,9 +319,15 @@ def test_measurement_and_probe_on_an_explicit_mesh_equal_one_device(mlp, explici
     assert relative_error(many.values, one.values) < 1e-5
     found = []
     for where in ((problem, params), explicit[1:]):
-        probe = make_probe(where[0], every=1, shells=options["shells"])
-        found.append(probe.update(probe.init(KEY, where[1]), where[1], 0)[1])
+        probe = make_probe(where[0], every=1, shells=4, solver=KrylovSteps(8))
+        state = probe.init(KEY, where[1])
+        for step, scale in enumerate((1.0, 1.1)):
+            there = jax.tree.map(lambda leaf, by=scale: by * leaf, where[1])
+            state, record = probe.update(state, there, step)
+        found.append(record)
     assert all(record.finite for record in found)
+    flux = [record.balance.flux[-2:] for record in found]
+    assert relative_error(*flux) < 1e-3
     assert relative_error(found[1].values, found[0].values) < 1e-5
 
 

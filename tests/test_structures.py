@@ -19,6 +19,7 @@ from oracles import dense_kernel, random_batches, relative_error
 KEY = jax.random.key(0)
 BATCHES = random_batches(1, 4, (5,), 3)
 SHELLS = grsd.Binning(num_shells=2, window=2, num_bootstrap=0)
+INSTANT = grsd.dynamics.Instantaneous(num_bootstrap=0)
 
 
 @pytest.fixture(autouse=True)
@@ -296,18 +297,19 @@ def test_batch_norm_on_the_batchs_own_statistics_couples_the_examples(make):
 
 @pytest.mark.filterwarnings("ignore:grsd_jax. the examples:RuntimeWarning")
 def test_a_probe_of_coupled_examples_says_so():
-    problem = grsd.Problem(*nnx_coupled()[:1], BATCHES)
-    params = nnx_coupled()[1]
-    probe = grsd.make_probe(problem, every=1, shells=SHELLS)
-    _, record = probe.update(probe.init(KEY, params), params, 0)
-    assert record.coupled
-    assert record.finite
-    assert record.num_columns > 0
-    assert record.closure.total_error < 0.05
-    alone = grsd.make_probe(grsd.Problem(outputs_fn, BATCHES), every=1, shells=SHELLS)
-    params = make_params()
-    _, record = alone.update(alone.init(KEY, params), params, 0)
-    assert record.coupled is False
+    outputs, coupled_params = nnx_coupled()[:2]
+    for fn, params, coupled in (
+        (outputs, coupled_params, True),
+        (outputs_fn, make_params(), False),
+    ):
+        problem = grsd.Problem(fn, BATCHES)
+        probe = grsd.make_probe(problem, every=1, shells=3, instantaneous=INSTANT)
+        state, _ = probe.update(probe.init(KEY, params), params, 0)
+        _, record = probe.update(state, jax.tree.map(lambda p: 1.1 * p, params), 1)
+        assert record.coupled is coupled
+        assert record.finite
+        assert record.instantaneous.closure.total_error < 0.05
+        assert (record.num_columns > 0) is coupled
 
 
 def test_dropout_that_draws_is_refused_or_drawn_from_a_state():
@@ -416,12 +418,13 @@ def test_an_equinox_model_may_be_the_parameters():
     outputs, params = models.equinox_outputs(model)
     expected = dense_kernel(problem.replace(outputs_fn=outputs), params)
     agrees(problem, model, expected)
-    probe = grsd.make_probe(problem, every=1, shells=SHELLS)
+    probe = grsd.make_probe(problem, every=1, shells=3, instantaneous=INSTANT)
     direction = grsd.gradient_flow_direction(problem, model)
     state = probe.init(KEY, model)
     for step, given in enumerate((None, direction)):
         state, record = probe.update(state, model, step, direction=given)
         assert record.finite
+    assert np.all(np.isfinite(record.balance.energies))
 
 
 @pytest.mark.parametrize(
@@ -448,12 +451,12 @@ def test_a_direction_is_cast_to_the_parameters_once(dtype):
     given = jax.tree.map(lambda p: jnp.round(4 * p).astype(dtype), params)
     same = jax.tree.map(lambda d: d.astype(jnp.float32), given)
     identity = jnp.eye(12, dtype=jnp.float32)
-    probe = grsd.make_probe(problem, every=1, shells=SHELLS)
+    probe = grsd.make_probe(problem, every=1, shells=3, instantaneous=INSTANT)
     state = probe.init(KEY, params)
     uses = [
         lambda d: grsd.kernel_dense(problem, params, d)[1],
         lambda d: grsd.kernel_derivative(problem, params, d, identity),
-        lambda d: probe.update(state, params, 0, direction=d)[1].drift,
+        lambda d: probe.update(state, params, 0, direction=d)[1].instantaneous.drift,
     ]
     for use in uses:
         assert use(given).dtype == jnp.float32
@@ -466,17 +469,18 @@ def test_updates_that_are_zero_at_most_steps_are_records():
     inner = optax.contrib.schedule_free_adamw(1e-2)
     inner = optax.chain(optax.clip_by_global_norm(1.0), inner)
     optimizer = optax.MultiSteps(inner, 2)
-    probe = grsd.make_probe(problem, every=1, shells=SHELLS)
+    probe = grsd.make_probe(problem, every=1, shells=3, instantaneous=INSTANT)
     state, own = probe.init(KEY, params), optimizer.init(params)
     update = jax.tree.map(jnp.zeros_like, params)
-    moves = []
+    moves, lost = [], []
     for step in range(4):
         state, record = probe.update(state, params, step, direction=update)
         assert record.finite
-        moves.append(bool(np.any(record.dynamics.energy_rate)))
+        moves.append(bool(np.any(record.instantaneous.dynamics.energy_rate)))
+        lost.append(step > 0 and bool(np.any(record.balance.lost)))
         update, own = optimizer.update(jax.grad(problem.loss)(params), own, params)
         params = optax.apply_updates(params, update)
-    assert moves == [False, False, True, False]
+    assert moves == lost == [False, False, True, False]
 
 
 # Half precision.

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import linen as nn
 from matplotlib.figure import Figure
@@ -11,6 +12,7 @@ from matplotlib.figure import Figure
 from grsd_jax.experiments.common import data, records, training
 from grsd_jax.experiments.common.config import Config, UserError
 from grsd_jax.experiments.track import figures as tracking_figures
+from grsd_jax.experiments.track import quantities
 from grsd_jax.experiments.track import run as tracking
 
 
@@ -30,13 +32,14 @@ CONFIG = Config(
     checkpoint_every=5,
     log_every=4,
     record_every=3,
+    over=(1,),
     batch_size=6,
     num_batches=1,
     num_shells=4,
     window=4,
     solver="dense",
 )  # 100 // 16 = 6 steps an epoch
-STEPS = [0, 3, 6, 9, 12]
+STEPS = [1, 3, 4, 6, 7, 9, 10, 12]
 TINY_RANGE = (1e-5, 1.0)
 #: What a line says of the clock, and so the only things in it that no run repeats.
 CLOCK = ("seconds", "gradient_seconds", "cost", "train_step_seconds", "cost_in_steps")
@@ -100,22 +103,23 @@ def whole(dataset, tmp_path_factory):
 def test_a_line_a_record_with_what_it_promises(whole):
     lines = records.read_jsonl(whole)
     assert [line["step"] for line in lines] == STEPS
-    expected = {"effective_time", "energies", "dissipation", "flux", "exponent"}
-    expected |= {"exponent_interval", "closure_error", "num_resolved", "velocity"}
-    expected |= {"nearest_flux", "non_adjacent_share", "drift", "unresolved_energy"}
-    expected |= {"crossings_up", "crossings_down", "cost", "finite", "density"}
+    expected = {"effective_time", "energies", "lost", "moved", "flux", "velocity"}
+    expected |= {"counting_velocity", "elapsed", "num_resolved", "floor", "converged"}
+    expected |= {"flux_error", "energy_error", "velocity_mask", "cost", "finite"}
     for line in lines:
         assert set(line) >= expected
-        assert len(line["energies"]) == 4
-        assert len(line["flux"]) == 3
-        assert sum(count > 0 for count in line["counts"]) >= 3
+        assert np.shape(line["energies"]) == (2, 4)
+        assert len(line["flux"]) == len(line["counting_velocity"]) == 3
         assert line["finite"]
-        # In float32 the vectors of the lowest shell, near the floor, are noisy.
-        assert max(line["closure_errors"][1:]) < 0.05
-    # Momentum 0.9 goes ten times as far as the rate of 0.05 says.
-    assert lines[-1]["effective_time"] == pytest.approx(12 * 0.05 / 0.1)
-    assert lines[-1]["cost_in_steps"] > 0
-    assert lines[0]["cost_in_steps"] is None
+        assert line["num_resolved"] >= 1
+        start, step = line["start_step"], line["step"]
+        assert (start % 3, step - start) in {(0, 1), (0, 3)}
+        # Momentum 0.9 goes ten times as far as the rate of 0.05 says.
+        assert line["elapsed"] == pytest.approx((step - start) * 0.05 / 0.1)
+        assert line["effective_time"] == pytest.approx(step * 0.05 / 0.1)
+        lost = np.sum(line["energies"][0]) - np.sum(line["energies"][1])
+        assert np.sum(line["lost"]) == pytest.approx(lost, abs=1e-3)
+        assert line["cost_in_steps"] > 0
 
 
 @pytest.mark.parametrize("kill_at", [2, 6, 9])
@@ -137,7 +141,8 @@ def test_a_killed_run_leaves_the_records_of_a_whole_one(
 def test_a_broken_training_goes_on_and_one_record_says_so(dataset, tmp_path):
     wild = Config(**{**CONFIG.__dict__, "learning_rate": 1e20})
     lines = records.read_jsonl(track(dataset, tmp_path, config=wild))
-    assert [line["finite"] for line in lines] == [True, False]
+    assert [line["finite"] for line in lines] == [False]
+    assert (lines[0]["start_step"], lines[0]["step"]) == (0, 1)
     metrics = records.read_jsonl(tmp_path / "tiny" / "metrics.jsonl")
     assert metrics[-1]["step"] == STEPS[-1]
     assert metrics[-1]["loss"] is None
@@ -149,6 +154,15 @@ def test_a_run_resumes_under_its_own_settings_only(dataset, tmp_path):
     other = Config(**{**CONFIG.__dict__, "record_every": 4})
     with pytest.raises(UserError, match=r"^--record_every: expected 3 .*got 4"):
         track(dataset, tmp_path, config=other)
+    other = Config(**{**CONFIG.__dict__, "over": (1, 2)})
+    with pytest.raises(UserError, match=r"^--over: expected \[1\] .*got \[1, 2\]"):
+        track(dataset, tmp_path, config=other)
+
+
+@pytest.mark.parametrize("over", [(3,), (0,), (1, 4)])
+def test_steps_of_over_beyond_an_interval_are_named(over):
+    with pytest.raises(UserError, match=r"^--over: expected numbers of steps from 1"):
+        Config(record_every=3, over=over)
 
 
 @pytest.mark.parametrize("kept", [0, 1, 2])
@@ -158,7 +172,7 @@ def test_records_lost_before_a_checkpoint_are_noticed(dataset, tmp_path, kept):
     path = tmp_path / "tiny" / "records.jsonl"
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:kept]))
     with pytest.raises(
-        UserError, match=r"records.jsonl': expected the record of step 9"
+        UserError, match=r"records.jsonl': expected the record of step 10"
     ):
         track(dataset, tmp_path)
 
@@ -171,21 +185,69 @@ def test_training_without_a_callback_reads_the_same_checkpoints(dataset, tmp_pat
 
 def test_summary_counts_and_takes_medians(whole):
     summary = tracking.summary(records.read_jsonl(whole))
-    assert summary["num_records"] == 5
+    assert summary["num_records"] == 8
     assert summary["finite"]
     assert summary["cost_in_steps_median"] > 0
+    assert summary["moved_share_median"] > 0
+    assert summary["non_adjacent_share_median"] is None  # soft shells are too narrow
+    assert "moved, share of the energy" in tracking.format_tracks({"mlp": summary})
+
+
+def line_of(start, step, flux, **more):
+    flux = np.array(flux, np.float64)
+    return {
+        "start_step": start,
+        "step": step,
+        "finite": True,
+        "flux": flux,
+        "flux_error": np.full_like(flux, 0.1),
+        **more,
+    }
+
+
+def test_quantities_of_a_line_are_what_they_say():
+    moved = [[0.0, 2.0, 0.0], [-2.0, 0.0, -1.0], [0.0, 1.0, 0.0]]
+    line = line_of(
+        0,
+        4,
+        [1.0, 2.0],
+        energies=[[3.0, 2.0, 5.0], [1.0, 1.0, 1.0]],
+        lost=[2.0, 1.0, 4.0],
+        moved=moved,
+        velocity=[None, 3.0],
+        counting_velocity=[1.0, 2.0],
+        velocity_mask=[False, True],
+    )
+    assert quantities.total_energy(line) == 10
+    assert quantities.lost_share(line) == pytest.approx(0.7)
+    assert quantities.moved_share(line) == pytest.approx(0.3)
+    velocity, counted = quantities.usable_velocities(line)
+    assert (velocity, counted) == ([3.0], [2.0])
+    _, counted = quantities.usable_velocities(line | {"counting_velocity": None})
+    assert np.isnan(counted)
+    lines = [line_of(0, 1, [1.0, 0.05]), line, line_of(4, 5, [0.5, 0.5])]
+    # At the first edge 1 and 1 / 4 a step; at the second one flux is below its error.
+    assert quantities.spreads_over_steps(lines) == pytest.approx([0.75])
+    assert list(quantities.by_steps(lines)) == [1, 4]
+    assert quantities.whole_intervals(lines) == [line]
 
 
 def test_figures_are_drawn_from_the_lines_alone(whole, tmp_path, monkeypatch):
     lines = records.read_jsonl(whole)
     broken = {name: None for name in lines[-1]} | {"finite": False, "step": 15}
-    still = lines[0] | {"velocity": [0.0] * 3, "flux": [0.0] * 3, "closure_error": 0.0}
-    tracks = {"plainnet18": [still], "resnet18": [*lines, broken]}
+    nothing = {"step": 15, "start_step": 12}
+    broken |= nothing
+    zeros = {name: [0.0] * 3 for name in ("velocity", "flux")}
+    still = lines[1] | zeros | {"moved": np.zeros((4, 4)).tolist()}
+    wide = [line | {"non_adjacent_share": 0.5} for line in lines]
+    tracks = {"plainnet18": [still], "resnet18": [*wide, broken]}
     paths = tracking_figures.write_tracking_figures(tracks, tmp_path)
-    names = {"energies", "profiles", "exponent", "non_adjacent", "eigenvalues"}
-    assert {path.stem for path in paths} == {f"track_{n}" for n in names | {"closure"}}
-    assert len(list(tmp_path.glob("*.pdf"))) == len(list(tmp_path.glob("*.png"))) == 6
+    names = {"energies", "profiles", "amounts", "velocity", "eigenvalues"}
+    more = {"steps", "non_adjacent"}
+    assert {path.stem for path in paths} == {f"track_{n}" for n in names | more}
+    assert len(list(tmp_path.glob("*.pdf"))) == len(list(tmp_path.glob("*.png"))) == 7
     monkeypatch.setattr(Figure, "savefig", lambda _, path, **_o: path.write_bytes(b"x"))
-    tracking_figures.write_tracking_figures({"resnet18": [still]}, tmp_path)
+    paths = tracking_figures.write_tracking_figures({"resnet18": [still]}, tmp_path)
+    assert {path.stem for path in paths} == {f"track_{n}" for n in names}
     with pytest.raises(UserError, match="resnet18: expected records"):
         tracking_figures.write_tracking_figures({"resnet18": [broken]}, tmp_path)

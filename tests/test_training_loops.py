@@ -197,9 +197,9 @@ LOOPS = (
 def test_a_loop_traces_in_its_first_step_alone_and_sees_every_value(loop, compiled):
     at = loop()
     problem, params = at(0)
-    probe = grsd.make_probe(problem, every=1, shells=SHELLS, solver="dense")
+    probe = grsd.make_probe(problem, every=1, shells=3, solver="dense")
     state = probe.init(KEY, params)
-    stated = [at(step) for step in range(3)]
+    stated = [at(step) for step in range(4)]
     measured, records, counts = [], [], []
     for step, (problem, params) in enumerate(stated):
         jax.block_until_ready((problem, params))
@@ -215,21 +215,29 @@ def test_a_loop_traces_in_its_first_step_alone_and_sees_every_value(loop, compil
         )
         kernel = grsd.linearize_kernel(problem, params)
         kernel.matmat(result.vectors)
-        state, record = probe.update(state, params, step, problem=problem)
+        # The examples of a probe stay; everything else is that of the step.
+        still = problem.replace(batches=probe.problem.batches)
+        state, record = probe.update(state, params, step, problem=still)
         counts.append(list(compiled))
         measured.append(result)
         records.append(record)
     assert counts[0]
-    assert counts[1:] == [[], []]
-    for (problem, params), result, record in zip(
-        stated, measured, records, strict=True
-    ):
+    assert counts[2:] == [[], []]  # the first step gives no record, the next one does
+    assert records[0] is None
+    for (problem, params), result in zip(stated, measured, strict=True):
         if loop is equinox_as_parameters_loop:  # `jacrev` takes arrays alone
             outputs_fn, params = models.equinox_outputs(params)
             problem = problem.replace(outputs_fn=outputs_fn)
         values = np.linalg.eigvalsh(np.asarray(dense_kernel(problem, params)))[::-1]
         np.testing.assert_allclose(result.values[:3], values[:3], rtol=1e-4)
+    for (problem, params), record in zip(stated[1:], records[1:], strict=True):
+        if loop is equinox_as_parameters_loop:
+            outputs_fn, params = models.equinox_outputs(params)
+            problem = problem.replace(outputs_fn=outputs_fn)
+        still = problem.replace(batches=batches_of(0))
+        values = np.linalg.eigvalsh(np.asarray(dense_kernel(still, params)))[::-1]
         np.testing.assert_allclose(record.values[:3], values[:3], rtol=1e-4)
+        assert record.finite
     for now, later in itertools.pairwise(measured):
         assert relative_error(later.values[:1], now.values[:1]) > 1e-3
 

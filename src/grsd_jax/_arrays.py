@@ -145,6 +145,16 @@ def norm(array: jax.Array, axis: int | tuple[int, ...] | None = None) -> jax.Arr
     return jnp.squeeze(root * unit, axis=() if axis is None else axis)
 
 
+def unknown_like(tree: PyTree) -> PyTree:
+    """Returns arrays of the same shapes: NaN where floating, else 0 or False."""
+
+    def unknown(leaf: Any) -> jax.Array:
+        floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+        return jnp.full(leaf.shape, jnp.nan if floating else 0, leaf.dtype)
+
+    return jax.tree.map(unknown, tree)
+
+
 def all_finite(tree: PyTree) -> jax.Array:
     """Returns whether every number of a tree is finite, [] bool."""
     leaves = on_host(tree)

@@ -265,9 +265,16 @@ class HeldObjective:
         return with_leaves(tree, moving, [*held, *self.fixed])
 
 
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["error_fn", "params", "batches", "direction"],
+    meta_fields=["error", "reduction"],
+)
 @dataclasses.dataclass(frozen=True)
 class Point:
     """A problem at given parameters: checked, and ready to be differentiated.
+
+    A pytree, whose shape and dtype of the error are static.
 
     Attributes:
         error_fn: The objective, as a function of ``params``.

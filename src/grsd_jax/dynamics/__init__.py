@@ -22,6 +22,7 @@ from grsd_jax.dynamics.flow import (
     flow_step,
     integrate_flow,
 )
+from grsd_jax.dynamics.instantaneous import Instantaneous, InstantRecord
 from grsd_jax.dynamics.law import VelocityLaw, velocity_law
 from grsd_jax.dynamics.probe import Probe, make_probe
 from grsd_jax.dynamics.record import ProbeRecord, ProbeState
@@ -36,6 +37,8 @@ __all__ = [
     "CovarianceCheck",
     "EdgeCrossings",
     "ExactBalance",
+    "InstantRecord",
+    "Instantaneous",
     "KrylovSteps",
     "MeasuredTime",
     "Probe",

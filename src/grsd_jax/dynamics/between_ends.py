@@ -7,7 +7,7 @@ or Krylov spaces of the two errors, and takes the balance of
 
 import dataclasses
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from grsd_jax._typing import PyTree
 from grsd_jax.dynamics.elapsed_time import MeasuredTime
 from grsd_jax.dynamics.spectra import (
     SpectralSnapshot,
+    dense_snapshot,
     errors_at,
     fingerprint,
     mean_and_change,
@@ -129,17 +130,44 @@ def exact_balance(
     _check_same_space(*((p.dimension, p.error.dtype) for p in points))
     _check_comparable(*prints)
     if solver == "auto":
-        solver = _cheaper(points[0], shells.width)
+        solver = cheaper_solver(points[0], shells.width)
     if isinstance(solver, KrylovSteps):
-        return _by_krylov(points, prints, shells, solver, moment, key)
+        if key is None:
+            raise ValueError("key: expected a PRNG key for KrylovSteps, got None.")
+        check_rational(shells)
+        shells = shells.checked(points[0].error.dtype)
+        spaces = krylov_spaces(points, solver, key)
+        same = jnp.all(prints[0] == prints[1])
+        return balance_spaces(spaces, shells, moment, same, steps=solver)
     check_choice("solver", solver, ("auto", "dense"))
-    first, second = spectral_snapshot(*before), spectral_snapshot(*after)
-    column = jnp.sum(_unit_columns(mean_and_change(first.error, second.error)), axis=1)
+    first, second = map(dense_snapshot, points, prints)
+    rounding = snapshot_rounding(points, (first, second))
+    return _between(first, second, shells, moment, rounding)
+
+
+def snapshot_rounding(
+    points: tuple[Point, Point], snapshots: tuple[SpectralSnapshot, SpectralSnapshot]
+) -> jax.Array:
+    """Returns the rounding of the kernels behind two snapshots, relative, [].
+
+    Args:
+        points: The problem at both ends.
+        snapshots: All pairs of both kernels.
+
+    Returns:
+        The larger `product_rounding`.
+    """
+    column = _probing_column(*(snapshot.error for snapshot in snapshots))
     rounding = [
         product_rounding(point, column, _spectral_product(snapshot, column))
-        for point, snapshot in zip(points, (first, second), strict=True)
+        for point, snapshot in zip(points, snapshots, strict=True)
     ]
-    return _between(first, second, shells, moment, jnp.maximum(*rounding))
+    return jnp.maximum(*rounding)
+
+
+@jax.jit
+def _probing_column(before: jax.Array, after: jax.Array) -> jax.Array:
+    return jnp.sum(_unit_columns(mean_and_change(before, after)), axis=1)
 
 
 def product_rounding(point: Point, column: jax.Array, product: jax.Array) -> jax.Array:
@@ -172,8 +200,16 @@ def _spectral_product(snapshot: SpectralSnapshot, column: jax.Array) -> jax.Arra
     return matmul(snapshot.vectors, inside)
 
 
-def _cheaper(point: Point, width: float) -> Literal["dense"] | KrylovSteps:
-    """Returns the solver that needs fewer operations, dense if Lanczos cannot."""
+def cheaper_solver(point: Point, width: float) -> Literal["dense"] | KrylovSteps:
+    """Returns the solver that needs fewer operations, dense if Lanczos cannot.
+
+    Args:
+        point: The problem at its parameters.
+        width: That of the shells.
+
+    Returns:
+        The solver.
+    """
     steps = KrylovSteps()
     if width not in RATIONAL_WIDTHS:
         return "dense"
@@ -220,7 +256,7 @@ def _between(
     _check_same_space(*((len(e.error), e.error.dtype) for e in (before, after)))
     _check_comparable(before.fingerprint, after.fingerprint)
     shells = shells.checked(before.error.dtype)
-    return _balance_snapshots(before, after, shells, elapsed, rounding)
+    return balance_snapshots(before, after, shells, elapsed, rounding)
 
 
 def _check_snapshot(name: str, snapshot: SpectralSnapshot) -> None:
@@ -261,13 +297,25 @@ def _check_comparable(before: jax.Array, after: jax.Array) -> None:
 
 
 @jax.jit
-def _balance_snapshots(
+def balance_snapshots(
     before: SpectralSnapshot,
     after: SpectralSnapshot,
     shells: SoftShells,
     elapsed: jax.typing.ArrayLike,
     rounding: jax.Array | None,
 ) -> ExactBalance:
+    """Returns the balance of two snapshots that fit.
+
+    Args:
+        before: The first.
+        after: The second.
+        shells: The shells, checked.
+        elapsed: [], the time that passed, NaN if it is unknown.
+        rounding: [], of products with the kernel, relative; epsilon if None.
+
+    Returns:
+        The balance.
+    """
     size = before.vectors.shape[0]
     ranks = before.vectors.shape[1], after.vectors.shape[1]
     balance = balance_spectra(
@@ -298,23 +346,46 @@ def _finished(
     )
 
 
-def _by_krylov(
-    points: tuple[Point, Point],
-    prints: tuple[jax.Array, jax.Array],
-    shells: SoftShells,
-    steps: KrylovSteps,
-    elapsed: jax.typing.ArrayLike,
-    key: jax.Array | None,
-) -> ExactBalance:
-    """Returns the balance by Lanczos from the errors of both ends."""
-    if key is None:
-        raise ValueError("key: expected a PRNG key for KrylovSteps, got None.")
+class KrylovSpaces(NamedTuple):
+    """The Lanczos runs of both kernels, from the same blocks.
+
+    Attributes:
+        before: The run of the first kernel, from the errors.
+        after: That of the second.
+        vectors: ``[n, 2]``, ``e_m`` and ``delta``.
+        rounding: [], of products with the kernels, relative.
+        counted: Both runs from random vectors; empty if nothing is counted.
+    """
+
+    before: LanczosResult
+    after: LanczosResult
+    vectors: jax.Array
+    rounding: jax.Array
+    counted: tuple[LanczosResult, ...]
+
+
+def check_rational(shells: SoftShells) -> None:
+    """Raises ValueError unless a few Lanczos steps can apply the shells' steps."""
     if shells.width not in RATIONAL_WIDTHS:
         raise ValueError(
             "shells.width: expected 1/2 or 1/3 with KrylovSteps, whose steps would not "
             f"converge for others, got {shells.width}."
         )
-    shells = shells.checked(points[0].error.dtype)
+
+
+def krylov_spaces(
+    points: tuple[Point, Point], steps: KrylovSteps, key: jax.Array
+) -> KrylovSpaces:
+    """Runs Lanczos from the errors of both ends.
+
+    Args:
+        points: The problem at both ends.
+        steps: How long, and from what.
+        key: Consumed.
+
+    Returns:
+        The runs.
+    """
     probes_key, key = jax.random.split(key)
     vectors = mean_and_change(*(errors_at(point) for point in points))
     start = _unit_columns(vectors if steps.start == "both" else vectors[:, :1])
@@ -329,20 +400,8 @@ def _by_krylov(
         product_rounding(point, *_first_product(run))
         for point, run in zip(points, (first, second), strict=True)
     ]
-    counting = None
-    if steps.num_probes:
-        counting = count_by_quadrature(counted[0], counted_after[0], shells)
-    return _balance_runs(
-        first,
-        second,
-        vectors,
-        shells,
-        jnp.maximum(*rounding),
-        elapsed,
-        jnp.all(prints[0] == prints[1]),
-        counting,
-        steps=steps,
-    )
+    runs = (*counted, *counted_after)
+    return KrylovSpaces(first, second, vectors, jnp.maximum(*rounding), runs)
 
 
 def _runs(
@@ -362,6 +421,13 @@ def _runs(
     ]
 
 
+@partial(jax.jit, static_argnames="number")
+def leading_ritz_values(run: LanczosResult, *, number: int) -> jax.Array:
+    """Returns the leading Ritz values of a run, descending, padded with zeros."""
+    values = jnp.linalg.eigvalsh(run.tridiagonal)[::-1][:number]
+    return jnp.pad(values, (0, number - len(values)))
+
+
 @jax.jit
 def _first_product(run: LanczosResult) -> tuple[jax.Array, jax.Array]:
     """Returns the sum of the first block's columns, and its product with M."""
@@ -378,21 +444,32 @@ def _unit_columns(vectors: jax.Array) -> jax.Array:
 
 
 @partial(jax.jit, static_argnames="steps")
-def _balance_runs(
-    before: LanczosResult,
-    after: LanczosResult,
-    vectors: jax.Array,
+def balance_spaces(
+    spaces: KrylovSpaces,
     shells: SoftShells,
-    rounding: jax.Array,
     elapsed: jax.typing.ArrayLike,
     comparable: jax.Array,
-    counting: Counting | None,
     *,
     steps: KrylovSteps,
 ) -> ExactBalance:
-    number = steps.num_steps
+    """Returns the balance of two kernels by their Krylov spaces.
+
+    Args:
+        spaces: The runs of both kernels.
+        shells: The shells, checked.
+        elapsed: [], the time that passed, NaN if it is unknown.
+        comparable: [] bool, whether both ends hold the same examples.
+        steps: What the runs were made with.
+
+    Returns:
+        The balance.
+    """
+    before, after, number = spaces.before, spaces.after, steps.num_steps
+    counting = None
+    if spaces.counted:
+        counting = count_by_quadrature(*spaces.counted, shells)
     pairings = [
-        pair_krylov(before, after, vectors, used)
+        pair_krylov(before, after, spaces.vectors, used)
         for used in (number, 3 * number // 4, number // 2)
     ]
     balance = balance_spectra(
@@ -400,7 +477,7 @@ def _balance_runs(
         shells,
         matched=False,
         square=steps.start == "both",
-        rounding=rounding,
+        rounding=spaces.rounding,
     )
     balance = _finished(balance, elapsed, comparable, counting)
     finite = balance.finite & before.finite & after.finite

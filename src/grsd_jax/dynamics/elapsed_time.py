@@ -68,11 +68,20 @@ def measured_time(problem: Problem, before: PyTree, after: PyTree) -> MeasuredTi
         for params in (before, after)
     ]
     ends, flows = [p.params for p in points], [p.direction for p in points]
-    return _measured_time(ends, flows)
+    return time_between(ends, flows)
 
 
 @jax.jit
-def _measured_time(ends: list[PyTree], flows: list[PyTree]) -> MeasuredTime:
+def time_between(ends: list[PyTree], flows: list[PyTree]) -> MeasuredTime:
+    """Returns the time between two parameters, by the gradient flows at both.
+
+    Args:
+        ends: The parameters before and after.
+        flows: The gradient flow at each, trees like the parameters.
+
+    Returns:
+        The time, as `measured_time` has it.
+    """
     before, after = (_flat(end) for end in ends)
     start, end = (_time_along(after - before, _flat(flow)) for flow in flows)
     positive = (start > 0) & (end > 0)
@@ -83,7 +92,8 @@ def _measured_time(ends: list[PyTree], flows: list[PyTree]) -> MeasuredTime:
 def _flat(tree: PyTree) -> jax.Array:
     """Returns all floating leaves as one vector, of single precision at least."""
     leaves = jax.tree.leaves(tree)
-    dtype = jnp.result_type(jnp.float32, *(leaf.dtype for leaf in leaves))
+    with jax.numpy_dtype_promotion("standard"):  # of dtypes alone
+        dtype = jnp.result_type(jnp.float32, *(leaf.dtype for leaf in leaves))
     return jnp.concatenate([jnp.ravel(leaf).astype(dtype) for leaf in leaves])
 
 

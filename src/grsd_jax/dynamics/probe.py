@@ -1,10 +1,10 @@
-"""A probe of the shell dynamics for any training loop.
+"""A probe for any training loop, which records the exact balance of the shells.
 
 The probe is built once, from a problem and static options. `Probe.init` makes its
 state, a pytree of arrays of constant size that belongs in the checkpoint.
-`Probe.update` takes the parameters and returns a record at the steps asked for. It
-never raises because of what training does, never changes the parameters, and compiles
-its programs once for the whole run.
+`Probe.update` takes the parameters and returns a record at the steps asked for;
+`Probe.record` does the same inside of `jit`. Neither raises because of what training
+does, changes the parameters, or compiles after the first records.
 """
 
 import dataclasses
@@ -18,67 +18,88 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grsd_jax._arrays import all_finite
+from grsd_jax._arrays import all_finite, unknown_like
 from grsd_jax._checks import (
     check_at_least,
     check_batches,
     check_choice,
     check_not_negative,
     check_positive,
+    check_shape,
     check_type,
 )
 from grsd_jax._typing import PyTree
-from grsd_jax.dynamics.flow import effective_time
+from grsd_jax.dynamics.between_ends import (
+    KrylovSteps,
+    balance_snapshots,
+    balance_spaces,
+    cheaper_solver,
+    check_rational,
+    krylov_spaces,
+    leading_ritz_values,
+    snapshot_rounding,
+)
+from grsd_jax.dynamics.contents import check_same_sizes, contents_of, point_of
+from grsd_jax.dynamics.elapsed_time import MeasuredTime, time_between
+from grsd_jax.dynamics.instantaneous import (
+    Instantaneous,
+    empty_record,
+    first_state,
+    measure_instant,
+)
 from grsd_jax.dynamics.record import (
+    Found,
     ProbeRecord,
     ProbeState,
-    empty_record,
-    first_edges,
-    order_energies,
-    straight_step,
-    transport_record,
+    concluded,
+    stopped,
 )
-from grsd_jax.dynamics.snapshot import Finder, take_snapshot
+from grsd_jax.dynamics.spectra import (
+    SpectralSnapshot,
+    dense_snapshot,
+    fingerprint,
+    stacked_point,
+)
 from grsd_jax.jacobian.plan import check_independent, verdict_of
 from grsd_jax.kernel.dense import check_dense_fits
-from grsd_jax.kernel.derivative import central_difference, gradient_flow_direction
-from grsd_jax.kernel.solver import Lanczos, solver_at
-from grsd_jax.problem import Point, Problem, check_digits
-from grsd_jax.shells.options import Binning, Window
+from grsd_jax.kernel.derivative import flow_at
+from grsd_jax.kernel.solver import solver_at
+from grsd_jax.problem import Point, Problem
+from grsd_jax.shells.soft_shells import SoftShells
 
 Schedule = Callable[[Any], Any]
 
-#: Largest residual at which Lanczos stops, relative to the value. The measured change
-#: is a difference, which enlarges errors.
-_CONVERGENCE = 1e-5
+#: Where the outer edges lie that are not given, over the first record's largest
+#: eigenvalue: spectra grow in training, and float32 resolves some four decades.
+_LOWEST, _HEADROOM = 1e-4, 10.0
 
-#: The factor between the first record's largest eigenvalue and the last edge: spectra
-#: grow in training.
-_HEADROOM = 10.0
+#: How Lanczos runs if it is chosen: a velocity says little without its null.
+_STEPS = KrylovSteps(num_probes=4)
+
+#: The width of shells that are given by their number.
+_WIDTH = 1 / 2
 
 #: Leading eigenvalues that a record holds.
 _NUM_VALUES = 32
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Probe:
-    """What `make_probe` returns: `init`, then `update` in the loop.
+    """What `make_probe` returns: `init`, then `update` or `record` in the loop.
 
     Attributes:
         problem: The problem that is measured.
-        finder: How the pairs are found.
 
     The other attributes are the arguments of `make_probe`.
     """
 
     problem: Problem
     every: int
-    solver: Literal["auto", "dense", "lanczos"]
-    finder: Finder
-    shells: Binning
-    edges: tuple[float, ...] | None
-    schedule: Schedule
-    closure_step: float | None
+    over: tuple[int, ...]
+    solver: Literal["auto", "dense"] | KrylovSteps
+    shells: SoftShells | int
+    schedule: Schedule | None
+    instantaneous: Instantaneous | None
 
     def init(
         self, key: jax.Array, params: PyTree, *, problem: Problem | None = None
@@ -97,35 +118,89 @@ class Probe:
             ValueError: If a shape, dtype, leading axis, target or choice does not fit,
                 or the examples are coupled and the solver is dense.
         """
-        point = (problem or self.problem).at(params)
-        check_digits(point.error.dtype)
+        problem = problem or self.problem
+        point = stacked_point(problem, params)
         size, dtype = point.dimension, point.error.dtype
-        num_pairs = size
-        if self.finder.window.num_pairs is not None:
-            num_pairs = min(self.finder.window.num_pairs, size)
         solver = self.solver
-        if solver == "dense":
-            check_dense_fits(point, extra=3)  # Mdot, V, and Mdot in its terms
-            check_independent(point)
         if solver == "auto":
-            # Leading pairs converge within about four times as many columns.
-            solver = solver_at(point, min(4 * num_pairs, size))
-        basis, num_values = {}, size
-        if solver == "lanczos":
-            num_values = num_pairs
-            basis = {"vectors": jnp.zeros((size, num_pairs), dtype)}
-        num_edges = self._num_shells + 1
-        edges = np.zeros(num_edges) if self.edges is None else self.edges
+            solver = cheaper_solver(point, self._width)
+        snapshot: PyTree = {}
+        data = fingerprint(problem)
+        if solver == "dense":
+            check_dense_fits(point, extra=3)  # V of both ends, and their overlap
+            check_independent(point)
+            vectors = jnp.zeros((size, size), dtype)
+            zeros = (jnp.zeros(size, dtype) for _ in range(2))
+            snapshot = SpectralSnapshot(next(zeros), vectors, next(zeros), data)
+        if isinstance(self.shells, SoftShells):
+            edges = self.shells.checked(dtype).edges
+        else:
+            edges = jnp.ones(self.shells - 1, dtype)
         return ProbeState(
             last_step=jnp.int32(-1),
+            start_step=jnp.int32(-1),
             active=jnp.bool_(True),
             effective_time=jnp.zeros((), dtype),
-            edges=jnp.asarray(edges, dtype),
-            values=jnp.zeros(num_values, dtype),
-            resolved=jnp.zeros(num_values, bool),
-            basis=basis,
+            edges=jnp.array(edges, copy=True),
+            fingerprint=data,
+            start=jax.tree.map(partial(jnp.array, copy=True), contents_of(point)),
+            snapshot=snapshot,
+            instant=self._first_instant(point),
             key_data=jax.random.bits(key, (2,), jnp.uint32),
         )
+
+    def record(
+        self,
+        state: ProbeState,
+        params: PyTree,
+        step: jax.typing.ArrayLike,
+        *,
+        problem: Problem | None = None,
+    ) -> tuple[ProbeState, ProbeRecord]:
+        """Returns what `update` does, as a pure function for jitted loops.
+
+        Nothing is read from the device and all shapes are fixed, so that it may stand
+        in `jit`, in a `scan`, or in a branch. Where no record is due it costs nothing,
+        and the record's ``due`` is False. On CPU convolutions are slow in it.
+
+        Args:
+            state: The state.
+            params: Parameters. They are only read.
+            step: [] integer, the steps done.
+            problem: As for `update`. Other examples are not refused: the balance's
+                ``comparable`` is False.
+
+        Returns:
+            The new state, and the record.
+
+        Raises:
+            ValueError: If a shape, tree, dtype, leading axis or target does not fit, or
+                the probe has instantaneous records, which read from the device.
+        """
+        if self.instantaneous is not None:
+            raise ValueError(
+                "record: expected a probe without instantaneous records, which only "
+                "update takes, got one with them."
+            )
+        point = stacked_point(problem or self.problem, params)
+        self._check_sizes(state, point)
+        data = fingerprint(problem or self.problem)
+        step = jnp.asarray(step, jnp.int32)
+
+        def taken(
+            state: ProbeState, point: Point, data: jax.Array, step: jax.Array
+        ) -> tuple[ProbeState, ProbeRecord]:
+            measures = self.schedule is None and _has_loss(self.problem)
+            flow = flow_at(point) if measures else None
+            return self._measure(state, point, flow, data, step)
+
+        def passed(state: ProbeState, *_: Any) -> tuple[ProbeState, ProbeRecord]:
+            return state, unknown_like(shapes)
+
+        arguments = (state, point, data, step)
+        _, shapes = jax.eval_shape(taken, *arguments)
+        due = self._is_due(state.last_step, state.start_step, step) & state.active
+        return jax.lax.cond(due, taken, passed, *arguments)
 
     def update(
         self,
@@ -137,22 +212,24 @@ class Probe:
         problem: Problem | None = None,
         step_seconds: float = float("nan"),
     ) -> tuple[ProbeState, ProbeRecord | None]:
-        """Returns a record of the shell dynamics if one is due.
+        """Returns the record of what happened since an earlier step, if one is due.
 
-        A record is due if ``step`` is a multiple of ``every`` and lies after the last
-        record's. If its numbers are not finite, ``finite`` is False and it is the last;
-        later calls do nothing.
+        A record is due if ``step`` is a multiple of ``every``, and begins at the last
+        multiple that the probe saw; or if it lies h steps after that, for an h of
+        ``over``. The first multiple has no earlier one: it is remembered, and gives a
+        record only if records are instantaneous too, or the parameters are not finite.
+        After a record whose numbers are not finite, later calls do nothing.
 
         Args:
             state: The state.
-            params: Parameters. They are only read.
+            params: Parameters. They are only read, and copied.
             step: The steps done, an integer whose value is at hand.
-            direction: The tangent d, a tree like ``params``; minus the gradient of the
-                problem's loss if None. Pass an optimiser's update over its learning
-                rate for the motion that it causes.
+            direction: The tangent d of the instantaneous record, a tree like
+                ``params``; minus the gradient of the problem's loss if None. Pass an
+                optimiser's update over its learning rate for the motion that it causes.
             problem: In place of the probe's, for a network whose other state
                 (BatchNorm statistics) changes; make it by ``probe.problem.replace``, so
-                that nothing is traced again.
+                that nothing is traced again. Its batches must be the probe's.
             step_seconds: Seconds of a training step, for the record's cost in steps;
                 NaN if it is not known.
 
@@ -161,43 +238,43 @@ class Probe:
 
         Raises:
             ValueError: If a shape, tree, dtype, leading axis or target does not fit,
-                there is neither a direction nor a loss, or a number is out of range.
+                the examples are others than before, a direction is given or missing
+                against the options, or a number is out of range.
         """
         step = _concrete_step(step)
         if not np.isnan(step_seconds):
             check_positive("step_seconds", step_seconds)
-        if step % self.every or step <= int(state.last_step) or not bool(state.active):
+        if direction is not None and self.instantaneous is None:
+            raise ValueError(
+                "direction: expected None without instantaneous records, got one."
+            )
+        steps = int(state.last_step), int(state.start_step)
+        if not (self._is_due(*steps, step) and bool(state.active)):
             return state, None
         started = time.perf_counter()
         problem = problem or self.problem
-        gradient_seconds = float("nan")
-        if direction is None:
-            direction = gradient_flow_direction(problem, params)
-            jax.block_until_ready(direction)
-            gradient_seconds = time.perf_counter() - started
-        point = problem.at(params, direction)
-        state = state._replace(effective_time=self._effective_time(state, step))
-        if bool(all_finite((point.params, point.direction))):
-            moved, record = self._measure(state, point, step)
-            state = moved if record.finite else state
-        else:
-            num_values = len(state.values)
-            with jax.debug_nans(False):
-                record = empty_record(
-                    state.edges,
-                    state.effective_time,
-                    num_pairs=num_values,
-                    num_values=min(_NUM_VALUES, num_values),
-                    num_bootstrap=self.shells.num_bootstrap,
-                )
+        point, data = stacked_point(problem, params), fingerprint(problem)
+        _check_same_examples(state, data)
+        self._check_sizes(state, point)
+        needs_flow = self.instantaneous is not None and direction is None
+        flow, gradient_seconds = _timed_flow(problem, point, needs_flow)
+        first = steps[1] < 0
+        with jax.debug_nans(False):  # what is undefined is NaN by contract
+            later, record = self._measure_on_host(state, point, flow, data, step)
+        if self.instantaneous is not None:
+            moving = problem.at(params, flow if direction is None else direction)
+            later, record = self._with_instant(state, later, record, moving)
         record = jax.device_get(record)
-        state = state._replace(
-            last_step=jnp.int32(step), active=jnp.bool_(record.finite)
-        )
+        if first:
+            if record.finite and self.instantaneous is None:
+                return later, None
+            record = record._replace(balance=None, measured_time=None)
         seconds = time.perf_counter() - started
-        return state, record._replace(
+        return later, record._replace(
+            start_step=int(record.start_step),
             step=step,
-            num_columns=int(record.num_columns),
+            due=True,
+            num_columns=self._num_columns(state, record),
             seconds=seconds,
             gradient_seconds=gradient_seconds,
             cost=seconds / gradient_seconds,
@@ -206,148 +283,345 @@ class Probe:
         )
 
     @property
-    def _num_shells(self) -> int:
-        return self.shells.num_shells if self.edges is None else len(self.edges) - 1
+    def _width(self) -> float:
+        return self.shells.width if isinstance(self.shells, SoftShells) else _WIDTH
+
+    @property
+    def _steps(self) -> KrylovSteps:
+        """How Lanczos runs where the solver is not dense."""
+        return self.solver if isinstance(self.solver, KrylovSteps) else _STEPS
+
+    def _is_due(self, last: Any, start: Any, step: Any) -> Any:
+        """Whether an active probe looks at a step; of integers or arrays."""
+        due = step % self.every == 0
+        for length in self.over:
+            due = due | ((step - start == length) & (start >= 0))
+        return due & (step > last)
+
+    def _check_sizes(self, state: ProbeState, point: Point) -> None:
+        """Raises ValueError unless sizes are those that the state was made for."""
+        check_same_sizes(state.start, point)
+        if state.snapshot and len(state.snapshot.error) != point.dimension:
+            wanted = len(state.snapshot.error)
+            raise ValueError(
+                f"problem: expected n = {wanted} as at init, got {point.dimension}."
+            )
+
+    def _first_instant(self, point: Point) -> PyTree:
+        """Returns what the first instantaneous record finds; ``{}`` without them."""
+        if self.instantaneous is None:
+            return {}
+        size, solver = point.dimension, self.solver
+        num_pairs = self.instantaneous.num_pairs(size)
+        if solver == "auto":
+            # Leading pairs converge within about four times as many columns.
+            solver = solver_at(point, min(4 * num_pairs, size))
+        kept = None if solver == "dense" else num_pairs
+        return first_state(size, point.error.dtype, kept)
+
+    def _measure_on_host(
+        self,
+        state: ProbeState,
+        point: Point,
+        flow: PyTree | None,
+        data: jax.Array,
+        step: int,
+    ) -> tuple[ProbeState, ProbeRecord]:
+        """Takes a record in the form that suits the backend, or says why it cannot."""
+        arguments = (state, point, flow, data, jnp.int32(step))
+        if not bool(all_finite(point.params)):
+            _, shapes = jax.eval_shape(self._measure, *arguments)
+            record = unknown_like(shapes)._replace(start_step=state.start_step)
+            return stopped(state, arguments[-1]), record
+        if _scans_are_fast():
+            return _measured(self, *arguments)
+        return self._measure(*arguments)
 
     def _measure(
-        self, state: ProbeState, point: Point, step: int
+        self,
+        state: ProbeState,
+        point: Point,
+        flow: PyTree | None,
+        data: jax.Array,
+        step: jax.Array,
     ) -> tuple[ProbeState, ProbeRecord]:
-        """Takes the snapshots and puts the record together."""
-        key = jax.random.wrap_key_data(state.key_data, impl="threefry2x32")
-        keys = jax.random.split(jax.random.fold_in(key, step), 3)
-        again = state.last_step >= 0
-        snapshot = take_snapshot(
-            point, state.basis, self.finder, warm=again, key=keys[0]
+        """Takes a record, with the flow at the point if time is measured by it."""
+        start = point_of(state.start, point)
+        elapsed, measured = self._elapsed(state, start, point, flow, step)
+        found = self._balance(state, (start, point), data, elapsed, step)
+        return concluded(
+            state, contents_of(point), found, elapsed, measured, step, every=self.every
         )
-        known = again if self.edges is None else True
-        fresh = first_edges(
-            snapshot.pairs, num_shells=self._num_shells, headroom=_HEADROOM
-        )
-        edges = jnp.where(known, state.edges, fresh)
-        size, basis = len(state.values), {}
-        if state.basis:
-            basis = {"vectors": snapshot.pairs.vectors[:, :size]}
-        num_columns = snapshot.num_columns
 
-        def energies(p: PyTree) -> jax.Array:
-            nonlocal num_columns
-            still = dataclasses.replace(point, params=p, direction=None)
-            moved = take_snapshot(still, basis, self.finder, warm=True, key=keys[1])
-            num_columns += moved.num_columns
-            return order_energies(moved, snapshot, edges)
-
-        small = self.closure_step
-        if small is None:
-            small = float(straight_step(snapshot, point.params, point.direction))
-        measured = central_difference(
-            energies, point.params, point.direction, step=small
-        )
-        with jax.debug_nans(False):  # what is undefined is NaN by contract
-            record = transport_record(
-                snapshot,
-                edges,
-                state.effective_time,
-                (state.values, state.resolved),
-                measured,
-                keys[2],
-                num_values=min(_NUM_VALUES, size),
-                num_bootstrap=self.shells.num_bootstrap,
+    def _balance(
+        self,
+        state: ProbeState,
+        points: tuple[Point, Point],
+        data: jax.Array,
+        elapsed: jax.Array,
+        step: jax.Array,
+    ) -> Found:
+        """Finds both kernels' spectra, and the balance between them."""
+        number = min(_NUM_VALUES, points[1].dimension)
+        if state.snapshot:
+            now = dense_snapshot(points[1], data)
+            shells = self._shells(state, now.values[0])
+            balance = balance_snapshots(
+                state.snapshot,
+                now,
+                shells,
+                elapsed,
+                snapshot_rounding(points, (state.snapshot, now)),
             )
-        state = state._replace(
-            edges=edges,
-            values=snapshot.pairs.values[:size],
-            resolved=snapshot.pairs.resolved[:size],
-            basis=basis,
-        )
-        return state, record._replace(num_columns=num_columns)
+            return Found(balance, now, shells.edges, now.values[:number])
+        key = jax.random.wrap_key_data(state.key_data, impl="threefry2x32")
+        key = jax.random.split(jax.random.fold_in(key, step))[0]
+        spaces = krylov_spaces(points, self._steps, key)
+        values = leading_ritz_values(spaces.after, number=number)
+        shells = self._shells(state, values[0])
+        same = jnp.all(state.fingerprint == data)
+        balance = balance_spaces(spaces, shells, elapsed, same, steps=self._steps)
+        return Found(balance, {}, shells.edges, values)
 
-    def _effective_time(self, state: ProbeState, step: int) -> jax.Array:
-        """Returns tau at the step, from that of the last record."""
-        first = max(int(state.last_step), 0)
-        # The first record asks for as many steps as the others: one program for all.
-        num_steps = max(step - first, self.every)
-        passed = effective_time(self.schedule, num_steps, first_step=first)
-        more = np.asarray(passed)[step - first]
-        return state.effective_time + more.astype(state.effective_time.dtype)
+    def _shells(self, state: ProbeState, largest: jax.Array) -> SoftShells:
+        """Returns the shells, made from the largest eigenvalue at the first record."""
+        edges = state.edges
+        if not isinstance(self.shells, SoftShells):
+            edges = _edges_from(state, largest)
+        return SoftShells(edges, width=self._width)
+
+    def _elapsed(
+        self,
+        state: ProbeState,
+        start: Point,
+        point: Point,
+        flow: PyTree | None,
+        step: jax.Array,
+    ) -> tuple[jax.Array, MeasuredTime | None]:
+        """Returns the time since the start, and how it was measured."""
+        dtype = point.error.dtype
+        if self.schedule is not None:
+            return _scheduled(state, step, schedule=self.schedule).astype(dtype), None
+        if flow is None:
+            return jnp.asarray(jnp.nan, dtype), None
+        ends = [start.params, point.params]
+        measured = time_between(ends, [flow_at(start), flow])
+        return measured.elapsed.astype(dtype), measured
+
+    def _with_instant(
+        self, state: ProbeState, later: ProbeState, record: ProbeRecord, point: Point
+    ) -> tuple[ProbeState, ProbeRecord]:
+        """Adds the instantaneous record, on the host."""
+        options = self.instantaneous
+        assert options is not None
+        edges = _with_ends(later.edges)
+        first = int(state.last_step) < 0
+        if bool(record.finite & all_finite(point.direction)):
+            key = jax.random.wrap_key_data(state.key_data, impl="threefry2x32")
+            key = jax.random.split(jax.random.fold_in(key, record.step))[1]
+            left, instant = measure_instant(
+                point, state.instant, edges, options, again=not first, key=key
+            )
+        else:
+            left = state.instant
+            num_pairs = len(left["values"])
+            with jax.debug_nans(False):
+                instant = empty_record(
+                    edges, num_pairs=num_pairs, num_bootstrap=options.num_bootstrap
+                )
+        record = record._replace(
+            instantaneous=instant, finite=record.finite & instant.finite
+        )
+        if not bool(record.finite):
+            return stopped(state, later.last_step), record
+        return later._replace(instant=left), record
+
+    def _num_columns(self, state: ProbeState, record: ProbeRecord) -> int:
+        """Returns how many columns a record multiplied by M."""
+        number, instant = 0, record.instantaneous
+        if not state.snapshot:
+            steps = self._steps
+            number = steps.num_steps * (2 if steps.start == "both" else 1)
+            number = 2 * (number + steps.num_steps * steps.num_probes)
+        return number + (0 if instant is None else int(instant.num_columns))
 
 
 def make_probe(
     problem: Problem,
     *,
     every: int,
-    solver: Literal["auto", "dense", "lanczos"] = "auto",
-    window: Window = Window(num_pairs=64, tolerance=0.01),
-    shells: Binning = Binning(num_bootstrap=200),
-    edges: Sequence[float] | None = None,
-    schedule: Schedule | float = 1.0,
-    closure_step: float | None = None,
+    over: Sequence[int] = (),
+    solver: Literal["auto", "dense"] | KrylovSteps = "auto",
+    shells: SoftShells | int = 12,
+    schedule: Schedule | float | None = None,
+    instantaneous: bool | Instantaneous = False,
 ) -> Probe:
-    """Makes a probe of the shell dynamics for a training loop.
+    """Makes a probe that records the exact balance in a training loop.
 
-    With the dense solver a record costs one kernel with its derivative and two more
-    kernels for the measured change; with Lanczos, about three times its products. A few
-    matrices of ``[n, r]`` are held during a measurement, and at most one between
-    records.
+    A record is the `exact_balance` between two parameters of the run: between
+    consecutive multiples of ``every``, and over the first h steps after each of them
+    for every h of ``over``. With the dense solver it costs one kernel and its
+    eigenpairs, since those of the earlier end are kept; with `KrylovSteps` the runs of
+    both ends, at any n. Between records the probe holds one copy of the parameters, and
+    with the dense solver one matrix ``[n, n]``.
 
     Args:
         problem: The problem to measure, the same batches for the whole run: one
             evaluation set of ``n = K N C`` errors, whose reduction must be ``"stack"``.
-            Examples must be independent for the dense solver. Without a loss every
-            `Probe.update` needs a direction.
+            Examples must be independent for the dense solver.
         every: Steps between two records.
-        solver: ``"dense"`` for all n pairs, ``"lanczos"`` for the leading
-            ``window.num_pairs``, ``"auto"`` for the cheaper.
-        window: Which pairs are used. The default tolerance is tighter than that of
-            other measurements: in float32 the smallest pairs' vectors turn to noise
-            before their values do.
-        shells: Shells S, and resamples behind the interval of the exponent.
-        edges: ``[S + 1]`` increasing edges of the shells, in place of
-            ``shells.num_shells``. If None, S shells of equal width in the logarithm,
-            from the smallest resolved eigenvalue of the first record to ten times its
-            largest; they stay for the run.
-        schedule: The learning rate, a number or ``schedule(step)`` as optax makes it;
-            the effective time is its sum over the steps done.
-        closure_step: Relative step ``h |d| / |theta|`` of the measured change; if None,
-            one over which neither the parameters, the error nor M change much: by at
-            most a thousandth, a tenth and a tenth in float32.
+        over: Numbers of steps h, each below ``every``, over which balances are taken
+            besides.
+        solver: ``"dense"`` for all n pairs, with the split of the flux and the counting
+            velocity; `KrylovSteps` for any n; ``"auto"`` for the cheaper, with 4 random
+            vectors behind the counting velocity.
+        shells: The shells, which stay for the run: `SoftShells`, or a number S of soft
+            shells of width 1/2 whose edges come from the first record. They are equal
+            steps of the logarithm from a ten-thousandth of its largest eigenvalue to
+            ten times as much, open at both ends.
+        schedule: The effective time of a step, a number or ``schedule(step)`` as optax
+            makes it: the learning rate, over ``1 - mu`` with momentum. If None, time is
+            measured by two gradients of the problem's loss, see `measured_time`. What
+            counts is the training loss; the loss on the probe's batches stands for it.
+            Without a loss there is no time, and there are no velocities.
+        instantaneous: Whether records have the rates of section "shell dynamics" too,
+            of a step of the flow; or how.
 
     Returns:
         The probe.
 
     Raises:
-        ValueError: If an option is out of range, the reduction is not ``"stack"``, or
-            the batches do not share leading axes.
+        ValueError: If an option is out of range, the reduction is not ``"stack"``, the
+            shells do not suit the solver, or the batches do not share leading axes.
 
     References:
-        Paper 2.2, 3.3 and A.2; the probe is ours.
+        Ours; ``docs/what_moved.md``. Paper 2.2, 3.3 and A.2 for the rates.
     """
     check_batches(problem.batches)
     check_choice("problem.reduction", problem.reduction, ("stack",))
-    check_choice("solver", solver, ("auto", "dense", "lanczos"))
     check_at_least("every", every, 1)
-    check_type("window", window, Window)
-    check_type("shells", shells, Binning)
-    check_at_least("num_shells", shells.num_shells, 2)
-    if closure_step is not None:
-        check_positive("closure_step", closure_step)
-    if not callable(schedule):
-        rate = np.asarray(schedule).tolist()
-        check_not_negative("schedule", rate)
-        schedule = partial(_constant, float(rate))
+    if not isinstance(solver, KrylovSteps):
+        check_choice("solver", solver, ("auto", "dense"))
+    if not isinstance(shells, SoftShells):
+        check_at_least("shells", shells, 2)
+    elif isinstance(solver, KrylovSteps):
+        check_rational(shells)
+    if instantaneous is True:
+        instantaneous = Instantaneous()
+    if instantaneous is not False:
+        check_type("instantaneous", instantaneous, Instantaneous)
     return Probe(
         problem=problem,
         every=every,
+        over=_checked_lengths(over, every),
         solver=solver,
-        finder=Finder(window, Lanczos().block_size, _CONVERGENCE),
         shells=shells,
-        edges=None if edges is None else _checked_edges(edges),
-        schedule=schedule,
-        closure_step=closure_step,
+        schedule=_checked_schedule(schedule),
+        instantaneous=instantaneous or None,
     )
+
+
+@partial(jax.jit, static_argnames="probe")
+def _measured(
+    probe: Probe,
+    state: ProbeState,
+    point: Point,
+    flow: PyTree | None,
+    data: jax.Array,
+    step: jax.Array,
+) -> tuple[ProbeState, ProbeRecord]:
+    return probe._measure(state, point, flow, data, step)
+
+
+@partial(jax.jit, static_argnames="schedule")
+def _scheduled(state: ProbeState, step: jax.Array, *, schedule: Schedule) -> jax.Array:
+    """Returns the sum of the schedule over the steps since the start."""
+    first = jnp.maximum(state.start_step, 0)
+
+    def add(at: jax.Array, total: jax.Array) -> jax.Array:
+        # Schedules are the caller's code, and those of optax mix dtypes.
+        with jax.numpy_dtype_promotion("standard"):
+            rate = jnp.asarray(schedule(at))
+        check_shape("schedule(step)", rate, [])
+        return total + rate.astype(total.dtype)
+
+    return jax.lax.fori_loop(first, step, add, jnp.zeros((), jnp.result_type(float)))
+
+
+@jax.jit
+def _edges_from(state: ProbeState, largest: jax.Array) -> jax.Array:
+    """Returns the edges that are known, or equal steps of the logarithm."""
+    usable = jnp.isfinite(largest) & (largest > 0)
+    number = len(state.edges) + 2
+    steps = np.geomspace(_LOWEST, _HEADROOM, number)[1:-1]
+    fresh = jnp.where(usable, largest, 1) * jnp.asarray(steps, largest.dtype)
+    return jnp.where(state.start_step < 0, fresh, state.edges)
+
+
+@jax.jit
+def _with_ends(edges: jax.Array) -> jax.Array:
+    """Returns the edges with outer ones a step away, ``[q + 2]``, for open shells."""
+    if len(edges) == 1:
+        return edges[0] * jnp.asarray([1 / _HEADROOM, 1, _HEADROOM], edges.dtype)
+    low, high = edges[0] / edges[1], edges[-1] / edges[-2]
+    return jnp.concatenate([edges[:1] * low, edges, edges[-1:] * high])
+
+
+def _scans_are_fast() -> bool:
+    """Whether Lanczos may run in a scan: on CPU convolutions are slow in it."""
+    return jax.default_backend() != "cpu"
+
+
+def _timed_flow(
+    problem: Problem, point: Point, needed: bool
+) -> tuple[PyTree | None, float]:
+    """Returns the gradient flow and its seconds; None and NaN without a loss."""
+    if not (_has_loss(problem) or needed):
+        return None, float("nan")
+    started = time.perf_counter()
+    flow = jax.block_until_ready(flow_at(point))
+    return flow, time.perf_counter() - started
+
+
+def _has_loss(problem: Problem) -> bool:
+    return getattr(problem.objective, "loss_fn", problem) is not None
+
+
+def _check_same_examples(state: ProbeState, data: jax.Array) -> None:
+    """Raises ValueError if the examples or targets are not those of `Probe.init`."""
+    if np.any(np.asarray(state.fingerprint) != np.asarray(data)):
+        raise ValueError(
+            "problem: expected the examples and targets of init, in the same order, "
+            "got others."
+        )
+
+
+def _checked_schedule(schedule: Schedule | float | None) -> Schedule | None:
+    """Returns the schedule as a function of the step, after checking a number."""
+    if schedule is None:
+        return None
+    if callable(schedule):
+        return partial(schedule)  # hashable, whatever it is
+    rate = np.asarray(schedule).tolist()
+    check_not_negative("schedule", rate)
+    return partial(_constant, float(rate))
 
 
 def _constant(rate: float, step: Any) -> jax.Array:
     return jnp.full(jnp.shape(step), rate)
+
+
+def _checked_lengths(over: Sequence[int], every: int) -> tuple[int, ...]:
+    """Returns the numbers of steps, after checking that each is below ``every``."""
+    given = tuple(over) if np.iterable(over) else None
+    for length in (over,) if given is None else given:
+        whole = isinstance(length, int | np.integer) and not isinstance(length, bool)
+        if given is None or not (whole and 1 <= length < every):
+            raise ValueError(
+                f"over: expected a list of integers from 1 to every - 1 = {every - 1}, "
+                f"got {length!r}."
+            )
+    return tuple(sorted(map(int, set(given or ()))))
 
 
 def _concrete_step(step: Any) -> int:
@@ -358,18 +632,3 @@ def _concrete_step(step: Any) -> int:
         raise ValueError(
             f"step: expected an integer whose value is at hand, got {step!r}."
         ) from None
-
-
-def _checked_edges(edges: Sequence[float]) -> tuple[float, ...]:
-    """Returns the edges, after checking that they are positive and increase."""
-    try:
-        array = np.asarray(edges, np.float64)
-    except (TypeError, ValueError):
-        array = np.zeros(0)
-    if array.ndim != 1 or len(array) < 3 or not np.all(np.diff(array) > 0):
-        raise ValueError(
-            f"edges: expected at least 3 increasing numbers, got {edges!r}."
-        )
-    check_positive("edges[0]", float(array[0]))
-    check_positive("edges[-1]", float(array[-1]))
-    return tuple(float(edge) for edge in array)

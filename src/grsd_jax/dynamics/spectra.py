@@ -18,7 +18,14 @@ from grsd_jax.kernel.dense import dense_at
 from grsd_jax.kernel.products import held_products
 from grsd_jax.linalg.eigenpairs import leading_eigenpairs
 from grsd_jax.linalg.lanczos import LanczosResult
-from grsd_jax.problem import OutputsObjective, Point, Problem, evaluate
+from grsd_jax.linalg.ritz import descending_pairs
+from grsd_jax.problem import (
+    OutputsObjective,
+    Point,
+    Problem,
+    check_digits,
+    evaluate,
+)
 from grsd_jax.results import result
 
 #: Largest residual of a leading pair, relative to its value.
@@ -74,14 +81,27 @@ def spectral_snapshot(
     """
     point = stacked_point(problem, params)
     if num_pairs is None:
-        (kernel,) = dense_at(point)
-        values, vectors = _descending_pairs(kernel)
-    else:
-        check_at_least("num_pairs", num_pairs, 1)
-        if key is None:
-            raise ValueError("key: expected a PRNG key for leading pairs, got None.")
-        values, vectors = _leading_pairs(point, num_pairs, key)
+        return dense_snapshot(point, fingerprint(problem))
+    check_at_least("num_pairs", num_pairs, 1)
+    if key is None:
+        raise ValueError("key: expected a PRNG key for leading pairs, got None.")
+    values, vectors = _leading_pairs(point, num_pairs, key)
     return SpectralSnapshot(values, vectors, errors_at(point), fingerprint(problem))
+
+
+def dense_snapshot(point: Point, data: jax.Array) -> SpectralSnapshot:
+    """Returns the snapshot of all n pairs, by the dense kernel.
+
+    Args:
+        point: The problem at its parameters, examples independent.
+        data: [2] uint32, the `fingerprint` of its batches.
+
+    Returns:
+        The snapshot.
+    """
+    (kernel,) = dense_at(point)
+    values, vectors = _all_pairs(kernel)
+    return SpectralSnapshot(values, vectors, errors_at(point), data)
 
 
 def stacked_point(problem: Problem, params: PyTree) -> Point:
@@ -93,6 +113,7 @@ def stacked_point(problem: Problem, params: PyTree) -> Point:
     point = problem.at(params)
     if point.copies != point.num_batches:
         check_choice("problem.reduction", problem.reduction, ("stack",))
+    check_digits(point.error.dtype)
     check_single_or_double("error", point.error.dtype)
     return point
 
@@ -218,12 +239,7 @@ def _hash(words: jax.Array, index: int) -> jax.Array:
     return jnp.stack(found)
 
 
-@jax.jit
-def _descending_pairs(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
-    finite = jnp.all(jnp.isfinite(kernel))
-    values, vectors = jnp.linalg.eigh(jnp.where(finite, kernel, 0))
-    values = jnp.where(finite, values, jnp.nan)
-    return values[::-1], vectors[:, ::-1]
+_all_pairs = jax.jit(descending_pairs)
 
 
 def _leading_pairs(

@@ -103,17 +103,20 @@ def gradient_flow_direction(problem: Problem, params: PyTree) -> PyTree:
     References:
         Paper 7.2 and B.5.
     """
-    point = problem.at(params)
-    gradients = [
-        _loss_gradient(point.error_fn, point.params, batch) for batch in point.parts
-    ]
-    mean = jax.tree.map(lambda *leaves: -sum(leaves) / len(leaves), *gradients)
     return jax.tree.map(
         lambda leaf, d: _zero_like(leaf) if d is None else on_mesh_of(leaf, d),
         params,
-        mean,
+        flow_at(problem.at(params)),
         is_leaf=lambda leaf: leaf is None,
     )
+
+
+def flow_at(point: Point) -> PyTree:
+    """Returns the gradient flow of a checked problem, a tree like its ``params``."""
+    gradients = [
+        _loss_gradient(point.error_fn, point.params, batch) for batch in point.parts
+    ]
+    return jax.tree.map(lambda *leaves: -sum(leaves) / len(leaves), *gradients)
 
 
 def kernel_derivative(

@@ -128,6 +128,23 @@ def resolved_pairs(
     return accurate & (values > floor * jnp.max(values, initial=0))
 
 
+def descending_pairs(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns all eigenpairs of a dense symmetric matrix, the largest value first.
+
+    Args:
+        matrix: M, ``[n, n]``.
+
+    Returns:
+        Values ``[n]`` and vectors ``[n, n]``; the values are NaN if a number of the
+        matrix is not finite.
+    """
+    finite = jnp.all(jnp.isfinite(matrix))
+    matrix = jnp.where(finite, matrix, 0)
+    unit = magnitude(matrix)
+    values, vectors = jnp.linalg.eigh(matrix / unit)
+    return jnp.where(finite, values[::-1] * unit, jnp.nan), vectors[:, ::-1]
+
+
 def rounding_bound(num_pairs: int, dtype: jax.typing.DTypeLike) -> float:
     """Returns ``2 eps sqrt(r)``, what rounding adds to a residual, over ``|M|``."""
     return _ROUNDING_EPS * float(jnp.finfo(dtype).eps) * num_pairs**0.5

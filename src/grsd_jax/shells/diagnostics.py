@@ -164,7 +164,6 @@ class CouplingMeasurement:
             unresolved_share=float(self.unresolved_share),
         )
 
-
     def _headline(self) -> list[tuple[str, str]]:
         values = np.asarray(self.values)[np.asarray(self.resolved)]
         wanted = min(self.window.num_pairs or len(self.vectors), len(self.vectors))

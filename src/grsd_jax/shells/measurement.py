@@ -35,6 +35,7 @@ from grsd_jax.linalg.lanczos import block_lanczos
 from grsd_jax.linalg.ritz import (
     RitzPairs,
     default_floor,
+    descending_pairs,
     resolved_pairs,
     ritz_pairs,
     rounding_bound,
@@ -234,9 +235,7 @@ def diagonalize(
     """
     finite = all_finite((kernel, moved))
     kernel, moved = (jnp.where(finite, matrix, 0) for matrix in (kernel, moved))
-    unit = magnitude(kernel)
-    values, vectors = jnp.linalg.eigh(kernel / unit)
-    values, vectors = values[::-1] * unit, vectors[:, ::-1]
+    values, vectors = descending_pairs(kernel)
     residuals = norm(matmul(kernel, vectors) - vectors * values[None], 0)
     resolved = resolved_pairs(values, residuals, tolerance=tolerance, floor=floor)
     coupling = matmul(vectors.T, matmul(moved, vectors))

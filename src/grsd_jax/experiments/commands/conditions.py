@@ -19,7 +19,7 @@ from pathlib import Path
 from absl import flags as absl_flags
 
 from grsd_jax.experiments.common import flags
-from grsd_jax.experiments.common.config import Config
+from grsd_jax.experiments.common.config import PROBE_FIELDS, Config
 from grsd_jax.experiments.common.data import load_dataset
 from grsd_jax.experiments.common.runs import workdir_lock
 from grsd_jax.experiments.conditions.analyse import format_conditions
@@ -55,7 +55,7 @@ def main(config: Config) -> None:
 
 def define() -> None:
     """Defines the command's flags."""
-    flags.define_flags(only=flags.all_but("protocol", "record_every"), **DEFAULTS)
+    flags.define_flags(only=flags.all_but("protocol", *PROBE_FIELDS), **DEFAULTS)
     flags.define_threshold_flags()
     absl_flags.DEFINE_integer(
         "num_probes",

@@ -16,7 +16,7 @@ Examples:
 from pathlib import Path
 
 from grsd_jax.experiments.common import flags, runs
-from grsd_jax.experiments.common.config import Config, UserError
+from grsd_jax.experiments.common.config import PROBE_FIELDS, Config, UserError
 from grsd_jax.experiments.common.data import load_dataset
 from grsd_jax.experiments.common.measurement import header
 from grsd_jax.experiments.reproduce.analyse import format_table
@@ -62,5 +62,5 @@ def main(config: Config) -> None:
 
 def define() -> None:
     """Defines the command's flags."""
-    flags.define_flags(only=flags.all_but("record_every"), protocol=("own",))
+    flags.define_flags(only=flags.all_but(*PROBE_FIELDS), protocol=("own",))
     runs.define_process_flags()

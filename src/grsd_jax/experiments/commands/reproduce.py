@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from grsd_jax.experiments.common import flags
-from grsd_jax.experiments.common.config import Config
+from grsd_jax.experiments.common.config import PROBE_FIELDS, Config
 from grsd_jax.experiments.common.data import load_dataset
 from grsd_jax.experiments.common.runs import workdir_lock
 from grsd_jax.experiments.reproduce.analyse import format_table
@@ -25,7 +25,7 @@ from grsd_jax.experiments.reproduce.figures import write_figures
 from grsd_jax.experiments.reproduce.run import reproduce, write_results
 
 #: What the two networks of the comparison do not take.
-FIXED = ("model", "depth", "branch_scale", "rho", "record_every")
+FIXED = ("model", "depth", "branch_scale", "rho", *PROBE_FIELDS)
 
 
 def main(config: Config) -> None:

@@ -21,7 +21,7 @@ from grsd_jax.experiments.claims.analyse import format_claims
 from grsd_jax.experiments.claims.figures import write_claims_figure
 from grsd_jax.experiments.claims.run import run_claims
 from grsd_jax.experiments.common import files, flags, records
-from grsd_jax.experiments.common.config import Config, UserError
+from grsd_jax.experiments.common.config import PROBE_FIELDS, Config, UserError
 from grsd_jax.experiments.common.data import load_dataset
 from grsd_jax.experiments.common.runs import workdir_lock
 
@@ -39,7 +39,7 @@ DEFAULTS = {
 #: What the study sets by itself, and what its two networks do not take.
 FIXED = (
     "model", "seed", "reduction", "protocol", "depth", "branch_scale", "rho",
-    "record_every",
+    *PROBE_FIELDS,
 )  # fmt: skip
 
 

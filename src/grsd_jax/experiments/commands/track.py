@@ -1,8 +1,9 @@
 r"""Trains networks with the probe of the shell dynamics on, and draws what it records.
 
-Every --record_every steps, one JSON line goes to WORKDIR/MODEL/records.jsonl: energies,
-dissipation, transfers and flux between the shells of the spectrum of M = J J^T, their
-velocity and its exponent, how well the balance closes, and what the record cost. The
+Every --record_every steps, one JSON line goes to WORKDIR/MODEL/records.jsonl: what the
+shells of the spectrum of M = J J^T lost since the line before, what moved between them,
+the flux over their edges with its error, its velocity beside the counting velocity, and
+what the record cost. With --over=1,4 also over the first 1 and 4 steps after each. The
 end of both trainings adds WORKDIR/results.json and WORKDIR/figures, PNG and PDF. A run
 that was killed goes on when the same command is given again, and loses no record.
 
@@ -11,7 +12,7 @@ The defaults took 99 s on 2 CPU cores, on an embedded data set of textures.
 Examples:
   grsd track
   grsd track --dataset=cifar10 --data_dir=DATA --workdir=runs/track_cifar \
-      --train_batch_size=128 --epochs=3 --record_every=100
+      --train_batch_size=128 --epochs=3 --record_every=100 --over=1,10
 """
 
 import sys

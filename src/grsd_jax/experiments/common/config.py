@@ -137,6 +137,13 @@ class Config(Settings):
     )
     log_every: int = setting(20, "Steps between lines of metrics.", minimum=1)
     record_every: int = setting(10, "Steps between records of the probe.", minimum=1)
+    over: tuple[int, ...] = setting(
+        (),
+        "Steps h, each below --record_every, over which the probe takes balances too.",
+    )
+    num_steps: int = setting(
+        48, "Krylov steps m of the probe's balances, where n is large.", minimum=4
+    )
     solver: Literal["auto", "dense", "lanczos"] = setting(
         "auto",
         "How the spectrum is found; auto takes the cheaper that fits in memory.",
@@ -185,6 +192,10 @@ TRAINING_FIELDS = (
 )
 
 
+#: The settings that concern the probe alone.
+PROBE_FIELDS = ("record_every", "over", "num_steps")
+
+
 #: The settings that concern a script that trains.
 TRAINING_FLAGS = (
     *TRAINING_FIELDS,
@@ -208,6 +219,12 @@ def validate(config: Settings) -> None:
     """
     for field in dataclasses.fields(config):
         check_field(field, getattr(config, field.name))
+    over = getattr(config, "over", ())
+    if over and not all(1 <= h < getattr(config, "record_every", 0) for h in over):
+        raise UserError(
+            "--over: expected numbers of steps from 1 to below --record_every, got "
+            f"{','.join(map(str, over))}."
+        )
     if config.window > config.num_shells:
         raise UserError(
             f"--window: expected at most --num_shells = {config.num_shells}, "

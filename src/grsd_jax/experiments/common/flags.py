@@ -332,7 +332,7 @@ def _parsed(field: dataclasses.Field, value: Any) -> Any:
     if not isinstance(value, list):
         return value
     default: Any = field.default
-    kind = type(default[0])
+    kind = type(default[0]) if default else int
     try:
         return tuple(kind(entry) for entry in value)
     except ValueError:

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grsd_jax import Binning, Derivative, Lanczos, Problem, Window, measure_coupling
 from grsd_jax._typing import PyTree
-from grsd_jax.experiments.common.config import Config, Settings, UserError
+from grsd_jax.experiments.common.config import PROBE_FIELDS, Config, Settings, UserError
 from grsd_jax.experiments.common.data import Dataset
 from grsd_jax.experiments.common.networks import Weights
 from grsd_jax.experiments.common.quantities import whole_residual, window_residuals
@@ -38,7 +38,7 @@ UNRELATED = (
     "checkpoint_every",
     "keep_checkpoints",
     "log_every",
-    "record_every",
+    *PROBE_FIELDS,
 )
 
 Arrays = dict[str, np.ndarray]

@@ -8,7 +8,9 @@ was written after the checkpoint, and those records are made again.
 from pathlib import Path
 from typing import Any
 
-from grsd_jax.dynamics import ProbeRecord
+import jax
+
+from grsd_jax.dynamics import InstantRecord, ProbeRecord
 from grsd_jax.experiments.common import files, records
 
 
@@ -94,22 +96,73 @@ def read_tracks(workdir: Path) -> dict[str, list[dict[str, Any]]]:
     return tracks
 
 
+#: The amounts and the errors of a balance, as a line has them.
+_BALANCE = (
+    "energies",
+    "lost",
+    "moved",
+    "flux",
+    "rotation",
+    "drift",
+    "density",
+    "effective_edges",
+    "elapsed",
+    "velocity",
+    "velocity_mask",
+    "counting_velocity",
+    "shift_velocity",
+    "non_adjacent_share",
+    "floor",
+    "flux_error",
+    "energy_error",
+    "lost_error",
+    "moved_error",
+    "density_error",
+    "velocity_error",
+    "converged",
+    "rounding",
+)
+
+#: What a line has of the record itself, before the balance and after it.
+_FIRST = ("step", "start_step", "effective_time", "finite", "num_resolved")
+_LAST = (
+    "values",
+    "num_columns",
+    "seconds",
+    "gradient_seconds",
+    "cost",
+    "cost_in_steps",
+)
+
+
 def record_line(record: ProbeRecord) -> dict[str, Any]:
-    """Returns a record as one flat line of JSON; what is not finite will be null.
+    """Returns a record as one line of JSON; what is not finite will be null.
 
     Args:
         record: The record.
 
     Returns:
-        The names of `ShellDynamics` and of the other parts of the record, with the
-        shells' edges and counts, and without what belongs to single pairs but the
-        leading eigenvalues.
+        The names of `ExactBalance` and of the other parts of the record, with the
+        shells' edges; all of the balance null where the record has none. The rates of
+        an instantaneous record are under ``instantaneous``.
     """
+    balance, measured = record.balance, record.measured_time
+    line = {name: getattr(record, name) for name in _FIRST}
+    line["edges"] = None if balance is None else balance.shells.edges
+    for name in _BALANCE:
+        line[name] = None if balance is None else getattr(balance, name)
+    if measured is not None:
+        line["measured_time"] = measured._asdict()
+    line |= {name: getattr(record, name) for name in _LAST}
+    if record.instantaneous is not None:
+        line["instantaneous"] = _instant_line(record.instantaneous)
+    return jax.device_get(line)
+
+
+def _instant_line(record: InstantRecord) -> dict[str, Any]:
+    """Returns the rates of an instantaneous record, without what single pairs have."""
     fit, closure, crossings = record.velocity_fit, record.closure, record.crossings
     return {
-        "step": record.step,
-        "effective_time": record.effective_time,
-        "finite": record.finite,
         "num_resolved": record.num_resolved,
         "total_energy": record.total_energy,
         "edges": record.shells.edges,
@@ -133,9 +186,4 @@ def record_line(record: ProbeRecord) -> dict[str, Any]:
         "crossing_energy_down": crossings.energy_down,
         "values": record.values,
         "drift": record.drift,
-        "num_columns": record.num_columns,
-        "seconds": record.seconds,
-        "gradient_seconds": record.gradient_seconds,
-        "cost": record.cost,
-        "cost_in_steps": record.cost_in_steps,
     }

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from grsd_jax import Problem, Window, make_probe
-from grsd_jax.dynamics import ProbeState
+from grsd_jax import Problem, make_probe
+from grsd_jax.dynamics import KrylovSteps, ProbeState
 from grsd_jax.experiments.common import files, records
 from grsd_jax.experiments.common.config import TITLES, Config, UserError
 from grsd_jax.experiments.common.data import Dataset, measured_batches
@@ -25,22 +26,33 @@ from grsd_jax.experiments.common.networks import make_model
 from grsd_jax.experiments.common.tables import aligned, number
 from grsd_jax.experiments.common.training import TrainState, make_schedule, train
 from grsd_jax.experiments.track.log import ProbeLog
+from grsd_jax.experiments.track.quantities import (
+    lost_share,
+    moved_share,
+    spreads_over_steps,
+    usable_velocities,
+    whole_intervals,
+)
 from grsd_jax.models import linen_outputs
+from grsd_jax.shells import SoftShells
 
 #: The settings that decide what is recorded; a run resumes only under the same.
 SETTINGS = (
     "record_every",
     "batch_size",
     "num_batches",
+    "over",
     "num_shells",
     "solver",
-    "block_size",
-    "num_pairs",
+    "num_steps",
 )
 
 #: The outer edges of the shells. The spectrum of a fresh network says little of that of
 #: a trained one, whose largest value is some hundred or ten thousand times as large.
 LAMBDA_RANGE = (1e-2, 1e5)
+
+#: Random vectors behind the counting velocity where eigenpairs are too dear.
+_NUM_PROBES = 4
 
 
 class Tracker:
@@ -56,6 +68,7 @@ class Tracker:
     def __init__(self, model: nn.Module, dataset: Dataset, config: Config, path: Path):
         self._model, self.log = model, ProbeLog(path)
         self.settings = {name: getattr(config, name) for name in SETTINGS}
+        self.settings["over"] = list(config.over)  # as JSON has it
         batches = measured_batches(dataset, config)
         epoch_steps = len(dataset.train_images) // config.train_batch_size
         steps = epoch_steps * config.epochs
@@ -65,15 +78,25 @@ class Tracker:
                 f"got {config.record_every}."
             )
         schedule = make_schedule(config, total_steps=steps)
+        solver = config.solver
+        if solver == "lanczos":
+            solver = KrylovSteps(config.num_steps, num_probes=_NUM_PROBES)
+        # The outer edges of open shells are no edges.
+        edges = np.geomspace(*LAMBDA_RANGE, config.num_shells + 1)[1:-1]
         self._key = jax.random.key(config.seed)
         self._probe = make_probe(
             Problem(linen_outputs(model, {}), batches),
             every=config.record_every,
-            solver=config.solver,
-            edges=np.geomspace(*LAMBDA_RANGE, config.num_shells + 1).tolist(),
-            window=Window(config.num_pairs, tolerance=0.01),
-            # Momentum mu without dampening moves 1 / (1 - mu) times as far.
-            schedule=lambda step: schedule(step) / (1 - config.momentum),
+            over=config.over,
+            solver=solver,
+            shells=SoftShells(jnp.asarray(edges, jnp.float32)),
+            # Momentum mu without dampening moves 1 / (1 - mu) times as far. The time
+            # of other optimizers is measured.
+            schedule=(
+                (lambda step: schedule(step) / (1 - config.momentum))
+                if config.optimizer == "sgd"
+                else None
+            ),
         )
         self._since, self._steps = time.perf_counter(), 0
 
@@ -85,14 +108,16 @@ class Tracker:
         """Drops the lines after this state, and a last one that was cut short."""
         last = int(own.last_step)
         kept = [line["step"] for line in self.log.rewind(last)]
-        if last >= 0 and kept[-1:] != [last]:
+        # The first step has no earlier one, and so no line.
+        if last > 0 and kept[-1:] != [last]:
             wanted = f"the record of step {last}, the last before the checkpoint"
             raise files.cannot_read(self.log.path, wanted, f"{kept[-1:]}")
 
     def update(self, own: ProbeState, state: TrainState, step: int) -> ProbeState:
         """Takes a record if one is due, and appends its line."""
         self._steps += 1
-        if step % self._probe.every:
+        since = step % self._probe.every
+        if since and since not in self._probe.over:
             return own
         jax.block_until_ready(state.params)
         passed = time.perf_counter() - self._since
@@ -147,7 +172,11 @@ def track(
         entries[name] |= {
             "test_accuracy": result.test_accuracy,
             "train_seconds": metrics[-1]["seconds"],
-            "effective_time": "sum of learning rate / (1 - momentum) over the steps",
+            "effective_time": (
+                "sum of learning rate / (1 - momentum) over the steps"
+                if config.optimizer == "sgd"
+                else "measured by the gradient of the probe's loss at both ends"
+            ),
             "data_fingerprint": dataset.fingerprint,
         }
     return header(config) | {"tracks": entries}, lines
@@ -160,22 +189,32 @@ def summary(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         lines: The records, in order.
 
     Returns:
-        Counts, the last exponent, and medians of the closure error, of the share
-        between shells that are not neighbours, and of the probe's cost, the first two
-        records left out of the cost because they compile.
+        Counts, and medians over the records of whole intervals: of the shares that were
+        lost and moved, of the velocity and its null over the usable edges, of the share
+        between shells that are not neighbours, of how far the flux of a step varies
+        with the number of steps, and of the cost, the first two records left out of
+        the cost because they compile.
     """
+    whole = whole_intervals(lines)
+    velocities = [usable_velocities(line) for line in whole]
+    found = {
+        "lost_share_median": [lost_share(line) for line in whole],
+        "moved_share_median": [moved_share(line) for line in whole],
+        "velocity_median": [v for pair in velocities for v in pair[0]],
+        "counting_velocity_median": [v for pair in velocities for v in pair[1]],
+        "non_adjacent_share_median": [line["non_adjacent_share"] for line in whole],
+        "spread_over_steps_median": spreads_over_steps(lines),
+        "record_seconds_median": [line["seconds"] for line in lines[2:]],
+        "train_step_seconds_median": [x.get("train_step_seconds") for x in lines[2:]],
+        "cost_in_steps_median": [line["cost_in_steps"] for line in lines[2:]],
+        "cost_in_gradients_median": [line["cost"] for line in lines[2:]],
+    }
     return {
         "num_records": len(lines),
         "finite": all(line["finite"] for line in lines),
-        "num_resolved": lines[-1]["num_resolved"],
-        "exponent": lines[-1]["exponent"],
-        "exponent_interval": lines[-1]["exponent_interval"],
-        "closure_error_median": _median(lines, "closure_error"),
-        "non_adjacent_share_median": _median(lines, "non_adjacent_share"),
-        "record_seconds_median": _median(lines[2:], "seconds"),
-        "train_step_seconds_median": _median(lines[2:], "train_step_seconds"),
-        "cost_in_steps_median": _median(lines[2:], "cost_in_steps"),
-        "cost_in_gradients_median": _median(lines[2:], "cost"),
+        "num_edges": None if not whole else len(whole[-1]["edges"]),
+        "num_resolved": None if not whole else whole[-1]["num_resolved"],
+        **{name: _median(values) for name, values in found.items()},
     }
 
 
@@ -183,12 +222,16 @@ def summary(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 _ROWS = (
     ("test_accuracy", "test accuracy", ".4f"),
     ("num_records", "records", "d"),
-    ("num_resolved", "resolved pairs, last record", "d"),
-    ("exponent", "velocity exponent p, last record", ".2f"),
-    ("closure_error_median", "closure error, median", ".2f"),
-    ("non_adjacent_share_median", "non-adjacent share, median", ".2f"),
-    ("record_seconds_median", "seconds a record, median", ".2f"),
+    ("num_resolved", "resolved edges, last record", "d"),
+    ("lost_share_median", "lost, share of the energy", ".3f"),
+    ("moved_share_median", "moved, share of the energy", ".3f"),
+    ("velocity_median", "velocity v", ".3g"),
+    ("counting_velocity_median", "of it counting velocity, the null", ".3g"),
+    ("non_adjacent_share_median", "non-adjacent share", ".2f"),
+    ("spread_over_steps_median", "spread of the flux a step over h", ".2f"),
+    ("record_seconds_median", "seconds a record", ".2f"),
     ("cost_in_steps_median", "cost of a record in training steps", ".1f"),
+    ("cost_in_gradients_median", "cost of a record in gradients", ".1f"),
 )
 
 
@@ -206,9 +249,11 @@ def format_tracks(tracks: Mapping[str, Mapping[str, Any]]) -> str:
         cells = [_cell(track.get(key), spec) for track in tracks.values()]
         rows.append([title, *cells])
     legend = (
-        "Closure error: |predicted - measured change of the shells' energies| over the "
-        "measured one.\n"
-        "Non-adjacent share: of the transfer, between shells that are not neighbours."
+        "Medians over the records of whole intervals; energies before, |e|^2.\n"
+        "Moved: half of sum |T_ab|. Velocities: over the edges where they are usable.\n"
+        "A kernel that only grows moves energy at the counting velocity.\n"
+        "Non-adjacent share: of what moved; only for shells of at least 8 w.\n"
+        "Spread: (largest - smallest) / largest |F / h| over the lengths h of --over."
     )
     return f"{aligned(rows)}\n{legend}"
 
@@ -217,6 +262,6 @@ def _cell(value: Any, spec: str) -> str:
     return number(value, spec if isinstance(value, int) else spec.replace("d", ".0f"))
 
 
-def _median(lines: Sequence[Mapping[str, Any]], name: str) -> float | None:
-    found = [line[name] for line in lines if line.get(name) is not None]
+def _median(values: Sequence[float | None]) -> float | None:
+    found = [x for x in values if x is not None and np.isfinite(x)]
     return float(np.median(found)) if found else None

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from grsd_jax._arrays import matmul, outside
 from grsd_jax._typing import Matmat, PyTree
+from grsd_jax.dynamics.spectra import errors_at
 from grsd_jax.jacobian.autodiff import linearize
 from grsd_jax.kernel.dense import dense_at
 from grsd_jax.kernel.derivative import Derivative
@@ -20,7 +21,7 @@ from grsd_jax.kernel.products import held_products, projected_derivative
 from grsd_jax.linalg.eigenpairs import leading_eigenpairs
 from grsd_jax.linalg.lanczos import block_lanczos
 from grsd_jax.linalg.ritz import RitzPairs, resolved_pairs, ritz_pairs
-from grsd_jax.problem import Point, evaluate
+from grsd_jax.problem import Point
 from grsd_jax.shells.measurement import diagonalize
 from grsd_jax.shells.options import Window
 
@@ -28,7 +29,7 @@ from grsd_jax.shells.options import Window
 _REST_STEPS = 16
 
 
-class Snapshot(NamedTuple):
+class MovingSpectrum(NamedTuple):
     """Eigenpairs and errors at one set of parameters, and how they move along d.
 
     Attributes:
@@ -70,15 +71,15 @@ class Finder(NamedTuple):
         )
 
 
-def take_snapshot(
+def moving_spectrum(
     point: Point,
     basis: PyTree,
     finder: Finder,
     *,
     warm: bool | jax.Array,
     key: jax.Array,
-) -> Snapshot:
-    """Returns a snapshot, by the solver that the basis belongs to.
+) -> MovingSpectrum:
+    """Returns the moving spectrum, by the solver that the basis belongs to.
 
     Args:
         point: The problem at its parameters, without a direction for what needs none.
@@ -89,26 +90,26 @@ def take_snapshot(
         key: Consumed.
 
     Returns:
-        The snapshot.
+        The spectrum.
     """
     if not basis:
-        return dense_snapshot(point, finder)
+        return dense_spectrum(point, finder)
     vectors = basis["vectors"]
     start_key, key = jax.random.split(key)
     width = min(finder.block_size, vectors.shape[0])
     start = start_block(vectors, start_key, warm, width=width)
-    return lanczos_snapshot(point, start, vectors.shape[1], finder, key=key)
+    return lanczos_spectrum(point, start, vectors.shape[1], finder, key=key)
 
 
-def dense_snapshot(point: Point, finder: Finder) -> Snapshot:
-    """Returns the snapshot of all n pairs, from the dense kernel.
+def dense_spectrum(point: Point, finder: Finder) -> MovingSpectrum:
+    """Returns the moving spectrum of all n pairs, from the dense kernel.
 
     Args:
         point: The problem at its parameters; examples must be independent.
         finder: Which pairs are resolved.
 
     Returns:
-        The snapshot, ``r = n``.
+        The spectrum, ``r = n``.
     """
     if point.direction is None:
         (kernel,) = dense_at(point)
@@ -119,8 +120,9 @@ def dense_snapshot(point: Point, finder: Finder) -> Snapshot:
     pairs, coupling = diagonalize(
         kernel, moved, tolerance=window.tolerance, floor=window.floor
     )
-    error, error_rate = _errors(point)
-    return Snapshot(pairs, coupling, error, error_rate, num_columns=0)
+    error = errors_at(point)
+    error_rate = _error_rate(point, error)
+    return MovingSpectrum(pairs, coupling, error, error_rate, num_columns=0)
 
 
 @partial(jax.jit, static_argnames="width")
@@ -145,15 +147,15 @@ def start_block(
     return jnp.where(warm, inside, cold)
 
 
-def lanczos_snapshot(
+def lanczos_spectrum(
     point: Point,
     start: jax.Array,
     num_pairs: int,
     finder: Finder,
     *,
     key: jax.Array,
-) -> Snapshot:
-    """Returns the snapshot of the leading pairs, by block Lanczos from a start block.
+) -> MovingSpectrum:
+    """Returns the moving spectrum of leading pairs, by Lanczos from a start block.
 
     Args:
         point: The problem at its parameters.
@@ -163,7 +165,7 @@ def lanczos_snapshot(
         key: Consumed for the replacements of dead directions.
 
     Returns:
-        The snapshot; with a direction, a few unresolved pairs are added.
+        The spectrum; with a direction, a few unresolved pairs are added.
     """
     matmat = held_products(point)
     lead_key, rest_key = jax.random.split(key)
@@ -172,16 +174,17 @@ def lanczos_snapshot(
     )
     resolved = finder.resolved(found.values, found.residuals) & found.finite
     pairs = RitzPairs(found.values, found.vectors, found.residuals, resolved)
-    error, error_rate = _errors(point)
+    error = errors_at(point)
+    error_rate = _error_rate(point, error)
     num_columns = found.num_columns
     if point.direction is None:
         coupling = jnp.zeros((num_pairs,) * 2, start.dtype)
-        return Snapshot(pairs, coupling, error, error_rate, num_columns)
+        return MovingSpectrum(pairs, coupling, error, error_rate, num_columns)
     num_rest = min(_REST_STEPS, point.dimension - num_pairs)
     if num_rest:
         pairs = _with_rest(matmat, pairs, error, num_rest, rest_key)
     coupling = projected_derivative(point, pairs.vectors, Derivative(), start.shape[1])
-    return Snapshot(pairs, coupling, error, error_rate, num_columns + num_rest)
+    return MovingSpectrum(pairs, coupling, error, error_rate, num_columns + num_rest)
 
 
 def _with_rest(
@@ -215,14 +218,12 @@ def _with_rest(
 _outside = jax.jit(outside)
 
 
-def _errors(point: Point) -> tuple[jax.Array, jax.Array]:
-    """Returns ``e`` and ``J d`` of all batches, ``[n]`` each."""
-    fn, params, parts = point.error_fn, point.params, point.parts
-    errors = [evaluate(fn, params, batch) for batch in parts]
-    error = jnp.concatenate([part.reshape(-1) for part in errors])
+def _error_rate(point: Point, error: jax.Array) -> jax.Array:
+    """Returns ``J d`` of all batches, ``[n]``; zeros without a direction."""
     if point.direction is None:
-        return error, jnp.zeros_like(error)
+        return jnp.zeros_like(error)
+    fn, params = point.error_fn, point.params
     # The transpose of the pullback, since custom VJPs have no JVP.
     tangent = jax.tree.map(lambda leaf: leaf[None], point.direction)
-    rates = [linearize(fn, params, batch).push(tangent) for batch in parts]
-    return error, jnp.concatenate([rate.reshape(-1) for rate in rates])
+    rates = [linearize(fn, params, batch).push(tangent) for batch in point.parts]
+    return jnp.concatenate([rate.reshape(-1) for rate in rates])

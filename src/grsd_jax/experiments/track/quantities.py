@@ -1,0 +1,84 @@
+"""What the lines of ``records.jsonl`` say of the balance, in single numbers."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+Line = Mapping[str, Any]
+Lines = Sequence[Line]
+
+
+def column(lines: Lines, name: str) -> np.ndarray:
+    """Returns one field of all records, ``[records, ...]``, NaN for null."""
+    return np.array([line[name] for line in lines], np.float64)
+
+
+def num_steps(line: Line) -> int:
+    """Returns the training steps between both ends of a balance."""
+    return line["step"] - line["start_step"]
+
+
+def whole_intervals(lines: Lines) -> list[Line]:
+    """Returns the records that reach from one to the next, without those of --over."""
+    longest = max(map(num_steps, lines), default=0)
+    return [x for x in lines if num_steps(x) == longest and x["finite"]]
+
+
+def total_energy(line: Line) -> float:
+    """Returns ``|e|^2`` at the beginning."""
+    return float(np.sum(line["energies"][0]))
+
+
+def lost_share(line: Line) -> float:
+    """Returns what was lost, as a share of the energy at the beginning."""
+    return float(np.sum(line["lost"])) / total_energy(line)
+
+
+def moved_share(line: Line) -> float:
+    """Returns what moved between shells, as a share of the energy at the beginning."""
+    return float(np.sum(np.abs(line["moved"]))) / 2 / total_energy(line)
+
+
+def usable_velocities(line: Line) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the velocity and the counting velocity at the usable edges.
+
+    The second is NaN where nothing was counted.
+    """
+    used = np.array(line["velocity_mask"], bool)
+    velocity = np.array(line["velocity"], np.float64)
+    counted = line["counting_velocity"] or np.full(len(used), np.nan)
+    return velocity[used], np.array(counted, np.float64)[used]
+
+
+def by_steps(lines: Lines) -> dict[int, list[Line]]:
+    """Returns the finite records by the training steps between their ends."""
+    groups = defaultdict(list)
+    for line in lines:
+        if line["finite"]:
+            groups[num_steps(line)].append(line)
+    return dict(sorted(groups.items()))
+
+
+def spreads_over_steps(lines: Lines) -> list[float]:
+    """Returns how far the flux of one step depends on the steps h it is taken over.
+
+    For every record of --over beside others of the same beginning, at every edge where
+    all exceed their errors: ``(max - min) / max`` of ``F / h``, the last in size.
+    """
+    groups = defaultdict(list)
+    for line in lines:
+        if line["finite"]:
+            groups[line["start_step"]].append(line)
+    spreads = []
+    for group in groups.values():
+        if len(group) < 2:
+            continue
+        steps = np.array([num_steps(line) for line in group])[:, None]
+        flux = column(group, "flux")
+        known = np.all(np.abs(flux) > column(group, "flux_error"), axis=0)
+        rates = (flux / steps)[:, known]
+        sizes = np.max(np.abs(rates), axis=0)
+        spreads += list((np.max(rates, axis=0) - np.min(rates, axis=0)) / sizes)
+    return spreads
