@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import re
+import types
 import typing
 
 import jax
@@ -18,6 +19,7 @@ TOPICS = ("conditions", "dynamics", "kernel", "linalg", "shells")
 OTHERS = {
     "Binning",
     "Derivative",
+    "Instantaneous",
     "KrylovSteps",
     "Lanczos",
     "LinearizedKernel",
@@ -70,6 +72,9 @@ def _value(hint, field, rng, dtype, optional):
         if not optional:
             return None
         hint = next(x for x in arguments if x is not type(None))
+        arguments = typing.get_args(hint)
+    if isinstance(hint, types.UnionType):  # an array, or its value on the host
+        hint = arguments[0]
         arguments = typing.get_args(hint)
     origin = typing.get_origin(hint)
     again = (field, rng, dtype, optional)

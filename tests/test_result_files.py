@@ -79,7 +79,7 @@ def test_every_result_comes_back_bit_for_bit(kind, seed, tmp_path):
     ids=repr,
 )
 def test_every_kind_of_value_comes_back(value, tmp_path):
-    state = random_result(CLASSES["ProbeState"])._replace(basis=value)
+    state = random_result(CLASSES["ProbeState"])._replace(snapshot=value)
     state.save(tmp_path / "state.npz")
     assert_same(state, grsd.load(tmp_path / "state.npz"))
 
@@ -98,8 +98,8 @@ def test_64_bits_come_back_with_and_without_them_enabled(tmp_path):
 def test_what_no_result_holds_is_refused(tmp_path):
     state = random_result(CLASSES["ProbeState"])
     path = tmp_path / "state.npz"
-    with pytest.raises(ValueError, match=r"ProbeState\.basis\.f: expected .*function"):
-        state._replace(basis={"f": lambda: 0}).save(path)
+    with pytest.raises(ValueError, match=r"ProbeState\.snapshot\.f: expected .*function"):
+        state._replace(snapshot={"f": lambda: 0}).save(path)
     with pytest.raises(ValueError, match=r"ProbeState\.last_step: .*traced"):
         jax.jit(lambda x: (x.save(path), x)[1])(state)
     assert not path.exists()

@@ -87,7 +87,7 @@ def test_masks_keep_to_their_axes():
 
 
 def test_axes_of_one_name_and_other_sizes_are_kept_apart():
-    record = random_result(CLASSES["ProbeRecord"])
+    record = random_result(CLASSES["InstantRecord"])
     ends = jax.tree.map(lambda x: x[1:-1], record.crossings)
     dataset = record._replace(crossings=ends).to_xarray()
     assert dataset.shells_edges.dims == ("edge",)

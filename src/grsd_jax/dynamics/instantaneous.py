@@ -28,6 +28,7 @@ from grsd_jax.kernel.derivative import central_difference
 from grsd_jax.kernel.solver import Lanczos
 from grsd_jax.linalg.ritz import RitzPairs
 from grsd_jax.problem import Point
+from grsd_jax.results import result
 from grsd_jax.shells.binning import Shells, assign_shells
 from grsd_jax.shells.options import Window
 
@@ -78,6 +79,7 @@ class Instantaneous:
         return size if wanted is None else min(wanted, size)
 
 
+@result()
 class InstantRecord(NamedTuple):
     """The rates of the shell dynamics at one set of parameters.
 

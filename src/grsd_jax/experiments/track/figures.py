@@ -104,23 +104,15 @@ def _energies(tracks: Tracks) -> Figure:
 
 
 def _amounts(tracks: Tracks) -> Figure:
-    """What was lost and what moved between two records, as shares of the energy."""
+    """What moved and what was lost between two records, as shares of the energy."""
     figure, axis = _single()
     for name, lines in tracks.items():
         time = column(lines, "effective_time")
-        lost, moved = (
-            np.array([share(line) for line in lines])
-            for share in (lost_share, moved_share)
-        )
-        _line(axis, name, time, moved)
-        look = look_of(name)
-        axis.plot(time, np.where(lost > 0, lost, np.nan), ":", color=look.color)
-        axis.plot(
-            time, np.where(lost < 0, -lost, np.nan), "x", color=look.color, markersize=4
-        )
-        _log_scale(axis, moved)
-    axis.plot([], [], ":", color="0.4", label="lost")
-    axis.plot([], [], "x", color="0.4", markersize=4, label="gained")
+        _line(axis, name, time, np.array([moved_share(line) for line in lines]))
+        lost = [lost_share(line) for line in lines]
+        axis.plot(time, lost, ":", color=look_of(name).color)
+    axis.plot([], [], ":", color="0.4", label="lost; below 0: gained")
+    axis.axhline(0, color="0.8", linewidth=0.6, zorder=0)
     axis.set(xlabel=_TIME, ylabel=r"moved, $\frac{1}{2}\sum |T_{ab}| / |e|^2$")
     axis.legend()
     return figure
@@ -219,12 +211,6 @@ def _non_adjacent(tracks: Tracks) -> Figure:
     axis.set_ylim(0, 1)
     axis.legend()
     return figure
-
-
-def _log_scale(axis: Axes, values: np.ndarray) -> None:
-    """Makes the axis logarithmic, unless there is nothing that it could show."""
-    if np.nanmax(values, initial=0.0) > 0:
-        axis.set_yscale("log")
 
 
 def _symmetric_log(axis: Axes, values: np.ndarray) -> None:
