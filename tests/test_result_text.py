@@ -120,9 +120,9 @@ def fit(exponent, **more):
 
 
 def test_a_fit_shows_its_interval_or_its_error():
-    assert "exponent   0.78 ± 0.05" in repr(fit(0.78))
+    assert "exponent   0.780 ± 0.050" in repr(fit(0.78))
     interval = jnp.asarray([0.7261, 0.831], jnp.float32)
-    assert "0.78 [0.726, 0.831]" in repr(fit(0.78)._replace(interval=interval))
+    assert "0.780 [0.726, 0.831]" in repr(fit(0.78)._replace(interval=interval))
 
 
 def test_an_undefined_fit_says_why():

@@ -46,10 +46,16 @@ def with_interval(value: Any, interval: Any = None, stderr: Any = None) -> str:
     """Returns a number with its interval, or with its standard error."""
     if interval is not None and not np.isnan(np.asarray(interval)).any():
         low, high = np.asarray(interval)
-        return f"{number(value, 3)} [{number(low, 3)}, {number(high, 3)}]"
+        return f"{_padded(value, 3)} [{_padded(low, 3)}, {_padded(high, 3)}]"
     if stderr is not None and not np.isnan(stderr) and not np.isnan(value):
-        return f"{number(value, 3)} ± {number(stderr, 2)}"
-    return number(value, 3)
+        return f"{_padded(value, 3)} ± {_padded(stderr, 2)}"
+    return _padded(value, 3)
+
+
+def _padded(value: Any, digits: int) -> str:
+    """Returns a number with all its digits, trailing zeros included."""
+    value = float(value)
+    return MISSING if np.isnan(value) else f"{value:#.{digits}g}".rstrip(".")
 
 
 def span(values: Any, unit: str = "") -> str:
