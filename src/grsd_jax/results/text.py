@@ -24,8 +24,8 @@ MISSING = "n/a"
 
 _LINES, _WIDTH = 24, 100
 
-#: Numbers of an array that is shown number by number; those up to which the range of an
-#: array is looked up; and the rows of one table.
+#: Numbers of an array that is shown number by number; those up to which an array is
+#: fetched for its range; and the rows of one table.
 _FEW, _MANY, _ROWS = 4, 2**20, 24
 
 Row = tuple[str, str]
@@ -137,6 +137,8 @@ def _is_number(field: Field) -> bool:
 
 def _row(result: Any, field: Field) -> Row:
     """Returns the line of one field."""
+    if getattr(field.value, "size", 0) > _MANY:  # not worth fetching
+        return field.name, f"{list(field.value.shape)} {field.value.dtype}"
     array = defined(result, field)
     text = _value_text(field.value, array, field)
     return field.name, text if array is None else f"{text} {field.unit}".rstrip()
@@ -162,7 +164,7 @@ def _value_text(value: Any, array: np.ndarray | None, field: Field) -> str:
 def _array_text(array: np.ndarray, field: Field) -> str:
     """Returns the shape, the dtype and the range of an array, or its few numbers."""
     kind = f"{list(array.shape)} {array.dtype}"
-    if array.size > _MANY or not array.size:
+    if not array.size:
         return kind
     if array.dtype == np.bool_:
         return f"{kind}, {int(array.sum())} of {array.size} True"
