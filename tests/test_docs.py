@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
 #: A block that needs a package which only the tests install names it in its fence.
-OPTIONAL = ("equinox", "haiku")
+OPTIONAL = ("equinox", "haiku", "safetensors")
 
 
 def python_source(page: str, package: str = "") -> str:

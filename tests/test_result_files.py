@@ -98,7 +98,9 @@ def test_64_bits_come_back_with_and_without_them_enabled(tmp_path):
 def test_what_no_result_holds_is_refused(tmp_path):
     state = random_result(CLASSES["ProbeState"])
     path = tmp_path / "state.npz"
-    with pytest.raises(ValueError, match=r"ProbeState\.snapshot\.f: expected .*function"):
+    with pytest.raises(
+        ValueError, match=r"ProbeState\.snapshot\.f: expected .*function"
+    ):
         state._replace(snapshot={"f": lambda: 0}).save(path)
     with pytest.raises(ValueError, match=r"ProbeState\.last_step: .*traced"):
         jax.jit(lambda x: (x.save(path), x)[1])(state)

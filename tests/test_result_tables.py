@@ -112,3 +112,29 @@ def test_traced_results_are_refused():
     fit = random_result(shells.PowerLawFit)
     with pytest.raises(ValueError, match="exponent: expected an array whose numbers"):
         jax.jit(lambda x: (x.to_xarray(), x)[1])(fit)
+
+
+def test_the_file_of_a_probe_is_a_frame(tmp_path):
+    log = pytest.importorskip("grsd_jax.experiments.track.log")
+    lines = [
+        {
+            "step": step,
+            "finite": True,
+            "exponent": None if step else 0.5,
+            "energies": [1.0, None, 3.0 + step],
+            "ends": [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]],
+            "moved": [[0.0, 1.0], [2.0, 3.0]],
+            "measured_time": {"start": 0.25},
+        }
+        for step in (0, 10)
+    ]
+    path = tmp_path / "records.jsonl"
+    log.records.write_jsonl(path, lines)
+    frame = log.ProbeLog(path).to_pandas()
+    assert list(frame.index) == [0, 10]
+    assert list(frame.energies_02) == [3, 13]
+    assert frame.energies_01.isna().all()
+    assert list(frame.exponent.isna()) == [False, True]
+    assert list(frame.ends_01_02) == [6, 6]
+    assert list(frame.measured_time_start) == [0.25, 0.25]
+    assert not [name for name in frame if name.startswith("moved")]

@@ -181,7 +181,7 @@ def test_track_then_plot(tmp_path):
     assert set(results["tracks"]) == {"plainnet18", "resmlp"}
     for name, track in results["tracks"].items():
         lines = records.read_jsonl(tmp_path / name / "records.jsonl")
-        assert [line["step"] for line in lines] == [0, 2, 4]
+        assert [line["step"] for line in lines] == [2, 4]
         assert track["num_records"] == 3
     assert len(list((tmp_path / "figures").glob("*.pdf"))) == 6
 

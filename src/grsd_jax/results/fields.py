@@ -143,13 +143,16 @@ def on_host(value: Any) -> np.ndarray | None:
     if isinstance(value, bool | int | float | np.ndarray | np.generic):
         array = np.asarray(value)
         return None if array.dtype.hasobject else array
+    return np.asarray(value) if _is_at_hand(value) else None
+
+
+def _is_at_hand(value: Any) -> bool:
+    """Whether something is a JAX array whose numbers this process can fetch."""
     if not isinstance(value, jax.Array) or is_abstract(value):
-        return None
+        return False
     if is_key(value) or value.is_deleted():
-        return None
-    if not (value.is_fully_addressable or value.is_fully_replicated):
-        return None
-    return np.asarray(value)
+        return False
+    return value.is_fully_addressable or value.is_fully_replicated
 
 
 def is_concrete(result: Any) -> bool:
@@ -171,8 +174,9 @@ def _is_usable(value: Any, axes: tuple[str, ...] | None) -> bool:
         return all(_is_usable(item, axes) for item in value)
     if axes is None and isinstance(value, str):
         return True
-    array = on_host(value)
-    return array is not None and (axes is None or array.ndim == len(axes))
+    if not _is_at_hand(value):  # which fetches nothing
+        value = on_host(value)
+    return value is not None and (axes is None or value.ndim == len(axes))
 
 
 def is_key(array: Any) -> bool:

@@ -4,6 +4,7 @@
 """
 
 import importlib
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from grsd_jax._checks import check_choice
@@ -82,6 +83,37 @@ def to_pandas(result: Any, axis: str | None = None) -> "pandas.DataFrame":
         return pandas.DataFrame([numbers])
     frame = pandas.DataFrame(columns_of(result, axis))
     return frame.rename_axis(index=axis)
+
+
+def frame_of_lines(lines: Iterable[Mapping[str, Any]]) -> "pandas.DataFrame":
+    """Returns records that were read from a file as a data frame, one row a record.
+
+    Args:
+        lines: Dictionaries of numbers, texts and lists of numbers; None is undefined.
+
+    Returns:
+        The frame. The entries of lists are columns of their own, ``energies_03``, and
+        those of dictionaries have both names, ``measured_time_start``. Square tables
+        over pairs of shells are left out. The index is the step, where there is one.
+
+    Raises:
+        ImportError: If pandas is not installed.
+    """
+    pandas = needed("pandas", "to_pandas", "tables")
+    frame = pandas.DataFrame([dict(_cells(line)) for line in lines])
+    return frame.set_index("step") if "step" in frame else frame
+
+
+def _cells(line: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the numbers of a line by their names in a frame."""
+    for key, value in line.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from _cells(value, f"{name}_")
+        elif not isinstance(value, list):
+            yield name, value
+        elif not (value and isinstance(value[0], list) and len(value[0]) == len(value)):
+            yield from _cells({f"{k:02d}": x for k, x in enumerate(value)}, f"{name}_")
 
 
 def _attributes(variable: Any) -> dict[str, str]:

@@ -24,8 +24,8 @@ MISSING = "n/a"
 
 _LINES, _WIDTH = 24, 100
 
-#: Numbers of an array that is shown number by number; those up to which the range of an
-#: array is looked up; and the rows of one table.
+#: Numbers of an array that is shown number by number; those up to which an array is
+#: fetched for its range; and the rows of one table.
 _FEW, _MANY, _ROWS = 4, 2**20, 24
 
 Row = tuple[str, str]
@@ -46,10 +46,16 @@ def with_interval(value: Any, interval: Any = None, stderr: Any = None) -> str:
     """Returns a number with its interval, or with its standard error."""
     if interval is not None and not np.isnan(np.asarray(interval)).any():
         low, high = np.asarray(interval)
-        return f"{number(value, 3)} [{number(low, 3)}, {number(high, 3)}]"
+        return f"{_padded(value, 3)} [{_padded(low, 3)}, {_padded(high, 3)}]"
     if stderr is not None and not np.isnan(stderr) and not np.isnan(value):
-        return f"{number(value, 3)} ± {number(stderr, 2)}"
-    return number(value, 3)
+        return f"{_padded(value, 3)} ± {_padded(stderr, 2)}"
+    return _padded(value, 3)
+
+
+def _padded(value: Any, digits: int) -> str:
+    """Returns a number with all its digits, trailing zeros included."""
+    value = float(value)
+    return MISSING if np.isnan(value) else f"{value:#.{digits}g}".rstrip(".")
 
 
 def span(values: Any, unit: str = "") -> str:
@@ -131,6 +137,8 @@ def _is_number(field: Field) -> bool:
 
 def _row(result: Any, field: Field) -> Row:
     """Returns the line of one field."""
+    if getattr(field.value, "size", 0) > _MANY:  # not worth fetching
+        return field.name, f"{list(field.value.shape)} {field.value.dtype}"
     array = defined(result, field)
     text = _value_text(field.value, array, field)
     return field.name, text if array is None else f"{text} {field.unit}".rstrip()
@@ -156,7 +164,7 @@ def _value_text(value: Any, array: np.ndarray | None, field: Field) -> str:
 def _array_text(array: np.ndarray, field: Field) -> str:
     """Returns the shape, the dtype and the range of an array, or its few numbers."""
     kind = f"{list(array.shape)} {array.dtype}"
-    if array.size > _MANY or not array.size:
+    if not array.size:
         return kind
     if array.dtype == np.bool_:
         return f"{kind}, {int(array.sum())} of {array.size} True"

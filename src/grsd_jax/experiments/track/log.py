@@ -6,12 +6,16 @@ was written after the checkpoint, and those records are made again.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
 from grsd_jax.dynamics import InstantRecord, ProbeRecord
 from grsd_jax.experiments.common import files, records
+from grsd_jax.results.tables import frame_of_lines
+
+if TYPE_CHECKING:
+    import pandas
 
 
 class ProbeLog:
@@ -67,6 +71,15 @@ class ProbeLog:
                 doubled.
         """
         return records.read_jsonl(self.path)
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """Returns the lines as a data frame, one row a record, see `frame_of_lines`.
+
+        Raises:
+            ImportError: If pandas is not installed.
+            UserError: As for `read`.
+        """
+        return frame_of_lines(self.read())
 
 
 def read_tracks(workdir: Path) -> dict[str, list[dict[str, Any]]]:
