@@ -338,7 +338,8 @@ def _sharp(point: Point, eps: float) -> tuple[Point, Any] | None:
     except Exception:  # jaxprs are JAX's own affair, and change
         return None
     raised = dataclasses.replace(point, error_fn=error_fn, params=params, error=error)
-    return raised, _closed(raised)[0]
+    closed, _ = _closed(raised)
+    return None if closed is None else (raised, closed)
 
 
 def _compared(point: Point, key: Any, sets: list[tuple[Any, ...]]) -> bool | None:
