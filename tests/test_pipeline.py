@@ -81,7 +81,7 @@ def reproduced(tmp_path_factory):
 def test_reproduce_writes_the_schema_the_table_and_the_figures(reproduced):
     folder, out = reproduced
     found, arrays = analyse.read_results(folder)
-    assert set(found) == {"config", "environment", "models", "protocols"}
+    assert set(found) == {"command", "config", "environment", "models", "protocols"}
     assert found["config"]["reduction"] == "mean"  # the paper's
     assert set(found["protocols"]) == {"shared", "recalibrated", "own"}
     assert found["models"]["plainnet18"] == found["protocols"]["shared"]
@@ -113,7 +113,8 @@ def test_a_second_run_measures_nothing_again(reproduced, dataset, monkeypatch):
     monkeypatch.setattr(pipeline, "measure", forbidden)
     again, arrays = pipeline.reproduce(dataset, config)
     written, kept = analyse.read_results(folder)
-    assert records.plain(again) == written
+    assert written["command"].startswith("reproduce.py --workdir=")
+    assert records.plain(again) | {"command": written["command"]} == written
     assert set(arrays) == set(kept)
     np.testing.assert_array_equal(arrays["resnet18/values"], kept["resnet18/values"])
     with pytest.raises(AssertionError, match="measured again"):

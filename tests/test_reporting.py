@@ -36,7 +36,10 @@ def noise():
 
 def write_run(folder, made, *, figure=True):
     results, arrays = made
-    results["config"] = {"seed": 7, "protocol": ["shared", "own"], "data_dir": None}
+    results["config"] = {"seed": 7, "protocol": ["shared", "own"], "width": 8}
+    results["command"] = "grsd reproduce --seed=7"
+    for entry in results.get("models", {}).values():
+        entry["unresolved_share"] = 0.9123456789012345
     results["environment"] = {"versions": {"jax": "<0.10>"}}
     records.write_npz(folder / "arrays.npz", arrays)
     records.write_json(folder / "results.json", results)
@@ -53,7 +56,7 @@ def workdir(tmp_path_factory):
     inner = folder / "resnet18"
     inner.mkdir()
     write_run(inner, one_model(), figure=False)
-    (inner / "cells.csv").write_text('name,"x, y"\nplain & simple,1.5\n')
+    (inner / "cells.csv").write_text('name,"x, y"\nplain & simple,0.1234567890123456\n')
     records.write_json(inner / "config.json", {"seed": 1})  # no results
     reporting.write_report(folder)
     return folder
@@ -88,6 +91,30 @@ def test_page_holds_tables_settings_and_every_figure(workdir):
         kind, _, data = source.partition(",")
         assert kind == "data:image/png;base64"
         assert base64.b64decode(data).startswith(b"\x89PNG")
+
+
+def test_a_section_says_how_it_was_made_then_the_numbers_then_the_figures(workdir):
+    text = (workdir / "report.html").read_text()
+    section = text[text.index('<h2 id="section1"') : text.index('<h2 id="section2"')]
+    order = [
+        "Written on ",
+        "<code>grsd reproduce --seed=7</code>",
+        "<th>slope +- stderr [interval]</th>",
+        "91% of the error&#39;s energy lies outside",
+        "Figure 1. The diagonal of the projected derivative",
+        "Settings other than the defaults",
+        "All of config",
+    ]
+    places = [section.index(part) for part in order]
+    assert places == sorted(places)
+    chosen = section[places[-2] : places[-1]]
+    assert re.findall(r'<th scope="row">(\w+)</th>', chosen) == ["protocol", "seed"]
+
+
+def test_tables_have_no_long_fractions(workdir):
+    cells = Page((workdir / "report.html").read_text()).cells
+    assert "0.1235" in cells
+    assert not any(re.search(r"\d\.\d{9}", cell) for cell in cells)
 
 
 def test_page_asks_for_nothing_from_elsewhere(workdir):

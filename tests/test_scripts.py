@@ -177,17 +177,18 @@ def test_track_then_plot(tmp_path):
     done = run_script("track.py", workdir, *options)
     assert done.code == 0, done.err
     results = records.read_json(tmp_path / "results.json")
-    assert set(results) == {"config", "environment", "tracks"}
+    assert set(results) == {"command", "config", "environment", "tracks"}
+    assert results["command"].startswith("track.py --workdir=")
     assert set(results["tracks"]) == {"plainnet18", "resmlp"}
     for name, track in results["tracks"].items():
         lines = records.read_jsonl(tmp_path / name / "records.jsonl")
         assert [line["step"] for line in lines] == [2, 4]
-        assert track["num_records"] == 3
-    assert len(list((tmp_path / "figures").glob("*.pdf"))) == 6
+        assert track["num_records"] == 2
+    assert len(list((tmp_path / "figures").glob("*.pdf"))) == 5
 
     drawn = run_script("plot.py", workdir)
     assert drawn.code == 0, drawn.err
-    assert drawn.out.count(".png") == 6
+    assert drawn.out.count(".png") == 5
     wrong = run_script("track.py", workdir, *options, "--record_every=3")
     assert wrong.code == 1
     assert wrong.err.startswith("error: --record_every: expected 2")

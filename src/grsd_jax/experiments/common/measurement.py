@@ -1,7 +1,10 @@
 """The measurement of one network, and what files hold of it."""
 
 import dataclasses
+import shlex
+import sys
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -52,15 +55,16 @@ PROVENANCE = {
 
 
 def header(config: Any) -> dict[str, Any]:
-    """Returns what every file of results begins with: settings and environment.
+    """Returns what every file of results begins with: how it was made.
 
     Args:
         config: The settings, a dataclass with ``precision``.
 
     Returns:
-        ``{"config": ..., "environment": ...}``.
+        ``{"command": ..., "config": ..., "environment": ...}``.
     """
     return {
+        "command": f"{Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}".rstrip(),
         "config": dataclasses.asdict(config),
         "environment": environment(precision=config.precision),
     }

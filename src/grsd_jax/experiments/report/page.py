@@ -7,8 +7,10 @@ in the workdir, becomes a section, with the figures and CSV tables beside it.
 
 import base64
 import csv
+import dataclasses
 import io
 import json
+import time
 from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
@@ -19,9 +21,9 @@ from PIL import Image
 
 from grsd_jax.experiments.claims.analyse import claim_rows
 from grsd_jax.experiments.common import files, records
-from grsd_jax.experiments.common.config import UserError
+from grsd_jax.experiments.common.config import Config, UserError
 from grsd_jax.experiments.conditions.analyse import condition_rows
-from grsd_jax.experiments.reproduce.analyse import result_tables
+from grsd_jax.experiments.reproduce.analyse import result_caveats, result_tables
 
 #: Keys of a results file that get tables of their own.
 _SETTINGS = ("config", "environment")
@@ -29,12 +31,42 @@ _SETTINGS = ("config", "environment")
 #: Rows of a CSV table that are shown; the file itself lies beside the page.
 _MOST_ROWS = 200
 
+#: Characters of a number that is shown as it stands in a table.
+_LONGEST = 8
+
+#: What the figures show, by the beginning of their file's name; the longest counts.
+_CAPTIONS = {
+    "figure1": "Figure 1. The diagonal of the projected derivative against the "
+    "eigenvalue, mode by mode, with its power law. The theory predicts slope 1.",
+    "figure2": "Figure 2. Toeplitz residual of sliding windows of shells, from the "
+    "spectral edge to the centre, beside what chance would give.",
+    "spectrum": "Eigenvalues of the kernel in descending order, and the shells that "
+    "cut their logarithm into equal widths.",
+    "coupling_literal": "Shell coupling: mean square of the projected derivative "
+    "between two shells.",
+    "coupling_renormalized": "The same, each entry divided by both eigenvalues. The "
+    "theory predicts equal values along each diagonal.",
+    "track_energies": "Energy of the error in each shell along the training.",
+    "track_amounts": "What moved between shells from one record to the next, and what "
+    "was lost, as shares of the energy.",
+    "track_profiles": "Flux over each edge with its error, and its velocity beside the "
+    "null, at several times of the training.",
+    "track_velocity": "Velocity of the energy at each edge, beside that of a kernel "
+    "that only grows.",
+    "track_eigenvalues": "The leading eigenvalues along the training.",
+    "track_steps": "How what is seen depends on the training steps between both ends.",
+    "track_non_adjacent": "Share of the moved energy between shells that are not "
+    "neighbours.",
+    "conditions": "The four conditions along the training, with their thresholds.",
+    "claims": "The quantities behind the claims, for both networks of each seed.",
+}
+
 
 class Figure(NamedTuple):
     """One picture.
 
     Attributes:
-        name: Its file's name without the ending, in words.
+        name: What it shows, or its file's name in words.
         source: A ``data:`` address that holds the picture itself.
     """
 
@@ -47,15 +79,21 @@ class Section(NamedTuple):
 
     Attributes:
         title: The file, relative to the workdir.
+        made: The command that made it, if the file says so, and when it was written.
         tables: Rows of cells, headings first.
+        notes: Sentences that belong below the tables.
         figures: The pictures.
+        chosen: Names and values of the settings that are not the defaults.
         settings: Names and values of the configuration and the environment.
         details: All of the file, as JSON.
     """
 
     title: str
+    made: tuple[str, str]
     tables: list[list[list[str]]]
+    notes: list[str]
     figures: list[Figure]
+    chosen: list[tuple[str, str]]
     settings: dict[str, list[tuple[str, str]]]
     details: str
 
@@ -135,13 +173,31 @@ def _section(path: Path, results: Mapping[str, Any], workdir: Path) -> Section:
     settings = {key: list(_flat(results[key])) for key in _SETTINGS if key in results}
     figures = sorted({*path.parent.glob("*.png"), *path.parent.glob("figures/*.png")})
     shown = {key: value for key, value in results.items() if key not in _SETTINGS}
+    written = time.localtime(path.stat().st_mtime)
     return Section(
         title=path.relative_to(workdir).as_posix(),
+        made=(str(results.get("command") or ""), time.strftime("%d %B %Y", written)),
         tables=tables,
+        notes=_notes(results),
         figures=[_figure(figure) for figure in figures],
+        chosen=list(_flat(_chosen(results["config"]))),
         settings=settings,
         details=json.dumps(shown, indent=1),
     )
+
+
+def _chosen(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings that are not those of the main job."""
+    usual = dataclasses.asdict(Config())
+    plain = {name: list(x) if isinstance(x, tuple) else x for name, x in usual.items()}
+    return {name: x for name, x in config.items() if plain.get(name) != x}
+
+
+def _notes(results: Mapping[str, Any]) -> list[str]:
+    """Returns what a reader of the tables must know."""
+    if "model" in results or "models" in results:
+        return result_caveats(results)
+    return []
 
 
 def _tables(path: Path, results: Mapping[str, Any]) -> list[list[list[str]]]:
@@ -161,7 +217,13 @@ def _figure(path: Path) -> Figure:
         with Image.open(io.BytesIO(picture), formats=["PNG"]) as opened:
             opened.verify()  # the checksums in it
         data = base64.b64encode(picture).decode("ascii")
-    return Figure(path.stem.replace("_", " "), f"data:image/png;base64,{data}")
+    return Figure(_caption(path.stem), f"data:image/png;base64,{data}")
+
+
+def _caption(stem: str) -> str:
+    """Returns what a figure shows, or its file's name in words."""
+    known = [name for name in _CAPTIONS if stem.startswith(name)]
+    return _CAPTIONS[max(known, key=len)] if known else stem.replace("_", " ")
 
 
 def _read_csv(path: Path) -> list[list[str]]:
@@ -170,7 +232,16 @@ def _read_csv(path: Path) -> list[list[str]]:
             rows = [row for row in csv.reader(file, strict=True) if row]
         if len({len(row) for row in rows}) != 1:
             raise ValueError("rows of different lengths, or none")
-    return rows[: _MOST_ROWS + 1]
+    return [[_shortened(cell) for cell in row] for row in rows[: _MOST_ROWS + 1]]
+
+
+def _shortened(cell: str) -> str:
+    """Returns a cell, a long fraction to four digits."""
+    try:
+        value = float(cell)
+    except ValueError:
+        return cell
+    return f"{value:.4g}" if len(cell) > _LONGEST else cell
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
@@ -181,4 +252,4 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
     elif isinstance(value, list):
         yield name, ", ".join(str(item) for item in value)
     else:
-        yield name, "" if value is None else str(value)
+        yield name, "" if value is None else _shortened(str(value))
