@@ -71,6 +71,7 @@ def test_every_result_comes_back_bit_for_bit(kind, seed, tmp_path):
         jax.random.key(3),
         float("nan"),
         -0.0,
+        1 / 3,
         1e300,
         2**70,
         None,
@@ -170,6 +171,15 @@ def test_files_of_other_versions_are_noticed(tmp_path):
     path = a_file(tmp_path)  # what has a default need not be there
     rewritten(path, lambda header: header["result"]["fields"].pop("interval"))
     assert grsd.load(path).interval is None
+
+
+def test_who_reads_the_old_file_goes_on_reading_it(tmp_path):
+    path = a_file(tmp_path)
+    before = path.read_bytes()
+    with open(path, "rb") as file:
+        random_result(shells.PowerLawFit, 2).save(path)
+        assert file.read() == before
+    assert path.read_bytes() != before
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
