@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import re
+import types
 import typing
 
 import jax
@@ -18,6 +19,7 @@ TOPICS = ("conditions", "dynamics", "kernel", "linalg", "shells")
 OTHERS = {
     "Binning",
     "Derivative",
+    "Instantaneous",
     "KrylovSteps",
     "Lanczos",
     "LinearizedKernel",
@@ -66,9 +68,9 @@ def _made(kind, rng, dtype, *, optional):
 
 def _value(hint, field, rng, dtype, optional):
     arguments = typing.get_args(hint)
-    if type(None) in arguments:
-        if not optional:
-            return None
+    if type(None) in arguments and not optional:
+        return None
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
         hint = next(x for x in arguments if x is not type(None))
         arguments = typing.get_args(hint)
     origin = typing.get_origin(hint)

@@ -80,9 +80,9 @@ def test_every_result_comes_back_bit_for_bit(kind, seed, tmp_path):
     ids=repr,
 )
 def test_every_kind_of_value_comes_back(value, tmp_path):
-    state = random_result(CLASSES["ProbeState"])._replace(basis=value)
-    state.save(tmp_path / "state.npz")
-    assert_same(state, grsd.load(tmp_path / "state.npz"))
+    holder = shells.ShellCoupling(value, mask=None)
+    holder.save(tmp_path / "holder.npz")
+    assert_same(holder, grsd.load(tmp_path / "holder.npz"))
 
 
 @pytest.mark.usefixtures("x64")
@@ -97,12 +97,14 @@ def test_64_bits_come_back_with_and_without_them_enabled(tmp_path):
 
 
 def test_what_no_result_holds_is_refused(tmp_path):
-    state = random_result(CLASSES["ProbeState"])
-    path = tmp_path / "state.npz"
-    with pytest.raises(ValueError, match=r"ProbeState\.basis\.f: expected .*function"):
-        state._replace(basis={"f": lambda: 0}).save(path)
-    with pytest.raises(ValueError, match=r"ProbeState\.last_step: .*traced"):
-        jax.jit(lambda x: (x.save(path), x)[1])(state)
+    holder = random_result(shells.ShellCoupling)
+    path = tmp_path / "holder.npz"
+    with pytest.raises(
+        ValueError, match=r"ShellCoupling\.mask\.f: expected .*function"
+    ):
+        holder._replace(mask={"f": lambda: 0}).save(path)
+    with pytest.raises(ValueError, match=r"ShellCoupling\.matrix: .*traced"):
+        jax.jit(lambda x: (x.save(path), x)[1])(holder)
     assert not path.exists()
 
 
