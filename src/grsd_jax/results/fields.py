@@ -93,7 +93,11 @@ class Field(NamedTuple):
     def reason(self) -> str:
         """When the field is undefined, in the words of its docstring; or empty."""
         found = _UNDEFINED.search(self.about)
-        return "" if found is None else " ".join(found.group(0)[4:].split())
+        return (
+            ""
+            if found is None
+            else " ".join(found.group(0)[4:].replace("`", "").split())
+        )
 
 
 def description_of(result: Any) -> Description | None:
