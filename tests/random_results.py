@@ -68,9 +68,9 @@ def _made(kind, rng, dtype, *, optional):
 
 def _value(hint, field, rng, dtype, optional):
     arguments = typing.get_args(hint)
-    if type(None) in arguments:
-        if not optional:
-            return None
+    if type(None) in arguments and not optional:
+        return None
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
         hint = next(x for x in arguments if x is not type(None))
         arguments = typing.get_args(hint)
     if isinstance(hint, types.UnionType):  # an array, or its value on the host

@@ -50,7 +50,7 @@ def positive(tree):
 def balance(seed):
     made = positive(random_result(ExactBalance, 2 * seed))
     edges = shells.SoftShells(jnp.asarray([0.1, 0.2, 0.4, 0.8, 1.6]), 0.5)
-    wide = {"energies": jnp.ones((2, 6)) * (seed + 1)}
+    wide = {"energies": jnp.outer(jnp.asarray([seed, seed + 1.0]), jnp.ones(6))}
     return type(made)(**{**vars(made), "shells": edges, **wide})
 
 
@@ -163,7 +163,7 @@ def test_velocity_shows_its_error_its_null_and_what_cannot_be_used():
     )
     np.testing.assert_allclose(null.get_ydata(), result.counting_velocity, rtol=1e-6)
     texts = [text.get_text() for text in ax.get_legend().get_texts()]
-    assert texts[-1] == "a kernel that only grows"
+    assert texts[-1] == "null: growth alone"
 
 
 @pytest.mark.parametrize("nothing", [[], [{}], [{"effective_time": 1.0}]])
@@ -202,3 +202,10 @@ def test_the_noise_floor_is_the_residual_of_sampled_toeplitz_couplings():
     whole = type(blank)(**{**vars(blank), "literal": diagnostics, "shells": binned})
     floor = plotting.noise_floor_of(whole, "literal")
     np.testing.assert_allclose(floor, sampled, rtol=0.06)
+
+
+def test_of_many_records_six_are_drawn():
+    several = [balance(k) for k in range(1, 10)]
+    assert len(plotting.flux(several, axes()).collections) == 6
+    labels = list("abcdefghi")
+    assert len(plotting.flux(several, axes(), labels=labels).collections) == 9

@@ -71,6 +71,7 @@ def test_every_result_comes_back_bit_for_bit(kind, seed, tmp_path):
         jax.random.key(3),
         float("nan"),
         -0.0,
+        1 / 3,
         1e300,
         2**70,
         None,
@@ -79,9 +80,9 @@ def test_every_result_comes_back_bit_for_bit(kind, seed, tmp_path):
     ids=repr,
 )
 def test_every_kind_of_value_comes_back(value, tmp_path):
-    state = random_result(CLASSES["ProbeState"])._replace(snapshot=value)
-    state.save(tmp_path / "state.npz")
-    assert_same(state, grsd.load(tmp_path / "state.npz"))
+    holder = shells.ShellCoupling(value, mask=None)
+    holder.save(tmp_path / "holder.npz")
+    assert_same(holder, grsd.load(tmp_path / "holder.npz"))
 
 
 @pytest.mark.usefixtures("x64")
@@ -96,14 +97,14 @@ def test_64_bits_come_back_with_and_without_them_enabled(tmp_path):
 
 
 def test_what_no_result_holds_is_refused(tmp_path):
-    state = random_result(CLASSES["ProbeState"])
-    path = tmp_path / "state.npz"
+    holder = random_result(shells.ShellCoupling)
+    path = tmp_path / "holder.npz"
     with pytest.raises(
-        ValueError, match=r"ProbeState\.snapshot\.f: expected .*function"
+        ValueError, match=r"ShellCoupling\.mask\.f: expected .*function"
     ):
-        state._replace(snapshot={"f": lambda: 0}).save(path)
-    with pytest.raises(ValueError, match=r"ProbeState\.last_step: .*traced"):
-        jax.jit(lambda x: (x.save(path), x)[1])(state)
+        holder._replace(mask={"f": lambda: 0}).save(path)
+    with pytest.raises(ValueError, match=r"ShellCoupling\.matrix: .*traced"):
+        jax.jit(lambda x: (x.save(path), x)[1])(holder)
     assert not path.exists()
 
 
@@ -172,6 +173,15 @@ def test_files_of_other_versions_are_noticed(tmp_path):
     path = a_file(tmp_path)  # what has a default need not be there
     rewritten(path, lambda header: header["result"]["fields"].pop("interval"))
     assert grsd.load(path).interval is None
+
+
+def test_who_reads_the_old_file_goes_on_reading_it(tmp_path):
+    path = a_file(tmp_path)
+    before = path.read_bytes()
+    with open(path, "rb") as file:
+        random_result(shells.PowerLawFit, 2).save(path)
+        assert file.read() == before
+    assert path.read_bytes() != before
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):

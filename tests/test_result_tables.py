@@ -87,11 +87,11 @@ def test_masks_keep_to_their_axes():
 
 
 def test_axes_of_one_name_and_other_sizes_are_kept_apart():
-    record = random_result(CLASSES["InstantRecord"])
-    ends = jax.tree.map(lambda x: x[1:-1], record.crossings)
-    dataset = record._replace(crossings=ends).to_xarray()
-    assert dataset.shells_edges.dims == ("edge",)
-    assert dataset.crossings_up.dims == ("edge_3",)
+    result = random_result(shells.LayerMeasurements)
+    average = result.average._replace(windows=jnp.ones(5))
+    dataset = result._replace(average=average).to_xarray()
+    assert dataset.total_literal_windows.dims == ("window",)
+    assert dataset.average_windows.dims == ("window_5",)
 
 
 def test_derived_quantities_are_columns():

@@ -163,3 +163,18 @@ def test_deleted_arrays_have_a_shape():
     result = random_result(CLASSES["ProjectorDrift"])
     result.operator.delete()
     assert "operator   [] float32, without numbers" in repr(result)
+
+
+def test_a_summary_has_the_tables_of_what_is_inside():
+    result = random_result(shells.LayerMeasurements)
+    text = result.summary()
+    for line in result.total.summary().partition("shells, from")[2].splitlines():
+        assert line in text
+    assert "total: shells, from small to large lambda:" in text
+
+
+def test_the_reason_for_na_comes_from_the_docstring():
+    result = random_result(CLASSES["IncrementStatistics"])
+    text = repr(result._replace(normal_distance=jnp.float32(jnp.nan)))
+    assert "n/a (where the sums do not vary)" in text
+    assert "`" not in text

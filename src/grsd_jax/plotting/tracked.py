@@ -29,6 +29,9 @@ Record = ProbeRecord | Mapping[str, Any]
 
 _TIME = r"effective time $\tau$"
 
+#: Results drawn over the edges at most, evenly over the records.
+_MOST = 6
+
 
 def energies(records: Sequence[Record], ax: "Axes | None" = None) -> "Axes":
     """Draws the energy of each shell over time, colored by its place in the spectrum.
@@ -104,7 +107,8 @@ def flux(
     """Draws the energy that passed each edge, upwards where it is positive.
 
     Args:
-        results: An `ExactBalance` or a record of a probe, or a sequence of them.
+        results: An `ExactBalance` or a record of a probe, or a sequence of them, of
+            which six are drawn unless they have labels.
         ax: The axes; new ones if None.
         labels: What the legend calls each result; the times of records by default.
 
@@ -133,7 +137,8 @@ def velocity(
     exceeds it speaks for the theory. It is a dashed line where it was computed.
 
     Args:
-        results: An `ExactBalance` or a record of a probe, or a sequence of them.
+        results: An `ExactBalance` or a record of a probe, or a sequence of them, of
+            which six are drawn unless they have labels.
         ax: The axes; new ones if None.
         labels: What the legend calls each result; the times of records by default.
 
@@ -161,7 +166,7 @@ def velocity(
             ax.plot(edges, counted, "--", color=style["color"], linewidth=0.9)
             counted_any = True
     if counted_any:
-        ax.plot([], [], "--", color=GREY, label="a kernel that only grows")
+        ax.plot([], [], "--", color=GREY, label="null: growth alone")
     _legend(ax)
     return ax
 
@@ -186,6 +191,8 @@ def _styled(
     one = isinstance(results, Mapping | ExactBalance | ProbeRecord)
     several = [results] if one else list(results)
     kept = [k for k, x in enumerate(several) if _found(x, "flux") is not None]
+    if labels is None and len(kept) > _MOST:
+        kept = [kept[k] for k in np.linspace(0, len(kept) - 1, _MOST).astype(int)]
     colors = mpl.colormaps["plasma"](np.linspace(0, 0.85, max(len(kept), 1)))
     for k, color in zip(kept, colors, strict=False):
         label = labels[k] if labels is not None else _time_text(several[k])
@@ -200,7 +207,8 @@ def _time_text(result: Any) -> str | None:
 def _legend(ax: "Axes") -> None:
     if ax.get_legend_handles_labels()[1]:
         leave_room(ax)
-        ax.legend(loc="upper left", ncols=2, fontsize=LEGEND)
+        narrow: Any = {"handlelength": 1.4, "columnspacing": 1.0}
+        ax.legend(loc="upper left", ncols=2, fontsize=LEGEND, **narrow)
     if not ax.lines[1:]:
         say_empty(ax, "nothing was recorded")
 

@@ -93,7 +93,11 @@ class Field(NamedTuple):
     def reason(self) -> str:
         """When the field is undefined, in the words of its docstring; or empty."""
         found = _UNDEFINED.search(self.about)
-        return "" if found is None else " ".join(found.group(0)[4:].split())
+        return (
+            ""
+            if found is None
+            else " ".join(found.group(0)[4:].replace("`", "").split())
+        )
 
 
 def description_of(result: Any) -> Description | None:
@@ -128,8 +132,8 @@ def defined(result: Any, field: Field) -> np.ndarray | None:
     mask = on_host(getattr(result, name))
     if mask is None:
         return array
-    axes = _named(result, name).axes or ()
-    batch = mask.ndim - len(axes)
+    axes = _named(result, name).axes
+    batch = 0 if axes is None else mask.ndim - len(axes)  # None under python -OO
     ones = (1,) * (array.ndim - mask.ndim)
     mask = mask.reshape(mask.shape[:batch] + ones + mask.shape[batch:])
     return np.where(mask, array, np.full((), np.nan, array.dtype))
@@ -176,7 +180,8 @@ def _is_usable(value: Any, axes: tuple[str, ...] | None) -> bool:
         return True
     if not _is_at_hand(value):  # which fetches nothing
         value = on_host(value)
-    return value is not None and (axes is None or value.ndim == len(axes))
+    # What has no shape in its docstring, as under python -OO, may be from a `vmap`.
+    return value is not None and value.ndim == (0 if axes is None else len(axes))
 
 
 def is_key(array: Any) -> bool:

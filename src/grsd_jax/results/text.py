@@ -92,13 +92,24 @@ def summary(result: Any) -> str:
     title, rows, _ = _screenful(result, arrays=False)
     width = max((len(label) for label, _ in rows), default=0)
     parts = [title, *(f"  {label:<{width}}  {text}" for label, text in rows)]
-    if hasattr(result, "_tables") and is_concrete(result):
-        tables = result._tables()
-    else:
-        tables = {f"by {axis}": columns_of(result, axis) for axis in rows_of(result)}
-    for caption, columns in tables.items():
+    for caption, columns in _tables_of(result).items():
         parts += ["", f"{caption}:", *_table(columns)]
     return "\n".join(_cut(line) for line in parts)
+
+
+def _tables_of(result: Any) -> dict[str, dict[str, Any]]:
+    """Returns the columns of a summary by title: its own, or of what is inside it."""
+    if hasattr(result, "_tables") and is_concrete(result):
+        return result._tables()
+    inside = {
+        f"{field.name}: {caption}": columns
+        for field in fields_of(result)
+        if hasattr(field.value, "_tables") and is_concrete(field.value)
+        for caption, columns in field.value._tables().items()
+    }
+    if inside:
+        return inside
+    return {f"by {axis}": columns_of(result, axis) for axis in rows_of(result)}
 
 
 def headline(result: Any) -> list[Row]:
