@@ -172,6 +172,8 @@ def is_concrete(result: Any) -> bool:
 def _is_usable(value: Any, axes: tuple[str, ...] | None) -> bool:
     if description_of(value) is not None:
         return is_concrete(value)
+    if dataclasses.is_dataclass(value):  # options, which hold no arrays
+        return True
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, list | tuple):
