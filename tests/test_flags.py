@@ -43,6 +43,7 @@ def test_every_field_can_be_set_by_its_flag():
         keep_checkpoints=12,
         log_every=13,
         record_every=14,
+        over=(2, 5),
         batch_size=15,
         num_batches=17,
         solver="dense",
@@ -59,7 +60,7 @@ def test_every_field_can_be_set_by_its_flag():
     for field in dataclasses.fields(Config):
         value = getattr(other, field.name)
         assert value != field.default, f"{field.name} is not tested"
-        text = ",".join(value) if isinstance(value, tuple) else value
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else value
         arguments.append(f"--{field.name}={text}")
     assert parse(*arguments) == other
 
