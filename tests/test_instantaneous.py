@@ -177,7 +177,9 @@ def test_the_number_of_values_is_kept(mlp, monkeypatch):
 
 
 @pytest.mark.not_in_mode("debug_nans")
-@pytest.mark.parametrize("options", [{}, LANCZOS])
+@pytest.mark.parametrize(
+    "options", [{}, pytest.param(LANCZOS, marks=pytest.mark.scheduled)]
+)
 def test_a_broken_run_ends_both_records(mlp, options):
     problem, params = mlp
     probe = probe_of(problem, **options)

@@ -170,6 +170,7 @@ def test_track_then_plot(tmp_path):
         "--train_batch_size=16",
         "--batch_size=3",
         "--record_every=2",
+        "--over=1",
         "--num_shells=5",
         "--models=plainnet18",
         "--models=resmlp",
@@ -182,13 +183,13 @@ def test_track_then_plot(tmp_path):
     assert set(results["tracks"]) == {"plainnet18", "resmlp"}
     for name, track in results["tracks"].items():
         lines = records.read_jsonl(tmp_path / name / "records.jsonl")
-        assert [line["step"] for line in lines] == [2, 4]
-        assert track["num_records"] == 2
-    assert len(list((tmp_path / "figures").glob("*.pdf"))) == 5
+        assert [line["step"] for line in lines] == [1, 2, 3, 4]
+        assert track["num_records"] == 4
+    assert len(list((tmp_path / "figures").glob("*.pdf"))) == 6
 
     drawn = run_script("plot.py", workdir)
     assert drawn.code == 0, drawn.err
-    assert drawn.out.count(".png") == 5
+    assert drawn.out.count(".png") == 6
     wrong = run_script("track.py", workdir, *options, "--record_every=3")
     assert wrong.code == 1
     assert wrong.err.startswith("error: --record_every: expected 2")

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grsd_jax._arrays import matmul, outside
+from grsd_jax._arrays import matmul, on_automatic_mesh, outside
 from grsd_jax._checks import check_at_least, check_choice, check_single_or_double
 from grsd_jax._typing import PyTree
 from grsd_jax.dynamics.transport import Pairing, Spectrum
@@ -192,7 +192,6 @@ def pair_krylov(
     return Pairing(ends[0], ends[1], overlap)
 
 
-@jax.jit
 def fingerprint(problem: Problem) -> jax.Array:
     """Returns a hash of the batches and targets, which depends on their order.
 
@@ -202,6 +201,11 @@ def fingerprint(problem: Problem) -> jax.Array:
     Returns:
         [2] uint32.
     """
+    return _fingerprint(on_automatic_mesh(problem))
+
+
+@jax.jit
+def _fingerprint(problem: Problem) -> jax.Array:
     data = [problem.batches]
     objective = problem.objective
     if isinstance(objective, OutputsObjective) and callable(objective.target):
