@@ -614,6 +614,19 @@ def test_wide_outputs_are_checked_under_jit_as_well():
         dense(_two_layers())
 
 
+def test_the_parts_of_an_unstacked_leaf_have_blocks_of_their_own():
+    def fn(params, batch):
+        first, second = jnp.unstack(params["w"])
+        return jnp.tanh(batch["x"] @ first) @ second @ params["v"]
+
+    params = _two_layers()
+    params["w"] = jnp.stack([params["w"], params["w"].T])
+    problem = grsd.Problem(fn, _two_batches())
+    assert explained(problem, params)["w"].how == "outer"
+    expected = _kernel(fn, params, problem.batches)
+    assert relative_error(kernel_dense(problem, params), expected) < 1e-5
+
+
 def test_what_closes_over_traced_arrays_cannot_be_checked_and_says_so():
     batches, params = _two_batches(), _two_layers()
 
