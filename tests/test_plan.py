@@ -423,8 +423,13 @@ LOOKUPS = [
 ]
 
 
-@pytest.mark.parametrize("path", ["as it is", "plain"])
-@pytest.mark.parametrize("fn", LOOKUPS)
+FACTORED = [by_rows, by_entries, of_a_weight]  # the others are of their kinds
+
+
+@pytest.mark.parametrize(
+    ("fn", "path"),
+    [*((fn, "plain") for fn in LOOKUPS), *((fn, "factored") for fn in FACTORED)],
+)
 def test_rows_out_of_range_leave_every_product_symmetric(fn, path):
     noise = np.random.default_rng(0)
     shapes = {"table": (7, 2), "out": (4, 3)}
