@@ -52,6 +52,7 @@ APART = {
     "steps": lambda x, i: jax.lax.scan(lambda c, t: (c + t, c), x[:, 0], x.T)[1].T,
     "until": lambda x, i: jax.lax.fori_loop(0, 3, lambda _, c: jnp.sin(c), x),
     "branch": lambda x, i: jax.lax.cond(True, jnp.sin, jnp.zeros_like, x),
+    "unstacked": lambda x, i: jnp.stack(jnp.unstack(x, axis=1)[::-1], 1),
     "windows": lambda x, i: jax.lax.reduce_window(
         x, 0.0, jax.lax.add, (1, 3), (1, 1), "SAME"
     ),
@@ -72,6 +73,7 @@ MIXING = {
     "carried": lambda x, i: jax.lax.scan(lambda c, r: (c + r, c), jnp.zeros(4), x)[1],
     "crossed": lambda x, i: wide(x[:, : len(x)] + x[:, : len(x)].T),
     "pairs": lambda x, i: wide(jnp.take(x.T, i, axis=0)),
+    "rows": lambda x, i: jnp.stack(jnp.unstack(x)),
     "branches": lambda x, i: wide(
         jax.lax.cond(jnp.arange(2)[0] > 0, jnp.sin, jnp.transpose, x[:, : len(x)])
     ),
@@ -107,7 +109,9 @@ def test_examples_that_may_meet_are_not_taken_for_independent(name):
     assert reason(network(MIXING[name]), *values())
 
 
-@pytest.mark.parametrize("name", sorted(set(MIXING) - {"shut", "chosen", "loop"}))
+@pytest.mark.parametrize(
+    "name", sorted(set(MIXING) - {"rows", "shut", "chosen", "loop"})
+)
 def test_the_mixing_programs_are_no_programs_of_one_example(name):
     """The list itself: what one example gives alone differs from its row."""
     params, batch = values()

@@ -423,8 +423,13 @@ LOOKUPS = [
 ]
 
 
-@pytest.mark.parametrize("path", ["as it is", "plain"])
-@pytest.mark.parametrize("fn", LOOKUPS)
+FACTORED = [by_rows, by_entries, of_a_weight]  # the others are of their kinds
+
+
+@pytest.mark.parametrize(
+    ("fn", "path"),
+    [*((fn, "plain") for fn in LOOKUPS), *((fn, "factored") for fn in FACTORED)],
+)
 def test_rows_out_of_range_leave_every_product_symmetric(fn, path):
     noise = np.random.default_rng(0)
     shapes = {"table": (7, 2), "out": (4, 3)}
@@ -612,6 +617,19 @@ def test_wide_outputs_are_checked_under_jit_as_well():
 
     with pytest.raises(ValueError, match="examples are coupled"):
         dense(_two_layers())
+
+
+def test_the_parts_of_an_unstacked_leaf_have_blocks_of_their_own():
+    def fn(params, batch):
+        first, second = jnp.unstack(params["w"])
+        return jnp.tanh(batch["x"] @ first) @ second @ params["v"]
+
+    params = _two_layers()
+    params["w"] = jnp.stack([params["w"], params["w"].T])
+    problem = grsd.Problem(fn, _two_batches())
+    assert explained(problem, params)["w"].how == "outer"
+    expected = _kernel(fn, params, problem.batches)
+    assert relative_error(kernel_dense(problem, params), expected) < 1e-5
 
 
 def test_what_closes_over_traced_arrays_cannot_be_checked_and_says_so():

@@ -31,12 +31,13 @@ from grsd_jax.jacobian.tracing import (
 _BY_ENTRY = frozenset(
     """
     abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e
-    cbrt ceil clamp conj convert_element_type copy copy_p cos cosh digamma div eq
-    erf erf_inv erfc exp exp2 expm1 floor ge gt imag integer_pow is_finite le lgamma
-    log log1p logistic lt max min mul name ne neg nextafter not or population_count
-    pow real reduce_precision rem round rsqrt select_n shift_left
-    shift_right_arithmetic shift_right_logical sign sin sinh sqrt square
-    stop_gradient sub tan tanh xor
+    cbrt ceil clamp clz complex conj convert_element_type copy copy_p cos cosh
+    digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt igamma igammac imag
+    integer_pow is_finite le lgamma log log1p log2 logistic lt max min mul mulhi
+    name ne neg nextafter not one_minus_square or polygamma population_count pow
+    real reduce_precision regularized_incomplete_beta rem round rsqrt select_n
+    shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square
+    stop_gradient sub tan tanh xor zeta
     """.split()  # noqa: SIM905  (a line for each name otherwise)
 )
 
@@ -47,13 +48,13 @@ _ALONG = {
     ),
     **dict.fromkeys(("reduce_or", "reduce_xor", "argmax", "argmin"), "axes"),
     **dict.fromkeys(("cumsum", "cumprod", "cummax", "cummin"), "axis"),
-    **dict.fromkeys(("cumlogsumexp", "split"), "axis"),
+    **dict.fromkeys(("cumlogsumexp", "split", "unstack"), "axis"),
     **dict.fromkeys(("sort", "concatenate"), "dimension"),
     "rev": "dimensions",
 }
 
 #: Those of them that drop the axes.
-_DROP = ("reduce_", "argmax", "argmin")
+_DROP = ("reduce_", "argmax", "argmin", "unstack")
 
 
 class _Apart(NamedTuple):

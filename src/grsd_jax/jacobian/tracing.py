@@ -44,6 +44,7 @@ MOVES = (
     "split",
     "squeeze",
     "transpose",
+    "unstack",
 )
 
 _ELEMENTWISE = ("mul", "add", "add_any", "sub", "div")
