@@ -5,13 +5,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from grsd_jax._arrays import all_finite, unknown_like
 from grsd_jax._typing import PyTree
 from grsd_jax.dynamics.elapsed_time import MeasuredTime
 from grsd_jax.dynamics.instantaneous import InstantRecord
 from grsd_jax.dynamics.transport import ExactBalance
-from grsd_jax.results import result
+from grsd_jax.results import headline, number, result
 
 
 @result()
@@ -95,6 +96,24 @@ class ProbeRecord(NamedTuple):
     cost: float | None = None
     cost_in_steps: float | None = None
     coupled: bool | None = None
+
+    def _headline(self) -> list[tuple[str, str]]:
+        rows = [
+            ("training steps", f"{int(self.start_step)} to {int(self.step)}"),
+            ("effective time at the end", number(self.effective_time)),
+            ("finite", str(bool(self.finite))),
+        ]
+        if self.balance is not None:
+            rows += headline(self.balance)
+        if self.seconds is not None:
+            known = {"gradients": self.cost, "training steps": self.cost_in_steps}
+            costs = [
+                f"{number(cost, 2)} {unit}"
+                for unit, cost in known.items()
+                if cost is not None and np.isfinite(cost)
+            ]
+            rows.append(("cost", ", ".join([f"{number(self.seconds, 2)} s", *costs])))
+        return rows
 
 
 class Found(NamedTuple):
