@@ -5,7 +5,7 @@ between logarithmic shells of the spectrum of M = J J^T for both, and ends with 
 on the terminal, results.json and arrays.npz in the workdir, and the figures in
 WORKDIR/figures. A run that was killed goes on when the same command is given again.
 
-The defaults took 83 s on 2 CPU cores, on an embedded data set of textures.
+The defaults take an embedded data set of textures, and are made for 2 CPU cores.
 
 Examples:
   grsd reproduce
