@@ -140,8 +140,8 @@ class Config(Settings):
     record_every: int = setting(10, "Steps between records of the probe.", minimum=1)
     over: tuple[int, ...] = setting(
         (),
-        "Numbers of steps over which the probe also takes a balance, from every record "
-        "on; each below --record_every.",
+        "Adds balances over the first h steps after each record, such as 1,4; each h "
+        "is below --record_every.",
     )
     num_steps: int = setting(
         48, "Krylov steps m of the probe's balances, with --solver=lanczos.", minimum=4
