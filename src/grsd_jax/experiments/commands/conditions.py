@@ -59,7 +59,7 @@ def define() -> None:
     absl_flags.DEFINE_integer(
         "num_probes",
         16,
-        "Random probes of the influence; 0 for the exact influence.",
+        "Random sign vectors behind the influence; 0 for the exact influence.",
         lower_bound=0,
         module_name=sys.argv[0],
     )

@@ -27,6 +27,9 @@ from grsd_jax.experiments.reproduce.run import measure, write_results
 POSITIONAL = "workdir"
 READS_RUN = True
 
+#: What concerns a training while it runs, and not what it computes.
+WITHOUT_EFFECT = ("checkpoint_every", "keep_checkpoints", "log_every")
+
 
 def main(config: Config) -> None:
     """Runs the command with these settings."""
@@ -64,5 +67,6 @@ def main(config: Config) -> None:
 
 def define() -> None:
     """Defines the command's flags."""
-    flags.define_flags(only=flags.all_but(*PROBE_FIELDS), protocol=("own",))
+    fields = flags.all_but(*PROBE_FIELDS, *WITHOUT_EFFECT)
+    flags.define_flags(only=fields, protocol=("own",))
     runs.define_process_flags()

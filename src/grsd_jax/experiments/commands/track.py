@@ -5,14 +5,16 @@ shells of the spectrum of M = J J^T lost since the line before, what moved betwe
 the flux over their edges with its error, its velocity beside the counting velocity, and
 what the record cost. --over=1,4 adds lines for the first 1 and 4 steps after each. When
 all networks are trained, WORKDIR/results.json and WORKDIR/figures (PNG and PDF) are
-written. A run that was killed goes on when the same command is given again, and loses
-no record.
+written. A killed run resumes when the same command is given again, and loses no record.
+
+With --optimizer=sgd the time between records is the sum of learning rate over
+(1 - momentum); for adamw and muon it is measured by gradients of the loss at both ends.
 
 The defaults take an embedded data set of textures, and are made for 2 CPU cores.
 
 Examples:
   grsd track
-  grsd track --models=mlp,resmlp --optimizer=adamw --learning_rate=0.001
+  grsd track --workdir=runs/track_mlp --models=mlp,resmlp --over=1,4
   grsd track --dataset=cifar10 --data_dir=DATA --workdir=runs/track_cifar \
       --train_batch_size=128 --epochs=3 --record_every=100 --over=1,10
 """

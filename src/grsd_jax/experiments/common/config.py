@@ -106,7 +106,7 @@ class Config(Settings):
         minimum=0,
         maximum=2**32 - 1,
     )
-    model: str = setting("resnet18", "Network to train.", choices=MODELS)
+    model: str = setting("resnet18", "The network.", choices=MODELS)
     width: int = setting(
         8, "Channels of the first stage, or features of the state.", minimum=1
     )
