@@ -1,5 +1,6 @@
 """The text of results: a screenful, right numbers, and n/a for what is undefined."""
 
+import dataclasses
 import re
 import typing
 from html.parser import HTMLParser
@@ -128,6 +129,13 @@ def test_a_fit_shows_its_interval_or_its_error():
 def test_an_undefined_fit_says_why():
     few = shells.fit_power_law(jnp.ones(1), jnp.ones(1))
     assert "n/a (fewer than 2 points, or a single x)" in repr(few)
+
+
+def test_options_are_shown_with_their_values():
+    result = random_result(CLASSES["CouplingMeasurement"], 0)
+    window = shells.Window(num_pairs=7)
+    text = repr(dataclasses.replace(result, window=window))
+    assert re.search(rf"^  window +{re.escape(repr(window))}$", text, re.M)
 
 
 def test_masked_placeholders_are_not_shown():

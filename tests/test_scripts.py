@@ -172,8 +172,7 @@ def test_track_then_plot(tmp_path):
         "--record_every=2",
         "--over=1",
         "--num_shells=5",
-        "--models=plainnet18",
-        "--models=resmlp",
+        "--models=plainnet18,resmlp",
     )
     done = run_script("track.py", workdir, *options)
     assert done.code == 0, done.err

@@ -107,7 +107,7 @@ def test_caveats_stand_below_the_tables():
     table = format_table({"models": {"mlp": good, "cnn": poor}})
     _, _, missing, outside = table.split("\n\n")
     assert missing.startswith("CNN: At least 7 pairs")
-    assert outside.startswith("CNN: 96% of the error's energy")
+    assert outside.startswith("CNN: Ask for more pairs: 96% of the error's energy")
 
 
 NAN = float("nan")

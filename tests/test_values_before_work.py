@@ -55,6 +55,8 @@ def _small():
         ("train.py", ["--model=mlp", "--depth=99999999999"], "--depth"),
         ("track.py", ["--record_every=1000", "--epochs=1"], "--record_every"),
         ("track.py", ["--num_shells=100000"], "--num_shells"),
+        ("track.py", ["--models=mlp,mlp"], "--models"),
+        ("track.py", ["--models=resnet"], "--models"),
         ("reproduce.py", ["--num_shells=100000"], "--num_shells"),
         ("reproduce.py", [*LANCZOS, "--num_pairs=6"], "--num_shells"),
         ("reproduce.py", ["--num_pairs=6"], "--num_shells"),

@@ -252,7 +252,7 @@ def lipschitz_check(
     """
     known = all(map(trusted, measurements))
     largest = float(np.max(constants)) if known else math.nan
-    reason = "no two neighbouring shells are coupled" if known else _UNTRUSTED
+    reason = "no two neighboring shells are coupled" if known else _UNTRUSTED
     return Check(
         "Lipschitz constant in log lambda",
         largest,

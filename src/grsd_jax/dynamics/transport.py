@@ -264,7 +264,7 @@ class ExactBalance:
         finite = "finite" if self.finite else "NOT finite"
         return [
             *rows,
-            ("transfers between non-neighbours", share),
+            ("transfers between non-neighbors", share),
             ("both ends", f"{same}, {finite}"),
         ]
 

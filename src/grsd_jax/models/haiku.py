@@ -77,7 +77,7 @@ def haiku_outputs(
     if isinstance(transformed, hk.TransformedWithState):
         if not isinstance(state, Mapping):
             raise ValueError(
-                "state: expected the state that transform_with_state initialised, got "
+                "state: expected the state that transform_with_state initialized, got "
                 f"{type(state).__name__}."
             )
         return HaikuOutputs(transformed, as_data(state), inputs)

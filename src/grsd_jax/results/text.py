@@ -1,5 +1,6 @@
 """Results as text: a screenful for the notebook, and tables for the eye."""
 
+import dataclasses
 import html
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -196,6 +197,8 @@ def _why(field: Field) -> str:
 
 def _abstract_text(value: Any) -> str:
     """Returns what is known of something without numbers at hand."""
+    if dataclasses.is_dataclass(value):  # options, which hold no arrays
+        return repr(value)
     if not isinstance(value, jax.Array | jax.ShapeDtypeStruct):
         return type(value).__name__
     kind = f"{list(value.shape)} {value.dtype}"

@@ -237,9 +237,9 @@ def caveats(*, num_missing: int, unresolved_share: float) -> tuple[str, ...]:
         )
     if unresolved_share > _MOST:
         found.append(
-            f"{unresolved_share:.0%} of the error's energy lies outside the measured "
-            "pairs, so that exponents and residuals describe the rest of it alone; ask "
-            "for more pairs."
+            f"Ask for more pairs: {unresolved_share:.0%} of the error's energy lies "
+            "outside the measured ones, and exponents and residuals describe only the "
+            "rest."
         )
     return tuple(found)
 

@@ -2,11 +2,10 @@
 
 Reads the checkpoints that `grsd train` left in WORKDIR/MODEL, and trains a small
 network there first if there are none. Writes WORKDIR/MODEL/conditions.json (condition1
-to condition4, each with a verdict that shows its numbers and thresholds), a figure page
-beside it, and a table on the terminal. The thresholds are conventions; set them as you
-like. Keep several checkpoints in training: --checkpoint_every and --keep_checkpoints.
-
-The defaults took 137 s on 2 CPU cores, training included.
+to condition4, each with a verdict that shows its numbers and thresholds), a page of
+figures in WORKDIR/MODEL/figures, and a table on the terminal. The thresholds are
+conventions; set them as you like. Keep several checkpoints in training:
+--checkpoint_every and --keep_checkpoints.
 
 Examples:
   grsd conditions
@@ -60,14 +59,14 @@ def define() -> None:
     absl_flags.DEFINE_integer(
         "num_probes",
         16,
-        "Random probes of the influence; 0 for the exact influence.",
+        "Random sign vectors behind the influence; 0 for the exact influence.",
         lower_bound=0,
         module_name=sys.argv[0],
     )
     absl_flags.DEFINE_integer(
         "num_points",
         5,
-        "Points of the path at most, the initialisation included.",
+        "Points of the path at most, the initialization included.",
         lower_bound=2,
         module_name=sys.argv[0],
     )

@@ -3,14 +3,16 @@
 Reads the checkpoint that `grsd train` left in WORKDIR/MODEL (of the ResNet-18 if the
 plain network is measured under another --protocol) and writes results.json and
 arrays.npz to WORKDIR/MODEL; `grsd plot WORKDIR/MODEL` draws them. The settings of the
-network and of its data are read from the config.json of the training. --reduction=mean
-measures as `grsd reproduce` does. Several devices share the examples of each batch.
---distributed joins several processes: all must see WORKDIR, and the first writes.
+network and of its data are read from the config.json of the training. A second
+measurement replaces the first. --reduction=mean measures as `grsd reproduce` does.
+Several devices share the examples of each batch. --distributed joins several processes:
+all must see WORKDIR, and the first writes.
 
 Examples:
-  grsd measure --workdir=runs/quick
-  grsd measure --workdir=runs/quick --model=plainnet18 --protocol=shared
-  srun grsd measure --workdir=runs/quick --distributed
+  grsd measure runs/quick
+  grsd measure runs/quick --num_pairs=200
+  grsd measure runs/quick --model=plainnet18 --protocol=shared
+  srun grsd measure runs/quick --distributed
 """
 
 from pathlib import Path
@@ -24,6 +26,9 @@ from grsd_jax.experiments.reproduce.run import measure, write_results
 
 POSITIONAL = "workdir"
 READS_RUN = True
+
+#: What concerns a training while it runs, and not what it computes.
+WITHOUT_EFFECT = ("checkpoint_every", "keep_checkpoints", "log_every")
 
 
 def main(config: Config) -> None:
@@ -62,5 +67,6 @@ def main(config: Config) -> None:
 
 def define() -> None:
     """Defines the command's flags."""
-    flags.define_flags(only=flags.all_but(*PROBE_FIELDS), protocol=("own",))
+    fields = flags.all_but(*PROBE_FIELDS, *WITHOUT_EFFECT)
+    flags.define_flags(only=fields, protocol=("own",))
     runs.define_process_flags()

@@ -1,14 +1,15 @@
 """Draws the figures of a measurement from its results.json and arrays.npz alone.
 
 Reads both in WORKDIR and writes WORKDIR/figures: Figure 1 (diagonal scaling), Figure 2
-(Toeplitz residual against window position), heat maps of the literal and renormalised
+(Toeplitz residual against window position), heat maps of the literal and renormalized
 coupling, and the spectrum with its shells, each as PNG and PDF. In the workdir of
-`grsd track` it draws the figures of the tracking, from its records.jsonl. No model,
-data set or accelerator is needed; it takes a few seconds.
+`grsd track` it draws the figures of the tracking, from its records.jsonl. It needs no
+model, data set or accelerator.
 
 Examples:
-  grsd plot --workdir=runs/default
-  grsd plot --workdir=runs/quick/resnet18
+  grsd plot runs/default
+  grsd plot runs/quick/resnet18
+  grsd plot runs/track
 """
 
 from pathlib import Path

@@ -1,11 +1,11 @@
 """Makes one self-contained HTML page of any run: figures, tables, settings.
 
 Reads the JSON, CSV and PNG files in WORKDIR and writes WORKDIR/report.html, with the
-figures inside it: it opens without a network, and prints. Nothing is computed.
+figures inside it: it needs no internet, and can be printed. Nothing is computed.
 
 Examples:
   grsd report runs/default
-  grsd report --workdir=runs/default
+  grsd report runs/quick/resnet18
 """
 
 from grsd_jax.experiments.common import flags

@@ -3,9 +3,9 @@ r"""Runs the main job: is a trained ResNet log-shift invariant, and is its plain
 Trains ResNet-18 (and PlainNet-18, for the protocol "own"), measures the coupling
 between logarithmic shells of the spectrum of M = J J^T for both, and ends with a table
 on the terminal, results.json and arrays.npz in the workdir, and the figures in
-WORKDIR/figures. A run that was killed goes on when the same command is given again.
+WORKDIR/figures. A killed run resumes when the same command is given again.
 
-The defaults took 83 s on 2 CPU cores, on an embedded data set of textures.
+The defaults take an embedded data set of textures, and are made for 2 CPU cores.
 
 Examples:
   grsd reproduce

@@ -3,9 +3,9 @@ r"""Do the paper's claims reproduce? Trains both networks from several seeds.
 Trains ResNet-18 and PlainNet-18 on CIFAR-10 from every one of --seeds, and measures the
 coupling at the end: over one stack of the batches, and over their mean as the paper
 does. Writes one file per measurement to WORKDIR/cells, WORKDIR/claims.json, a figure in
-WORKDIR/figures, and prints the quantities with paired intervals over the seeds. A run
-that was killed goes on when the same command is given again. --report_only makes the
-table and the figure from the claims.json that is there.
+WORKDIR/figures, and prints the quantities with paired intervals over the seeds. A
+killed run resumes when the same command is given again. --report_only makes the table
+and the figure from the claims.json that is there.
 
 Examples:
   grsd study --data_dir=DATA

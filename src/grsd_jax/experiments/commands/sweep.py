@@ -3,8 +3,8 @@
 Every cell of the grid is trained for some steps and measured: Toeplitz residual, slope
 and R^2 of the shell coupling, and the increments and memory of its state Jacobians.
 Writes WORKDIR/sweep.csv (one row per cell), sweep.json (how they were made) and the
-figures against depth in WORKDIR/figures. A sweep that was killed goes on when the same
-command is given again, and cells that are there are not computed twice.
+figures against depth in WORKDIR/figures. A killed sweep resumes when the same command
+is given again, without computing a cell twice.
 
 Examples:
   grsd sweep

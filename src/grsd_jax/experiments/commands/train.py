@@ -1,8 +1,8 @@
 r"""Trains a network: ResNet-18, PlainNet-18 or one of any depth.
 
 Writes to WORKDIR/MODEL: config.json, metrics.jsonl (one JSON object a line) and Orbax
-checkpoints. A run that was killed resumes by itself when the same command is given
-again, and loses at most the steps since its last checkpoint.
+checkpoints. A killed run resumes when the same command is given again, and loses at
+most the steps since its last checkpoint.
 
 The defaults (embedded textures, width 8, 3 epochs) are made for 2 CPU cores; the lines
 of metrics.jsonl say how many seconds a step takes on the machine at hand.

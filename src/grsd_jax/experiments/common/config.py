@@ -69,7 +69,7 @@ class Settings:
     train_batch_size: int = setting(64, "Examples in one training step.", minimum=1)
     optimizer: str = setting(
         "sgd",
-        "Optimizer, one of optax's with its defaults; SGD with --momentum.",
+        "Optimizer of optax, with its defaults; sgd takes --momentum.",
         choices=("sgd", "adamw", "muon"),
     )
     learning_rate: float = setting(
@@ -83,7 +83,8 @@ class Settings:
     window: int = setting(5, "Shells in one sliding window.", minimum=2)
     precision: str = setting(
         "highest",
-        "Precision of the network's matrix products; the library's own are highest.",
+        "Precision of the network's matrix products; the library's own are always "
+        "highest.",
         choices=("highest", "high", "default"),
     )
 
@@ -101,16 +102,16 @@ class Config(Settings):
 
     seed: int = setting(
         0,
-        "Seed of the initial weights, the order and the measured batches.",
+        "Seed of the initial weights, the order of the data and the measured batches.",
         minimum=0,
         maximum=2**32 - 1,
     )
-    model: str = setting("resnet18", "Network to train.", choices=MODELS)
+    model: str = setting("resnet18", "The network.", choices=MODELS)
     width: int = setting(
         8, "Channels of the first stage, or features of the state.", minimum=1
     )
     depth: int = setting(
-        4, "Blocks L of the networks other than the ResNet-18 and its twin.", minimum=1
+        4, "Blocks L of the networks other than resnet18 and plainnet18.", minimum=1
     )
     branch_scale: float = setting(
         1.0, f"Scale s of the residual branches of {', '.join(RESIDUAL)}.", low=0.0
@@ -127,7 +128,7 @@ class Config(Settings):
     schedule_args: str = setting(
         "{}",
         "Arguments of the schedule as a JSON object; a missing peak or initial value "
-        "is --learning_rate, missing decay_steps are the whole training.",
+        "is --learning_rate, missing decay_steps are those of the whole training.",
     )
     checkpoint_every: int = setting(200, "Steps between checkpoints.", minimum=1)
     keep_checkpoints: int = setting(
@@ -139,10 +140,11 @@ class Config(Settings):
     record_every: int = setting(10, "Steps between records of the probe.", minimum=1)
     over: tuple[int, ...] = setting(
         (),
-        "Steps h, each below --record_every, over which the probe takes balances too.",
+        "Adds balances over the first h steps after each record, such as 1,4; each h "
+        "is below --record_every.",
     )
     num_steps: int = setting(
-        48, "Krylov steps m of the probe's balances, where n is large.", minimum=4
+        48, "Krylov steps m of the probe's balances, with --solver=lanczos.", minimum=4
     )
     solver: Literal["auto", "dense", "lanczos"] = setting(
         "auto",
@@ -155,17 +157,18 @@ class Config(Settings):
     block_size: int = setting(8, "Columns b of a Lanczos block.", minimum=1)
     derivative: Literal["exact", "finite_difference"] = setting(
         "exact",
-        "Derivative of the kernel: within one activation pattern, or across patterns.",
+        "How the derivative of the kernel is computed. In ReLU networks a finite "
+        "difference also sees the units that switch on or off.",
         choices=("exact", "finite_difference"),
     )
     reduction: Literal["mean", "stack"] = setting(
         "stack",
-        "Stack the batches into one, or average their kernels (mean, the paper's).",
+        "Stack the batches into one, or average their kernels (mean, as in the paper).",
         choices=("mean", "stack"),
     )
     protocol: tuple[str, ...] = setting(
         ("shared", "recalibrated", "own"),
-        "Where the plain net's weights come from: the ResNet's (shared), those with "
+        "Where the weights of plainnet18 come from: resnet18 (shared), resnet18 with "
         "BatchNorm statistics gathered again (recalibrated), its own training (own).",
         each=("shared", "recalibrated", "own"),
     )

@@ -150,7 +150,7 @@ _THRESHOLD_HELP = {
     "max_growth": "Condition 3: largest growth of |J| and |Jdot| along the path.",
     "max_drift": "Condition 3: largest drift of the leading projector in one stretch.",
     "max_lipschitz": "Condition 3: largest local exponent of a shell statistic.",
-    "max_residual": "Condition 4: largest Toeplitz residual nearest to the centre.",
+    "max_residual": "Condition 4: largest Toeplitz residual nearest to the center.",
     "max_slope_error": "Condition 4: largest distance of the diagonal's slope to 1.",
     "min_r_squared": "Condition 4: smallest R^2 of the diagonal's fit.",
 }

@@ -219,7 +219,7 @@ def _drift(axis: Axes, found: Any) -> None:
 def _invariance(axis: Axes, found: Any) -> None:
     thresholds = found["options"]["thresholds"]
     for name, label, style, color in (
-        ("toeplitz_centre", "residual, centre", "o-", _BLUE),
+        ("toeplitz_centre", "residual, center", "o-", _BLUE),
         ("slope", "slope", "s--", _RED),
         ("r_squared", "$R^2$", "^:", _GREEN),
     ):

@@ -39,7 +39,7 @@ _CAPTIONS = {
     "figure1": "Figure 1. The diagonal of the projected derivative against the "
     "eigenvalue, mode by mode, with its power law. The theory predicts slope 1.",
     "figure2": "Figure 2. Toeplitz residual of sliding windows of shells, from the "
-    "spectral edge to the centre, beside what chance would give.",
+    "spectral edge to the center, beside what chance would give.",
     "spectrum": "Eigenvalues of the kernel in descending order, and the shells that "
     "cut their logarithm into equal widths.",
     "coupling_literal": "Shell coupling: mean square of the projected derivative "
@@ -56,7 +56,7 @@ _CAPTIONS = {
     "track_eigenvalues": "The leading eigenvalues along the training.",
     "track_steps": "How what is seen depends on the training steps between both ends.",
     "track_non_adjacent": "Share of the moved energy between shells that are not "
-    "neighbours.",
+    "neighbors.",
     "conditions": "The four conditions along the training, with their thresholds.",
     "claims": "The quantities behind the claims, for both networks of each seed.",
 }

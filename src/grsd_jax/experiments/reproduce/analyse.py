@@ -373,9 +373,9 @@ def _scaling(entry: Entry) -> list[str]:
 
 _TOEPLITZ = (
     "literal residual",
-    "edge -> centre",
+    "edge -> center",
     "renormalized residual",
-    "edge -> centre",
+    "edge -> center",
     "secant disagreement",
 )
 

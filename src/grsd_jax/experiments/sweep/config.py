@@ -17,7 +17,9 @@ class SweepConfig(Settings):
 
     workdir: str = setting("runs/sweep", "Folder for everything that is written.")
     models: tuple[str, ...] = setting(
-        ("mlp", "resmlp", "cnn", "rescnn"), "Networks.", each=CHAINS
+        ("mlp", "resmlp", "cnn", "rescnn"),
+        f"Networks, out of {', '.join(CHAINS)}.",
+        each=CHAINS,
     )
     depths: tuple[int, ...] = setting((2, 4, 8, 16, 32), "Blocks L.", each_above=0)
     widths: tuple[int, ...] = setting((16,), "Features of the state.", each_above=0)
@@ -26,10 +28,14 @@ class SweepConfig(Settings):
         (0.1, 0.3), "Scales s of the residual branches.", each_above=0
     )
     seeds: tuple[int, ...] = setting(
-        (0, 1, 2), "Seeds of weights, order and measured batches.", each_above=-1
+        (0, 1, 2),
+        "Seeds of the weights, the order of the data and the measured batches.",
+        each_above=-1,
     )
     steps: int = setting(60, "Training steps before the measurement.", minimum=0)
-    learning_rate: float = setting(0.02, "Learning rate of SGD.", low=0.0)
+    learning_rate: float = setting(
+        0.02, "Learning rate; the default is meant for SGD.", low=0.0
+    )
     batch_size: int = setting(16, "Examples N in one measured batch.", minimum=1)
     num_batches: int = setting(1, "Measured batches K.", minimum=1)
     num_shells: int = setting(10, "Logarithmic shells S.", minimum=2)

@@ -30,7 +30,7 @@ _FILLS = ("full", "none", "left", "top", "bottom")
 
 #: Titles of the panels, by the columns that they show.
 _COUPLING = {
-    "toeplitz_residual": "Toeplitz residual, renormalised",
+    "toeplitz_residual": "Toeplitz residual, renormalized",
     "slope": r"slope of $|\dot{M}_{ii}|$ against $\lambda_i$",
     "r_squared": r"$R^2$ of that fit",
 }
@@ -234,6 +234,6 @@ def _scale(lines: Sequence[Line], depth: int) -> Figure:
         label = r"$2 / \log(1 + s^2)$, isotropic"
         memory = panels["initial_correlation_time"]
         memory.plot(grid, law, color="0.65", linestyle=":", label=label)
-    figure.suptitle(f"L = {depth} blocks, at initialisation", fontsize="medium")
+    figure.suptitle(f"L = {depth} blocks, at initialization", fontsize="medium")
     _legend(figure, panels)
     return figure
