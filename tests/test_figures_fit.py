@@ -29,7 +29,14 @@ def claims(folder):
     write_claims_figure({"rows": rows}, folder)
 
 
+def many_networks(folder):
+    rows = read_rows(RESULTS / "sweep" / "sweep.csv")
+    more = [row | {"width": 64, "activation": "relu"} for row in rows]
+    write_sweep_figures([*rows, *more], folder)
+
+
 STUDIES = {
+    "many networks": many_networks,
     "track": lambda folder: write_tracking_figures(
         read_tracks(RESULTS / "track_cifar10_w16"), folder
     ),

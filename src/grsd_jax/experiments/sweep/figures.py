@@ -177,7 +177,9 @@ def _panels(
 
 
 def _legend(figure: Figure, panels: Mapping[str, Axes]) -> None:
-    columns = max(int(figure.get_figwidth() / 1.4), 1)  # as many as fit
+    labels = [x.get_label() for axis in panels.values() for x in axis.lines]
+    entry = 0.5 + 0.054 * max(map(len, labels), default=0)  # inches, at most
+    columns = max(int(figure.get_figwidth() / entry), 1)
     place = {"loc": "outside lower center", "ncols": columns, "handlelength": 2.6}
     shared_legend(figure, panels.values(), **place)
 
