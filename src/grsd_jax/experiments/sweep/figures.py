@@ -177,7 +177,7 @@ def _panels(
 
 
 def _legend(figure: Figure, panels: Mapping[str, Axes]) -> None:
-    labels = [x.get_label() for axis in panels.values() for x in axis.lines]
+    labels = [str(x.get_label()) for axis in panels.values() for x in axis.lines]
     entry = 0.5 + 0.054 * max(map(len, labels), default=0)  # inches, at most
     columns = max(int(figure.get_figwidth() / entry), 1)
     place = {"loc": "outside lower center", "ncols": columns, "handlelength": 2.6}
