@@ -166,6 +166,22 @@ def test_velocity_shows_its_error_its_null_and_what_cannot_be_used():
     assert texts[-1] == "null: growth alone"
 
 
+def test_a_velocity_that_cannot_be_used_does_not_squeeze_the_others():
+    line = {
+        "edges": [1.0, 10.0, 100.0],
+        "flux": [1.0, 1.0, 1.0],
+        "velocity": [50.0, 1.0, 2.0],
+        "velocity_error": [90.0, 0.5, 0.1],
+        "velocity_mask": [False, True, True],
+        "counting_velocity": [40.0, 0.2, -0.4],
+    }
+    low, high = plotting.velocity(line, axes()).get_ylim()
+    assert -0.8 < low < -0.4  # of the null
+    assert 2.1 < high < 4  # with the room for the legend
+    line["velocity_mask"] = [True, True, True]
+    assert plotting.velocity(line, axes()).get_ylim()[1] > 140
+
+
 @pytest.mark.parametrize("nothing", [[], [{}], [{"effective_time": 1.0}]])
 def test_nothing_recorded_is_said(nothing):
     for draw in (plotting.energies, plotting.eigenvalues, plotting.flux):

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import numpy as np
 
 matplotlib.use("agg")
 
@@ -16,6 +15,21 @@ from comparison.table import problem_title, task_title
 from comparison.targets import best, cost
 
 Record = dict[str, Any]
+
+#: Width of the figure in inches, legible in a column and on a page.
+WIDTH = 4.8
+
+#: Colors (Okabe and Ito's palette) and markers of the peers.
+LOOKS = (
+    ("#D55E00", "s"),
+    ("#0072B2", "o"),
+    ("#009E73", "^"),
+    ("#E69F00", "D"),
+    ("#CC79A7", "v"),
+    ("#56B4E9", "P"),
+    ("0.35", "X"),
+    ("#332288", "<"),
+)
 
 
 def relative_times(rows: list[Record]) -> dict[tuple[str, str], dict[str, float]]:
@@ -46,44 +60,48 @@ def relative_times(rows: list[Record]) -> dict[tuple[str, str], dict[str, float]
 
 
 def draw(rows: list[Record], path: Path) -> None:
-    """Draws the best time of each peer over ours, on a log axis.
+    """Draws the best time of each peer over ours, a row for each task, on a log axis.
 
     Args:
         rows: Those of ``results.json``.
         path: The PNG to write.
     """
     groups = relative_times(rows)
-    colors = dict(zip(PEERS, plt.colormaps["tab10"].colors, strict=False))
-    bars = [
-        (group, peer, ratio)
-        for group, ratios in groups.items()
-        for peer, ratio in sorted(ratios.items(), key=lambda item: item[1])
-    ]
-    gaps = np.cumsum([0, *(a[0] != b[0] for a, b in itertools.pairwise(bars))])
-    places = np.arange(len(bars)) + gaps[: len(bars)]
+    drawn = [peer for peer in PEERS if any(peer in found for found in groups.values())]
     figure, axes = plt.subplots(
-        figsize=(8, 1.2 + 0.22 * (len(bars) + len(groups))), layout="constrained"
+        figsize=(WIDTH, 1.4 + 0.32 * len(groups)), layout="constrained"
     )
-    for place, (_, peer, ratio) in zip(places, bars, strict=True):
-        axes.barh(place, ratio, color=colors[peer])
-        axes.annotate(
-            f"{PEERS[peer].title}  {ratio:.2f}",
-            (ratio, place),
-            xytext=(4, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=7,
+    axes.axvline(1.0, color="0.4", linewidth=0.8, zorder=0)
+    for place in range(0, len(groups), 2):
+        axes.axhspan(place - 0.5, place + 0.5, color="0.95", linewidth=0, zorder=-1)
+    for peer, (color, marker) in zip(drawn, itertools.cycle(LOOKS), strict=False):
+        found = [
+            (
+                ratios[peer],
+                place + 0.17 * (list(ratios).index(peer) - (len(ratios) - 1) / 2),
+            )
+            for place, ratios in enumerate(groups.values())
+            if peer in ratios
+        ]
+        axes.plot(
+            *zip(*found, strict=True),
+            marker,
+            color=color,
+            markersize=5,
+            markeredgecolor="white",
+            markeredgewidth=0.5,
+            label=PEERS[peer].title,
         )
-    centers = [
-        np.mean([p for p, bar in zip(places, bars, strict=True) if bar[0] == group])
-        for group in groups
-    ]
-    labels = [f"{problem_title(p)}\n{task_title(t)}" for p, t in groups]
-    axes.set_yticks(centers, labels, fontsize=7)
-    axes.axvline(1.0, color="black", linewidth=0.8)
+    labels = [f"{problem_title(p)}: {task_title(t)}" for p, t in groups]
+    axes.set_yticks(range(len(groups)), labels, fontsize=7)
+    axes.tick_params(axis="x", labelsize=7)
     axes.set_xscale("log")
-    axes.margins(x=0.25)
-    axes.invert_yaxis()
-    axes.set_xlabel("time over that of grsd_jax (1 is equal, more is slower)")
-    figure.savefig(path, dpi=150, metadata={"Software": None})
+    axes.set_ylim(len(groups) - 0.5, -0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel(
+        "time over that of grsd_jax\n(right of the line is slower)", fontsize=8
+    )
+    narrow = {"handletextpad": 0.2, "columnspacing": 1.0, "frameon": False}
+    figure.legend(loc="outside upper center", ncols=3, fontsize=7, **narrow)
+    figure.savefig(path, dpi=300, metadata={"Software": None})
     plt.close(figure)

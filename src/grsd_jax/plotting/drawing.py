@@ -55,15 +55,27 @@ def color_bar(ax: "Axes", mappable: Any, label: str) -> None:
     bar.outline.set_linewidth(0.6)
 
 
-def leave_room(ax: "Axes") -> None:
-    """Leaves room for a legend above all lines, also where axes share their limits."""
-    heights = np.concatenate([np.asarray(x.get_ydata(), float) for x in ax.lines])
+def leave_room(
+    ax: "Axes", share: float = 0.45, *, heights: np.ndarray | None = None
+) -> None:
+    """Leaves room for a legend above all lines, also where axes share their limits.
+
+    Args:
+        ax: The axes.
+        share: The room, as a share of the height of the lines.
+        heights: What must be seen; what lies beyond may be cut off. All lines if None.
+    """
+    if whole := heights is None:
+        heights = np.concatenate([np.asarray(x.get_ydata(), float) for x in ax.lines])
     scale = ax.get_yaxis().get_transform()
     with np.errstate(divide="ignore", invalid="ignore"):
         places = scale.transform(heights)
-    places = places[np.isfinite(places) & np.isfinite(heights)]
-    if places.size:
-        top = places.max() + 0.45 * (places.max() - places.min())
-        top = scale.inverted().transform(np.asarray([top]))[0]
-        ax.update_datalim([(0.0, top)], updatex=False)
+    kept = np.isfinite(places) & np.isfinite(heights)
+    if kept.any():
+        low, high = places[kept].min(), places[kept].max()
+        top = scale.inverted().transform(np.asarray([high + share * (high - low)]))[0]
+        if whole:
+            ax.update_datalim([(0.0, top)], updatex=False)
+        else:
+            ax.dataLim.intervaly = (heights[kept].min(), top)
         ax.autoscale_view()

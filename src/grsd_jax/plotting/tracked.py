@@ -4,6 +4,8 @@ Records come from a probe, or from its file as dictionaries. What a figure shows
 found by its name, wherever in the record it is.
 """
 
+import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,10 +29,12 @@ if TYPE_CHECKING:
 #: A record of a probe, or one line of its file.
 Record = ProbeRecord | Mapping[str, Any]
 
-_TIME = r"effective time $\tau$"
+TIME = r"effective time $\tau$"
 
 #: Results drawn over the edges at most, evenly over the records.
 _MOST = 6
+
+_MARKS: dict[str, Any] = {"linewidth": 1.0, "markersize": 3.5}
 
 
 def energies(records: Sequence[Record], ax: "Axes | None" = None) -> "Axes":
@@ -50,7 +54,7 @@ def energies(records: Sequence[Record], ax: "Axes | None" = None) -> "Axes":
     from matplotlib.colors import LogNorm
 
     ax = axes_of(ax)
-    ax.set(xlabel=_TIME, ylabel=r"energy $E_a$")
+    ax.set(xlabel=TIME, ylabel=r"energy $E_a$")
     time, found, edges = _columns(records, "effective_time", "energies", "edges")
     if not len(time) or not np.nanmax(found, initial=0) > 0:
         say_empty(ax, "no record with energy")
@@ -58,12 +62,13 @@ def energies(records: Sequence[Record], ax: "Axes | None" = None) -> "Axes":
     ax.set_yscale("log")
     found = found[:, -1] if found.ndim == 3 else found  # before and after
     centers = _centers(edges[0], found.shape[1])
-    norm, colors = LogNorm(centers[0], centers[-1]), mpl.colormaps["viridis"]
+    norm, colors = LogNorm(centers[0], centers[-1]), mpl.colormaps["turbo"]
     for shell, center in enumerate(centers):
         shown = np.where(found[:, shell] > 0, found[:, shell], np.nan)
         ax.plot(time, shown, ".-", color=colors(norm(center)), markersize=3)
     ax.plot(time, np.nansum(found, axis=1), "--", color=DARK, label="sum of the shells")
-    ax.legend(loc="best", fontsize=LEGEND)
+    leave_room(ax, 0.15)
+    ax.legend(loc="upper left", fontsize=LEGEND)
     color_bar(ax, mpl.cm.ScalarMappable(norm, colors), r"shell $\lambda_a$")
     return ax
 
@@ -86,17 +91,17 @@ def eigenvalues(records: Sequence[Record], ax: "Axes | None" = None) -> "Axes":
     import matplotlib as mpl
 
     ax = axes_of(ax)
-    ax.set(xlabel=_TIME, ylabel=r"eigenvalue $\lambda_i$")
+    ax.set(xlabel=TIME, ylabel=r"eigenvalue $\lambda_i$")
     time, values = _columns(records, "effective_time", "values")
     if not len(time) or not np.nanmax(values, initial=0) > 0:
         say_empty(ax, "no record with a positive eigenvalue")
         return ax
     ax.set_yscale("log")
-    colors = mpl.colormaps["viridis_r"]
+    colors = mpl.colormaps["viridis"]
     rounding = 10 * np.finfo(np.float32).eps * np.nanmax(values)
     for index, track in enumerate(values.T):
         shown = np.where(track > rounding, track, np.nan)
-        shade = colors(index / max(values.shape[1] - 1, 1))
+        shade = colors(0.85 - 0.85 * index / max(values.shape[1] - 1, 1))
         ax.plot(time, shown, ".-", color=shade, linewidth=0.8, markersize=2)
     return ax
 
@@ -118,9 +123,7 @@ def flux(
     Raises:
         ImportError: If Matplotlib is not installed.
     """
-    ax = axes_of(ax)
-    ax.set(xscale="log", xlabel=r"edge $\lambda_k$", ylabel=r"flux $F_k$ upwards")
-    ax.axhline(0, color="0.8", linewidth=0.6, zorder=0)
+    ax = _edge_axes(ax, r"flux $F_k$ upwards")
     for result, style in _styled(results, labels):
         edges, found = _over_edges(result, "flux")
         _band(ax, edges, found, _found(result, "flux_error"), style)
@@ -143,39 +146,56 @@ def velocity(
         labels: What the legend calls each result; the times of records by default.
 
     Returns:
-        The axes; a band is the error, where it is known, and hollow points are edges
-        whose velocity cannot be used.
+        The axes; a band is the error, where it is known. Hollow points are edges whose
+        velocity cannot be used; they set no limits of a linear axis.
 
     Raises:
         ImportError: If Matplotlib is not installed.
     """
-    ax = axes_of(ax)
-    ax.set(xscale="log", xlabel=r"edge $\lambda_k$", ylabel=r"velocity $v_k$")
-    ax.axhline(0, color="0.8", linewidth=0.6, zorder=0)
-    counted_any = False
-    for result, style in _styled(results, labels):
-        edges, found = _over_edges(result, "velocity")
-        usable = _found(result, "velocity_mask")
-        _band(ax, edges, found, _found(result, "velocity_error"), style)
-        if usable is not None:
-            aside = np.where(np.asarray(usable, bool), np.nan, found)
-            hollow: Any = {"markerfacecolor": "white", "zorder": 3}
-            ax.plot(edges, aside, "o", color=style["color"], markersize=4, **hollow)
-        counted = _found(result, "counting_velocity")
-        if counted is not None:
-            ax.plot(edges, counted, "--", color=style["color"], linewidth=0.9)
-            counted_any = True
-    if counted_any:
+    ax = _edge_axes(ax, r"velocity $v_k$")
+    seen = [
+        _draw_velocity(ax, result, style) for result, style in _styled(results, labels)
+    ]
+    if any(line.get_linestyle() == "--" for line in ax.lines):
         ax.plot([], [], "--", color=GREY, label="null: growth alone")
-    _legend(ax)
+    # On a linear axis what cannot be used must not squeeze what can.
+    linear = ax.get_yscale() == "linear"
+    _legend(ax, np.concatenate([*seen, [0.0]]) if linear else None)
+    return ax
+
+
+def _draw_velocity(ax: "Axes", result: Any, style: dict[str, Any]) -> np.ndarray:
+    """Draws one result, and returns the heights that must be seen."""
+    edges, found = _over_edges(result, "velocity")
+    mask, error, null = (
+        _found(result, name)
+        for name in ("velocity_mask", "velocity_error", "counting_velocity")
+    )
+    usable = np.ones(len(found), bool) if mask is None else np.asarray(mask, bool)
+    error = np.zeros(len(found)) if error is None else np.asarray(error, np.float64)
+    _band(ax, edges, found, np.where(usable, error, np.nan), style)
+    aside = np.where(usable, np.nan, found)
+    hollow: Any = {"linestyle": "", "markerfacecolor": "white", "label": None}
+    ax.plot(edges, aside, **_MARKS | style | hollow)
+    drawn = [found, found - error, found + error]
+    if null is not None:
+        ax.plot(edges, null, "--", color=style["color"], linewidth=0.9)
+        drawn.append(np.asarray(null, np.float64))
+    return np.concatenate([x[usable] for x in drawn])
+
+
+def _edge_axes(ax: "Axes | None", ylabel: str) -> "Axes":
+    ax = axes_of(ax)
+    ax.set(xscale="log", xlabel=r"edge $\lambda_k$", ylabel=ylabel)
+    ax.axhline(0, color="0.8", linewidth=0.6, zorder=0)
     return ax
 
 
 def _band(
-    ax: "Axes", x: np.ndarray, y: np.ndarray, error: Any, style: Mapping[str, Any]
+    ax: "Axes", x: np.ndarray, y: np.ndarray, error: Any, style: dict[str, Any]
 ) -> None:
     """Draws a line over edges, with its error as a band where it is finite."""
-    ax.plot(x, y, "o-", markersize=4, linewidth=1.0, **style)
+    ax.plot(x, y, **_MARKS | style)
     if error is not None:
         finite = np.where(np.isfinite(error), np.asarray(error, np.float64), np.nan)
         shade: Any = {"color": style["color"], "alpha": 0.2, "linewidth": 0}
@@ -193,10 +213,10 @@ def _styled(
     kept = [k for k, x in enumerate(several) if _found(x, "flux") is not None]
     if labels is None and len(kept) > _MOST:
         kept = [kept[k] for k in np.linspace(0, len(kept) - 1, _MOST).astype(int)]
-    colors = mpl.colormaps["plasma"](np.linspace(0, 0.85, max(len(kept), 1)))
-    for k, color in zip(kept, colors, strict=False):
+    colors = mpl.colormaps["viridis"](np.linspace(0, 0.92, max(len(kept), 1)))
+    for k, color, marker in zip(kept, colors, itertools.cycle("os^Dv*"), strict=False):
         label = labels[k] if labels is not None else _time_text(several[k])
-        yield several[k], {"color": color, "label": label}
+        yield several[k], {"color": color, "marker": marker, "label": label}
 
 
 def _time_text(result: Any) -> str | None:
@@ -204,9 +224,10 @@ def _time_text(result: Any) -> str | None:
     return None if time is None else rf"$\tau$ = {float(time):.3g}"
 
 
-def _legend(ax: "Axes") -> None:
-    if ax.get_legend_handles_labels()[1]:
-        leave_room(ax)
+def _legend(ax: "Axes", heights: np.ndarray | None = None) -> None:
+    if names := ax.get_legend_handles_labels()[1]:
+        rows = math.ceil(len(names) / 2)
+        leave_room(ax, 0.07 + 0.14 * rows, heights=heights)
         narrow: Any = {"handlelength": 1.4, "columnspacing": 1.0}
         ax.legend(loc="upper left", ncols=2, fontsize=LEGEND, **narrow)
     if not ax.lines[1:]:

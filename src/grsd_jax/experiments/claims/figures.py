@@ -13,6 +13,15 @@ from grsd_jax.experiments.common import files
 from grsd_jax.experiments.common.config import TITLES
 from grsd_jax.experiments.common.plotting import PAGE_WIDTH, look_of, save_figures
 
+#: Titles of the quantities, in two lines so that they stay clear of each other.
+_HEADINGS = (
+    "slope of the\ndiagonal",
+    "$R^2$ of the\ndiagonal",
+    "Toeplitz\nresidual",
+    "Toeplitz\nresidual, edge",
+    "Toeplitz\nresidual, center",
+)
+
 
 def write_claims_figure(
     results: Mapping[str, Any], folder: files.PathLike
@@ -34,13 +43,18 @@ def write_claims_figure(
 
 def _pairs(results: Mapping[str, Any]) -> Figure:
     """A row for each reduction, a column for each quantity, a line for each seed."""
-    figure = Figure(figsize=(PAGE_WIDTH, 4.4), layout="constrained")
-    grid = figure.subplots(len(REDUCTIONS), len(QUANTITIES), sharey="col")
+    figure = Figure(figsize=(PAGE_WIDTH, 4.0), layout="constrained")
+    grid = figure.subplots(len(REDUCTIONS), len(QUANTITIES), sharex=True, sharey="col")
     for reduction, axes in zip(REDUCTIONS, grid, strict=True):
-        for (quantity, heading), axis in zip(QUANTITIES.items(), axes, strict=True):
+        for quantity, axis in zip(QUANTITIES, axes, strict=True):
             _pair(axis, values_by_seed(results, reduction, quantity))
-            axis.set_title(heading.replace(", ", ",\n"), fontsize="medium")
-        axes[0].set_ylabel(reduction)
+        axes[0].set_ylabel(f"batches: {reduction}")
+    for heading, axis in zip(_HEADINGS, grid[0], strict=True):
+        axis.set_title(heading, fontsize="medium")
+    figure.supxlabel(
+        "a gray line is a seed; marks are means with their 95% intervals",
+        fontsize="small",
+    )
     return figure
 
 

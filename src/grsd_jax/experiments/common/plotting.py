@@ -38,8 +38,8 @@ _STYLE = {
     "savefig.dpi": 300,
 }
 
-#: Width of a page's text, in inches.
-PAGE_WIDTH = 6.9
+#: Widths of a page's text and of one of its two columns, in inches.
+PAGE_WIDTH, COLUMN_WIDTH = 6.9, 3.3
 
 
 class Look(NamedTuple):
@@ -126,4 +126,5 @@ def shared_legend(figure: Figure, axes: Iterable[Axes], **options: Any) -> None:
         found |= dict(zip(labels, handles, strict=True))
     if found:
         options = {"ncols": len(found)} | options
+        options.setdefault("columnspacing", 1.2)
         figure.legend(list(found.values()), list(found), **options)

@@ -1,5 +1,6 @@
 """The figure page of the conditions, from ``conditions.json`` alone."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +8,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from grsd_jax.experiments.common import files
-from grsd_jax.experiments.common.plotting import PAGE_WIDTH, save_figures
+from grsd_jax.experiments.common.plotting import save_figures
 from grsd_jax.experiments.common.tables import finite
 from grsd_jax.experiments.conditions.analyse import (
     TITLES,
@@ -19,6 +21,9 @@ from grsd_jax.experiments.conditions.analyse import (
 )
 
 _BLUE, _RED, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "0.5"
+
+#: Width of the page in inches: its text stays legible at the width of a column.
+_WIDTH = 4.8
 
 #: Numbers over thresholds beyond these are drawn at the edge.
 _RATIOS = (0.05, 20.0)
@@ -41,8 +46,8 @@ def write_condition_page(found: Any, folder: files.PathLike) -> list[Path]:
 
 
 def _page(found: Any) -> Figure:
-    figure = Figure(figsize=(PAGE_WIDTH, 11.2), layout="constrained")
-    parts: Any = figure.subfigures(2, 1, height_ratios=(1, 4))
+    figure = Figure(figsize=(_WIDTH, 10.2), layout="constrained")
+    parts: Any = figure.subfigures(2, 1, height_ratios=(1, 3.7))
     top, rest = parts
     _verdicts(top.subplots(), found)
     axes = rest.subplot_mosaic(
@@ -53,19 +58,18 @@ def _page(found: Any) -> Figure:
             ["invariance", "layers"],
         ]
     )
-    names, last = found["blocks"], found["condition1"]["points"][-1]
-    _heat(rest, axes["influence"], last["influence"], names)
-    axes["influence"].set_title(r"1: influence $R_{lm}$, last point")
+    last = found["condition1"]["points"][-1]
+    _heat(rest, axes["influence"], last["influence"], r"$R_{lm}$")
+    axes["influence"].set_title("1: influence, last point")
     axes["influence"].set(
-        xlabel="block that moves, m", ylabel="block whose $J$ changes, l"
+        xlabel="block that moves, $m$", ylabel="block whose $J$ changes, $l$"
     )
     _influence_shares(axes["shares"], found)
     coherence = found["condition2"]["coherence"]
-    _heat(rest, axes["coherence"], coherence, names, limits=(1e-3, 1))
-    axes["coherence"].set_title(
-        r"2: coherence $|J_l^\top J_m|\,/\,|J_l||J_m|$ at the start"
-    )
-    axes["coherence"].set(xlabel="block m", ylabel="block l")
+    formula = r"$\Vert J_l^\top J_m\Vert\,/\,\Vert J_l\Vert\,\Vert J_m\Vert$"
+    _heat(rest, axes["coherence"], coherence, formula, top=1.0)
+    axes["coherence"].set_title("2: coherence, first point")
+    axes["coherence"].set(xlabel="block $m$", ylabel="block $l$")
     _coherence_profile(axes["profile"], found)
     _norms(axes["norms"], found)
     _drift(axes["drift"], found)
@@ -89,16 +93,17 @@ def _verdicts(axis: Axes, found: Any) -> None:
             axis.plot(np.clip(ratio, *_RATIOS), row, "o", color=color, markersize=4.5)
         told = f"{number_with_error(check)} {check['relation']} "
         told += f"{check['threshold']:.3g} "
+        told = told.replace("+-", "±").replace("<=", "≤").replace(">=", "≥")
         told += outcome(check)
         axis.text(
             1.01, row, told, transform=axis.get_yaxis_transform(), va="center",
-            fontsize="small",
+            fontsize="x-small",
         )  # fmt: skip
-    axis.set_yticks(rows, labels=list(checks))
+    axis.set_yticks(rows, labels=list(checks), fontsize="small")
     axis.axvspan(_RATIOS[0], 1, color=_GREEN, alpha=0.08, linewidth=0)
     axis.axvline(1, color=_GREY, linestyle=":", linewidth=0.9)
     axis.set(xscale="log", xlim=_RATIOS, ylim=(-0.7, len(checks) - 0.3))
-    axis.set_xlabel("number over threshold (threshold over number for >=)")
+    axis.set_xlabel("number over threshold (≥: threshold over number)")
     held = [
         title
         for name, title in TITLES.items()
@@ -118,6 +123,15 @@ def _over_threshold(check: Any) -> float | None:
     return above / below if below > 0 else (np.inf if above > 0 else 1.0)
 
 
+def _legend_above(axis: Axes, ncols: int) -> None:
+    """Draws a legend between the title and the axes, where it covers no line."""
+    narrow: Any = {"handlelength": 1.2, "columnspacing": 0.8, "handletextpad": 0.4}
+    place: Any = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0)}
+    axis.legend(ncols=ncols, borderaxespad=0.1, **place, **narrow)
+    rows = math.ceil(len(axis.get_legend_handles_labels()[1]) / ncols)
+    axis.set_title(axis.get_title(), pad=4 + 11 * rows)
+
+
 def _numbers(values: Any) -> np.ndarray:
     """Returns an array of floats, NaN for null."""
     return np.array(np.asarray(values, dtype=object), dtype=np.float64)
@@ -129,24 +143,23 @@ def _dotted(axis: Axes, value: float) -> None:
 
 
 def _heat(
-    figure: SubFigure,
-    axis: Axes,
-    values: Any,
-    names: list[str],
-    *,
-    limits: tuple[float, float] | None = None,
+    figure: SubFigure, axis: Axes, values: Any, label: str, top: float | None = None
 ) -> None:
+    """Draws a matrix over blocks, from its smallest positive entry up."""
     matrix = _numbers(values)
     positive = matrix[matrix > 0]
-    low, high = limits or (
-        (positive.min(), positive.max()) if positive.size else (0.1, 1.0)
-    )
+    low, high = (positive.min(), positive.max()) if positive.size else (0.1, 1.0)
+    high = top or high
     norm = LogNorm(low, high if high > low else low * 1.01)
     mesh = axis.imshow(np.maximum(matrix, low), norm=norm, cmap="viridis")
-    figure.colorbar(mesh, ax=axis, shrink=0.9).outline.set_linewidth(0.6)
-    ticks = range(0, len(names), max(1, len(names) // 8))
-    axis.set_xticks(ticks, labels=[str(tick) for tick in ticks])
-    axis.set_yticks(ticks, labels=[f"{names[tick]} {tick}" for tick in ticks])
+    bar = figure.colorbar(mesh, ax=axis, shrink=0.9, label=label)
+    bar.outline.set_linewidth(0.6)
+    if high < 10 * low:  # no or one decade is in view
+        bar.ax.yaxis.set_major_formatter(ScalarFormatter())
+        bar.ax.yaxis.set_minor_formatter(ScalarFormatter())
+    ticks = range(0, len(matrix), max(1, len(matrix) // 8))
+    axis.set_xticks(ticks)
+    axis.set_yticks(ticks)
     axis.spines[:].set_visible(True)
 
 
@@ -162,9 +175,11 @@ def _influence_shares(axis: Axes, found: Any) -> None:
     _dotted(axis, found["options"]["thresholds"]["influence_share"])
     band = find_check(found, "condition1", "band with")
     axis.axvline(band["threshold"], color=_GREY, linestyle=":", linewidth=0.9)
-    axis.set_title("1: share of the squared influence within a band")
+    axis.set_title("1: squared influence in a band")
+    axis.set_ylabel("share")
     axis.set(xlabel=r"distance $|l - m|$", ylim=(0, 1.03))
-    axis.legend(loc="lower right")
+    axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    _legend_above(axis, 2)
 
 
 def _coherence_profile(axis: Axes, found: Any) -> None:
@@ -175,18 +190,20 @@ def _coherence_profile(axis: Axes, found: Any) -> None:
     axis.axvline(thresholds["distant"], color=_GREY, linestyle=":", linewidth=0.9)
     tail = find_check(found, "condition2", "tail sum")
     axis.set_title(
-        f"2: coherence, tail sum {number_with_error(tail)} (<= {tail['threshold']:.3g})"
+        f"2: tail sum {number_with_error(tail)} "
+        rf"(allowed: $\leq$ {tail['threshold']:.3g})"
     )
     axis.set(xlabel=r"distance $|l - m|$", ylim=(0, 1.03))
-    axis.legend()
+    axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    _legend_above(axis, 2)
 
 
 def _norms(axis: Axes, found: Any) -> None:
     """Both norms with the growth that is allowed, and the Lipschitz constant."""
     part, thresholds = found["condition3"], found["options"]["thresholds"]
     for name, label, color in (
-        ("jacobian", r"$|J|$", _BLUE),
-        ("derivative", r"$|\dot J|$", _RED),
+        ("jacobian", r"$\Vert J\,\Vert$", _BLUE),
+        ("derivative", r"$\Vert\dot J\,\Vert$", _RED),
     ):
         values = _numbers([point[name] for point in part["norms"]])
         axis.plot(found["steps"], values, "o-", color=color, markersize=3, label=label)
@@ -198,8 +215,8 @@ def _norms(axis: Axes, found: Any) -> None:
         thresholds["max_lipschitz"], color=_GREEN, linestyle=":", linewidth=0.9
     )
     axis.set(yscale="log", xlabel="step")
-    axis.set_title("3: norms, Lipschitz constant; dotted: thresholds")
-    axis.legend()
+    axis.set_title("3: stability (dotted: thresholds)")
+    _legend_above(axis, 3)
 
 
 def _drift(axis: Axes, found: Any) -> None:
@@ -213,13 +230,13 @@ def _drift(axis: Axes, found: Any) -> None:
         axis.plot(steps, means, "s--", color=_GREEN, markersize=3, label="mean shell")
     _dotted(axis, found["options"]["thresholds"]["max_drift"])
     axis.set(xlabel="step", ylim=(0, 1.03), title="3: drift of spectral projectors")
-    axis.legend()
+    _legend_above(axis, 3)
 
 
 def _invariance(axis: Axes, found: Any) -> None:
     thresholds = found["options"]["thresholds"]
     for name, label, style, color in (
-        ("toeplitz_centre", "residual, center", "o-", _BLUE),
+        ("toeplitz_centre", "residual", "o-", _BLUE),
         ("slope", "slope", "s--", _RED),
         ("r_squared", "$R^2$", "^:", _GREEN),
     ):
@@ -229,22 +246,26 @@ def _invariance(axis: Axes, found: Any) -> None:
     axis.axhspan(1 - off, 1 + off, color=_RED, alpha=0.08, linewidth=0)
     for name, color in (("max_residual", _BLUE), ("min_r_squared", _GREEN)):
         axis.axhline(thresholds[name], color=color, linestyle=":", linewidth=0.9)
-    axis.set(xlabel="step", title="4: Toeplitz residual, slope (allowed: band), $R^2$")
+    axis.set(xlabel="step", title="4: log-shift invariance")
     axis.set_ylim(bottom=0)
-    axis.legend(loc="lower right", ncols=3)
+    _legend_above(axis, 3)
 
 
 def _layers(axis: Axes, found: Any) -> None:
     layers = found["layers"]
     for name, label, style, color in (
-        ("toeplitz_residual", "residual of $M_l$", "o-", _BLUE),
-        ("slope", "slope of $M_l$", "s--", _RED),
+        ("toeplitz_residual", "residual", "o-", _BLUE),
+        ("slope", "slope", "s--", _RED),
     ):
         values = _numbers([block[name] for block in layers["blocks"]])
         axis.plot(values, style, color=color, ms=3, label=label)
     average = float(_numbers(layers["depth_average"]["toeplitz_residual"]))
-    axis.axhline(average, color=_BLUE, linewidth=0.9, label="residual, depth average")
+    axis.axhline(average, color=_BLUE, linewidth=0.9, label="depth average")
     axis.axhline(1, color=_RED, linestyle=":", linewidth=0.9)
-    axis.set(xlabel="block by depth", title="additive structure at the last point")
+    axis.set_title("additive structure, last point")
+    names = [name.replace("_", " ") for name in found["blocks"]]
+    ticks = range(0, len(names), max(1, len(names) // 8))
+    labels = [f"{names[tick]}: {tick}" for tick in ticks]
+    axis.set_xticks(ticks, labels, rotation=90, fontsize="x-small")
     axis.set_ylim(bottom=0)
-    axis.legend()
+    _legend_above(axis, 3)

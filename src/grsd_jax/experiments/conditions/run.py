@@ -60,8 +60,7 @@ _MEASURED = (
     "jacobian",
     "derivative",
     "reduction",
-    "tolerance",
-    "floor",
+    "spectral_window",
     "step",
 )
 

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from grsd_jax.experiments.common import files
 from grsd_jax.experiments.common.plotting import (
+    COLUMN_WIDTH,
     PAGE_WIDTH,
     look_of,
     save_figures,
@@ -37,13 +38,13 @@ _COUPLING = {
 _INCREMENTS = {
     "initial_increment_mean": "mean increment of the log-norm",
     "initial_increment_variance": "variance of the increments",
-    "initial_variance_of_mean": "variance of the mean over depth",
-    "initial_normal_distance": "KS distance of the sum to normal",
+    "initial_variance_of_mean": "variance of the mean\nover depth",
+    "initial_normal_distance": "KS distance of the sum\nto normal",
 }
 _MEMORY = {"initial_correlation_time": "correlation time of directions"}
 _SCALE = {
     **_INCREMENTS,
-    "initial_variance_ratio": "L var(mean) / var",
+    "initial_variance_ratio": r"$L\,$var(mean)$\,/\,$var",
     **_MEMORY,
 }
 
@@ -166,23 +167,59 @@ def _panels(
             say_empty(axis, "not measured")
         if x == "depth":
             axis.set_xscale("log", base=2)
-            axis.set_xlabel("depth L, blocks")
+            depths = sorted({row["depth"] for line in lines for row in line.rows})
+            axis.set_xticks(depths, [str(depth) for depth in depths])
+            axis.minorticks_off()
+            axis.set_xlabel("depth $L$, blocks")
         else:
-            axis.set(xscale="log", xlabel="branch scale s")
+            axis.set(xscale="log", xlabel="branch scale $s$")
     return panels
 
 
 def _legend(figure: Figure, panels: Mapping[str, Axes]) -> None:
-    place = {"loc": "outside lower center", "ncols": 4, "handlelength": 2.8}
+    labels = [str(x.get_label()) for axis in panels.values() for x in axis.lines]
+    entry = 0.5 + 0.054 * max(map(len, labels), default=0)  # inches, at most
+    columns = max(int(figure.get_figwidth() / entry), 1)
+    place = {"loc": "outside lower center", "ncols": columns, "handlelength": 2.6}
     shared_legend(figure, panels.values(), **place)
 
 
 def _coupling(lines: Sequence[Line]) -> Figure:
     figure = Figure(figsize=(PAGE_WIDTH, 2.9), layout="constrained")
     panels = _panels(figure.subplots(1, 3), lines, "depth", _COUPLING)
-    panels["slope"].axhline(1, color="0.65", linewidth=0.8, linestyle=":")
+    slope = panels["slope"]
+    slope.axhline(1, color="0.65", linewidth=0.8, linestyle=":", label="slope 1")
+    _cut_outliers(slope, {x.label: band_of(x, "depth", "slope") for x in lines})
     _legend(figure, panels)
     return figure
+
+
+def _cut_outliers(axis: Axes, bands: Mapping[str, Band]) -> None:
+    """Leaves out of view, and writes down, what would flatten all other bands.
+
+    That is what lies three interquartile ranges beyond the quartiles, as in Tukey's
+    box plots. Three seeds that disagree by far are one such point.
+    """
+    points = [
+        (name, *each) for name, x in bands.items() for each in zip(*x, strict=True)
+    ]
+    if not points:
+        return
+    heights = np.array([point[2:] for point in points], np.float64)
+    quarter, three_quarters = np.percentile(heights, [25, 75])
+    reach = 3 * (three_quarters - quarter)
+    low, high = quarter - reach, three_quarters + reach
+    beyond = ((heights < low) | (heights > high)).any(axis=1)
+    if not beyond.any():
+        return
+    axis.set_ylim(low, high)
+    told = [
+        f"{points[k][0]} at {points[k][1]:g}: "
+        f"{heights[k, 1]:.2g} [{heights[k, 0]:.2g}, {heights[k, 2]:.2g}]"
+        for k in np.flatnonzero(beyond)
+    ]
+    text = "\n".join(["out of view:", *told])
+    axis.text(0.03, 0.03, text, transform=axis.transAxes, fontsize="x-small")
 
 
 def _increments(lines: Sequence[Line]) -> Figure:
@@ -202,10 +239,11 @@ def _increments(lines: Sequence[Line]) -> Figure:
 
 
 def _mixing(lines: Sequence[Line]) -> Figure:
-    figure = Figure(figsize=(PAGE_WIDTH * 0.6, 3.2), layout="constrained")
+    figure = Figure(figsize=(COLUMN_WIDTH, 2.9), layout="constrained")
     panels = _panels([figure.subplots()], lines, "depth", _MEMORY)
     for axis in panels.values():
         axis.set_yscale("symlog", linthresh=1)  # a plain net's is 0
+        axis.set_ylim(0, 2 * max(axis.dataLim.y1, 1) if axis.lines else 1)
         axis.set_ylabel("blocks")
     _legend(figure, panels)
     return figure
@@ -233,7 +271,7 @@ def _scale(lines: Sequence[Line], depth: int) -> Figure:
         law = [2 / math.log1p(s**2) for s in grid]
         label = r"$2 / \log(1 + s^2)$, isotropic"
         memory = panels["initial_correlation_time"]
-        memory.plot(grid, law, color="0.65", linestyle=":", label=label)
-    figure.suptitle(f"L = {depth} blocks, at initialization", fontsize="medium")
+        memory.plot(grid, law, color="0.2", linestyle=":", label=label, zorder=3)
+    figure.suptitle(f"$L$ = {depth} blocks, at initialization", fontsize="medium")
     _legend(figure, panels)
     return figure

@@ -1,36 +1,37 @@
 """The figures of a tracked training, from its ``records.jsonl`` alone."""
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator
 
+from grsd_jax import plotting
 from grsd_jax.experiments.common import files
 from grsd_jax.experiments.common.config import TITLES, UserError
-from grsd_jax.experiments.common.plotting import PAGE_WIDTH, look_of, save_figures
+from grsd_jax.experiments.common.plotting import (
+    COLUMN_WIDTH,
+    PAGE_WIDTH,
+    look_of,
+    save_figures,
+    shared_legend,
+)
 from grsd_jax.experiments.track.quantities import (
-    Line,
     Lines,
     by_steps,
     column,
     lost_share,
     moved_share,
-    total_energy,
     usable_velocities,
     whole_intervals,
 )
+from grsd_jax.plotting.tracked import TIME
 
 Tracks = Mapping[str, Lines]
-
-#: Profiles drawn at most, evenly over the records.
-_MOST_PROFILES = 6
-
-_TIME = r"effective time $\tau = \sum \eta / (1 - \mu)$"
 
 
 def write_tracking_figures(tracks: Tracks, folder: files.PathLike) -> list[Any]:
@@ -58,11 +59,11 @@ def write_tracking_figures(tracks: Tracks, folder: files.PathLike) -> list[Any]:
         if not lines:
             raise UserError(f"{name}: expected records that are finite, got none.")
     drawings: dict[str, Callable[[], Figure]] = {
-        "track_energies": partial(_energies, whole),
+        "track_energies": partial(_each, plotting.energies, whole),
         "track_amounts": partial(_amounts, whole),
         "track_profiles": partial(_profiles, whole),
         "track_velocity": partial(_velocity, whole),
-        "track_eigenvalues": partial(_eigenvalues, whole),
+        "track_eigenvalues": partial(_each, plotting.eigenvalues, whole),
     }
     if any(len(by_steps(tracks[name])) > 1 for name in order):
         finite = {name: tracks[name] for name in order}
@@ -83,141 +84,116 @@ def _panels(tracks: Tracks, rows: int, height: float) -> tuple[Figure, np.ndarra
     return figure, axes
 
 
-def _energies(tracks: Tracks) -> Figure:
-    """The energy of each shell, coloured by its place in the spectrum."""
+def _each(draw: Callable[..., Axes], tracks: Tracks) -> Figure:
+    """One of the public figures, a panel for each network."""
     figure, axes = _panels(tracks, 1, 2.7)
     for axis, lines in zip(axes[0], tracks.values(), strict=True):
-        axis.set(yscale="log", xlabel=_TIME, ylabel=r"energy $E_a$")
-        time = column(lines, "effective_time")
-        energies = column(lines, "energies")[:, 1]
-        colors, norm = mpl.colormaps["viridis"], Normalize(0, energies.shape[1] - 1)
-        for shell, track in enumerate(energies.T):
-            shown = np.where(track > 0, track, np.nan)
-            axis.plot(time, shown, ".-", color=colors(norm(shell)), markersize=3)
-        axis.plot(time, np.sum(energies, axis=1), "-", color="0.15", label="all")
-        axis.legend(loc="best")
-        bar = figure.colorbar(
-            mpl.cm.ScalarMappable(norm, colors), ax=axis, label="shell $a$"
-        )
-        bar.outline.set_linewidth(0.6)
-    return figure
-
-
-def _amounts(tracks: Tracks) -> Figure:
-    """What moved and what was lost between two records, as shares of the energy."""
-    figure, axis = _single()
-    for name, lines in tracks.items():
-        time = column(lines, "effective_time")
-        _line(axis, name, time, np.array([moved_share(line) for line in lines]))
-        lost = [lost_share(line) for line in lines]
-        axis.plot(time, lost, ":", color=look_of(name).color)
-    axis.plot([], [], ":", color="0.4", label="lost; below 0: gained")
-    axis.axhline(0, color="0.8", linewidth=0.6, zorder=0)
-    axis.set(xlabel=_TIME, ylabel=r"moved, $\frac{1}{2}\sum |T_{ab}| / |e|^2$")
-    axis.legend()
+        draw(lines, axis)
     return figure
 
 
 def _profiles(tracks: Tracks) -> Figure:
     """Flux with its error, and velocity beside its null, at several times."""
-    figure, axes = _panels(tracks, 2, 2.4)
+    figure, axes = _panels(tracks, 2, 2.6)
+    for row, name in zip(axes, ("flux", "velocity"), strict=True):
+        values = [column(lines, name).ravel() for lines in tracks.values()]
+        _spread(row[0], np.abs(np.concatenate(values)))
     for place, lines in enumerate(tracks.values()):
-        count = min(_MOST_PROFILES, len(lines))
-        chosen = np.unique(np.linspace(0, len(lines) - 1, count).round().astype(int))
-        colors = mpl.colormaps["plasma"](np.linspace(0, 0.85, len(chosen)))
-        for color, index in zip(colors, chosen, strict=True):
-            _profile(axes[:, place], lines[index], color)
-        for axis in axes[:, place]:
-            axis.set(xscale="log", xlabel=r"edge $\lambda_k$")
-            axis.axhline(0, color="0.8", linewidth=0.6, zorder=0)
-        axes[0, place].set_ylabel(r"flux $F_k / |e|^2$")
-        axes[1, place].set_ylabel("$v_k$, and $v^N_k$ (dotted)")
-        flux = [np.array(x["flux"], np.float64) / total_energy(x) for x in lines]
-        _symmetric_log(axes[0, place], np.array(flux))
-        axes[0, place].legend(title=r"$\tau$", ncols=2, loc="best")
+        plotting.flux(lines, axes[0, place])
+        plotting.velocity(lines, axes[1, place])
     return figure
 
 
-def _profile(axes: np.ndarray, line: Line, color: Any) -> None:
-    """Draws flux and velocity of one record, where they are known."""
-    edges, flux, error, velocity, spread = (
-        np.array(line[name], np.float64)
-        for name in ("edges", "flux", "flux_error", "velocity", "velocity_error")
+def _spread(axis: Axes, sizes: np.ndarray) -> None:
+    """Shows both signs over decades: the first interval moves far more than later."""
+    sizes = sizes[np.isfinite(sizes) & (sizes > 0)]
+    if sizes.size:
+        width = float(np.percentile(sizes, 75))
+        axis.set_yscale("asinh", linear_width=width)
+        powers = np.arange(round(math.log10(width)), math.log10(sizes.max()) + 2)
+        decades = 10.0**powers
+        ticks = [*-decades, 0.0, *decades]
+        axis.yaxis.set_major_locator(FixedLocator(ticks))
+
+
+def _over_time(
+    tracks: Tracks,
+    of: Callable[[Lines], np.ndarray],
+    beside: Callable[[Lines], np.ndarray] | None = None,
+    *,
+    name_beside: str = "",
+    ylabel: str,
+) -> Figure:
+    """One quantity of each network over its training; dotted, another beside it."""
+    figure, axis = _single()
+    axis.axhline(0, color="0.8", linewidth=0.6, zorder=0)
+    for name, lines in tracks.items():
+        time, look = column(lines, "effective_time"), look_of(name)
+        label = TITLES.get(name, name)
+        axis.plot(time, of(lines), **look._asdict(), markersize=3, label=label)
+        if beside is not None:
+            axis.plot(time, beside(lines), ":", color=look.color)
+    if name_beside:
+        axis.plot([], [], ":", color="0.4", label=name_beside)
+    axis.set(xlabel=TIME, ylabel=ylabel)
+    shared_legend(figure, [axis], loc="outside upper center", ncols=3)
+    return figure
+
+
+def _amounts(tracks: Tracks) -> Figure:
+    """What moved and what was lost between two records, as shares of the energy."""
+    return _over_time(
+        tracks,
+        lambda lines: np.array([moved_share(line) for line in lines]),
+        lambda lines: np.array([lost_share(line) for line in lines]),
+        name_beside="lost; below 0: gained",
+        ylabel=r"moved, $\frac{1}{2}\sum |T_{ab}|\;/\;|e\,|^2$",
     )
-    energy, used = total_energy(line), np.array(line["velocity_mask"], bool)
-    style = dict(color=color, markersize=3.5, elinewidth=0.6)
-    known = np.isfinite(error)
-    axes[0].errorbar(
-        edges[known],
-        flux[known] / energy,
-        error[known] / energy,
-        fmt=".-",
-        label=f"{line['effective_time']:.3g}",
-        **style,
-    )
-    axes[1].errorbar(edges[used], velocity[used], spread[used], fmt=".-", **style)
-    if line["counting_velocity"] is not None:
-        counted = np.array(line["counting_velocity"], np.float64)
-        axes[1].plot(edges[used], counted[used], ":", color=color, linewidth=0.9)
 
 
 def _velocity(tracks: Tracks) -> Figure:
     """The median velocity over the usable edges beside that of the null, over time."""
-    figure, axis = _single()
-    for name, lines in tracks.items():
-        pairs = [usable_velocities(line) for line in lines]
-        median = np.array([[_median(values) for values in pair] for pair in pairs])
-        time, color = column(lines, "effective_time"), look_of(name).color
-        _line(axis, name, time, median[:, 0])
-        axis.plot(time, median[:, 1], ":", color=color)
-    axis.plot([], [], ":", color="0.4", label="counting velocity")
-    axis.axhline(0, color="0.8", linewidth=0.6, zorder=0)
-    axis.set(xlabel=_TIME, ylabel=r"velocity in $\log\lambda$, median")
-    axis.legend()
-    return figure
+
+    def median(lines: Lines, which: int) -> np.ndarray:
+        return np.array([_median(usable_velocities(line)[which]) for line in lines])
+
+    return _over_time(
+        tracks,
+        partial(median, which=0),
+        partial(median, which=1),
+        name_beside="null: growth alone",
+        ylabel="velocity in $\\log\\lambda$, median",
+    )
+
+
+def _non_adjacent(tracks: Tracks) -> Figure:
+    return _over_time(
+        tracks,
+        lambda lines: column(lines, "non_adjacent_share"),
+        ylabel="share of transfers between\nnon-adjacent shells",
+    )
 
 
 def _steps(tracks: Tracks) -> Figure:
     """What is lost and what moves, a training step, against the steps looked over."""
     figure, axis = _single()
+    axis.set(xscale="log", yscale="log", xlabel="training steps $h$ between both ends")
+    axis.set_ylabel("moved in one step,\nshare of $|e\\,|^2$, median")
+    steps: set[int] = set()
     for name, lines in tracks.items():
         groups, look = by_steps(lines), look_of(name)
-        steps = np.array(list(groups), np.float64)
-        for share, style in ((moved_share, look.linestyle), (lost_share, ":")):
+        steps |= set(groups)
+        label = TITLES.get(name, name)
+        moved: Any = look._asdict() | {"markersize": 3, "label": label}
+        lost = moved | {"linestyle": ":", "markerfacecolor": "white", "label": None}
+        for share, style in ((moved_share, moved), (lost_share, lost)):
             found = [np.median([share(x) for x in group]) for group in groups.values()]
-            label = TITLES.get(name, name) if share is moved_share else None
-            axis.plot(
-                steps,
-                np.abs(found) / steps,
-                style,
-                color=look.color,
-                marker=look.marker,
-                markersize=3,
-                label=label,
-            )
-    axis.plot([], [], ":", color="0.4", label="lost")
-    axis.set(xscale="log", yscale="log", xlabel="training steps $h$ between both ends")
-    axis.set_ylabel("moved, share of $|e|^2$ a step, median")
-    axis.legend()
+            axis.plot(list(groups), np.abs(found) / np.array(list(groups)), **style)
+    axis.plot([], [], ":", color="0.4", label="lost or gained")
+    axis.set_xticks(sorted(steps), [str(step) for step in sorted(steps)])
+    axis.minorticks_off()
+    shared_legend(figure, [axis], loc="outside upper center", ncols=3)
     return figure
-
-
-def _non_adjacent(tracks: Tracks) -> Figure:
-    figure, axis = _single()
-    for name, lines in tracks.items():
-        time = column(lines, "effective_time")
-        _line(axis, name, time, column(lines, "non_adjacent_share"))
-    axis.set(xlabel=_TIME, ylabel="share of transfers between\nnon-adjacent shells")
-    axis.set_ylim(0, 1)
-    axis.legend()
-    return figure
-
-
-def _symmetric_log(axis: Axes, values: np.ndarray) -> None:
-    """Shows both signs over decades, linear below a hundredth of the largest."""
-    largest = float(np.nanmax(np.abs(values), initial=0.0))
-    if largest > 0:
-        axis.set_yscale("symlog", linthresh=largest / 1e2)
 
 
 def _median(values: np.ndarray) -> float:
@@ -227,25 +203,5 @@ def _median(values: np.ndarray) -> float:
 
 
 def _single() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(0.62 * PAGE_WIDTH, 2.5), layout="constrained")
+    figure = Figure(figsize=(COLUMN_WIDTH, 2.4), layout="constrained")
     return figure, figure.subplots()
-
-
-def _line(axis: Axes, name: str, time: np.ndarray, values: np.ndarray) -> None:
-    """Draws one quantity of one network over its training."""
-    look = look_of(name)._asdict()
-    axis.plot(time, values, **look, markersize=3, label=TITLES.get(name, name))
-
-
-def _eigenvalues(tracks: Tracks) -> Figure:
-    """The leading eigenvalues, each a line, in order of size."""
-    figure, axes = _panels(tracks, 1, 2.7)
-    for axis, lines in zip(axes[0], tracks.values(), strict=True):
-        time, values = column(lines, "effective_time"), column(lines, "values")
-        colors = mpl.colormaps["viridis_r"]
-        norm = Normalize(0, values.shape[1])
-        for index, track in enumerate(values.T):
-            shown = np.where(track > 0, track, np.nan)
-            axis.plot(time, shown, "-", color=colors(norm(index)), linewidth=0.8)
-        axis.set(yscale="log", xlabel=_TIME, ylabel=r"eigenvalue $\lambda_i$")
-    return figure
