@@ -15,6 +15,7 @@ from user_networks import (
     FACTORED,
     LOW_PRECISION,
     NETWORKS,
+    SCHEDULED,
     SLOW,
     framework,
     plain,
@@ -116,12 +117,14 @@ def agree(got, wanted, scale=None):
     assert np.max(np.abs(got - wanted)) < TOLERANCE * scale
 
 
+def marks_of(name):
+    if name in SCHEDULED:
+        return [pytest.mark.scheduled]
+    return [pytest.mark.slow] if name in SLOW else []
+
+
 @pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else [])
-        for name in NETWORKS
-    ],
+    "name", [pytest.param(name, marks=marks_of(name)) for name in NETWORKS]
 )
 def test_kernels_agree_with_jacrev(name):
     problem, params, direction, expected = stated(name)

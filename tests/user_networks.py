@@ -118,3 +118,24 @@ NETWORKS = {build.__name__: build for build in (*FACTORED, *BEYOND)}
 
 #: Networks that take long to compile.
 SLOW = {name for name, build in NETWORKS.items() if build.__module__ != plain.__name__}
+
+#: Of these, those of a kind that another one keeps in the gate, in another framework or
+#: without remat; a scheduled job runs them.
+SCHEDULED = {
+    "equinox_gru",
+    "equinox_transformer",
+    "gpt_remat",
+    "gpt_scanned_and_remat",
+    "gru_unrolled",
+    "haiku_layer_stack",
+    "haiku_resnet",
+    "haiku_transformer",
+    "linen_gru",
+    "linen_remat",
+    "linen_resnet18",
+    "linen_scanned_layers",
+    "linen_vision_transformer",
+    "linen_weight_norm",
+    "nnx_gru",
+    "nnx_scanned_layers",
+}
