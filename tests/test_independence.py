@@ -47,6 +47,7 @@ APART = {
     "merged": lambda x, i: jnp.tanh(x.reshape(-1, 2)).reshape(-1, 4),
     "merged_inside": lambda x, i: jnp.tanh(x.T.reshape(2, -1)).reshape(4, -1).T,
     "pairs_of_features": lambda x, i: jnp.einsum("ni,nj->n", x, x)[:, None] * x,
+    "by_columns": lambda x, i: jax.lax.reshape(x, x.shape[::-1], (1, 0)).T,
     "mapped": lambda x, i: jax.lax.map(lambda row: row - jnp.mean(row), x),
     "by_vmap": lambda x, i: jax.vmap(lambda row, k: jnp.sort(row) * k)(x, i),
     "steps": lambda x, i: jax.lax.scan(lambda c, t: (c + t, c), x[:, 0], x.T)[1].T,
@@ -88,6 +89,23 @@ MIXING = {
     "loop": lambda x, i: jax.lax.fori_loop(0, i[0], lambda _, c: jnp.sin(c), x),
     "noise": lambda x, i: x * jax.random.normal(jax.random.key(0), x.shape),
     "one_for_all": lambda x, i: x.at[i].add(x),
+    "by_columns": lambda x, i: jnp.reshape(x.ravel(order="F"), x.shape),
+    # No equation mixes examples, but each counts them.
+    "number_repeated": lambda x, i: x * jnp.full(4, float(len(x))),
+    "number_given": lambda x, i: jnp.where(x > 9, 0.0, len(x)) * x,
+    "number_held": lambda x, i: jax.jit(lambda x: x * np.full(4, 1 / len(x)))(x),
+    "number_of_ones": lambda x, i: x / jnp.sum(jnp.ones(len(x))),
+    "number_contracted": lambda x, i: x * (jnp.ones(len(x)) @ jnp.ones(len(x))),
+    "last_place": lambda x, i: x * jnp.max(jnp.arange(len(x)) + 1),
+    "place_of_one": lambda x, i: x * jnp.flip(jnp.arange(len(x)))[i][:, None],
+    "trace": lambda x, i: x * jnp.trace(jnp.eye(len(x))),
+    "power": lambda x, i: x ** len(x),
+    "times": lambda x, i: jax.lax.fori_loop(0, len(x), lambda _, c: jnp.sin(c), x),
+    "as_many": lambda x, i: x * jnp.sum(jnp.arange(1.0, 4.0)[: len(x)]),
+    "column": lambda x, i: x * x[:, len(x) - 1 : len(x)],
+    "last_key": lambda x, i: (
+        x * jax.random.normal(jax.random.split(jax.random.key(0), len(x))[-1], (4,))
+    ),
 }
 
 

@@ -182,10 +182,17 @@ def _what_may_mix(point: Point, closed: Any) -> str:
     held = jax.tree.map(_placeless, (point.error_fn, point.params))
     num_held = len(jax.tree.leaves(held))
     try:
-        whole = evaluate.trace(*held, point.batch_shapes).jaxpr
-        return what_may_mix(whole, closed, num_held, point.error.shape[0])
+        batch, num_examples = point.batch_shapes, point.error.shape[0]
+        whole = evaluate.trace(*held, batch).jaxpr
+        larger = evaluate.trace(*held, jax.tree.map(_doubled, batch)).jaxpr
+        return what_may_mix(whole, larger, closed, num_held, num_examples)
     except Exception as error:  # jaxprs are JAX's own affair, and change
         return f"its program could not be read: {error!r}"
+
+
+def _doubled(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """Returns the shape of twice as many examples."""
+    return leaf.update(shape=(2 * leaf.shape[0], *leaf.shape[1:]))
 
 
 def _remember(memory: dict[Any, Any], key: Any, value: Any) -> None:
