@@ -7,8 +7,8 @@ is not known to keep them apart may mix them: a sum over the examples does, and 
 equation that is not in the tables below counts as one that does. So this can prove that
 examples are independent, at all values of the parameters, and never that they are not.
 
-The forward program is read. A custom derivative that mixes examples which its function
-keeps apart is not seen here.
+The program that is read is that of ``J d``, so that the rules of custom derivatives are
+read as well. One that has no rule for ``J d`` counts as one that may mix.
 """
 
 from collections.abc import Callable, Sequence
@@ -93,7 +93,7 @@ def what_may_mix(
     """Returns what may make the examples of a program depend on each other.
 
     Args:
-        batch: The jaxpr of ``(*still, *examples) -> error [N, C]``, where the leaves of
+        batch: The jaxpr of ``(*still, *examples) -> J d [N, C]``, where the leaves of
             the examples have the leading axis N.
         larger: The jaxpr of the same for more examples.
         one: The jaxpr of the same for one example.
@@ -402,10 +402,11 @@ def _gather(equation: Any, ins: Sequence[_Value]) -> _Value:
 def _window(equation: Any, ins: Sequence[_Value]) -> _Value:
     """A part of some axes, which has to be the whole of that of the examples."""
     params, before = equation.params, _shape(equation.invars[0])
-    found = ins[0]
+    name = equation.primitive.name
+    found = _joined(ins, equation) if name == "select_and_gather_add" else ins[0]
     if not isinstance(found, _Apart):
         raise _mixing(equation)
-    axis, name = found.axis, equation.primitive.name
+    axis = found.axis
     if name == "slice":
         steps = params["strides"] or (1,) * len(before)
         part = params["start_indices"][axis], params["limit_indices"][axis], steps[axis]
@@ -454,7 +455,7 @@ _APART: dict[str, _Rule] = {
     "dynamic_update_slice": _update,
     **dict.fromkeys(("slice", "dynamic_slice", "pad", "top_k"), _window),
     **dict.fromkeys(("reduce_window_sum", "reduce_window_max"), _window),
-    "reduce_window_min": _window,
+    **dict.fromkeys(("reduce_window_min", "select_and_gather_add"), _window),
 }
 
 _LOOPS = {"scan": _scan, "cond": _cond, "while": _loop}

@@ -171,28 +171,50 @@ def _couple_now(point: Point, key: Any) -> bool:
     if is_traced(data) or _SEEN.knows(key, data):
         return False
     if key not in _MAY_MIX:
-        _remember(_MAY_MIX, key, _what_may_mix(point, key[0]))
+        _remember(_MAY_MIX, key, _what_may_mix(point))
     compared = _compared(point, key, _held(point)) if _MAY_MIX[key] else False
     _SEEN.note(key, data)
     return bool(compared)
 
 
-def _what_may_mix(point: Point, closed: Any) -> str:
-    """Returns what in the program of a batch may mix its examples, "" if nothing."""
-    held = jax.tree.map(_placeless, (point.error_fn, point.params))
-    num_held = len(jax.tree.leaves(held))
+def _what_may_mix(point: Point) -> str:
+    """Returns what in the derivative of a batch may mix its examples, "" if nothing."""
+    held = (point.error_fn, point.params, point.params)
+    held = jax.tree.map(_placeless, held)
+    num_held, batch = len(jax.tree.leaves(held)), point.batch_shapes
+    sizes = [jax.tree.map(partial(_resized, by), batch) for by in (1, 2)]
     try:
-        batch, num_examples = point.batch_shapes, point.error.shape[0]
-        whole = evaluate.trace(*held, batch).jaxpr
-        larger = evaluate.trace(*held, jax.tree.map(_doubled, batch)).jaxpr
-        return what_may_mix(whole, larger, closed, num_held, num_examples)
+        whole, larger = (_moved.trace(*held, size).jaxpr for size in sizes)
+        one = _moved_alone.trace(*held, jax.tree.map(_first, batch)).jaxpr
+        return what_may_mix(whole, larger, one, num_held, point.error.shape[0])
     except Exception as error:  # jaxprs are JAX's own affair, and change
         return f"its program could not be read: {error!r}"
 
 
-def _doubled(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """Returns the shape of twice as many examples."""
-    return leaf.update(shape=(2 * leaf.shape[0], *leaf.shape[1:]))
+@jax.jit
+def _moved(
+    error_fn: Objective, params: PyTree, direction: PyTree, batch: PyTree
+) -> jax.Array:
+    """Computes ``J d`` of a batch."""
+    return jax.jvp(lambda p: error_fn(p, batch), (params,), (direction,))[1]
+
+
+@jax.jit
+def _moved_alone(
+    error_fn: Objective, params: PyTree, direction: PyTree, example: PyTree
+) -> jax.Array:
+    batch = jax.tree.map(lambda leaf: leaf[None], example)
+    return jax.jvp(lambda p: error_fn(p, batch), (params,), (direction,))[1]
+
+
+def _resized(by: int, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """Returns the shape of so many times as many examples."""
+    return leaf.update(shape=(by * leaf.shape[0], *leaf.shape[1:]))
+
+
+def _first(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """Returns the shape of one example."""
+    return leaf.update(shape=leaf.shape[1:])
 
 
 def _remember(memory: dict[Any, Any], key: Any, value: Any) -> None:
