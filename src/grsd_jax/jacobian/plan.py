@@ -104,7 +104,7 @@ def are_coupled(point: Point) -> bool:
         if compared is None:
             return False
         _remember(_COUPLED, key, compared)
-        _SEEN.note(key, _data(point))
+        _note_first(point, key, coupled=compared)
     elif not _COUPLED[key] and _couple_now(point, key):
         _remember(_COUPLED, key, value=True)
     return _COUPLED[key]
@@ -139,7 +139,7 @@ def verdict_of(point: Point) -> Verdict:
         if not settled:
             return verdict
         _remember(_VERDICTS, key, verdict)
-        _SEEN.note(key, _data(point))
+        _note_first(point, key, coupled=verdict.coupled)
     elif _VERDICTS[key].coupled is False and _couple_now(point, key):
         _remember(_VERDICTS, key, _COUPLED_VERDICT)
     return _VERDICTS[key]
@@ -170,11 +170,25 @@ def _couple_now(point: Point, key: Any) -> bool:
     data = _data(point)
     if is_traced(data) or _SEEN.knows(key, data):
         return False
-    if key not in _MAY_MIX:
-        _remember(_MAY_MIX, key, _what_may_mix(point))
-    compared = _compared(point, key, _held(point)) if _MAY_MIX[key] else False
+    compared = _compared(point, key, _held(point)) if _may_mix(point, key) else False
     _SEEN.note(key, data)
     return bool(compared)
+
+
+def _note_first(point: Point, key: Any, *, coupled: bool | None) -> None:
+    """Notes the first values, and reads the program, so that later ones trace nothing.
+
+    Nothing is read of a program whose examples are known to be coupled.
+    """
+    if coupled is False and not is_traced(_data(point)):
+        _may_mix(point, key)
+    _SEEN.note(key, _data(point))
+
+
+def _may_mix(point: Point, key: Any) -> str:
+    if key not in _MAY_MIX:
+        _remember(_MAY_MIX, key, _what_may_mix(point))
+    return _MAY_MIX[key]
 
 
 def _what_may_mix(point: Point) -> str:
