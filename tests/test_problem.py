@@ -598,6 +598,21 @@ def test_leaves_that_are_not_floating_are_held(reduction):
     )
 
 
+def test_held_numbers_that_compare_equal_are_not_taken_for_each_other():
+    def scaled(params, batch):
+        held = params["held"]
+        factor = {True: 2.0, False: 3.0}[held] if held is bool(held) else 1.0
+        sign = np.copysign(1.0, held)
+        return factor * sign * outputs_fn(params["net"], batch)
+
+    problem, params = Problem(scaled, make_batches()), make_params()
+    batch = first(problem.batches)
+    for held in (1, True, 0.0, -0.0):
+        given = {"net": params, "held": held}
+        expected = module.softmax_error(scaled(given, batch), batch["label"])
+        assert np.allclose(problem.error(given, batch), expected, atol=1e-6), held
+
+
 def test_the_gradient_flow_leaves_them_where_they_are():
     module = make_module()
     problem = Problem(module_outputs, make_batches())

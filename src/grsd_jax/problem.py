@@ -235,12 +235,13 @@ class HeldObjective:
     Attributes:
         objective: The objective.
         held: A tree like the parameters with the other arrays, None elsewhere.
-        fixed: The leaves that are no arrays, by position.
+        fixed: The leaves that are no arrays: position, value, and how a number is
+            written, since ``1 == True`` and ``0.0 == -0.0``.
     """
 
     objective: Objective
     held: PyTree
-    fixed: tuple[tuple[int, Hashable], ...]
+    fixed: tuple[tuple[int, Hashable, str], ...]
 
     def __call__(self, params: PyTree, batch: PyTree) -> jax.Array:
         """Returns the error of one batch, ``[N, C]``."""
@@ -262,7 +263,8 @@ class HeldObjective:
         moving, tree = jax.tree.flatten(params, is_leaf=_is_none)
         leaves = enumerate(jax.tree.leaves(self.held, is_leaf=_is_none))
         held = [(index, leaf) for index, leaf in leaves if leaf is not None]
-        return with_leaves(tree, moving, [*held, *self.fixed])
+        fixed = [(index, leaf) for index, leaf, _ in self.fixed]
+        return with_leaves(tree, moving, [*held, *fixed])
 
 
 @partial(
@@ -720,7 +722,8 @@ def _hold(objective: Objective, params: PyTree) -> tuple[Objective, PyTree]:
         moving.append(leaf if moves_along else None)
         held.append(leaf if _is_array(leaf) and not moves_along else None)
         if not (_is_array(leaf) or moves_along or leaf is None):
-            fixed.append((index, leaf))
+            written = repr(leaf) if isinstance(leaf, int | float | complex) else ""
+            fixed.append((index, leaf, written))
     check_hashable("params", params, unless=_is_array)
     held_objective = HeldObjective(
         objective, jax.tree.unflatten(tree, held), tuple(fixed)

@@ -7,19 +7,17 @@ is not known to keep them apart may mix them: a sum over the examples does, and 
 equation that is not in the tables below counts as one that does. So this can prove that
 examples are independent, at all values of the parameters, and never that they are not.
 
-The forward program is read. A custom derivative that mixes examples which its function
-keeps apart is not seen here.
+The program that is read is that of ``J d``, so that the rules of custom derivatives are
+read as well. One that has no rule for ``J d`` counts as one that may mix.
 """
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from grsd_jax.jacobian.batch_size import depends_on_number
 from grsd_jax.jacobian.tracing import (
-    MOVES,
-    bodies,
     body_of,
     is_call,
     is_literal,
@@ -89,12 +87,15 @@ class _MayMix(Exception):
     """An equation may mix the examples."""
 
 
-def what_may_mix(batch: Any, one: Any, num_still: int, num_examples: int) -> str:
+def what_may_mix(
+    batch: Any, larger: Any, one: Any, num_still: int, num_examples: int
+) -> str:
     """Returns what may make the examples of a program depend on each other.
 
     Args:
-        batch: The jaxpr of ``(*still, *examples) -> error [N, C]``, where the leaves of
+        batch: The jaxpr of ``(*still, *examples) -> J d [N, C]``, where the leaves of
             the examples have the leading axis N.
+        larger: The jaxpr of the same for more examples.
         one: The jaxpr of the same for one example.
         num_still: The number of operands that are no examples.
         num_examples: N.
@@ -104,7 +105,7 @@ def what_may_mix(batch: Any, one: Any, num_still: int, num_examples: int) -> str
     """
     if num_examples == 1:
         return ""
-    if not _same_constants(batch, one) or _computed(batch) != _computed(one):
+    if depends_on_number(batch, larger, one):
         return "what is computed depends on the number of examples"
     jaxpr = opened(batch)[0]
     apart = _Apart(0, num_examples)
@@ -115,32 +116,6 @@ def what_may_mix(batch: Any, one: Any, num_still: int, num_examples: int) -> str
         return str(mixed)
     same = isinstance(error, _Still) and 0 in error.uniform
     return "" if same or error == apart else "the order of the examples changes"
-
-
-def _computed(closed: Any) -> Counter[Any]:
-    """Counts the equations that do more than move entries, with their numbers."""
-    found: Counter[Any] = Counter()
-    for equation in opened(closed)[0].eqns:
-        inner = bodies(equation)
-        for body in inner:
-            found += _computed(body)
-        if not inner and equation.primitive.name not in MOVES:
-            numbers = [
-                str(atom.val)
-                for atom in equation.invars
-                if is_literal(atom) and np.ndim(atom.val) == 0
-            ]
-            found[equation.primitive.name, tuple(numbers)] += 1
-    return found
-
-
-def _same_constants(left: Any, right: Any) -> bool:
-    pairs = opened(left)[1], opened(right)[1]
-    return len(pairs[0]) == len(pairs[1]) and all(
-        a is b
-        or (np.shape(a) == np.shape(b) and np.array_equal(np.asarray(a), np.asarray(b)))
-        for a, b in zip(*pairs, strict=True)
-    )
 
 
 def _read(jaxpr: Any, ins: Sequence[_Value]) -> list[_Value]:
@@ -340,7 +315,9 @@ def _reshape(equation: Any, ins: Sequence[_Value]) -> _Value:
     if isinstance(value, _Still):
         everywhere = len(value.uniform) == len(before)
         return _Still(frozenset(range(len(after)) if everywhere else ()))
-    step = value.minor * int(np.prod(before[value.axis + 1 :]))
+    order = equation.params["dimensions"] or range(len(before))
+    last = [before[a] for a in order[order.index(value.axis) + 1 :]]
+    step = value.minor * int(np.prod(last))
     for axis, size in enumerate(after):
         rest = int(np.prod(after[axis + 1 :]))
         minor, remainder = divmod(step, max(rest, 1))
@@ -425,10 +402,11 @@ def _gather(equation: Any, ins: Sequence[_Value]) -> _Value:
 def _window(equation: Any, ins: Sequence[_Value]) -> _Value:
     """A part of some axes, which has to be the whole of that of the examples."""
     params, before = equation.params, _shape(equation.invars[0])
-    found = ins[0]
+    name = equation.primitive.name
+    found = _joined(ins, equation) if name == "select_and_gather_add" else ins[0]
     if not isinstance(found, _Apart):
         raise _mixing(equation)
-    axis, name = found.axis, equation.primitive.name
+    axis = found.axis
     if name == "slice":
         steps = params["strides"] or (1,) * len(before)
         part = params["start_indices"][axis], params["limit_indices"][axis], steps[axis]
@@ -477,7 +455,7 @@ _APART: dict[str, _Rule] = {
     "dynamic_update_slice": _update,
     **dict.fromkeys(("slice", "dynamic_slice", "pad", "top_k"), _window),
     **dict.fromkeys(("reduce_window_sum", "reduce_window_max"), _window),
-    "reduce_window_min": _window,
+    **dict.fromkeys(("reduce_window_min", "select_and_gather_add"), _window),
 }
 
 _LOOPS = {"scan": _scan, "cond": _cond, "while": _loop}

@@ -107,7 +107,7 @@ def are_coupled(point: Point) -> bool:
         if compared is None:
             return False
         _remember(_COUPLED, key, compared)
-        _SEEN.note(key, _data(point))
+        _note_first(point, key, coupled=compared)
     elif not _COUPLED[key] and _couple_now(point, key):
         _remember(_COUPLED, key, value=True)
     return _COUPLED[key]
@@ -142,7 +142,7 @@ def verdict_of(point: Point) -> Verdict:
         if not settled:
             return verdict
         _remember(_VERDICTS, key, verdict)
-        _SEEN.note(key, _data(point))
+        _note_first(point, key, coupled=verdict.coupled)
     elif _VERDICTS[key].coupled is False and _couple_now(point, key):
         _remember(_VERDICTS, key, _COUPLED_VERDICT)
     return _VERDICTS[key]
@@ -173,22 +173,65 @@ def _couple_now(point: Point, key: Any) -> bool:
     data = _data(point)
     if is_traced(data) or _SEEN.knows(key, data):
         return False
-    if key not in _MAY_MIX:
-        _remember(_MAY_MIX, key, _what_may_mix(point, key[0]))
-    compared = _compared(point, key, _held(point)) if _MAY_MIX[key] else False
+    compared = _compared(point, key, _held(point)) if _may_mix(point, key) else False
     _SEEN.note(key, data)
     return bool(compared)
 
 
-def _what_may_mix(point: Point, closed: Any) -> str:
-    """Returns what in the program of a batch may mix its examples, "" if nothing."""
-    held = jax.tree.map(_placeless, (point.error_fn, point.params))
-    num_held = len(jax.tree.leaves(held))
+def _note_first(point: Point, key: Any, *, coupled: bool | None) -> None:
+    """Notes the first values, and reads the program, so that later ones trace nothing.
+
+    Nothing is read of a program whose examples are known to be coupled.
+    """
+    if coupled is False and not is_traced(_data(point)):
+        _may_mix(point, key)
+    _SEEN.note(key, _data(point))
+
+
+def _may_mix(point: Point, key: Any) -> str:
+    if key not in _MAY_MIX:
+        _remember(_MAY_MIX, key, _what_may_mix(point))
+    return _MAY_MIX[key]
+
+
+def _what_may_mix(point: Point) -> str:
+    """Returns what in the derivative of a batch may mix its examples, "" if nothing."""
+    held = (point.error_fn, point.params, point.params)
+    held = jax.tree.map(_placeless, held)
+    num_held, batch = len(jax.tree.leaves(held)), point.batch_shapes
+    sizes = [jax.tree.map(partial(_resized, by), batch) for by in (1, 2)]
     try:
-        whole = evaluate.trace(*held, point.batch_shapes).jaxpr
-        return what_may_mix(whole, closed, num_held, point.error.shape[0])
+        whole, larger = (_moved.trace(*held, size).jaxpr for size in sizes)
+        one = _moved_alone.trace(*held, jax.tree.map(_first, batch)).jaxpr
+        return what_may_mix(whole, larger, one, num_held, point.error.shape[0])
     except Exception as error:  # jaxprs are JAX's own affair, and change
         return f"its program could not be read: {error!r}"
+
+
+@jax.jit
+def _moved(
+    error_fn: Objective, params: PyTree, direction: PyTree, batch: PyTree
+) -> jax.Array:
+    """Computes ``J d`` of a batch."""
+    return jax.jvp(lambda p: error_fn(p, batch), (params,), (direction,))[1]
+
+
+@jax.jit
+def _moved_alone(
+    error_fn: Objective, params: PyTree, direction: PyTree, example: PyTree
+) -> jax.Array:
+    batch = jax.tree.map(lambda leaf: leaf[None], example)
+    return jax.jvp(lambda p: error_fn(p, batch), (params,), (direction,))[1]
+
+
+def _resized(by: int, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """Returns the shape of so many times as many examples."""
+    return leaf.update(shape=(by * leaf.shape[0], *leaf.shape[1:]))
+
+
+def _first(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """Returns the shape of one example."""
+    return leaf.update(shape=leaf.shape[1:])
 
 
 def _remember(memory: dict[Any, Any], key: Any, value: Any) -> None:

@@ -11,7 +11,8 @@ a step. Parameters that reach an activation in another way (a `cond`, a `while`,
 with a custom derivative) are named with the reason.
 
 This is the one module that imports `jax.extend.core`, about which JAX makes no promise
-of compatibility; `independence`, `raised` and `adjoint` read jaxprs by its functions.
+of compatibility; `independence`, `batch_size`, `raised` and `adjoint` read jaxprs by
+its functions.
 """
 
 import dataclasses
