@@ -16,7 +16,7 @@ from grsd_jax import (
     layer_kernels,
     linearize_kernel,
 )
-from grsd_jax.jacobian import blocks, plan
+from grsd_jax.jacobian import adjoint, blocks, plan
 from oracles import dense_kernel, plain, relative_error
 
 K, N = 2, 4
@@ -465,6 +465,18 @@ def test_rows_out_of_range_leave_every_product_symmetric(fn, path):
     got = kernel_derivative(problem, params, direction, jnp.eye(12))
     assert relative_error(got, got.T) < 1e-6
     assert relative_error(got, moved) < 1e-5
+
+
+def test_a_linear_program_that_cannot_be_read_says_so_and_is_used(monkeypatch):
+    def broken(*_):
+        raise KeyError("an equation of another JAX")
+
+    monkeypatch.setattr(adjoint, "_settle", broken)
+    problem, params = make(own(outputs_fn))
+    block = jnp.eye(problem.dimension(params))
+    with pytest.warns(RuntimeWarning, match="could not be read: KeyError"):
+        got = kernel_matmat(problem, params, block)
+    assert relative_error(got, dense_kernel(problem, params)) < 1e-5
 
 
 def test_an_explanation_prints_as_a_table():

@@ -155,6 +155,7 @@ PRODUCTS = (
     "cnn_grouped",
     "rnn_scanned",
     "shared_in_two_roles",
+    "linen_remat",
     "lora",
 )
 

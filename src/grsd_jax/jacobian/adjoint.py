@@ -6,6 +6,7 @@ there: J and J^T, as JAX makes them, are then two maps, and ``J J^T`` is not sym
 Here a row that does not exist gives and gets nothing, as in `jax.grad`.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -39,7 +40,16 @@ def settled(linear: Callable[..., Any], *examples: Any) -> Callable[..., Any]:
     """
     closed, shape = jax.make_jaxpr(linear, return_shape=True)(*examples)
     jaxpr, consts = opened(closed)
-    changed, _ = _settle(jaxpr, [True] * len(jaxpr.invars))
+    try:
+        changed, _ = _settle(jaxpr, [True] * len(jaxpr.invars))
+    except Exception as error:  # jaxprs are JAX's own affair, and change
+        warnings.warn(
+            f"grsd_jax: a linearized program could not be read: {error!r}; where an "
+            "index lies out of range, J and J^T may not be adjoint.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return linear
     if changed is jaxpr:
         return linear
     applied = partial(_applied, changed, jax.tree.structure(shape))
@@ -112,8 +122,9 @@ def _equation(equation: Any, moves: list[bool]) -> tuple[Any, list[bool]]:
         changed = equation.replace(params=params | {"branches": branches})
         return equation if same else changed, outs
     open_index = params.get("mode") == GatherScatterMode.PROMISE_IN_BOUNDS
-    floating = jnp.issubdtype(equation.invars[0].aval.dtype, jnp.inexact)
-    if not (open_index and any(moves) and floating):
+    if not (open_index and any(moves)):
+        return equation, everything
+    if not jnp.issubdtype(equation.invars[0].aval.dtype, jnp.inexact):
         return equation, everything
     drop: dict[str, Any] = {"mode": GatherScatterMode.FILL_OR_DROP}
     if name == "gather" and moves[0]:
