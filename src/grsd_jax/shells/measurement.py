@@ -329,7 +329,7 @@ def _converged_pairs(
         )
         above = found.values > floor * found.values[0]
         if window.num_pairs is not None or num_pairs == size or not above[-1]:
-            resolved = found.converged & above & (found.values > 0)
+            resolved = found.converged & above
             return RitzPairs(found.values, found.vectors, found.residuals, resolved)
         num_pairs = min(2 * num_pairs, size)
 
