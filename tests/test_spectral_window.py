@@ -13,6 +13,7 @@ from grsd_jax import (
     gradient_flow_direction,
     measure_coupling,
 )
+from grsd_jax.shells import measurement
 from network_parts import normals, rms_norm
 
 WINDOW = Window(num_pairs=24)
@@ -127,6 +128,16 @@ def test_a_floor_ends_the_window_of_both_solvers(solver):
     assert 3 < expected < 60
     assert int(got.resolved.sum()) == expected
     assert got.num_missing == 0
+
+
+def test_values_at_their_rounding_are_not_resolved_by_lanczos_either():
+    values = jnp.asarray([1, 1e-3, 2e-5, 5e-6], jnp.float32)
+    start = jax.random.normal(jax.random.key(0), (4, 2), jnp.float32)
+    pairs = measurement._converged_pairs(
+        lambda v: values[:, None] * v, start, Window(4), jax.random.key(1), None
+    )
+    np.testing.assert_array_equal(pairs.resolved, [True, True, True, False])
+    assert measurement.missing_pairs(pairs, 4, Window(4)) == 1
 
 
 def test_pairs_that_too_few_steps_leave_out_are_counted():

@@ -88,10 +88,9 @@ def ritz_pairs(
     values = jnp.where(real, values, jnp.min(values, where=real, initial=jnp.inf))
     last_rows = rotation[-result.block_size :]
     residuals = norm(matmul(result.residual_block / unit, last_rows), 0)
-    eps = float(jnp.finfo(values.dtype).eps)
     vectors = matmul(result.basis, rotation)
     bounds = residuals + rounding_bound(len(values), values.dtype) * scale
-    small = residuals + _SMALL_ROUNDING_EPS * eps * scale
+    small = residuals + small_rounding(values.dtype) * scale
     resolved = resolved_pairs(values, small, tolerance=tolerance, floor=floor)
     resolved &= real & result.finite
     return RitzPairs(values * unit, vectors, bounds * unit, resolved)
@@ -148,6 +147,11 @@ def descending_pairs(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
 def rounding_bound(num_pairs: int, dtype: jax.typing.DTypeLike) -> float:
     """Returns ``2 eps sqrt(r)``, what rounding adds to a residual, over ``|M|``."""
     return _ROUNDING_EPS * float(jnp.finfo(dtype).eps) * num_pairs**0.5
+
+
+def small_rounding(dtype: jax.typing.DTypeLike) -> float:
+    """Returns ``5 eps``, what rounding does to a small pair, over ``|M|``."""
+    return _SMALL_ROUNDING_EPS * float(jnp.finfo(dtype).eps)
 
 
 def default_floor(dtype: jax.typing.DTypeLike) -> float:

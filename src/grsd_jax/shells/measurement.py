@@ -39,6 +39,7 @@ from grsd_jax.linalg.ritz import (
     resolved_pairs,
     ritz_pairs,
     rounding_bound,
+    small_rounding,
 )
 from grsd_jax.problem import Point, Problem, evaluate
 from grsd_jax.shells.diagnostics import (
@@ -329,7 +330,10 @@ def _converged_pairs(
         )
         above = found.values > floor * found.values[0]
         if window.num_pairs is not None or num_pairs == size or not above[-1]:
-            resolved = found.converged & above
+            # What has converged to the rounding of small pairs is not accurate yet.
+            rounding = small_rounding(start.dtype) * found.values[0]
+            accurate = rounding <= window.tolerance * found.values
+            resolved = found.converged & above & accurate
             return RitzPairs(found.values, found.vectors, found.residuals, resolved)
         num_pairs = min(2 * num_pairs, size)
 
