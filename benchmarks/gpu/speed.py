@@ -21,7 +21,7 @@ from typing import Any
 
 import common
 
-PARTS = ("first", "torch", "second", "torch_tf32")
+PARTS = ("first", "torch", "second", "torch_widest", "torch_tf32")
 
 #: Seconds past the end that a measurement under way may take.
 _GRACE = 15.0
@@ -76,7 +76,8 @@ def run_part(part: str, folder: Path, clock: common.Clock, rehearse: bool) -> No
         import speed_torch
 
         precision = "tf32" if part == "torch_tf32" else "highest"
-        left_out = speed_torch.run(folder, clock, precision, rehearse)
+        wide = part != "torch"
+        left_out = speed_torch.run(folder, clock, precision, rehearse, wide=wide)
     else:
         import speed_jax
 

@@ -66,6 +66,7 @@ class Part:
 
         def run() -> dict[str, Any]:
             before = peak_bytes()
+            COMPILING.clear()
             result, times = common.timed(
                 lambda: jax.block_until_ready(call()), seconds=seconds
             )
@@ -79,10 +80,43 @@ class Part:
                 "peak_bytes": told,
                 "peak_bytes_at_most": after,
                 "import_seconds": IMPORT_SECONDS,
+                "compiling": compiling(),
                 **details,
             }
 
         self.results.measure(name, run, needs=needs)
+
+
+#: What JAX reports of tracing, lowering and compiling: event, function, seconds.
+COMPILING: list[tuple[str, str, float]] = []
+
+_EVENTS = {
+    "jaxpr_trace_duration": "trace",
+    "jaxpr_to_mlir_module_duration": "lower",
+    "backend_compile_duration": "compile",
+}
+
+
+def _listen(event: str, seconds: float, **about: Any) -> None:
+    name = _EVENTS.get(event.rpartition("/")[2])
+    if name is not None:
+        COMPILING.append((name, str(about.get("fun_name", "?")), seconds))
+
+
+jax.monitoring.register_event_duration_secs_listener(_listen)
+
+
+def compiling() -> dict[str, Any]:
+    """Returns the programs, the seconds of each part, and the longest compilations."""
+    totals = dict.fromkeys(_EVENTS.values(), 0.0)
+    longest: dict[str, float] = {}
+    for name, function, seconds in COMPILING:
+        totals[name] += seconds
+        if name == "compile":
+            longest[function] = longest.get(function, 0.0) + seconds
+    ranked = sorted(longest.items(), key=lambda item: -item[1])[:8]
+    programs = sum(name == "compile" for name, *_ in COMPILING)
+    return {"programs": programs, "seconds": totals, "longest": dict(ranked)}
 
 
 def peak_bytes() -> int | None:
@@ -477,21 +511,21 @@ def second(part: Part) -> None:
     narrow, medium, widest = part.widths
     run_all(
         [
-            (resnet_prepared, whole, "highest", widest),
-            (gpt_measurements, "gpt10", "highest"),
             (resnet_dense, whole, "highest"),
+            (resnet_whole, small, "highest"),
             (resnet_derivative, whole, "highest", widest),
             (gpt_measurements, "gpt124", "highest"),
             (resnet_reference,),
+            (resnet_prepared, whole, "highest", widest),
             (resnet_dense, small, "tf32"),
-            (resnet_prepared, whole, "tf32", widest),
-            (resnet_unprepared, whole, "highest", narrow),
-            (resnet_whole, small, "highest"),
-            (gpt_measurements, "gpt10", "tf32"),
+            (gpt_measurements, "gpt10", "highest"),
             (gpt_reference, "gpt10"),
-            (resnet_whole, whole, "highest"),
-            (resnet_prepared, whole, "highest", narrow),
             (resnet_dense, whole, "tf32"),
+            (resnet_prepared, whole, "tf32", widest),
+            (gpt_measurements, "gpt10", "tf32"),
+            (resnet_whole, whole, "highest"),
+            (resnet_unprepared, whole, "highest", narrow),
+            (resnet_prepared, whole, "highest", narrow),
             (resnet_derivative, whole, "tf32", widest),
             (resnet_unprepared, whole, "tf32", narrow),
             (resnet_unprepared, whole, "highest", widest, narrow),

@@ -99,5 +99,11 @@ def sum_trees(trees: Iterable[PyTree]) -> PyTree:
     iterator = iter(trees)
     total = next(iterator)
     for tree in iterator:
-        total = jax.tree.map(jnp.add, total, tree)
+        total = _added(total, tree)
     return total
+
+
+# Jitted: each leaf's own program would be compiled for its shape.
+@jax.jit
+def _added(left: PyTree, right: PyTree) -> PyTree:
+    return jax.tree.map(jnp.add, left, right)

@@ -41,6 +41,9 @@ _BATCHED_COST = 3.0
 #: Positions up to which all deltas are multiplied with all.
 _FEW_POSITIONS = 2
 
+#: Bytes between the two contractions of `_few_by_few` on an accelerator.
+_SPREAD_BYTES = 2**30
+
 #: The memory that rows may take, in units of the factors'.
 _ROW_BYTES = 8
 
@@ -483,8 +486,8 @@ def inner(left: Factor, right: Factor) -> jax.Array:
     Two `Outer` blocks are contracted without writing out their rows:
     ``sum_xy (a_i[x] . a_j[y]) (delta_ic[x] . delta_jd[y])``. Of one or two positions,
     as in dense layers, all inner products of the deltas come first, in one product of
-    matrices; of more, the sum over x, example by example of A, so that what lies
-    between stays in the cache.
+    matrices; of more, the sum over x, few examples of A at a time, so that what lies
+    between stays in the cache, or in the memory of an accelerator.
 
     Args:
         left: A, ``[N, q, p]`` in any form but `Composite`, which `for_gram` writes out.
@@ -518,7 +521,7 @@ def inner(left: Factor, right: Factor) -> jax.Array:
         aligned = _einsum("nqxo,mryo->nqxmry", left.deltas, right.deltas)
         gram = jnp.sum(aligned * similar[:, None, :, :, None, :], axis=(2, 5))
     else:
-        gram = _one_by_one(left.deltas, similar, right.deltas)
+        gram = _few_by_few(left.deltas, similar, right.deltas)
     rows = gram.shape[0] * gram.shape[1]
     return gram.reshape(rows, -1)
 
@@ -536,7 +539,7 @@ def _inner_of_stacks(left: Stacked, right: Stacked) -> jax.Array:
     return jax.lax.scan(add, inner(*first), rest)[0]
 
 
-def _one_by_one(left: jax.Array, similar: jax.Array, right: jax.Array) -> jax.Array:
+def _few_by_few(left: jax.Array, similar: jax.Array, right: jax.Array) -> jax.Array:
     """Contracts ``[N, q, X, o]``, ``[N, X, N', Y]`` and ``[N', q, Y, o]``."""
 
     def one_example(parts: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -544,7 +547,21 @@ def _one_by_one(left: jax.Array, similar: jax.Array, right: jax.Array) -> jax.Ar
         spread = _einsum("qxo,xmy->myqo", deltas, overlap)
         return _einsum("myqo,mryo->qmr", spread, right)
 
-    return jax.lax.map(one_example, (left, similar))
+    count, width, itemsize = len(left), left.shape[1], right.dtype.itemsize
+    few = _at_once(count, right.shape[0] * right[0, 0].size * width * itemsize)
+    return jax.lax.map(one_example, (left, similar), batch_size=few if few > 1 else None)
+
+
+def _at_once(count: int, bytes_each: int) -> int:
+    """Returns how many of the examples are contracted at once, a divisor of them.
+
+    One on a CPU, whose cache holds no more; on an accelerator as many as fit its share
+    of the memory, since small products leave most of it idle.
+    """
+    if jax.default_backend() == "cpu":
+        return 1
+    most = max(1, _SPREAD_BYTES // bytes_each)
+    return max(few for few in range(1, count + 1) if few <= most and count % few == 0)
 
 
 def for_products(factor: Factor, *, multiplied: bool = False) -> Factor:

@@ -45,6 +45,12 @@ _CANCELLED = 30
 #: How many times a change of the last digits two orders of the same sums may differ.
 _MOST_NOISE = 10
 
+#: What has XLA compile fast, by backend.
+_HASTY = {
+    "cpu": {"xla_backend_optimization_level": 0},
+    "gpu": {"xla_gpu_autotune_level": 0},
+}
+
 #: The rounding of single precision.
 _SINGLE = float(jnp.finfo(jnp.float32).eps)
 
@@ -470,13 +476,13 @@ def _apart(
 def _compiled(fn: Any, values: tuple[Any, ...], **static: Any) -> Callable[..., Any]:
     """Returns a jitted function that runs also while something else is being traced.
 
-    On a CPU without XLA's costly optimisations, since it is hardly run again.
+    Without XLA's costly optimizations, since it is hardly run again: on a CPU those of
+    the code, on a GPU its trials of kernels.
     """
     arrays = [leaf for leaf in jax.tree.leaves(values) if isinstance(leaf, jax.Array)]
     if any(len(array.sharding.device_set) > 1 for array in arrays):
         return lambda values: jax.device_get(fn(*values, **static))  # places them
-    on_cpu = jax.default_backend() == "cpu"
-    options = {"xla_backend_optimization_level": 0} if on_cpu else None
+    options = _HASTY.get(jax.default_backend())
     compiled = fn.lower(*values, **static).compile(compiler_options=options)
     return lambda values: jax.device_get(compiled(*values))
 
@@ -528,13 +534,25 @@ def _is_floating(leaf: Any) -> bool:
 
 
 def _near(rng: np.random.Generator, leaf: Any, *, sign: float) -> Any:
-    """Returns an array near ``sign`` times the given one; other types as they are."""
+    """Returns an array near ``sign`` times the given one; other types as they are.
+
+    By NumPy, since JAX would compile five operations for every shape. An array that
+    other processes hold a part of stays with JAX.
+    """
     if not _is_floating(leaf):
         return leaf
-    size = jnp.sqrt(jnp.mean(jnp.square(leaf)))
-    scale = jnp.where(size > 0, 0.3 * size, 0.1)
-    noise = jnp.asarray(rng.normal(size=leaf.shape), jnp.result_type(leaf))
-    return (sign * leaf + scale * noise).astype(jnp.result_type(leaf))
+    dtype, sharding = jnp.result_type(leaf), getattr(leaf, "sharding", None)
+    noise = rng.normal(size=leaf.shape)
+    if sharding is not None and not (
+        sharding.is_fully_addressable or sharding.is_fully_replicated
+    ):
+        size = jnp.sqrt(jnp.mean(jnp.square(leaf)))
+        scale = jnp.where(size > 0, 0.3 * size, 0.1)
+        return (sign * leaf + scale * jnp.asarray(noise, dtype)).astype(dtype)
+    values = np.asarray(leaf, np.float64)
+    size = np.sqrt(np.mean(np.square(values)))
+    near = sign * values + (0.3 * size if size > 0 else 0.1) * noise
+    return jax.device_put(near.astype(dtype), sharding)
 
 
 def _random_like(rng: np.random.Generator, leaf: Any) -> Any:

@@ -29,9 +29,9 @@ from grsd_jax.problem import Objective, Point, Problem
 #: ``(M,)`` or ``(M, Mdot)`` under each label.
 Matrices = dict[str, tuple[jax.Array, ...]]
 
-#: Chunks of examples by default, and the fewest and most examples of one. For CPUs:
-#: small chunks stay in the caches, and make more products of smaller blocks.
-_CHUNKS, _CHUNK_RANGE = 8, (8, 32)
+#: Chunks of examples by default, and the fewest and most examples of one: on a CPU
+#: small chunks stay in the caches, an accelerator needs large products to be busy.
+_CHUNKS, _CHUNK_RANGE, _LARGE_CHUNK_RANGE = 8, (8, 32), (32, 64)
 
 #: Bytes of all blocks up to which a chunk takes the most examples.
 _SMALL = 16 * 2**20
@@ -44,7 +44,7 @@ class Chunking(NamedTuple):
 
     Attributes:
         example_chunk: Examples differentiated together; if None, an eighth of all,
-            within bounds, or 32 if the blocks of all are small.
+            within bounds, or the most if the blocks of all are small.
         max_bytes: Bytes of blocks of J held at a time; if None, a quarter of the memory
             that is free, since what makes them takes as much again.
     """
@@ -97,7 +97,8 @@ def kernel_dense(
         params: Parameters.
         direction: The tangent d of Mdot, a tree like ``params``, or None for M alone.
         example_chunk: Examples differentiated together, which bounds the activations
-            held; by default about an eighth of them, from 8 to 32.
+            held; by default about an eighth of them, from 8 to 32 on a CPU and from 32
+            to 64 on an accelerator.
         max_bytes: Bytes of blocks of J (and Jdot) held at a time; by default a quarter
             of the memory that is free. If they need more, the backward passes are
             repeated for each group of parameter leaves.
@@ -266,8 +267,10 @@ def _default_chunk(
 ) -> int:
     """Returns the examples of a chunk: an eighth of all, or the most if small."""
     num_examples = check_batches(batches)[1]
-    most = min(_CHUNK_RANGE[1], num_examples)
-    size = min(int(np.clip(num_examples // _CHUNKS, *_CHUNK_RANGE)), most)
+    on_cpu = jax.default_backend() == "cpu"
+    least, most = _CHUNK_RANGE if on_cpu else _LARGE_CHUNK_RANGE
+    most = min(most, num_examples)
+    size = min(int(np.clip(num_examples // _CHUNKS, least, max(least, most))), most)
     one = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape[2:]), leaf.dtype), batches
     )
@@ -402,9 +405,9 @@ def _gram(chunks: list[_Blocks], labels: tuple[str, ...]) -> Matrices:
     Two programs, blocks first, run faster than one: XLA schedules the joint one worse.
     Tiles below the diagonal are the transposes of those above.
     """
-    count = len(chunks)
+    count, moving = len(chunks), bool(chunks[0].moved)
     upper = {
-        (i, j): _gram_tile(chunks[i], chunks[j], labels, diagonal=i == j)
+        (i, j): _gram_tile(chunks[i], chunks[j], labels, diagonal=moving and i == j)
         for i in range(count)
         for j in range(i, count)
     }
@@ -414,13 +417,12 @@ def _gram(chunks: list[_Blocks], labels: tuple[str, ...]) -> Matrices:
             return upper[i, j][label][which]
         return upper[j, i][label][which].T
 
-    size = 2 if chunks[0].moved else 1
     return {
         label: tuple(
             jnp.block(
                 [[tile(i, j, label, which) for j in range(count)] for i in range(count)]
             )
-            for which in range(size)
+            for which in range(2 if moving else 1)
         )
         for label in dict.fromkeys(labels)
     }
@@ -430,6 +432,7 @@ def _gram(chunks: list[_Blocks], labels: tuple[str, ...]) -> Matrices:
 def _gram_tile(
     left: _Blocks, right: _Blocks, labels: tuple[str, ...], *, diagonal: bool
 ) -> Matrices:
+    """Returns a tile of each label's matrices; ``diagonal`` spares half of Mdot's."""
     total: Matrices = {}
     for index, label in enumerate(labels):
         a, b = left.kernel[index], right.kernel[index]

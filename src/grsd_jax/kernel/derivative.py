@@ -9,6 +9,7 @@ the exact one sees a single activation pattern, a finite step also sees patterns
 import dataclasses
 from collections.abc import Callable, Iterable
 from functools import reduce
+from functools import partial
 from typing import Any
 
 import jax
@@ -113,10 +114,11 @@ def gradient_flow_direction(problem: Problem, params: PyTree) -> PyTree:
 
 def flow_at(point: Point) -> PyTree:
     """Returns the gradient flow of a checked problem, a tree like its ``params``."""
-    gradients = [
-        _loss_gradient(point.error_fn, point.params, batch) for batch in point.parts
-    ]
-    return jax.tree.map(lambda *leaves: -sum(leaves) / len(leaves), *gradients)
+    count = len(point.parts)
+    return sum_trees(
+        _descent(point.error_fn, point.params, batch, count=count)
+        for batch in point.parts
+    )
 
 
 def kernel_derivative(
@@ -446,9 +448,13 @@ def _tree_products(left: PyTree, right: PyTree) -> jax.Array:
     return sum(jax.tree.leaves(products)[1:], jax.tree.leaves(products)[0])
 
 
-@jax.jit
-def _loss_gradient(error_fn: Objective, params: PyTree, batch: PyTree) -> PyTree:
-    return jax.grad(error_fn.mean_loss)(params, batch)
+@partial(jax.jit, static_argnames="count")
+def _descent(
+    error_fn: Objective, params: PyTree, batch: PyTree, *, count: int
+) -> PyTree:
+    """Returns what one of ``count`` batches adds to the gradient flow."""
+    gradient = jax.grad(error_fn.mean_loss)(params, batch)
+    return jax.tree.map(lambda leaf: -leaf / count, gradient)
 
 
 def _zero_like(leaf: Any) -> Any:
