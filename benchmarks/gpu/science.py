@@ -121,6 +121,7 @@ def settings(options: argparse.Namespace) -> Config:
     """Returns the settings of the study, at the width and on the batches asked for."""
     small = options.rehearse
     return Config(
+        dataset="synthetic" if options.data_dir is None else "cifar10",
         seed=options.seed,
         width=2 if small else options.width,
         train_batch_size=8 if small else 128,
