@@ -246,17 +246,30 @@ def test_whole_networks_agree_with_the_plain_path(name):
     assert close(projected, block.T @ moved @ block)
 
 
-def test_gram_products_of_factors_are_those_of_their_rows():
+@pytest.mark.parametrize("backend", ["cpu", "an accelerator"])
+def test_gram_products_of_factors_are_those_of_their_rows(monkeypatch, backend):
+    # What lies between for two examples of four, in float64.
+    monkeypatch.setattr(factors, "_SPREAD_BYTES", 2 * (2 * 16 * 2 * 32 * 8))
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     noise = np.random.default_rng(0)
     left, right = (
         factors.Outer(
             jnp.asarray(noise.normal(size=(count, 16, 5))),
             jnp.asarray(noise.normal(size=(count, 2, 16, 32))),
         )
-        for count in (3, 2)
+        for count in (4, 2)
     )
     got = factors.inner(left, right)
     assert close(got, factors.inner(left.as_rows(), right.as_rows()))
+
+
+@pytest.mark.parametrize(
+    ("count", "fits", "expected"), [(4, 3, 2), (5, 4, 1), (6, 9, 6), (3, 0, 1)]
+)
+def test_an_accelerator_contracts_what_fits(monkeypatch, count, fits, expected):
+    monkeypatch.setattr(jax, "default_backend", lambda: "an accelerator")
+    monkeypatch.setattr(factors, "_SPREAD_BYTES", 10 * fits)
+    assert factors._at_once(count, 10) == expected
 
 
 def outer(count, positions, inputs, outputs, q=2):

@@ -554,14 +554,14 @@ def _few_by_few(left: jax.Array, similar: jax.Array, right: jax.Array) -> jax.Ar
     )
 
 
-def _at_once(count: int, bytes_each: int) -> int:
+def _at_once(count: int, bytes_each: int) -> int | None:
     """Returns how many of the examples are contracted at once, a divisor of them.
 
-    One on a CPU, whose cache holds no more; on an accelerator as many as fit its share
-    of the memory, since small products leave most of it idle.
+    None, one at a time, on a CPU, whose cache holds no more. An accelerator, which
+    small products leave idle, takes as many as fit a share of its memory.
     """
     if jax.default_backend() == "cpu":
-        return 1
+        return None
     most = max(1, _SPREAD_BYTES // bytes_each)
     return max(few for few in range(1, count + 1) if few <= most and count % few == 0)
 

@@ -8,8 +8,7 @@ the exact one sees a single activation pattern, a finite step also sees patterns
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from functools import reduce
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import jax
