@@ -549,9 +549,7 @@ def _few_by_few(left: jax.Array, similar: jax.Array, right: jax.Array) -> jax.Ar
 
     count, width, itemsize = len(left), left.shape[1], right.dtype.itemsize
     few = _at_once(count, right.shape[0] * right[0, 0].size * width * itemsize)
-    return jax.lax.map(
-        one_example, (left, similar), batch_size=few if few > 1 else None
-    )
+    return jax.lax.map(one_example, (left, similar), batch_size=few)
 
 
 def _at_once(count: int, bytes_each: int) -> int | None:
