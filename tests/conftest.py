@@ -63,7 +63,7 @@ def pytest_collection_modifyitems(config, items):
     items[:] = kept
 
 
-#: Compiled programs kept from file to file; each holds more than a mebibyte.
+#: Compiled programs kept from test to test; each holds more than a mebibyte.
 _MANY_PROGRAMS = 1000
 
 _compiled = []
@@ -77,9 +77,9 @@ def _count_program(event, duration, **details):
 jax.monitoring.register_event_duration_secs_listener(_count_program)
 
 
-@pytest.fixture(autouse=True, scope="module")
+@pytest.fixture(autouse=True)
 def _forget_programs():
-    """Frees compiled programs between test files, when there are many of them."""
+    """Frees compiled programs between tests, when there are many of them."""
     yield
     if len(_compiled) > _MANY_PROGRAMS:
         _compiled.clear()

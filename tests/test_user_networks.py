@@ -30,7 +30,6 @@ def _as_users_run_it(x64):
     """64 bits for the oracle, and the promotions that users' networks rely on."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
-    jax.clear_caches()  # a hundred networks would hold gigabytes of programs
 
 
 def two_batches(batch):
