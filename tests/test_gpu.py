@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from grsd_jax import (
+    Derivative,
     Lanczos,
     Problem,
     gradient_flow_direction,
@@ -354,7 +355,13 @@ def test_block_lanczos(record_property, driver):
 )
 def test_measurement(record_property, name, solver):
     problem, params, _, _ = make(name)
-    result = measure_coupling(problem, params, key=jax.random.key(0), solver=solver)
+    result = measure_coupling(
+        problem,
+        params,
+        key=jax.random.key(0),
+        solver=solver,
+        derivative=Derivative(cross_checked=True),
+    )
     kernel, _, moved = reference(name)
     assert result.finite
     if solver == "dense":

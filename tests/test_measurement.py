@@ -1,3 +1,5 @@
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -30,7 +32,8 @@ def mlp():
 
 
 def measure(mlp, **options):
-    options = {"solver": LANCZOS, "shells": SHELLS, **options}
+    checked = Derivative(cross_checked=True)
+    options = {"solver": LANCZOS, "shells": SHELLS, "derivative": checked, **options}
     return measure_coupling(*mlp, key=jax.random.key(0), **options)
 
 
@@ -55,6 +58,24 @@ def test_dense_solver_against_the_oracle(mlp, reduction):
     examples = 20 if reduction == "mean" else 40
     assert int(got.resolved.sum()) <= len(expected) - examples
     assert int(got.shells.counts.sum()) == int(got.resolved.sum())
+
+
+@pytest.mark.parametrize("solver", [LANCZOS, "dense"])
+def test_cross_checks_change_nothing_else_and_are_made_if_asked_for(
+    mlp, monkeypatch, solver
+):
+    checked = measure(mlp, solver=solver)
+    monkeypatch.setattr(measurement, "project_kernel", None)
+    plainly = measure(mlp, solver=solver, derivative=Derivative())
+    compared = {"secant_disagreement": None, "operator_disagreement": None}
+    for name in compared:
+        assert np.isfinite(getattr(checked, name))
+        assert np.isnan(getattr(plainly, name))
+    assert "n/a, without Derivative(cross_checked=True)" in repr(plainly)
+    chex.assert_trees_all_equal(
+        dataclasses.replace(plainly, **compared),
+        dataclasses.replace(checked, **compared),
+    )
 
 
 @pytest.mark.parametrize("reduction", ["mean", "stack"])
@@ -131,7 +152,11 @@ def test_lanczos_by_name_fits_its_block_to_the_space(mlp):
 @pytest.mark.parametrize("solver", ["dense", LANCZOS])
 def test_finite_difference_agrees_for_a_smooth_network(mlp, solver):
     exact = measure(mlp, solver=solver)
-    difference = measure(mlp, solver=solver, derivative=Derivative("finite_difference"))
+    difference = measure(
+        mlp,
+        solver=solver,
+        derivative=Derivative("finite_difference", cross_checked=True),
+    )
     scale = float(jnp.abs(exact.coupling).max())
     np.testing.assert_allclose(
         difference.coupling[:3, :3], exact.coupling[:3, :3], atol=5e-2 * scale

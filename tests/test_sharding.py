@@ -237,7 +237,7 @@ def test_the_whole_measurement_equals_one_device(mlp, monkeypatch, reduction, ro
             solver=Lanczos(block_size=4, num_steps=5),
             shells=Binning(num_shells=4, window=2, num_bootstrap=0),
             # So that the secant differs by more than its rounding.
-            derivative=Derivative(step=0.05),
+            derivative=Derivative(step=0.05, cross_checked=True),
         )
         for either in (problem, sharded(problem, mesh))
     )

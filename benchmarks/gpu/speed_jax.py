@@ -304,8 +304,6 @@ def resnet_whole(part: Part, model: ResNet, precision: str) -> None:
             model.problem, model.params, model.direction, key=jax.random.key(0)
         )
         told["solver"], told["jacobian"] = result.solver, result.jacobian
-        for field in ("secant_disagreement", "operator_disagreement"):
-            told[field] = float(getattr(result, field))
         told["resolved"] = int(jnp.sum(result.resolved))
         return result
 

@@ -42,7 +42,7 @@ from grsd_jax.conditions.stability import (
     shell_drift,
 )
 from grsd_jax.conditions.verdicts import Thresholds, Verdict
-from grsd_jax.kernel.derivative import gradient_flow_direction
+from grsd_jax.kernel.derivative import Derivative, gradient_flow_direction
 from grsd_jax.parameter_blocks import ParameterBlocks
 from grsd_jax.problem import Problem
 from grsd_jax.results import result
@@ -251,7 +251,12 @@ def condition_report(
         norms.append(operator_norms(*where, key=norms_key))
         measurements.append(
             measure_coupling(
-                *where, key=coupling_key, solver=solver, window=window, shells=shells
+                *where,
+                key=coupling_key,
+                solver=solver,
+                window=window,
+                shells=shells,
+                derivative=Derivative(cross_checked=True),
             )
         )
     known = bool(jnp.isfinite(locality.profiles[0].influence).all())

@@ -74,10 +74,14 @@ class Derivative:
         method: ``"exact"`` or ``"finite_difference"``.
         step: Relative step of the difference, see `kernel_derivative`; that of the
             cross-check where the method is exact.
+        cross_checked: Whether a measurement compares its M and Mdot with other forms of
+            theirs, plain differentiation and a finite difference, on the leading pairs.
+            It takes a program more, and for b pairs 3 b gradients.
     """
 
     method: DerivativeMethod = "exact"
     step: float | None = None
+    cross_checked: bool = False
 
     def __post_init__(self) -> None:
         """Checks the options."""

@@ -114,11 +114,11 @@ class CouplingMeasurement:
         secant_disagreement: [], ``|F - X|_F / |F|_F`` for the finite difference F and
             the exact derivative X, projected on the leading b pairs: for
             piecewise-linear activations it measures the effect of patterns that flip.
-            NaN if both vanish.
+            NaN if both vanish, or if no cross-check was asked for.
         operator_disagreement: [], the largest entry of ``|V^T M V - Lambda|`` over
             ``lambda_max`` for the leading b pairs, with M by plain differentiation. A
             value far above the precision means that the M that was measured is another.
-            NaN for a kernel that is zero.
+            NaN for a kernel that is zero, or if no cross-check was asked for.
         unresolved_share: [], the share of ``|e|^2`` that lies outside the resolved
             pairs, ``1 - |V^T e|^2 / |e|^2``, of all batches together. Where it is near
             1, the pairs say little about this error. NaN for an error that is zero.
@@ -180,8 +180,8 @@ class CouplingMeasurement:
             ("slope, shell by shell", _slope_text(self.shell_fit, "shells")),
             ("Toeplitz residual, literal", literal),
             ("Toeplitz residual, renormalized", renormalized),
-            ("secant disagreement", number(self.secant_disagreement, 2)),
-            ("operator disagreement", number(self.operator_disagreement, 2)),
+            ("secant disagreement", _compared(self.secant_disagreement)),
+            ("operator disagreement", _compared(self.operator_disagreement)),
             ("examples coupled", coupled),
             ("finite", str(bool(self.finite))),
             *(("caveat", sentence) for sentence in self.caveats),
@@ -242,6 +242,13 @@ def caveats(*, num_missing: int, unresolved_share: float) -> tuple[str, ...]:
             "rest."
         )
     return tuple(found)
+
+
+def _compared(disagreement: jax.Array) -> str:
+    """Returns the number, or by which option it would have been made."""
+    if np.isnan(disagreement):
+        return "n/a, without Derivative(cross_checked=True)"
+    return number(disagreement, 2)
 
 
 def _slope_text(fit: PowerLawFit, points: str) -> str:

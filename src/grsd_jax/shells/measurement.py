@@ -13,6 +13,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from grsd_jax._arrays import all_finite, is_traced, magnitude, matmul, norm, ratio
 from grsd_jax._checks import check_choice, check_type
@@ -94,7 +95,7 @@ def measure_coupling(
         window: Which pairs are measured, by default the leading 100. More are asked for
             by name: ``Window(num_pairs=400)``, or ``Window(num_pairs=None)`` for all.
         shells: The shells, and what is computed from them.
-        derivative: How Mdot is computed.
+        derivative: How Mdot is computed, and whether it and M are cross-checked.
         progress: Called with the number of Lanczos steps done, where the steps are
             driven from the host (on a CPU, outside `jit`).
 
@@ -350,27 +351,38 @@ def _cross_checks(
     window: Window,
 ) -> CrossChecks:
     """Returns what a measurement says of its own accuracy."""
-    leading = pairs.vectors[:, :width]
-    values = pairs.values[:width]
-    first = coupling[:width, :width]
-    exact = derivative.method == "exact"
-    method = "finite_difference" if exact else "exact"
-    other_method = dataclasses.replace(derivative, method=method)
-    other = projected_derivative(point, leading, other_method, width)
-    difference = other if exact else first
-    apart = project_kernel(point, leading) - jnp.diag(values)
+    secant, operator = np.full((2,), np.nan, pairs.values.dtype)
+    if derivative.cross_checked:
+        secant = _secant_disagreement(point, pairs, coupling, derivative, width)
+        leading, values = pairs.vectors[:, :width], pairs.values
+        apart = project_kernel(point, leading) - jnp.diag(values[:width])
+        operator = jnp.max(jnp.abs(apart)) / jnp.max(jnp.abs(values))
     errors = [evaluate(point.error_fn, point.params, batch) for batch in point.parts]
     stack = point.reduction == "stack"
     numbers = (coupling, pairs.values, errors, point.params, point.direction)
     return CrossChecks(
-        secant_disagreement=norm(first - other) / norm(difference),
-        operator_disagreement=(
-            jnp.max(jnp.abs(apart)) / jnp.max(jnp.abs(pairs.values))
-        ),
+        secant_disagreement=jnp.asarray(secant),
+        operator_disagreement=jnp.asarray(operator),
         unresolved_share=_unresolved_share(pairs, errors, stack=stack),
         num_missing=missing_pairs(pairs, point.dimension, window),
         finite=all_finite(numbers),
     )
+
+
+def _secant_disagreement(
+    point: Point,
+    pairs: RitzPairs,
+    coupling: jax.Array,
+    derivative: Derivative,
+    width: int,
+) -> jax.Array:
+    """Returns ``|F - X|_F / |F|_F`` of finite difference and exact derivative."""
+    first = coupling[:width, :width]
+    exact = derivative.method == "exact"
+    method = "finite_difference" if exact else "exact"
+    other_method = dataclasses.replace(derivative, method=method)
+    other = projected_derivative(point, pairs.vectors[:, :width], other_method, width)
+    return norm(first - other) / norm(other if exact else first)
 
 
 @partial(jax.jit, static_argnames="stack")

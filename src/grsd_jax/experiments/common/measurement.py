@@ -133,7 +133,7 @@ def measurement_options(
         "solver": solver,
         "window": window,
         "shells": Binning(config.num_shells, config.window),
-        "derivative": Derivative(config.derivative, STEP),
+        "derivative": Derivative(config.derivative, STEP, cross_checked=True),
     }
 
 
