@@ -17,6 +17,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -157,36 +158,87 @@ def run_measurement(
     row: Record, spec: ProblemSpec, options: argparse.Namespace
 ) -> Record:
     """Runs one measurement in a process of its own, and checks its result."""
-    folder = problem_folder(spec, options)
     out = options.out / "measurements" / "current"
+    command = peer_command(row, spec, options, out)
+    started, before = time.perf_counter(), others_seconds()
+    failure = run_process(command, options)
+    if failure is not None:
+        return {**row, **failure}
+    elapsed = time.perf_counter() - started
+    told = {"process_seconds": elapsed, **first_results(command, options, out)}
+    elapsed = time.perf_counter() - started
+    told["others"] = (others_seconds() - before) / (elapsed * (os.cpu_count() or 1))
+    folder = problem_folder(spec, options)
+    return {**row, **told, **judged(row["task"], folder, out, told["others"])}
+
+
+def peer_command(
+    row: Record, spec: ProblemSpec, options: argparse.Namespace, out: Path
+) -> list[str]:
+    """Returns the command of a measurement, which writes to ``out``."""
     python = interpreter(PEERS[row["peer"]].environment, options.environments)
     command = [str(python), str(HERE / "run_peer.py")]
     for name in ("peer", "problem", "task", "variant", "device"):
         command += [f"--{name}", row[name]]
     for name in ("repeats", "seconds"):
         command += [f"--{name}", str(getattr(options, name))]
-    command += ["--folder", str(folder), "--out", str(out)]
+    folder = problem_folder(spec, options)
+    return [*command, "--folder", str(folder), "--out", str(out)]
+
+
+def run_process(
+    command: list[str], options: argparse.Namespace, **environ: str
+) -> Record | None:
+    """Runs a measurement to its end.
+
+    Returns:
+        None, or the status and the reason of a failure.
+    """
     environ = {
         **os.environ,
         "JAX_PLATFORMS": {"cpu": "cpu", "gpu": "cuda"}[options.device],
         "JAX_TRACEBACK_FILTERING": "off",  # the last line names the error
+        **environ,
     }
-    started, before = time.perf_counter(), others_seconds()
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=TIME_LIMIT, env=environ
         )
     except subprocess.TimeoutExpired:
-        return {**row, "status": "timeout", "reason": f"over {TIME_LIMIT:g} s"}
+        return {"status": "timeout", "reason": f"over {TIME_LIMIT:g} s"}
     if done.returncode:
         print(done.stderr, file=sys.stderr)
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         reason = f"exit status {done.returncode}: {last[:200]}"
-        return {**row, "status": "failed", "reason": reason}
-    elapsed = time.perf_counter() - started
-    others = (others_seconds() - before) / (elapsed * (os.cpu_count() or 1))
-    told = {"others": others, "process_seconds": elapsed}
-    return {**row, **told, **judged(row["task"], folder, out, others)}
+        return {"status": "failed", "reason": reason}
+    return None
+
+
+def first_results(
+    command: list[str], options: argparse.Namespace, out: Path
+) -> dict[str, float | None]:
+    """Times a fresh process to its first result, twice.
+
+    First JAX's compilation cache is empty, then it holds what the first process put
+    there. A peer that is not in JAX knows nothing of it.
+
+    Returns:
+        Seconds from the start of the Python program; None where it failed.
+    """
+    path = out.with_name(f"{out.name}_first")
+    first = [*command[:-1], str(path), "--first"]
+    found: dict[str, float | None] = {}
+    with tempfile.TemporaryDirectory() as cache:
+        settings = {
+            "JAX_COMPILATION_CACHE_DIR": cache,
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
+        for name in ("first_result_seconds", "first_result_seconds_cached"):
+            failure = run_process(first, options, **settings)
+            told = path.with_suffix(".json")
+            found[name] = None if failure else json.loads(told.read_text())
+    return found
 
 
 def judged(task: str, folder: Path, out: Path, others: float) -> Record:

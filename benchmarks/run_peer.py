@@ -8,6 +8,12 @@ Example:
     --folder runs/peers/problems/resnet18_w4_n4 --out runs/measurement
 """
 
+import time
+
+_STARTED = time.perf_counter()
+
+# What a user waits for begins with the imports.
+# ruff: noqa: E402
 import argparse
 import importlib
 import json
@@ -16,12 +22,12 @@ from pathlib import Path
 import numpy as np
 
 from comparison.grid import PEERS, parse_problem
-from comparison.harness import Job, measure
+from comparison.harness import Job, first_result_seconds, measure
 from comparison.machine import installed_versions
 
 
 def main() -> None:
-    """Measures, and writes ``OUT.json`` and ``OUT.npz``."""
+    """Measures, and writes ``OUT.json`` and ``OUT.npz``, or with ``--first`` JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peer", required=True, choices=PEERS)
     parser.add_argument("--problem", required=True)
@@ -32,6 +38,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "gpu"))
     parser.add_argument("--repeats", default=5, type=int)
     parser.add_argument("--seconds", default=15.0, type=float)
+    parser.add_argument(
+        "--first", action="store_true", help="Only the time to the first result."
+    )
     options = parser.parse_args()
 
     with np.load(options.folder / "inputs.npz") as file:
@@ -47,6 +56,10 @@ def main() -> None:
     )
     peer = importlib.import_module(f"peers.{PEERS[options.peer].module}")
     case = peer.make_case(job)
+    if options.first:
+        seconds = first_result_seconds(case, _STARTED)
+        options.out.with_suffix(".json").write_text(json.dumps(seconds))
+        return
     record, arrays = measure(case, repeats=options.repeats, seconds=options.seconds)
     record["versions"] = installed_versions()
     np.savez(options.out.with_suffix(".npz"), **arrays)

@@ -339,6 +339,14 @@ def test_measure_counts_what_other_weights_compile(clock):
     assert (record["programs"], record["recompilations"]) == (7, 1)
 
 
+def test_the_first_result_counts_from_the_start_of_the_process(clock):
+    case = harness.Case(
+        run=taking(clock, 1.0), compile=taking(clock, 4.0), prepare=taking(clock, 2.0)
+    )
+    clock[0] += 3.0  # imports
+    assert harness.first_result_seconds(case, 0.0) == 10.0
+
+
 # The driver
 
 
@@ -392,11 +400,15 @@ def test_a_time_taken_on_a_busy_machine_does_not_count_and_is_taken_again(
     np.savez(folder / "inputs.npz", images=np.zeros(3))
     np.savez(folder / "reference.npz", kernel=np.eye(3))
     busy = iter([0.0, 1e6, 0.0, 0.0])
-    ran = []
+    ran, first = [], []
 
-    def run(command, **_):
-        ran.append(command)
+    def run(command, **environ):
         out = options.out / "measurements" / "current"
+        if "--first" in command:
+            first.append(environ["env"]["JAX_COMPILATION_CACHE_DIR"])
+            out.with_name("current_first.json").write_text(f"{9.0 - len(first)}")
+            return Namespace(returncode=0)
+        ran.append(command)
         np.savez(out.with_suffix(".npz"), matrix=np.eye(3))
         out.with_suffix(".json").write_text('{"seconds": {"minimum": 1.0}}')
         return Namespace(returncode=0)
@@ -410,6 +422,11 @@ def test_a_time_taken_on_a_busy_machine_does_not_count_and_is_taken_again(
         compare.write_row(options.out, row)
         assert row["status"] == status
     assert len(ran) == 2
+    # Each time a new cache, empty for the first process and filled for the second.
+    assert (first[0], first[2]) == (first[1], first[3])
+    assert first[0] != first[2]
+    assert row["first_result_seconds"] == 6.0
+    assert row["first_result_seconds_cached"] == 5.0
 
 
 def test_others_are_the_machine_without_the_children(monkeypatch):

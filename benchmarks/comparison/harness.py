@@ -147,6 +147,20 @@ def measure(
     return record, case.arrays(result)
 
 
+def first_result_seconds(case: Case, started: float) -> float:
+    """Returns the seconds from ``started`` to the first result, imports included.
+
+    Args:
+        case: The case, of which nothing has run yet in this process.
+        started: `time.perf_counter` when the process began.
+    """
+    if case.compile:
+        case.compile()
+    state = case.prepare() if case.prepare else None
+    case.run(state)
+    return time.perf_counter() - started
+
+
 def peak_mib() -> float:
     """Returns the peak resident memory of this process so far.
 

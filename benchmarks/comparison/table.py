@@ -89,9 +89,9 @@ def _problem(name: str, results: Record) -> str:
         "",
         f"n = {about['dimension']}, P = {about['parameters']:,}.",
         "",
-        "| task | peer | prepare s | call s (median) | of ours | compile s | peak MiB "
-        "| error | columns | GPU call s |",
-        "| :--- | :--- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| task | peer | prepare s | call s (median) | of ours | compile s "
+        "| first result s (cached) | peak MiB | error | columns | GPU call s |",
+        f"| :--- | :--- |{' ---: |' * 9}",
     ]
     rows = [row for row in results["rows"] if row["problem"] == name]
     for task in TASKS:
@@ -110,7 +110,7 @@ def _cells(row: Record, ours: Record | None, rows: list[Record]) -> list[str]:
         title += f" ({row['variant']})"
     task = task_title(row["task"])
     if "seconds" not in row:
-        return [task, title, "", f"{row['status']}: {row['reason']}", *[""] * 6]
+        return [task, title, "", f"{row['status']}: {row['reason']}", *[""] * 7]
     seconds, details = row["seconds"], row.get("details", {})
     call = f"{_number(seconds['minimum'])} ({_number(seconds['median'])})"
     if row["status"] != "ok":
@@ -124,11 +124,21 @@ def _cells(row: Record, ours: Record | None, rows: list[Record]) -> list[str]:
         call,
         f"{cost(row) / cost(ours):.2f}" if ours and row["status"] == "ok" else "",
         _number(row["compile_seconds"]),
+        _first_result(row),
         f"{row['peak_mib']:.0f}",
         error,
         str(details.get("columns", "")),
         NOT_MEASURED if gpu is None else _number(gpu["seconds"]["minimum"]),
     ]
+
+
+def _first_result(row: Record) -> str:
+    """Returns the time to the first result, and in brackets with a filled cache."""
+    names = ("first_result_seconds", "first_result_seconds_cached")
+    seconds, cached = (row.get(name) for name in names)
+    if seconds is None or cached is None:
+        return NOT_MEASURED
+    return f"{seconds:.1f} ({cached:.1f})"
 
 
 def _gpu_row(row: Record, rows: list[Record]) -> Record | None:
