@@ -7,7 +7,6 @@ depth, and the direction ``u_l / |u_l|`` forgets where it began (paper 4.2 and A
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +14,11 @@ from jax.scipy.special import ndtr, ndtri
 
 from grsd_jax._arrays import at_least_single, matmul, norm, unit_vectors
 from grsd_jax._checks import check_at_least, check_floating
-from grsd_jax.results import result
+from grsd_jax.results import NamedResult, result
 
 
 @result()
-class StateIncrements(NamedTuple):
+class StateIncrements(NamedResult):
     r"""What the state Jacobians of a chain do to random directions.
 
     Attributes:
@@ -34,7 +33,7 @@ class StateIncrements(NamedTuple):
 
 
 @result()
-class IncrementStatistics(NamedTuple):
+class IncrementStatistics(NamedResult):
     """How the increments of a chain add up over its depth.
 
     Attributes:

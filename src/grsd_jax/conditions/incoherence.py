@@ -20,7 +20,7 @@ from grsd_jax.kernel.dense import layer_kernels
 from grsd_jax.kernel.operator import LinearizedKernel, linearize_block_kernels
 from grsd_jax.parameter_blocks import ParameterBlocks, check_blocks
 from grsd_jax.problem import Problem
-from grsd_jax.results import result
+from grsd_jax.results import NamedResult, result
 
 METHODS = ("auto", "dense", "power_iteration")
 
@@ -32,7 +32,7 @@ _NOISE_EPS = 10.0
 
 
 @result(masks={"coherence": "defined"}, derived=("profile", "tail_sum"))
-class BlockCoherence(NamedTuple):
+class BlockCoherence(NamedResult):
     """How far the Jacobians of every two blocks overlap.
 
     Attributes:

@@ -7,7 +7,6 @@ that the motion of block m causes, and how it falls with the distance ``|l - m|`
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +18,11 @@ from grsd_jax._typing import PyTree
 from grsd_jax.jacobian.autodiff import PlainDerivative
 from grsd_jax.parameter_blocks import ParameterBlocks, check_blocks, restrict_to_block
 from grsd_jax.problem import Point, Problem
-from grsd_jax.results import result
+from grsd_jax.results import NamedResult, result
 
 
 @result()
-class InfluenceProfile(NamedTuple):
+class InfluenceProfile(NamedResult):
     """How the motion of each block changes the Jacobian of every other.
 
     Attributes:

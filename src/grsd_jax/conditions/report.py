@@ -45,7 +45,7 @@ from grsd_jax.conditions.verdicts import Thresholds, Verdict
 from grsd_jax.kernel.derivative import gradient_flow_direction
 from grsd_jax.parameter_blocks import ParameterBlocks
 from grsd_jax.problem import Problem
-from grsd_jax.results import result
+from grsd_jax.results import NamedResult, result
 from grsd_jax.shells.diagnostics import CouplingMeasurement
 from grsd_jax.shells.measurement import Solver, measure_coupling
 from grsd_jax.shells.options import Binning, Window
@@ -74,7 +74,7 @@ class PathPoint(NamedTuple):
 
 
 @result()
-class Locality(NamedTuple):
+class Locality(NamedResult):
     """Condition 1.
 
     Attributes:
@@ -93,7 +93,7 @@ class Locality(NamedTuple):
 
 
 @result()
-class Incoherence(NamedTuple):
+class Incoherence(NamedResult):
     """Condition 2, at the first point of the path.
 
     Attributes:
@@ -108,7 +108,7 @@ class Incoherence(NamedTuple):
 
 
 @result()
-class Stability(NamedTuple):
+class Stability(NamedResult):
     """Condition 3, along the whole path.
 
     Attributes:
@@ -127,7 +127,7 @@ class Stability(NamedTuple):
 
 
 @result()
-class ShiftInvariance(NamedTuple):
+class ShiftInvariance(NamedResult):
     """Condition 4, at each point; the verdict is that of the last.
 
     Attributes:
@@ -143,7 +143,7 @@ class ShiftInvariance(NamedTuple):
 
 
 @result()
-class ConditionReport(NamedTuple):
+class ConditionReport(NamedResult):
     """All four conditions of one training path.
 
     Attributes:

@@ -8,7 +8,6 @@ in ``log lambda`` (3.2, 5.3 and equation 13).
 import itertools
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +23,7 @@ from grsd_jax.kernel.operator import (
 from grsd_jax.kernel.sharded import ShardedKernel
 from grsd_jax.linalg.eigenpairs import LeadingEigenpairs, leading_eigenpairs
 from grsd_jax.problem import Problem
-from grsd_jax.results import result
+from grsd_jax.results import NamedResult, result
 from grsd_jax.shells.binning import log_shells
 from grsd_jax.shells.diagnostics import CouplingMeasurement
 
@@ -33,7 +32,7 @@ _GAIN = 2.0**100
 
 
 @result(axes={"2": "norm"})
-class OperatorNorms(NamedTuple):
+class OperatorNorms(NamedResult):
     """How large the Jacobian and its derivative are.
 
     Attributes:
@@ -140,7 +139,7 @@ def _leading(
 
 
 @result()
-class ProjectorDrift(NamedTuple):
+class ProjectorDrift(NamedResult):
     """How far two subspaces are apart, each measure in [0, 1].
 
     NaN if a column that spans one of them has no unit norm.
@@ -259,7 +258,7 @@ def _largest_slope(
 
 
 @result()
-class ShellDrift(NamedTuple):
+class ShellDrift(NamedResult):
     """How far the projector on each shell moves between neighbouring measurements.
 
     Attributes:

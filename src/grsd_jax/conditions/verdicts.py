@@ -9,7 +9,7 @@ neither holds nor fails: it is undecided.
 import math
 from typing import Literal, NamedTuple
 
-from grsd_jax.results import result
+from grsd_jax.results import NamedResult, result
 
 Outcome = Literal["holds", "fails", "undecided"]
 
@@ -52,7 +52,7 @@ class Thresholds(NamedTuple):
 
 
 @result()
-class Check(NamedTuple):
+class Check(NamedResult):
     """One number held against one threshold.
 
     Attributes:
@@ -108,7 +108,7 @@ class Check(NamedTuple):
 
 
 @result()
-class Verdict(NamedTuple):
+class Verdict(NamedResult):
     """The checks of one condition.
 
     Attributes:

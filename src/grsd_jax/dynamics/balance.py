@@ -24,7 +24,7 @@ from grsd_jax._arrays import (
 )
 from grsd_jax._checks import check_positive, check_shape
 from grsd_jax._typing import PyTree
-from grsd_jax.results import result
+from grsd_jax.results import NamedResult, result
 from grsd_jax.shells.binning import Shells
 
 #: Rounding of the eigenvalues, in units of eps times the largest: closer ones are
@@ -49,7 +49,7 @@ _UNITS |= {"velocity": "lambda per time"}
 
 
 @result()
-class BasisRotation(NamedTuple):
+class BasisRotation(NamedResult):
     """How the eigenvectors turn.
 
     Attributes:
@@ -66,7 +66,7 @@ class BasisRotation(NamedTuple):
 
 
 @result(masks={"velocity": "velocity_mask"}, units=_UNITS)
-class ShellDynamics(NamedTuple):
+class ShellDynamics(NamedResult):
     """The energy balance of the shells at one instant; shell 0 holds the smallest.
 
     ``energy_rate = sum_b transfers[:, b] + leak - dissipation``, exactly.

@@ -8,7 +8,6 @@ Remark 1, and A.2).
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +17,14 @@ from grsd_jax._typing import PyTree
 from grsd_jax.kernel.dense import kernel_dense
 from grsd_jax.kernel.derivative import gradient_flow_direction
 from grsd_jax.problem import Problem
-from grsd_jax.results import result
+from grsd_jax.results import NamedResult, result
 
 #: ``field(params) -> tangent``, an autonomous vector field.
 Field = Callable[[PyTree], PyTree]
 
 
 @result()
-class CovarianceCheck(NamedTuple):
+class CovarianceCheck(NamedResult):
     """The eigenvalues along two flows, of the loss and of the scaled loss.
 
     Attributes:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from grsd_jax._arrays import divisor, matmul, ratio
-from grsd_jax.results import number, result, span
+from grsd_jax.results import NamedResult, Result, number, result, span
 from grsd_jax.shells.soft_shells import SoftShells
 
 #: The size of what rounding adds to a kernel, over ``eps lambda_max``, and to sums of
@@ -62,7 +62,7 @@ class Pairing(NamedTuple):
 
 
 @result()
-class Counting(NamedTuple):
+class Counting(NamedResult):
     """How many eigenvalues lie above the edges, and at them.
 
     Attributes:
@@ -117,7 +117,7 @@ class Counting(NamedTuple):
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExactBalance:
+class ExactBalance(Result):
     r"""What happened to the energy between two snapshots.
 
     .. math:: E_a^1 - E_a^0 = -D_a + \sum_b T_{ab}

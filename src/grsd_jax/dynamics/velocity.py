@@ -4,18 +4,16 @@ Theorem 1 constrains it to ``v = c(t) lambda^p``. Whether measured velocities fo
 is an empirical question, so the fit comes with a test that can reject it.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 
 from grsd_jax._arrays import as_floating, as_mask, divisor
-from grsd_jax.results import headline, number, result
+from grsd_jax.results import NamedResult, headline, number, result
 from grsd_jax.shells.power_law import PowerLawFit, fit_power_law, logs_and_unit
 
 
 @result()
-class VelocityFit(NamedTuple):
+class VelocityFit(NamedResult):
     """A power law of the velocity, and the evidence against it.
 
     Attributes:

@@ -1,7 +1,6 @@
 """The density of eigenvalues, by stochastic Lanczos quadrature."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +9,11 @@ from grsd_jax._arrays import divisor, magnitude, matmul
 from grsd_jax._checks import check_at_least, check_positive
 from grsd_jax.linalg.lanczos import LanczosResult
 from grsd_jax.linalg.ritz import default_floor
-from grsd_jax.results import result
+from grsd_jax.results import NamedResult, result
 
 
 @result(units={"grid": "units of M", "density": "per unit of log lambda"})
-class SpectralDensity(NamedTuple):
+class SpectralDensity(NamedResult):
     """A smoothed density of eigenvalues in ``s = log lambda``.
 
     Attributes:

@@ -28,7 +28,7 @@ from grsd_jax.linalg.lanczos import (
     lanczos_step,
 )
 from grsd_jax.linalg.ritz import default_floor, rounding_bound
-from grsd_jax.results import number, result, span
+from grsd_jax.results import NamedResult, number, result, span
 
 REFERENCES = ("value", "largest")
 
@@ -40,7 +40,7 @@ _FIRST_BLOCKS = 8
 
 
 @result(units={"values": "units of M"})
-class LeadingEigenpairs(NamedTuple):
+class LeadingEigenpairs(NamedResult):
     """The leading eigenpairs ``M v = theta v`` and what they cost.
 
     Attributes:

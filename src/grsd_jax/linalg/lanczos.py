@@ -8,7 +8,7 @@ product ``M Q``, never the operator, so the operator is compiled once, by its ow
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from grsd_jax._checks import (
     check_single_or_double,
 )
 from grsd_jax._typing import Matmat
-from grsd_jax.results import result
+from grsd_jax.results import NamedResult, result
 
 DRIVERS = ("scan", "host")
 
@@ -36,7 +36,7 @@ _QR_ROWS = 256
 
 
 @result()
-class LanczosState(NamedTuple):
+class LanczosState(NamedResult):
     """The run after j steps.
 
     Attributes:
@@ -66,7 +66,7 @@ class LanczosState(NamedTuple):
 
 
 @result()
-class LanczosResult(NamedTuple):
+class LanczosResult(NamedResult):
     """A block Krylov decomposition ``M Q = Q T + Q_{m+1} B_m E_m^T``.
 
     Attributes:

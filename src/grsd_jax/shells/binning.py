@@ -6,7 +6,6 @@ diagnostics in `grsd_jax.shells.toeplitz` and `grsd_jax.shells.power_law`.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +13,11 @@ import numpy as np
 
 from grsd_jax._arrays import as_floating, as_mask, magnitude
 from grsd_jax._checks import check_at_least, check_shape
-from grsd_jax.results import result, span
+from grsd_jax.results import NamedResult, result, span
 
 
 @result(units={"edges": "units of M", "centers": "units of M"})
-class Shells(NamedTuple):
+class Shells(NamedResult):
     """Shells of equal width in ``log lambda``, index 0 at the smallest ``lambda``.
 
     Attributes:
@@ -43,7 +42,7 @@ class Shells(NamedTuple):
 
 
 @result(masks={"matrix": "mask"})
-class ShellCoupling(NamedTuple):
+class ShellCoupling(NamedResult):
     """The coupling between shells.
 
     Attributes:

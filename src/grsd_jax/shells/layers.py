@@ -9,7 +9,6 @@ derivatives ``v_i^T Mdot_l v_j`` add up.
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +20,7 @@ from grsd_jax.jacobian.plan import plan_of
 from grsd_jax.kernel.dense import layer_kernels
 from grsd_jax.kernel.derivative import gradient_flow_direction, project_kernel
 from grsd_jax.problem import Problem
-from grsd_jax.results import result
+from grsd_jax.results import NamedResult, result
 from grsd_jax.shells.binning import Shells, root_mean_squares
 from grsd_jax.shells.diagnostics import (
     CouplingMeasurement,
@@ -36,7 +35,7 @@ from grsd_jax.shells.options import Binning, Window
 
 
 @result()
-class LayerMeasurements(NamedTuple):
+class LayerMeasurements(NamedResult):
     """The diagnostics of every layer, of their sum, and of the average over depth.
 
     Attributes:

@@ -33,7 +33,7 @@ from grsd_jax.kernel.products import held_products
 from grsd_jax.linalg.eigenpairs import leading_eigenpairs
 from grsd_jax.linalg.lanczos import LanczosResult, block_lanczos
 from grsd_jax.problem import Problem
-from grsd_jax.results import number, result, span
+from grsd_jax.results import NamedResult, number, result, span
 from grsd_jax.shells.soft_shells import SoftShells
 
 #: Edges where none are given, columns of a block of the search for leading pairs, and
@@ -70,7 +70,7 @@ class Signs:
     axes={"q": "sign"},
     masks=dict.fromkeys(("matrix", "replicates", "log_error", "lanczos_error"), "mask"),
 )
-class StochasticCoupling(NamedTuple):
+class StochasticCoupling(NamedResult):
     r"""The coupling between the soft shells above the lowest edge, S of them.
 
     The shell below all edges, which holds the null space, is left out.
