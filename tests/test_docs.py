@@ -1,7 +1,6 @@
 """The documentation: its code runs, its links lead somewhere, its numbers agree."""
 
 import importlib
-import importlib.metadata
 import re
 import tomllib
 from pathlib import Path
@@ -169,7 +168,17 @@ def test_gate_runs_the_commands_of_the_readme():
 
 
 def test_version_is_the_same_everywhere():
-    version = importlib.metadata.version("grsd-jax")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    version, date = re.search(r"^## \[(.*)\] - (.*)$", changes, re.M).groups()
+    assert version == project["version"]
     citation = (ROOT / "CITATION.cff").read_text()
-    assert re.search(rf"^version: {re.escape(version)}$", citation, re.M)
-    assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
+    assert f"\nversion: {version}\ndate-released: {date}\n" in citation
+
+
+def test_actions_of_the_workflows_are_pinned_by_their_commit():
+    workflows = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+    used = {line for w in workflows for line in re.findall("uses: .*", w.read_text())}
+    assert len(used) > 4
+    pinned = re.compile(r"uses: [\w-]+/[\w-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+")
+    assert not {line for line in used if not pinned.fullmatch(line)}
