@@ -9,7 +9,7 @@ release = importlib.metadata.version("grsd-jax")
 version = release
 
 extensions = [
-    "myst_parser",
+    "myst_nb",  # myst_parser, and pages that run
     "sphinx.ext.autodoc",
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
@@ -28,6 +28,12 @@ default_role = "py:obj"
 
 myst_enable_extensions = ["amsmath", "dollarmath"]
 myst_heading_anchors = 3
+
+# The notebooks run when they have changed; their outputs are kept beside the output.
+nb_execution_mode = "cache"
+nb_execution_raise_on_error = True
+nb_execution_timeout = 300
+nb_output_stderr = "remove"
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
