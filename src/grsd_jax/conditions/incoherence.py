@@ -1,6 +1,6 @@
 """Condition 2: how far the Jacobians of two blocks of parameters overlap.
 
-The paper asks for ``|J_l^T J_m|_op <= c(|l - m|)`` at initialisation, with a summable
+The paper asks for ``|J_l^T J_m|_op <= c(|l - m|)`` at initialization, with a summable
 tail of c (3.2, 5.2 and equation 12). ``J_l^T J_m`` has the size of two blocks of
 parameters and is never formed: its singular values squared are the eigenvalues of
 ``M_l M_m``, an operator on the error space.

@@ -1,6 +1,6 @@
 """Condition 1: how the motion of one block of parameters changes another's Jacobian.
 
-The paper asks that ``Jdot_l`` involve a bounded neighbourhood of blocks alone (3.2, 5.1
+The paper asks that ``Jdot_l`` involve a bounded neighborhood of blocks alone (3.2, 5.1
 and equation 11). What can be measured is the influence ``R_lm``, the part of ``Jdot_l``
 that the motion of block m causes, and how it falls with the distance ``|l - m|``.
 """

@@ -115,7 +115,7 @@ class Stability(NamedResult):
         norms: ``|J|_op`` and ``|Jdot|_op`` at each point.
         leading_drift: Drift of the leading projector, from each point to the next.
         shell_drift: Drift of each shell's projector, from each point to the next.
-        lipschitz: Of the root of the diagonal renormalised coupling, at each point.
+        lipschitz: Of the root of the diagonal renormalized coupling, at each point.
         verdict: Growth of both norms, largest leading drift, largest exponent.
     """
 
@@ -132,7 +132,7 @@ class ShiftInvariance(NamedResult):
 
     Attributes:
         measurements: The shell coupling at each point.
-        central_residuals: The renormalised coupling's `centre_toeplitz_residual`, at
+        central_residuals: The renormalized coupling's `centre_toeplitz_residual`, at
             each point.
         verdict: Residual, slope and R^2 at the last point.
     """
@@ -209,7 +209,7 @@ def condition_report(
     """Measures all four conditions along a training path, with verdicts.
 
     Condition 1 at the first and the last point; Condition 2 at the first, which should
-    be the initialisation; Conditions 3 and 4 at all of them.
+    be the initialization; Conditions 3 and 4 at all of them.
 
     Args:
         points: The path, in order of time. With a single point the growth and the drift

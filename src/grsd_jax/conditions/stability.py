@@ -1,4 +1,4 @@
-"""Condition 3: how large J and its derivative are, and how the spectrum reorganises.
+"""Condition 3: how large J and its derivative are, and how the spectrum reorganizes.
 
 The paper asks for ``|J|_op`` and ``|Jdot|_op`` bounded along the training path,
 spectral projectors that do not change abruptly, and shell statistics that are Lipschitz
@@ -219,7 +219,7 @@ def log_lipschitz(
     .. math:: \max_a \frac{|\log f_{a+1} - \log f_a|}{|s_{a+1} - s_a|},
               \qquad s = \log \lambda
 
-    over neighbouring shells that are both valid: the largest local exponent of
+    over neighboring shells that are both valid: the largest local exponent of
     ``f(lambda)``, free of the scale of f.
 
     Args:
@@ -229,7 +229,7 @@ def log_lipschitz(
             positive count as masked.
 
     Returns:
-        [], NaN where no two neighbours are valid, or one is not finite.
+        [], NaN where no two neighbors are valid, or one is not finite.
 
     Raises:
         ValueError: If a shape or dtype does not fit.
@@ -259,7 +259,7 @@ def _largest_slope(
 
 @result()
 class ShellDrift(NamedResult):
-    """How far the projector on each shell moves between neighbouring measurements.
+    """How far the projector on each shell moves between neighboring measurements.
 
     Attributes:
         edges: ``[S + 1]``, shells of lambda common to all T measurements.
@@ -344,7 +344,7 @@ def coupling_exponent(measured: CouplingMeasurement) -> jax.Array:
         measured: A measurement.
 
     Returns:
-        [], NaN where no two neighbouring shells are valid.
+        [], NaN where no two neighboring shells are valid.
     """
     coupling = measured.renormalized.coupling
     rates = jnp.sqrt(jnp.diag(coupling.matrix))

@@ -18,8 +18,8 @@ class EdgeCrossings(NamedResult):
     """What passes fixed edges because eigenvalues move over them.
 
     Attributes:
-        up: [S+1] int32, pairs that passed each edge upwards.
-        down: [S+1] int32, pairs that passed it downwards.
+        up: [S+1] int32, pairs that passed each edge upward.
+        down: [S+1] int32, pairs that passed it downward.
         energy_up: [S+1], the energy they carried up.
         energy_down: [S+1], the energy they carried down.
     """

@@ -1,4 +1,4 @@
-"""The effective time that passed between two parameters, whatever the optimiser."""
+"""The effective time that passed between two parameters, whatever the optimizer."""
 
 import jax
 import jax.numpy as jnp

@@ -132,7 +132,7 @@ def effective_time(
 
     so that a step of plain gradient descent with rate ``eta`` moves the parameters by
     ``eta`` times the flow's velocity. Momentum without dampening, once
-    settled, goes ``1 / (1 - momentum)`` times as far; an adaptive optimiser does not
+    settled, goes ``1 / (1 - momentum)`` times as far; an adaptive optimizer does not
     follow the flow.
 
     Args:

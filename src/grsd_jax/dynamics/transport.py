@@ -2,7 +2,7 @@
 
 Between two snapshots the energy of every shell changes because the error changed, which
 is what was lost, and because the shell's subspace changed, which is what moved. Both
-follow from the two errors and the two kernels alone, whatever step, optimiser and
+follow from the two errors and the two kernels alone, whatever step, optimizer and
 network lie between them. The balance is an identity and closes for wrong eigenpairs
 too, so that closure is no evidence of accuracy.
 """
@@ -131,7 +131,7 @@ class ExactBalance(Result):
         lost: [S], ``D_a``, what was lost because the error changed.
         moved: ``[S, S]``, ``T_ab``, what a gained from b because the kernel changed;
             antisymmetric.
-        flux: [q], ``F_k``, net energy that passed each edge upwards.
+        flux: [q], ``F_k``, net energy that passed each edge upward.
         rotation: [q], the part of it that is due to the turning of eigenvectors: pairs
             matched by rank, each kept in its old shell. None from Lanczos.
         density: [q], ``eps_k``, energy per unit of log lambda at each edge.
@@ -233,7 +233,7 @@ class ExactBalance(Result):
 
     @property
     def non_adjacent_share(self) -> jax.Array:
-        """``sum |T_ab|`` over shells that are not neighbours, over that of all, [].
+        """``sum |T_ab|`` over shells that are not neighbors, over that of all, [].
 
         Of the transfers that exceed their error; NaN if none does, or if a soft shell
         is less than 8 w wide: overlap alone would read as transport.
@@ -521,7 +521,7 @@ def _floors(pairing: Pairing, shells: SoftShells, rounding: jax.Array) -> _Error
     return _Errors(
         energies=shell,
         lost=2 * shell * jnp.sqrt(ratio(change, energy)) + summing,
-        # The turning of one shell's neighbours is seen by every other.
+        # The turning of one shell's neighbors is seen by every other.
         moved=jnp.maximum(shell[:, None], shell[None, :]),
         flux=flux,
         density=flux / (shells.width or 1.0),

@@ -19,8 +19,8 @@ class VelocityFit(NamedResult):
     Attributes:
         fit: The fit of ``sign * v = c lambda^p`` over the points of that sign, with its
             interval if asked for.
-        sign: [], 1 or -1, the direction of the flow that most points have: upwards or
-            downwards in lambda. With equally many of each, the sign of their sum; 0
+        sign: [], 1 or -1, the direction of the flow that most points have: upward or
+            downward in lambda. With equally many of each, the sign of their sum; 0
             without any point.
         sign_share: [], the fraction of the usable points with that sign. Below 1, no
             single power law holds over the whole range.
@@ -42,7 +42,7 @@ class VelocityFit(NamedResult):
     p_value: jax.Array
 
     def _headline(self) -> list[tuple[str, str]]:
-        directions = {1.0: "upwards", -1.0: "downwards"}
+        directions = {1.0: "upward", -1.0: "downward"}
         (_, exponent), *rest = headline(self.fit)
         share = f"{number(self.sign_share)} of the points"
         return [

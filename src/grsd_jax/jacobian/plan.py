@@ -40,7 +40,7 @@ _MOST_BATCHES = 4
 _NOT_ALONE, _CLOSES = "cannot be traced for one example", "closes over traced arrays"
 
 #: How many roundings of the largest leaf's gradient another leaf's may be off by.
-_CANCELLED = 30
+_CANCELED = 30
 
 #: How many times a change of the last digits two orders of the same sums may differ.
 _MOST_NOISE = 10
@@ -470,7 +470,7 @@ def _apart(
 def _compiled(fn: Any, values: tuple[Any, ...], **static: Any) -> Callable[..., Any]:
     """Returns a jitted function that runs also while something else is being traced.
 
-    On a CPU without XLA's costly optimisations, since it is hardly run again.
+    On a CPU without XLA's costly optimizations, since it is hardly run again.
     """
     arrays = [leaf for leaf in jax.tree.leaves(values) if isinstance(leaf, jax.Array)]
     if any(len(array.sharding.device_set) > 1 for array in arrays):
@@ -623,7 +623,7 @@ def _differing(
     if not np.all(np.isfinite(largest)):
         return None
     dtypes = [np.asarray(leaf).dtype for leaf in wanted] if dtypes is None else dtypes
-    floor = _CANCELLED * tolerance * max(largest, default=0.0)
+    floor = _CANCELED * tolerance * max(largest, default=0.0)
     wrong = []
     for leaf, (a, b) in enumerate(zip(found, wanted, strict=True)):
         if a is None:

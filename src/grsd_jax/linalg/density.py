@@ -41,7 +41,7 @@ def spectral_density(
     """Estimates the density of eigenvalues by stochastic Lanczos quadrature.
 
     Each run is a Gauss rule: node theta_i has the weight ``|S[first block rows, i]|^2``
-    over b, and with an orthonormalised Gaussian start block the weights estimate
+    over b, and with an orthonormalized Gaussian start block the weights estimate
     ``(1/n) tr f(M)``. Weights are averaged over runs and spread by Gaussians in log
     lambda, each with its exact mass on the grid.
 

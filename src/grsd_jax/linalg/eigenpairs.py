@@ -136,7 +136,7 @@ def leading_eigenpairs(
     Args:
         matmat: ``M V`` for a block ``[n, b]``; linear, symmetric positive semidefinite,
             of the block's dtype. It is called eagerly: jit it.
-        start_block: ``[n, b]``, orthonormalised here; Gaussian, to miss no eigenvector.
+        start_block: ``[n, b]``, orthonormalized here; Gaussian, to miss no eigenvector.
         num_pairs: The number of pairs, at most n.
         key: Consumed for the random replacements of dead directions.
         tolerance: Largest residual of a converged pair, relative to its value as in

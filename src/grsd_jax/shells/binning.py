@@ -164,7 +164,7 @@ def shell_coupling(
               \frac{|\dot M_{ij}|^2}{\lambda_i \lambda_j}
 
     The first, literal, form (``renormalize=False``) grows with the eigenvalues and so
-    cannot depend on ``a - b`` alone over several decades; the second, renormalised, is
+    cannot depend on ``a - b`` alone over several decades; the second, renormalized, is
     the one that Condition 4 can hold for. Masked modes have no effect, even where their
     entries are not finite; a non-finite entry between unmasked modes makes the result
     NaN.

@@ -110,7 +110,7 @@ class CouplingMeasurement(Result):
         literal: Diagnostics of ``K_ab = mean |coupling_ij|^2``.
         renormalized: Of ``mean |coupling_ij|^2 / (lambda_i lambda_j)``.
         diagonal_fit: ``|coupling_ii|`` against ``lambda_i``, mode by mode (Figure 1).
-        shell_fit: ``sqrt(K_aa)`` against the shell centres.
+        shell_fit: ``sqrt(K_aa)`` against the shell centers.
         secant_disagreement: [], ``|F - X|_F / |F|_F`` for the finite difference F and
             the exact derivative X, projected on the leading b pairs: for
             piecewise-linear activations it measures the effect of patterns that flip.

@@ -41,7 +41,7 @@ class LayerMeasurements(NamedResult):
     Attributes:
         layers: The measurement of each ``M_l``, in its own eigenvectors and shells.
         total: That of ``M = sum_l M_l``.
-        average: The renormalised coupling ``(1/L) sum_l Khat^(l)_ab`` of the ``Mdot_l``
+        average: The renormalized coupling ``(1/L) sum_l Khat^(l)_ab`` of the ``Mdot_l``
             between the shells of M, and its Toeplitz residuals.
     """
 

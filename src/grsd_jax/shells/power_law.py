@@ -1,7 +1,7 @@
 """Power laws ``y = c x^p``, fitted in log-log coordinates (paper 7.3).
 
 Figure 1 fits ``|Mdot_ii|`` against ``lambda_i``, mode by mode, and ``sqrt(K_aa)``
-against the shell centres; Condition 4 of the paper predicts the exponent 1 for both.
+against the shell centers; Condition 4 of the paper predicts the exponent 1 for both.
 """
 
 from typing import NamedTuple

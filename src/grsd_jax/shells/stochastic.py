@@ -6,7 +6,7 @@ The coupling of two soft shells is a trace,
           \sum_{ij} f_a(\lambda_i) f_b(\lambda_j) (K_{ij} - \delta_{ij} g(\lambda_i))^2,
 
 ``K = V^T Mdot V``. The mean drift of the eigenvalues is taken out,
-``Mdot' = Mdot - g(M)``: soft shells share their modes with their neighbours, and with
+``Mdot' = Mdot - g(M)``: soft shells share their modes with their neighbors, and with
 them the diagonal of K, which would hide the coupling. Leading pairs are taken exactly,
 among themselves and against the bulk. For the bulk against itself
 ``C_ab = E x^T f_a(M) x`` with ``x = Mdot' y`` and ``y = f_b(M)^(1/2) z`` of random
