@@ -13,6 +13,8 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+    "sphinx-mathjax-offline",  # formulas without a network
 ]
 exclude_patterns = ["_build"]
 
@@ -34,6 +36,7 @@ nb_execution_mode = "cache"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
 nb_output_stderr = "remove"
+copybutton_selector = "div:not(.output) > div.highlight pre"
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
