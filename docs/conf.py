@@ -24,7 +24,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(?!grsd_jax(\.[A-Za-z]|$)).*"),
     # Types of fields that are not part of the interface.
-    (r"py:class", r"grsd_jax\.(problem|jacobian|kernel\.mesh|dynamics\.snapshot)\..*"),
+    (r"py:class", r"grsd_jax\.(problem|jacobian|kernel\.mesh|models\.chain)\..*"),
 ]
 default_role = "py:obj"
 
@@ -39,7 +39,9 @@ nb_output_stderr = "remove"
 copybutton_selector = "div:not(.output) > div.highlight pre"
 
 autodoc_member_order = "bysource"
-autodoc_typehints = "none"
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+maximum_signature_line_length = 88
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
