@@ -50,3 +50,5 @@ napoleon_use_rtype = False
 html_theme = "sphinx_book_theme"
 html_title = "grsd_jax"
 html_show_sourcelink = False
+html_static_path = ["_static"]
+html_css_files = ["narrow.css"]
