@@ -112,8 +112,21 @@ def plots():
         figure.savefig(Path(folder) / "coupling.png")
 
 
+def tensorboard():
+    """Events of a measurement."""
+    from grsd_jax import writers
+
+    *_, result = measured()
+    with tempfile.TemporaryDirectory() as folder:
+        writers.TensorBoardWriter(folder).write(0, result)
+        assert list(Path(folder).glob("events*"))
+
+
 #: In the order in which the extras are installed; the first needs none.
-CHECKS = {check.__name__: check for check in (core, models, tables, plots, experiments)}
+CHECKS = {
+    check.__name__: check
+    for check in (core, models, tables, plots, tensorboard, experiments)
+}
 
 
 def in_new_environment(wheel: Path) -> None:
