@@ -4,7 +4,7 @@ One process for each tree makes the same kernel of a ResNet-18 on 32 x 32 images
 compilation they take turns, operation by operation, so that a machine that slows down
 slows both. A time is the median over the turns; a turn of a short operation takes the
 fastest of its calls. The ratio is this tree's time over the other's, below one if this
-tree is faster; the range is that of the ratios of neighbouring turns. The difference of
+tree is faster; the range is that of the ratios of neighboring turns. The difference of
 the results is relative, in the Frobenius norm.
 
 Example:

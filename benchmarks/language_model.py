@@ -1,6 +1,6 @@
 """Times products with the kernel of a small GPT beside ones written by hand.
 
-A GPT has too many outputs for factors, so its products go through one linearisation.
+A GPT has too many outputs for factors, so its products go through one linearization.
 Beside them stand the same products by `jax.vjp` and `jax.jvp`, prepared ones by
 `jax.linearize` and a pullback under `jax.vmap`, and the Gauss-Newton product in the way
 of curvlinops; all in units of the gradient of the mean loss on the same batch. All take
@@ -125,7 +125,7 @@ def product_by_hand(params: Any, batch: Any, column: jax.Array) -> jax.Array:
 
 
 def prepared_by_hand(params: Any, batch: Any) -> Callable[[jax.Array], jax.Array]:
-    """Returns products of blocks with what was linearised once."""
+    """Returns products of blocks with what was linearized once."""
 
     @jax.jit
     def prepare(params: Any) -> Any:

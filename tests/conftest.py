@@ -5,7 +5,7 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Threads of OpenBLAS spin between their short turns, and take a core from the others.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-# The suite is bound by compilation of tiny programs: XLA's costly optimisations, its
+# The suite is bound by compilation of tiny programs: XLA's costly optimizations, its
 # newer emitters of fusions and threads within one program only slow it down. On an
 # accelerator the programs are to be those that a user gets.
 if os.environ["JAX_PLATFORMS"] == "cpu":

@@ -331,7 +331,7 @@ def cnn_causal_in_time():
 
 
 def cnn_pooled():
-    """Max and average pooling, and a batch normalisation with stored statistics."""
+    """Max and average pooling, and a batch normalization with stored statistics."""
     params = normals(27, stem=(3, 3, 2, 3), scale=(3,), shift=(3,), out=(3, 3))
     held = normals(28, mean=(3,), var=(3,))
 
@@ -622,7 +622,7 @@ def weight_norm():
 
 
 def weight_standardisation():
-    """A convolution whose kernel is centred and scaled before it is used."""
+    """A convolution whose kernel is centered and scaled before it is used."""
     params = normals(56, kernel=(3, 3, 2, 3), gain=(3,), out=(3, 3))
 
     def outputs_fn(p, batch):

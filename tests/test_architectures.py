@@ -177,7 +177,7 @@ class ByName(nn.Module):
 
 
 class EachExample(nn.Module):
-    """A normalisation mapped over the examples."""
+    """A normalization mapped over the examples."""
 
     @nn.compact
     def __call__(self, x):

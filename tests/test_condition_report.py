@@ -106,7 +106,7 @@ def test_every_verdict_shows_numbers_and_thresholds(mlp_report):
     assert numbers["R^2 of the diagonal"] == pytest.approx(float(fit.r_squared))
     centre = got.condition4.central_residuals[-1]
     assert 0 < centre < 1
-    assert numbers["Toeplitz residual at the centre"] == centre
+    assert numbers["Toeplitz residual at the center"] == centre
     tail = float(got.condition2.coherence.coherence[0, 1])
     assert numbers["tail sum of the coherence"] == pytest.approx(tail)
     drifts = [float(d.frobenius) for d in got.condition3.leading_drift]

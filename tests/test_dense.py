@@ -1,5 +1,6 @@
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from grsd_jax import gradient_flow_direction, kernel_dense
@@ -23,6 +24,13 @@ def test_chunks_and_groups_change_nothing(mlp, reduction, chunk, limit):
     for matrix, oracle in zip(got, expected, strict=True):
         assert relative_error(matrix, oracle) < 1e-5
         assert relative_error(matrix.T, matrix) == 0
+
+
+def test_labels_of_numpy_in_64_bits_warn_of_nothing(mlp):  # new JAX warns of int64
+    problem, params = mlp
+    batches = {**problem.batches, "label": np.asarray(problem.batches["label"], int)}
+    got = kernel_dense(problem.replace(batches=batches), params)
+    assert relative_error(got, kernel_dense(problem, params)) == 0
 
 
 def test_the_bound_is_a_share_of_the_free_memory_by_default(mlp, monkeypatch):

@@ -1,7 +1,8 @@
 """The documentation: its code runs, its links lead somewhere, its numbers agree."""
 
+import ast
 import importlib
-import importlib.metadata
+import importlib.util
 import re
 import tomllib
 from pathlib import Path
@@ -10,7 +11,10 @@ import jax
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.md"))
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), *NOTEBOOKS]
+
+CELL = "```{code-cell} ipython3"
 
 #: A block that needs a package which only the tests install names it in its fence.
 OPTIONAL = ("equinox", "haiku", "safetensors")
@@ -21,7 +25,7 @@ def python_source(page: str, package: str = "") -> str:
 
     Those without a package in the fence, or also those of one package.
     """
-    fences = {"```python", f"```python {package}".strip()}
+    fences = {"```python", CELL, f"```python {package}".strip()}
     lines, inside = [], False
     for line in page.splitlines():
         if line.startswith("```"):
@@ -56,9 +60,16 @@ def test_the_pages_with_code_are_found():
     assert names >= {"README.md", "quickstart.md", "use_in_your_loop.md"}
 
 
+def marks(page: Path) -> list[pytest.MarkDecorator]:
+    """Returns how a page is run: a notebook only where no build of the docs runs it."""
+    built = importlib.util.find_spec("myst_nb") and page in NOTEBOOKS
+    skip = pytest.mark.skipif(bool(built), reason="the build of the docs runs it")
+    return [skip, *([] if page.name in FIRST else [pytest.mark.slow])]
+
+
 @pytest.fixture
 def quick_compilation():
-    """Compiles without optimisation: each program runs once, on a few numbers."""
+    """Compiles without optimization: each program runs once, on a few numbers."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -67,10 +78,7 @@ def quick_compilation():
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
     "page",
-    [
-        pytest.param(page, marks=[] if page.name in FIRST else pytest.mark.slow)
-        for page in RUNNABLE
-    ],
+    [pytest.param(page, marks=marks(page)) for page in RUNNABLE],
     ids=lambda page: page.name,
 )
 def test_code_blocks_run(page, tmp_path, monkeypatch):
@@ -100,6 +108,17 @@ def run_blocks(page: Path, package: str = "") -> None:
     """Runs a page's blocks in one namespace."""
     code = compile(python_source(page.read_text(), package), str(page), "exec")
     exec(code, {"__name__": "__docs__"})
+
+
+@pytest.mark.parametrize("page", NOTEBOOKS, ids=lambda page: page.name)
+def test_notebooks_have_cells_and_a_kernel_and_can_be_downloaded(page):
+    text = page.read_text()
+    assert text.startswith(
+        "---\nfile_format: mystnb\nkernelspec:\n  name: python3\n---\n"
+    )
+    assert len(re.findall(rf"^{re.escape(CELL)}$", text, re.M)) > 3
+    assert f"<{page.stem}.ipynb>`" in text
+    assert f"notebooks/{page.stem}\n" in (ROOT / "docs" / "index.md").read_text()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -168,8 +187,56 @@ def test_gate_runs_the_commands_of_the_readme():
     assert "grsd-jax[tests,docs]" in extras["optional-dependencies"]["dev"]
 
 
+#: British endings and words, by the stems and words that such texts use.
+STEMS = """
+    author categor central character custom diagonal discret emphas equal factor final
+    general initial linear local material maxim memor minim normal optim organ
+    orthogonal parallel penal quant random real recogn regular serial special stabil
+    standard summar symmetr synchron token util vector visual
+"""
+BRITISH = re.compile(
+    rf"\b\w*?(?:{'|'.join(STEMS.split())})is(?:e[drs]?|ing|ations?|able)\b"
+    r"|\b\w*(?:behavi|col|fav|flav|hon|neighb)our\w*"
+    r"|\b\w*(?:cancel|channel|label|level|model|signal|travel)l(?:ed|ing)\b"
+    r"|\b(?:re)?cent(?:re[ds]?|ring)\b|\b(?:fibre|metre|grey|licence|defence)s?\b"
+    r"|\b(?:afterwards|analyse[ds]?|artefacts?|judgement|learnt|towards|whilst)\b",
+    re.I,
+)
+
+
+@pytest.mark.parametrize("word", ["Normalised", "neighbours", "centre", "unlabelled"])
+def test_british_words_are_found(word):
+    assert BRITISH.search(f"a {word}.")
+    assert not BRITISH.search("precise noise, toeplitz_centre, organism, color, center")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages_are_spelled_the_american_way(page):
+    assert not [found[0] for found in BRITISH.finditer(page.read_text())]
+
+
+def test_docstrings_and_messages_are_spelled_the_american_way():
+    found = []
+    for path in sorted((ROOT / "src").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                words = [match[0] for match in BRITISH.finditer(node.value)]
+                found += [f"{path.name}:{node.lineno}: {word}" for word in words]
+    assert not found
+
+
 def test_version_is_the_same_everywhere():
-    version = importlib.metadata.version("grsd-jax")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    version, date = re.search(r"^## \[(.*)\] - (.*)$", changes, re.M).groups()
+    assert version == project["version"]
     citation = (ROOT / "CITATION.cff").read_text()
-    assert re.search(rf"^version: {re.escape(version)}$", citation, re.M)
-    assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
+    assert f"\nversion: {version}\ndate-released: {date}\n" in citation
+
+
+def test_actions_of_the_workflows_are_pinned_by_their_commit():
+    workflows = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+    used = {line for w in workflows for line in re.findall("uses: .*", w.read_text())}
+    assert len(used) > 4
+    pinned = re.compile(r"uses: [\w-]+/[\w-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+")
+    assert not {line for line in used if not pinned.fullmatch(line)}

@@ -39,7 +39,7 @@ def test_all_ways_agree_with_the_products_themselves(reduction):
     ]:
         got = block_coherence(given, params, blocks, key=KEY, method=method)
         assert bool(jnp.all(got.converged))
-        # The quotient errs by less than its residual, and only downwards.
+        # The quotient errs by less than its residual, and only downward.
         slack = np.asarray(got.residuals) * expected + 1e-4 * expected.max()
         assert np.all(np.abs(np.asarray(got.products) - expected) <= slack)
         assert np.all(np.asarray(got.products) <= expected * (1 + 1e-5))

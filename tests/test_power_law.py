@@ -79,7 +79,7 @@ def test_units_change_the_prefactor_alone(scale):
 
 
 def test_narrow_range_in_float32():
-    # The logarithms differ in their last digits only: centring comes before squaring.
+    # The logarithms differ in their last digits only: centering comes before squaring.
     x = np.float32(1e6) * (1 + np.linspace(0, 1e-2, 30, dtype=np.float32))
     y = np.square(x.astype(np.float64)).astype(np.float32)
     np.testing.assert_allclose(fit_power_law(x, y).exponent, 2.0, rtol=1e-3)

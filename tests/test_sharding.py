@@ -223,7 +223,7 @@ def test_a_lanczos_step_keeps_the_basis_where_it_lies():
     [("mean", None), pytest.param("stack", 1, marks=pytest.mark.slow)],
 )
 def test_the_whole_measurement_equals_one_device(mlp, monkeypatch, reduction, room):
-    if room is not None:  # nothing fits, so that each product linearises again
+    if room is not None:  # nothing fits, so that each product linearizes again
         monkeypatch.setattr(products, "default_bytes", lambda: room)
     problem, params, direction = mlp
     problem = problem.replace(reduction=reduction)

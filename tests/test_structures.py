@@ -444,7 +444,7 @@ def test_a_parameter_leaf_that_cannot_be_held_is_named(leaf, got):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16", "int32"])
 def test_a_direction_is_cast_to_the_parameters_once(dtype):
-    """Optimisers answer in other dtypes than they were asked in."""
+    """Optimizers answer in other dtypes than they were asked in."""
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), make_params())
     image = BATCHES["image"].astype(jnp.float32)
     problem = grsd.Problem(outputs_fn, {**BATCHES, "image": image})

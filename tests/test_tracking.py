@@ -57,7 +57,7 @@ cached_optimizer = functools.cache(training.make_optimizer)
 
 @pytest.fixture(autouse=True)
 def one_optimizer(monkeypatch):
-    """Gives equal settings one optimiser, so that a test compiles nothing again."""
+    """Gives equal settings one optimizer, so that a test compiles nothing again."""
     monkeypatch.setattr(training, "make_optimizer", cached_optimizer)
     monkeypatch.setattr(tracking, "LAMBDA_RANGE", TINY_RANGE)  # where TinyNet's lie
 

@@ -49,7 +49,7 @@ def standard_promotion():
 
 @pytest.fixture(autouse=True)
 def one_optimizer(monkeypatch):
-    """Gives equal settings one optimiser, so that a test compiles nothing again."""
+    """Gives equal settings one optimizer, so that a test compiles nothing again."""
     monkeypatch.setattr(training, "make_optimizer", cached_optimizer)
 
 
@@ -380,7 +380,7 @@ def test_accuracy_of_nothing_is_refused(whole, dataset):
 
 
 def test_recalibration_averages_the_statistics_of_the_batches(whole, dataset):
-    """Against the moments of each normalisation's input, computed directly."""
+    """Against the moments of each normalization's input, computed directly."""
     state, model = whole[0].state, TinyNet()
     images = dataset.train_images
     found = recalibrate_batch_stats(

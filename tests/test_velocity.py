@@ -41,7 +41,7 @@ def test_noisy_power_laws_are_recovered_and_not_rejected_too_often():
     # Under the law the p-values are uniform.
     ordered = np.sort(p_values)
     distance = np.max(np.abs(ordered - (np.arange(100) + 0.5) / 100))
-    assert distance < 0.16  # Kolmogorov and Smirnov at one per cent
+    assert distance < 0.16  # Kolmogorov and Smirnov at one percent
 
 
 @pytest.mark.usefixtures("x64")

@@ -9,7 +9,7 @@ from comparison.grid import NUM_PAIRS, PAIR_TOLERANCE, block_width, task_kind
 Arrays = Mapping[str, np.ndarray]
 
 #: Largest error of each kind of task. Single precision is at 1e-7 to 1e-6; a wrong
-#: layer, label or normalisation is at 1e-1.
+#: layer, label or normalization is at 1e-1.
 TOLERANCES = {
     "dense": 1e-5,
     "block": 1e-5,

@@ -149,7 +149,7 @@ def gauss_newton(
 ) -> dict[str, Any]:
     """Computes ``J^T H J v`` for vectors with a leading axis b, as curvlinops does.
 
-    One linearisation and one pullback; H is the Hessian of the mean cross-entropy by
+    One linearization and one pullback; H is the Hessian of the mean cross-entropy by
     the logits.
     """
     outputs, push = jax.linearize(lambda p: logits(p, batch), params)

@@ -71,7 +71,7 @@ def write(path: Path, splits: dict[str, Any], max_bytes: int) -> dict[str, np.nd
 
 
 def read(path: Path) -> Dataset:
-    """Returns the packed images, standardised by those for training among them."""
+    """Returns the packed images, standardized by those for training among them."""
     with np.load(path, allow_pickle=False) as file:
         train, test = (
             (file[f"{name}_images"], file[f"{name}_labels"])

@@ -220,7 +220,7 @@ def resnet_dense(
 
 
 def resnet_prepared(part: Part, model: ResNet, precision: str, width: int) -> None:
-    """Measures a block product with the linearised kernel."""
+    """Measures a block product with the linearized kernel."""
     name = f"{model.name}_block{width}_prepared_{precision}"
     if part.results.path(name).exists():
         return

@@ -41,7 +41,7 @@ def make_case(job: Job) -> Case:
 
 
 def linearized(loaded: Loaded, *, plain: bool = False) -> Any:
-    """Returns the kernel of a loaded problem, linearised."""
+    """Returns the kernel of a loaded problem, linearized."""
     problem = loaded.problem(plain=plain)
     return jax.block_until_ready(grsd_jax.linearize_kernel(problem, loaded.params))
 

@@ -92,7 +92,7 @@ def _recomputed(loaded: TorchProblem, chunk: int | None) -> Case:
 
 
 def _linearized(loaded: TorchProblem) -> Case:
-    """Pullback and linearised function are made once, as ours is."""
+    """Pullback and linearized function are made once, as ours is."""
     params = loaded.tensors()
 
     def outputs(p: Tensors) -> torch.Tensor:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from grsd_jax._typing import PyTree
-from grsd_jax.results import result
+from grsd_jax.results import Result, result
 
 #: The names along a parameter's path, such as ``("head", "kernel")``.
 Path = tuple[str, ...]
@@ -22,7 +22,7 @@ Path = tuple[str, ...]
 @result()
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class ParameterBlocks:
+class ParameterBlocks(Result):
     """A partition of the parameters' leaves into named blocks, ordered by depth.
 
     It is static: hashable, and without leaves as a pytree.

@@ -268,7 +268,7 @@ def invariance_checks(
     """Holds the last point's residual, slope and R^2 against their thresholds.
 
     Args:
-        residual: The renormalised coupling's Toeplitz residual at the centre.
+        residual: The renormalized coupling's Toeplitz residual at the center.
         measured: The measurement.
         thresholds: The thresholds.
 
@@ -283,7 +283,7 @@ def invariance_checks(
     points = int(fit.num_points)
     checks = (
         Check(
-            "Toeplitz residual at the centre",
+            "Toeplitz residual at the center",
             residual,
             thresholds.max_residual,
             count=windows,

@@ -7,7 +7,6 @@ depth, and the direction ``u_l / |u_l|`` forgets where it began (paper 4.2 and A
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +14,11 @@ from jax.scipy.special import ndtr, ndtri
 
 from grsd_jax._arrays import at_least_single, matmul, norm, unit_vectors
 from grsd_jax._checks import check_at_least, check_floating
-from grsd_jax.results import result
+from grsd_jax.results import NamedResult, result
 
 
 @result()
-class StateIncrements(NamedTuple):
+class StateIncrements(NamedResult):
     r"""What the state Jacobians of a chain do to random directions.
 
     Attributes:
@@ -34,7 +33,7 @@ class StateIncrements(NamedTuple):
 
 
 @result()
-class IncrementStatistics(NamedTuple):
+class IncrementStatistics(NamedResult):
     """How the increments of a chain add up over its depth.
 
     Attributes:
@@ -47,7 +46,7 @@ class IncrementStatistics(NamedTuple):
         normal_distance: [], the Kolmogorov-Smirnov distance of each path's sum to the
             normal law of the same mean and variance; about ``0.6 / sqrt(paths)`` for
             independent normal sums, and NaN where the sums do not vary.
-        wasserstein: [], the 1-Wasserstein distance of the standardised sums to the
+        wasserstein: [], the 1-Wasserstein distance of the standardized sums to the
             standard normal law.
         num_paths: Directions times examples.
     """
@@ -75,7 +74,7 @@ def state_increments(
                   = \log \frac{|(I + s\,G_l'(h_l))\, u_l|}{|u_l|}
 
     along the forward trajectory ``h_l``, by forward differentiation; norms are taken in
-    each example. Directions begin isotropic, and are normalised after every block.
+    each example. Directions begin isotropic, and are normalized after every block.
 
     Args:
         maps: The L maps from ``h_l`` to ``h_{l+1}``, of one shape and in which examples
@@ -119,9 +118,9 @@ def state_increments(
 
 
 def increment_statistics(increments: jax.typing.ArrayLike) -> IncrementStatistics:
-    r"""Summarises increments: do they average themselves out, and become normal?
+    r"""Summarizes increments: do they average themselves out, and become normal?
 
-    With the sums :math:`S = \sum_l x_l` of every path, standardised as z, the distances
+    With the sums :math:`S = \sum_l x_l` of every path, standardized as z, the distances
     to the normal law :math:`\Phi` are
 
     .. math:: D = \sup_t |\hat F_z(t) - \Phi(t)|, \qquad
@@ -150,8 +149,8 @@ def increment_statistics(increments: jax.typing.ArrayLike) -> IncrementStatistic
     means = jnp.mean(increments, axis=0)
     variance_of_mean = jnp.var(means)
     single = jnp.mean(jnp.var(increments, axis=1))
-    centred = means - jnp.mean(means)
-    ordered = jnp.sort(centred / (norm(centred) / num_paths**0.5))
+    centered = means - jnp.mean(means)
+    ordered = jnp.sort(centered / (norm(centered) / num_paths**0.5))
     ranks = jnp.arange(num_paths, dtype=jnp.int32).astype(ordered.dtype)
     lower, upper = ranks / num_paths, (ranks + 1) / num_paths
     normal = ndtr(ordered)
@@ -183,7 +182,7 @@ def correlation_time(overlap: jax.typing.ArrayLike) -> jax.Array:
 
     Returns:
         [], in blocks: infinite if no direction moves, 0 if the mean cosine of
-        neighbours is zero or less.
+        neighbors is zero or less.
 
     Raises:
         ValueError: If it is not a square matrix of at least two rows.

@@ -1,6 +1,6 @@
 """Condition 2: how far the Jacobians of two blocks of parameters overlap.
 
-The paper asks for ``|J_l^T J_m|_op <= c(|l - m|)`` at initialisation, with a summable
+The paper asks for ``|J_l^T J_m|_op <= c(|l - m|)`` at initialization, with a summable
 tail of c (3.2, 5.2 and equation 12). ``J_l^T J_m`` has the size of two blocks of
 parameters and is never formed: its singular values squared are the eigenvalues of
 ``M_l M_m``, an operator on the error space.
@@ -20,7 +20,7 @@ from grsd_jax.kernel.dense import layer_kernels
 from grsd_jax.kernel.operator import LinearizedKernel, linearize_block_kernels
 from grsd_jax.parameter_blocks import ParameterBlocks, check_blocks
 from grsd_jax.problem import Problem
-from grsd_jax.results import result
+from grsd_jax.results import NamedResult, result
 
 METHODS = ("auto", "dense", "power_iteration")
 
@@ -32,7 +32,7 @@ _NOISE_EPS = 10.0
 
 
 @result(masks={"coherence": "defined"}, derived=("profile", "tail_sum"))
-class BlockCoherence(NamedTuple):
+class BlockCoherence(NamedResult):
     """How far the Jacobians of every two blocks overlap.
 
     Attributes:

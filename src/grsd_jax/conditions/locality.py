@@ -1,13 +1,12 @@
 """Condition 1: how the motion of one block of parameters changes another's Jacobian.
 
-The paper asks that ``Jdot_l`` involve a bounded neighbourhood of blocks alone (3.2, 5.1
+The paper asks that ``Jdot_l`` involve a bounded neighborhood of blocks alone (3.2, 5.1
 and equation 11). What can be measured is the influence ``R_lm``, the part of ``Jdot_l``
 that the motion of block m causes, and how it falls with the distance ``|l - m|``.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +18,11 @@ from grsd_jax._typing import PyTree
 from grsd_jax.jacobian.autodiff import PlainDerivative
 from grsd_jax.parameter_blocks import ParameterBlocks, check_blocks, restrict_to_block
 from grsd_jax.problem import Point, Problem
-from grsd_jax.results import result
+from grsd_jax.results import NamedResult, result
 
 
 @result()
-class InfluenceProfile(NamedTuple):
+class InfluenceProfile(NamedResult):
     """How the motion of each block changes the Jacobian of every other.
 
     Attributes:

@@ -6,19 +6,18 @@ path is banded (paper A.1).
 """
 
 import math
-from typing import NamedTuple
 
 import numpy as np
 
 from grsd_jax._checks import check_positive
-from grsd_jax.results import result
+from grsd_jax.results import NamedResult, result
 
 #: Relative rounding of the ratio of two logarithms.
 _ROUNDING = 1e-12
 
 
 @result()
-class PropagationReport(NamedTuple):
+class PropagationReport(NamedResult):
     """Measured influence beside the bound of Proposition 2.
 
     Attributes:

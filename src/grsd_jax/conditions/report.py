@@ -45,7 +45,7 @@ from grsd_jax.conditions.verdicts import Thresholds, Verdict
 from grsd_jax.kernel.derivative import Derivative, gradient_flow_direction
 from grsd_jax.parameter_blocks import ParameterBlocks
 from grsd_jax.problem import Problem
-from grsd_jax.results import result
+from grsd_jax.results import NamedResult, result
 from grsd_jax.shells.diagnostics import CouplingMeasurement
 from grsd_jax.shells.measurement import Solver, measure_coupling
 from grsd_jax.shells.options import Binning, Window
@@ -74,7 +74,7 @@ class PathPoint(NamedTuple):
 
 
 @result()
-class Locality(NamedTuple):
+class Locality(NamedResult):
     """Condition 1.
 
     Attributes:
@@ -93,7 +93,7 @@ class Locality(NamedTuple):
 
 
 @result()
-class Incoherence(NamedTuple):
+class Incoherence(NamedResult):
     """Condition 2, at the first point of the path.
 
     Attributes:
@@ -108,14 +108,14 @@ class Incoherence(NamedTuple):
 
 
 @result()
-class Stability(NamedTuple):
+class Stability(NamedResult):
     """Condition 3, along the whole path.
 
     Attributes:
         norms: ``|J|_op`` and ``|Jdot|_op`` at each point.
         leading_drift: Drift of the leading projector, from each point to the next.
         shell_drift: Drift of each shell's projector, from each point to the next.
-        lipschitz: Of the root of the diagonal renormalised coupling, at each point.
+        lipschitz: Of the root of the diagonal renormalized coupling, at each point.
         verdict: Growth of both norms, largest leading drift, largest exponent.
     """
 
@@ -127,12 +127,12 @@ class Stability(NamedTuple):
 
 
 @result()
-class ShiftInvariance(NamedTuple):
+class ShiftInvariance(NamedResult):
     """Condition 4, at each point; the verdict is that of the last.
 
     Attributes:
         measurements: The shell coupling at each point.
-        central_residuals: The renormalised coupling's `centre_toeplitz_residual`, at
+        central_residuals: The renormalized coupling's `centre_toeplitz_residual`, at
             each point.
         verdict: Residual, slope and R^2 at the last point.
     """
@@ -143,7 +143,7 @@ class ShiftInvariance(NamedTuple):
 
 
 @result()
-class ConditionReport(NamedTuple):
+class ConditionReport(NamedResult):
     """All four conditions of one training path.
 
     Attributes:
@@ -209,7 +209,7 @@ def condition_report(
     """Measures all four conditions along a training path, with verdicts.
 
     Condition 1 at the first and the last point; Condition 2 at the first, which should
-    be the initialisation; Conditions 3 and 4 at all of them.
+    be the initialization; Conditions 3 and 4 at all of them.
 
     Args:
         points: The path, in order of time. With a single point the growth and the drift

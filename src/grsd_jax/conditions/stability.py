@@ -1,4 +1,4 @@
-"""Condition 3: how large J and its derivative are, and how the spectrum reorganises.
+"""Condition 3: how large J and its derivative are, and how the spectrum reorganizes.
 
 The paper asks for ``|J|_op`` and ``|Jdot|_op`` bounded along the training path,
 spectral projectors that do not change abruptly, and shell statistics that are Lipschitz
@@ -8,7 +8,6 @@ in ``log lambda`` (3.2, 5.3 and equation 13).
 import itertools
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +23,7 @@ from grsd_jax.kernel.operator import (
 from grsd_jax.kernel.sharded import ShardedKernel
 from grsd_jax.linalg.eigenpairs import LeadingEigenpairs, leading_eigenpairs
 from grsd_jax.problem import Problem
-from grsd_jax.results import result
+from grsd_jax.results import NamedResult, result
 from grsd_jax.shells.binning import log_shells
 from grsd_jax.shells.diagnostics import CouplingMeasurement
 
@@ -33,7 +32,7 @@ _GAIN = 2.0**100
 
 
 @result(axes={"2": "norm"})
-class OperatorNorms(NamedTuple):
+class OperatorNorms(NamedResult):
     """How large the Jacobian and its derivative are.
 
     Attributes:
@@ -140,7 +139,7 @@ def _leading(
 
 
 @result()
-class ProjectorDrift(NamedTuple):
+class ProjectorDrift(NamedResult):
     """How far two subspaces are apart, each measure in [0, 1].
 
     NaN if a column that spans one of them has no unit norm.
@@ -220,7 +219,7 @@ def log_lipschitz(
     .. math:: \max_a \frac{|\log f_{a+1} - \log f_a|}{|s_{a+1} - s_a|},
               \qquad s = \log \lambda
 
-    over neighbouring shells that are both valid: the largest local exponent of
+    over neighboring shells that are both valid: the largest local exponent of
     ``f(lambda)``, free of the scale of f.
 
     Args:
@@ -230,7 +229,7 @@ def log_lipschitz(
             positive count as masked.
 
     Returns:
-        [], NaN where no two neighbours are valid, or one is not finite.
+        [], NaN where no two neighbors are valid, or one is not finite.
 
     Raises:
         ValueError: If a shape or dtype does not fit.
@@ -259,8 +258,8 @@ def _largest_slope(
 
 
 @result()
-class ShellDrift(NamedTuple):
-    """How far the projector on each shell moves between neighbouring measurements.
+class ShellDrift(NamedResult):
+    """How far the projector on each shell moves between neighboring measurements.
 
     Attributes:
         edges: ``[S + 1]``, shells of lambda common to all T measurements.
@@ -345,7 +344,7 @@ def coupling_exponent(measured: CouplingMeasurement) -> jax.Array:
         measured: A measurement.
 
     Returns:
-        [], NaN where no two neighbouring shells are valid.
+        [], NaN where no two neighboring shells are valid.
     """
     coupling = measured.renormalized.coupling
     rates = jnp.sqrt(jnp.diag(coupling.matrix))

@@ -9,7 +9,7 @@ neither holds nor fails: it is undecided.
 import math
 from typing import Literal, NamedTuple
 
-from grsd_jax.results import result
+from grsd_jax.results import NamedResult, result
 
 Outcome = Literal["holds", "fails", "undecided"]
 
@@ -30,9 +30,9 @@ class Thresholds(NamedTuple):
         max_growth: Condition 3: the largest ``|J|_op``, and ``|Jdot|_op``, along the
             path, over that at its first point.
         max_drift: Condition 3: the largest drift of the leading projector between two
-            neighbouring points, ``|P - Q|_F / (dim P + dim Q)^{1/2}``.
+            neighboring points, ``|P - Q|_F / (dim P + dim Q)^{1/2}``.
         max_lipschitz: Condition 3: the largest local exponent of a shell statistic.
-        max_residual: Condition 4: the largest Toeplitz residual of the renormalised
+        max_residual: Condition 4: the largest Toeplitz residual of the renormalized
             coupling in the central windows.
         max_slope_error: Condition 4: the largest distance of the diagonal's slope to 1.
         min_r_squared: Condition 4: the smallest R^2 of the diagonal's fit.
@@ -52,7 +52,7 @@ class Thresholds(NamedTuple):
 
 
 @result()
-class Check(NamedTuple):
+class Check(NamedResult):
     """One number held against one threshold.
 
     Attributes:
@@ -108,7 +108,7 @@ class Check(NamedTuple):
 
 
 @result()
-class Verdict(NamedTuple):
+class Verdict(NamedResult):
     """The checks of one condition.
 
     Attributes:

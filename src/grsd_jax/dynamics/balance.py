@@ -1,4 +1,4 @@
-"""Shell dynamics: how the error's energy moves over the spectrum while it is learnt.
+"""Shell dynamics: how the error's energy moves over the spectrum while it is learned.
 
 With ``M phi_i = lambda_i phi_i`` and ``g_i = <phi_i, e>``, the energy of a shell
 changes because the error itself changes, which is dissipation, and because the
@@ -24,7 +24,7 @@ from grsd_jax._arrays import (
 )
 from grsd_jax._checks import check_positive, check_shape
 from grsd_jax._typing import PyTree
-from grsd_jax.results import result
+from grsd_jax.results import NamedResult, result
 from grsd_jax.shells.binning import Shells
 
 #: Rounding of the eigenvalues, in units of eps times the largest: closer ones are
@@ -49,7 +49,7 @@ _UNITS |= {"velocity": "lambda per time"}
 
 
 @result()
-class BasisRotation(NamedTuple):
+class BasisRotation(NamedResult):
     """How the eigenvectors turn.
 
     Attributes:
@@ -66,7 +66,7 @@ class BasisRotation(NamedTuple):
 
 
 @result(masks={"velocity": "velocity_mask"}, units=_UNITS)
-class ShellDynamics(NamedTuple):
+class ShellDynamics(NamedResult):
     """The energy balance of the shells at one instant; shell 0 holds the smallest.
 
     ``energy_rate = sum_b transfers[:, b] + leak - dissipation``, exactly.
@@ -79,10 +79,10 @@ class ShellDynamics(NamedTuple):
         transfers: [S, S], ``T_ab``, what a gains from b; antisymmetric.
         leak: [S], what a gains from the given pairs outside all shells.
         energy_rate: [S], the predicted ``dE_a/dt``, of the same pairs.
-        flux: [S-1], net energy per time passing each inner edge upwards, from all
+        flux: [S-1], net energy per time passing each inner edge upward, from all
             shells below it to all shells above it.
         nearest_flux: [S-1], the part of it between the two shells at the edge.
-        non_adjacent_share: [], ``sum |T_ab|`` over shells that are not neighbours, as a
+        non_adjacent_share: [], ``sum |T_ab|`` over shells that are not neighbors, as a
             fraction of the sum over all; 0 if nothing is transferred.
         edge_density: [S-1], the density at each inner edge, see `shell_dynamics`.
         velocity: [S-1], ``v = flux / edge_density``, in lambda per time; 0, as a
@@ -177,14 +177,14 @@ def basis_rotation(
     .. math:: \Omega_{ij} = \langle \phi_i, \dot\phi_j \rangle
               = \frac{\phi_i^\top \dot M \phi_j}{\lambda_j - \lambda_i}, \qquad i \neq j
 
-    Neighbouring eigenvalues at most ``gap`` times the largest apart form one cluster.
+    Neighboring eigenvalues at most ``gap`` times the largest apart form one cluster.
     Inside a cluster the eigenvectors are a choice (a gauge), and their rotation is set
     to 0 and counted; only that of the cluster against the rest is a property of M.
 
     Args:
         values: [r], ``lambda_i`` in any order.
         coupling: [r, r], ``V^T Mdot V``; its symmetric part is used.
-        gap: The distance relative to the largest ``|lambda|`` up to which neighbours
+        gap: The distance relative to the largest ``|lambda|`` up to which neighbors
             are one cluster. Default: 4 eps, the rounding of the eigenvalues.
 
     Returns:
@@ -392,7 +392,7 @@ def _exchange(
 
 
 def _tolerance(values: jax.Array, gap: float | None) -> jax.Array:
-    """Returns the distance up to which neighbouring eigenvalues are one cluster."""
+    """Returns the distance up to which neighboring eigenvalues are one cluster."""
     if gap is None:
         gap = _GAP * float(jnp.finfo(values.dtype).eps)
     check_positive("gap", gap)
@@ -400,7 +400,7 @@ def _tolerance(values: jax.Array, gap: float | None) -> jax.Array:
 
 
 def _clusters(values: jax.Array, tolerance: jax.Array) -> jax.Array:
-    """Returns the cluster of each value, [r]; neighbours within tolerance share one."""
+    """Returns the cluster of each value, [r]; neighbors within tolerance share one."""
     order = jnp.argsort(values)
     apart = jnp.diff(values[order]) > tolerance
     numbers = jnp.concatenate(
@@ -410,7 +410,7 @@ def _clusters(values: jax.Array, tolerance: jax.Array) -> jax.Array:
 
 
 def _fluxes(transfers: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the fluxes, their nearest-neighbour parts and the non-adjacent share."""
+    """Returns the fluxes, their nearest-neighbor parts and the non-adjacent share."""
     num_shells = len(transfers)
     shell = jnp.arange(num_shells, dtype=jnp.int32)
     above = (shell[None, :] > shell[:-1, None]).astype(transfers.dtype)

@@ -91,7 +91,7 @@ def exact_balance(
 
     .. math:: E_a^1 - E_a^0 = -D_a + \sum_b T_{ab}
 
-    for a step of any size, by any optimiser, of a network with any activation: no
+    for a step of any size, by any optimizer, of a network with any activation: no
     derivative is taken. The problems of both ends may differ in their state (BatchNorm
     statistics), not in examples, targets and their order.
 

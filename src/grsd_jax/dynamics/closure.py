@@ -5,23 +5,21 @@ training step tests them, and shows the pairs whose eigenvalue moved over a fixe
 which the balance leaves out.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 
 from grsd_jax._arrays import as_floating, as_mask, as_scalar, norm, ratio
 from grsd_jax._checks import check_at_least
-from grsd_jax.results import result
+from grsd_jax.results import NamedResult, result
 
 
 @result()
-class EdgeCrossings(NamedTuple):
+class EdgeCrossings(NamedResult):
     """What passes fixed edges because eigenvalues move over them.
 
     Attributes:
-        up: [S+1] int32, pairs that passed each edge upwards.
-        down: [S+1] int32, pairs that passed it downwards.
+        up: [S+1] int32, pairs that passed each edge upward.
+        down: [S+1] int32, pairs that passed it downward.
         energy_up: [S+1], the energy they carried up.
         energy_down: [S+1], the energy they carried down.
     """
@@ -36,7 +34,7 @@ class EdgeCrossings(NamedTuple):
     masks=dict.fromkeys(("measured_rate", "shell_errors", "total_error"), "defined"),
     units={"measured_rate": "|e|^2 per time"},
 )
-class ClosureError(NamedTuple):
+class ClosureError(NamedResult):
     """The predicted energy rates beside the measured ones.
 
     Attributes:

@@ -1,6 +1,4 @@
-"""The effective time that passed between two parameters, whatever the optimiser."""
-
-from typing import NamedTuple
+"""The effective time that passed between two parameters, whatever the optimizer."""
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +8,14 @@ from grsd_jax._checks import check_same_tree
 from grsd_jax._typing import PyTree
 from grsd_jax.kernel.derivative import gradient_flow_direction
 from grsd_jax.problem import Problem
-from grsd_jax.results import result
+from grsd_jax.results import NamedResult, result
 
 #: The factor up to which the times of both ends agree.
 _AGREEMENT = 2.0
 
 
 @result(derived=("elapsed",))
-class MeasuredTime(NamedTuple):
+class MeasuredTime(NamedResult):
     """The time that the gradient flow would have taken for a motion.
 
     Attributes:

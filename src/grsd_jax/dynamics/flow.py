@@ -8,7 +8,6 @@ Remark 1, and A.2).
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +17,14 @@ from grsd_jax._typing import PyTree
 from grsd_jax.kernel.dense import kernel_dense
 from grsd_jax.kernel.derivative import gradient_flow_direction
 from grsd_jax.problem import Problem
-from grsd_jax.results import result
+from grsd_jax.results import NamedResult, result
 
 #: ``field(params) -> tangent``, an autonomous vector field.
 Field = Callable[[PyTree], PyTree]
 
 
 @result()
-class CovarianceCheck(NamedTuple):
+class CovarianceCheck(NamedResult):
     """The eigenvalues along two flows, of the loss and of the scaled loss.
 
     Attributes:
@@ -133,7 +132,7 @@ def effective_time(
 
     so that a step of plain gradient descent with rate ``eta`` moves the parameters by
     ``eta`` times the flow's velocity. Momentum without dampening, once
-    settled, goes ``1 / (1 - momentum)`` times as far; an adaptive optimiser does not
+    settled, goes ``1 / (1 - momentum)`` times as far; an adaptive optimizer does not
     follow the flow.
 
     Args:

@@ -7,7 +7,7 @@ did is the balance of `grsd_jax.dynamics.between_ends`.
 
 import dataclasses
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ from grsd_jax.kernel.derivative import central_difference
 from grsd_jax.kernel.solver import Lanczos
 from grsd_jax.linalg.ritz import RitzPairs
 from grsd_jax.problem import Point
-from grsd_jax.results import result
+from grsd_jax.results import NamedResult, result
 from grsd_jax.shells.binning import Shells, assign_shells
 from grsd_jax.shells.options import Window
 
@@ -80,7 +80,7 @@ class Instantaneous:
 
 
 @result()
-class InstantRecord(NamedTuple):
+class InstantRecord(NamedResult):
     """The rates of the shell dynamics at one set of parameters.
 
     Index 0 is the shell of the smallest values. The shells at both ends are open: they

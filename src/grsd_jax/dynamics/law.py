@@ -14,14 +14,14 @@ from grsd_jax._arrays import as_floating
 from grsd_jax._checks import check_at_least, check_choice
 from grsd_jax.dynamics.transport import ExactBalance
 from grsd_jax.dynamics.velocity import VelocityFit, velocity_fit
-from grsd_jax.results import result
+from grsd_jax.results import NamedResult, result
 from grsd_jax.shells.power_law import PowerLawFit, fit_power_law
 
 VELOCITIES = ("flux", "shift", "excess")
 
 
 @result()
-class VelocityLaw(NamedTuple):
+class VelocityLaw(NamedResult):
     """How the velocities of B balances depend on lambda and on time.
 
     Attributes:

@@ -226,7 +226,7 @@ class Probe:
             step: The steps done, an integer whose value is at hand.
             direction: The tangent d of the instantaneous record, a tree like
                 ``params``; minus the gradient of the problem's loss if None. Pass an
-                optimiser's update over its learning rate for the motion that it causes.
+                optimizer's update over its learning rate for the motion that it causes.
             problem: In place of the probe's, for a network whose other state
                 (BatchNorm statistics) changes; make it by ``probe.problem.replace``, so
                 that nothing is traced again. Its batches must be the probe's.

@@ -12,11 +12,11 @@ from grsd_jax._typing import PyTree
 from grsd_jax.dynamics.elapsed_time import MeasuredTime
 from grsd_jax.dynamics.instantaneous import InstantRecord
 from grsd_jax.dynamics.transport import ExactBalance
-from grsd_jax.results import headline, number, result
+from grsd_jax.results import NamedResult, headline, number, result
 
 
 @result()
-class ProbeState(NamedTuple):
+class ProbeState(NamedResult):
     """What a probe remembers, of constant size: plain arrays for any checkpoint.
 
     Attributes:
@@ -48,7 +48,7 @@ class ProbeState(NamedTuple):
 
 
 @result()
-class ProbeRecord(NamedTuple):
+class ProbeRecord(NamedResult):
     """What happened to the shells between two steps of a training.
 
     Attributes:

@@ -4,8 +4,6 @@ Two such snapshots, or two Krylov spaces of the same two errors, are what
 `grsd_jax.dynamics.transport` compares.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +24,7 @@ from grsd_jax.problem import (
     check_digits,
     evaluate,
 )
-from grsd_jax.results import result
+from grsd_jax.results import NamedResult, result
 
 #: Largest residual of a leading pair, relative to its value.
 _CONVERGENCE = 1e-5
@@ -36,7 +34,7 @@ _BLOCK = 8
 
 
 @result(axes={"2": "word"})
-class SpectralSnapshot(NamedTuple):
+class SpectralSnapshot(NamedResult):
     """What `exact_balance` needs of one end, without parameters and batches.
 
     Attributes:

@@ -2,7 +2,7 @@
 
 Between two snapshots the energy of every shell changes because the error changed, which
 is what was lost, and because the shell's subspace changed, which is what moved. Both
-follow from the two errors and the two kernels alone, whatever step, optimiser and
+follow from the two errors and the two kernels alone, whatever step, optimizer and
 network lie between them. The balance is an identity and closes for wrong eigenpairs
 too, so that closure is no evidence of accuracy.
 """
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from grsd_jax._arrays import divisor, matmul, ratio
-from grsd_jax.results import number, result, span
+from grsd_jax.results import NamedResult, Result, number, result, span
 from grsd_jax.shells.soft_shells import SoftShells
 
 #: The size of what rounding adds to a kernel, over ``eps lambda_max``, and to sums of
@@ -62,7 +62,7 @@ class Pairing(NamedTuple):
 
 
 @result()
-class Counting(NamedTuple):
+class Counting(NamedResult):
     """How many eigenvalues lie above the edges, and at them.
 
     Attributes:
@@ -117,7 +117,7 @@ class Counting(NamedTuple):
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExactBalance:
+class ExactBalance(Result):
     r"""What happened to the energy between two snapshots.
 
     .. math:: E_a^1 - E_a^0 = -D_a + \sum_b T_{ab}
@@ -131,7 +131,7 @@ class ExactBalance:
         lost: [S], ``D_a``, what was lost because the error changed.
         moved: ``[S, S]``, ``T_ab``, what a gained from b because the kernel changed;
             antisymmetric.
-        flux: [q], ``F_k``, net energy that passed each edge upwards.
+        flux: [q], ``F_k``, net energy that passed each edge upward.
         rotation: [q], the part of it that is due to the turning of eigenvectors: pairs
             matched by rank, each kept in its old shell. None from Lanczos.
         density: [q], ``eps_k``, energy per unit of log lambda at each edge.
@@ -233,7 +233,7 @@ class ExactBalance:
 
     @property
     def non_adjacent_share(self) -> jax.Array:
-        """``sum |T_ab|`` over shells that are not neighbours, over that of all, [].
+        """``sum |T_ab|`` over shells that are not neighbors, over that of all, [].
 
         Of the transfers that exceed their error; NaN if none does, or if a soft shell
         is less than 8 w wide: overlap alone would read as transport.
@@ -521,7 +521,7 @@ def _floors(pairing: Pairing, shells: SoftShells, rounding: jax.Array) -> _Error
     return _Errors(
         energies=shell,
         lost=2 * shell * jnp.sqrt(ratio(change, energy)) + summing,
-        # The turning of one shell's neighbours is seen by every other.
+        # The turning of one shell's neighbors is seen by every other.
         moved=jnp.maximum(shell[:, None], shell[None, :]),
         flux=flux,
         density=flux / (shells.width or 1.0),

@@ -4,25 +4,23 @@ Theorem 1 constrains it to ``v = c(t) lambda^p``. Whether measured velocities fo
 is an empirical question, so the fit comes with a test that can reject it.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 
 from grsd_jax._arrays import as_floating, as_mask, divisor
-from grsd_jax.results import headline, number, result
+from grsd_jax.results import NamedResult, headline, number, result
 from grsd_jax.shells.power_law import PowerLawFit, fit_power_law, logs_and_unit
 
 
 @result()
-class VelocityFit(NamedTuple):
+class VelocityFit(NamedResult):
     """A power law of the velocity, and the evidence against it.
 
     Attributes:
         fit: The fit of ``sign * v = c lambda^p`` over the points of that sign, with its
             interval if asked for.
-        sign: [], 1 or -1, the direction of the flow that most points have: upwards or
-            downwards in lambda. With equally many of each, the sign of their sum; 0
+        sign: [], 1 or -1, the direction of the flow that most points have: upward or
+            downward in lambda. With equally many of each, the sign of their sum; 0
             without any point.
         sign_share: [], the fraction of the usable points with that sign. Below 1, no
             single power law holds over the whole range.
@@ -44,7 +42,7 @@ class VelocityFit(NamedTuple):
     p_value: jax.Array
 
     def _headline(self) -> list[tuple[str, str]]:
-        directions = {1.0: "upwards", -1.0: "downwards"}
+        directions = {1.0: "upward", -1.0: "downward"}
         (_, exponent), *rest = headline(self.fit)
         share = f"{number(self.sign_share)} of the points"
         return [

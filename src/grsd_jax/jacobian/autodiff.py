@@ -1,6 +1,6 @@
 """Products with the Jacobian of one batch: ``J^T V``, ``J G`` and ``Jdot G``.
 
-J is linearised once, and J^T is the linear transpose of that. Functions with a custom
+J is linearized once, and J^T is the linear transpose of that. Functions with a custom
 VJP have no JVP: for them it is the other way round. Each program is jitted here once
 and takes the error function as a pytree, so that eager loops over batches and column
 chunks compile it once, and an enclosing `jit` inlines it.
@@ -218,7 +218,7 @@ class RestrictedErrorFn:
 
 
 def linearize(error_fn: ErrorFn, params: PyTree, batch: PyTree) -> PlainJacobian:
-    """Returns J of one batch, linearised at ``params``.
+    """Returns J of one batch, linearized at ``params``.
 
     Because it leaves a jitted function, those at other parameters of the same shapes
     have the same tree structure: passing them to `jit` traces nothing again.
@@ -229,7 +229,7 @@ def linearize(error_fn: ErrorFn, params: PyTree, batch: PyTree) -> PlainJacobian
 def linearize_pair(
     error_fn: ErrorFn, params: PyTree, batch: PyTree, direction: PyTree
 ) -> PlainPair:
-    """Returns J of one batch, linearised at ``params``, and its derivative."""
+    """Returns J of one batch, linearized at ``params``, and its derivative."""
     return PlainPair(_linearize_pair(error_fn, params, batch, direction))
 
 

@@ -13,7 +13,7 @@ from grsd_jax.jacobian.factors import Composite, Factor, product_operations
 from grsd_jax.jacobian.plan import Plan, verdict_of
 from grsd_jax.jacobian.tracing import Program, Use
 from grsd_jax.problem import Point
-from grsd_jax.results import result
+from grsd_jax.results import Result, result
 
 #: What a leaf that meets activations in one way is called.
 _NAMES = {"local": "rows", "entry": "rows"}
@@ -23,7 +23,7 @@ _UNITS = ("", "k", "M", "G", "T", "P")
 
 @result()
 @dataclasses.dataclass(frozen=True)
-class LeafForm:
+class LeafForm(Result):
     """How J comes for one leaf, an array of the parameters.
 
     Attributes:
@@ -48,7 +48,7 @@ class LeafForm:
 
 @result()
 @dataclasses.dataclass(frozen=True)
-class Explanation:
+class Explanation(Result):
     """How J comes for every parameter leaf; prints as a table.
 
     Attributes:

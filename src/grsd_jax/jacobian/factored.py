@@ -85,7 +85,7 @@ def held_jacobian(
         params: Parameters.
         batch: One batch.
         plan: Its factors, which come in the form that is cheaper to apply; None to
-            linearise plainly.
+            linearize plainly.
         multiplied: Whether products ``J J^T V`` will be taken, and not ``J^T V`` alone.
 
     Returns:
@@ -147,7 +147,7 @@ def held_pair(
         params: Parameters.
         batch: One batch.
         direction: A params tree.
-        plan: The factors, None to linearise plainly.
+        plan: The factors, None to linearize plainly.
 
     Returns:
         ``(J, Jdot)``.

@@ -40,7 +40,7 @@ _MOST_BATCHES = 4
 _NOT_ALONE, _CLOSES = "cannot be traced for one example", "closes over traced arrays"
 
 #: How many roundings of the largest leaf's gradient another leaf's may be off by.
-_CANCELLED = 30
+_CANCELED = 30
 
 #: How many times a change of the last digits two orders of the same sums may differ.
 _MOST_NOISE = 10
@@ -641,7 +641,7 @@ def _differing(
     if not np.all(np.isfinite(largest)):
         return None
     dtypes = [np.asarray(leaf).dtype for leaf in wanted] if dtypes is None else dtypes
-    floor = _CANCELLED * tolerance * max(largest, default=0.0)
+    floor = _CANCELED * tolerance * max(largest, default=0.0)
     wrong = []
     for leaf, (a, b) in enumerate(zip(found, wanted, strict=True)):
         if a is None:

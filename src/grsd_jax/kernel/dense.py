@@ -272,7 +272,10 @@ def _default_chunk(
     most = min(most, num_examples)
     size = min(int(np.clip(num_examples // _CHUNKS, least, max(least, most))), most)
     one = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape[2:]), leaf.dtype), batches
+        lambda leaf: jax.ShapeDtypeStruct(
+            (size, *np.shape(leaf)[2:]), jnp.result_type(leaf)
+        ),
+        batches,
     )
     small = sum(bytes_of([one])) * num_examples <= _SMALL * size
     return most if small else size

@@ -398,7 +398,7 @@ def project(vectors: jax.Array, columns: jax.Array) -> jax.Array:
 def _pairs(point: Point, batches: list[PyTree], plan: Plan | None) -> Pairs:
     """Returns what yields ``(J_k, Jdot_k)`` of the given batches.
 
-    Factors are made once and held; plain linearisations are cheap, and made each
+    Factors are made once and held; plain linearizations are cheap, and made each
     time so that one batch's residuals are held at a time.
     """
     fn, params, direction = point.error_fn, point.params, point.direction

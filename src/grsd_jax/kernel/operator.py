@@ -1,4 +1,4 @@
-"""The kernel ``M = J J^T``, matrix-free: recomputed each time, or linearised once.
+"""The kernel ``M = J J^T``, matrix-free: recomputed each time, or linearized once.
 
 ``J = de/dtheta`` is the Jacobian of the error vector (paper 2.1, 7.2, B.2). With K
 batches there are two operators: the ``stack`` ``M = J J^T`` of all batches as one set,
@@ -46,7 +46,7 @@ def kernel_matmat(
     """Applies the kernel to a block of columns, ``M V``, without forming it.
 
     ``stack``: ``g = sum_k J_k^T V_k``, then ``(M V)_k = J_k g``. ``mean``:
-    ``M V = (1/K) sum_k J_k (J_k^T V)``. Each batch is linearised, used and dropped, so
+    ``M V = (1/K) sum_k J_k (J_k^T V)``. Each batch is linearized, used and dropped, so
     that the residuals of one batch are held at a time; `linearize_kernel` keeps them.
 
     Args:
@@ -93,7 +93,7 @@ def multiply_at(
 )
 @dataclasses.dataclass(frozen=True)
 class LinearizedKernel:
-    """The kernel at fixed parameters, linearised once for many products.
+    """The kernel at fixed parameters, linearized once for many products.
 
     A pytree: it crosses `jit` as an argument, and kernels made by `linearize_kernel` at
     other parameters of the same shapes do not retrace the function that takes them.
@@ -150,7 +150,7 @@ class LinearizedKernel:
 def linearize_kernel(
     problem: Problem, params: PyTree
 ) -> LinearizedKernel | ShardedKernel:
-    """Linearises the kernel at ``params`` once, for many products.
+    """Linearizes the kernel at ``params`` once, for many products.
 
     Where the network allows it, J is held as factors: one backward pass
     for each output first and C times the activations, then nothing passes through the
@@ -178,11 +178,11 @@ def linearize_kernel(
 def linearize_point(
     point: Point, *, plan: Plan | None
 ) -> LinearizedKernel | ShardedKernel:
-    """Linearises the kernel of a checked problem, by factors or plainly.
+    """Linearizes the kernel of a checked problem, by factors or plainly.
 
     Args:
         point: The problem at its parameters.
-        plan: The factors to hold, None to linearise plainly.
+        plan: The factors to hold, None to linearize plainly.
 
     Returns:
         The kernel, on the devices of the batches' mesh if they lie on one.
@@ -202,10 +202,10 @@ def linearize_point(
 def linearize_block_kernels(
     problem: Problem, params: PyTree, blocks: ParameterBlocks
 ) -> tuple[LinearizedKernel, ...]:
-    """Linearises the kernel of every block of parameters, ``M_l = J_l J_l^T``.
+    """Linearizes the kernel of every block of parameters, ``M_l = J_l J_l^T``.
 
     They add up to M. Where J comes as factors all come from one set of them;
-    elsewhere each is linearised in its own parameters, the others held fixed.
+    elsewhere each is linearized in its own parameters, the others held fixed.
 
     Args:
         problem: The problem.

@@ -61,7 +61,7 @@ def held_bytes(point: Point, *, plan: Plan | None) -> int:
 
     Args:
         point: The problem at its parameters.
-        plan: Its factors, or None for the residuals of a linearisation.
+        plan: Its factors, or None for the residuals of a linearization.
 
     Returns:
         Bytes, from shapes alone.

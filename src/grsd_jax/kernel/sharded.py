@@ -101,7 +101,7 @@ class ShardedKernel:
 
 
 def shard_kernel(point: Point, layout: Layout, *, plan: Plan | None) -> ShardedKernel:
-    """Linearises the kernel, each device its own examples.
+    """Linearizes the kernel, each device its own examples.
 
     Examples must be independent: each device evaluates the network on its share of the
     batch alone. Rows are ordered as everywhere. Under ``mean`` device d holds the d-th
@@ -111,7 +111,7 @@ def shard_kernel(point: Point, layout: Layout, *, plan: Plan | None) -> ShardedK
     Args:
         point: The problem at its parameters; every device holds all of them.
         layout: How the examples lie on the mesh.
-        plan: The factors to hold, None to linearise plainly.
+        plan: The factors to hold, None to linearize plainly.
 
     Returns:
         A `ShardedKernel`, whose ``matmat`` equals `kernel_matmat`.
@@ -157,7 +157,7 @@ def sharded_half(
         layout: How the examples lie on the mesh.
         vectors: Columns V, ``[n, r]``.
         width: Columns taken at a time.
-        plan: The factors to hold, None to linearise plainly.
+        plan: The factors to hold, None to linearize plainly.
 
     Returns:
         Columns ``[n, r]``, by rows.

@@ -1,7 +1,6 @@
 """The density of eigenvalues, by stochastic Lanczos quadrature."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +9,11 @@ from grsd_jax._arrays import divisor, magnitude, matmul
 from grsd_jax._checks import check_at_least, check_positive
 from grsd_jax.linalg.lanczos import LanczosResult
 from grsd_jax.linalg.ritz import default_floor
-from grsd_jax.results import result
+from grsd_jax.results import NamedResult, result
 
 
 @result(units={"grid": "units of M", "density": "per unit of log lambda"})
-class SpectralDensity(NamedTuple):
+class SpectralDensity(NamedResult):
     """A smoothed density of eigenvalues in ``s = log lambda``.
 
     Attributes:
@@ -42,7 +41,7 @@ def spectral_density(
     """Estimates the density of eigenvalues by stochastic Lanczos quadrature.
 
     Each run is a Gauss rule: node theta_i has the weight ``|S[first block rows, i]|^2``
-    over b, and with an orthonormalised Gaussian start block the weights estimate
+    over b, and with an orthonormalized Gaussian start block the weights estimate
     ``(1/n) tr f(M)``. Weights are averaged over runs and spread by Gaussians in log
     lambda, each with its exact mass on the grid.
 

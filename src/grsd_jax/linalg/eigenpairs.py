@@ -28,7 +28,7 @@ from grsd_jax.linalg.lanczos import (
     lanczos_step,
 )
 from grsd_jax.linalg.ritz import default_floor, rounding_bound
-from grsd_jax.results import number, result, span
+from grsd_jax.results import NamedResult, number, result, span
 
 REFERENCES = ("value", "largest")
 
@@ -40,7 +40,7 @@ _FIRST_BLOCKS = 8
 
 
 @result(units={"values": "units of M"})
-class LeadingEigenpairs(NamedTuple):
+class LeadingEigenpairs(NamedResult):
     """The leading eigenpairs ``M v = theta v`` and what they cost.
 
     Attributes:
@@ -136,7 +136,7 @@ def leading_eigenpairs(
     Args:
         matmat: ``M V`` for a block ``[n, b]``; linear, symmetric positive semidefinite,
             of the block's dtype. It is called eagerly: jit it.
-        start_block: ``[n, b]``, orthonormalised here; Gaussian, to miss no eigenvector.
+        start_block: ``[n, b]``, orthonormalized here; Gaussian, to miss no eigenvector.
         num_pairs: The number of pairs, at most n.
         key: Consumed for the random replacements of dead directions.
         tolerance: Largest residual of a converged pair, relative to its value as in

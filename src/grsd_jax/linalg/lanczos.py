@@ -1,4 +1,4 @@
-"""Block Lanczos with full re-orthogonalisation that survives float32 and rank loss.
+"""Block Lanczos with full re-orthogonalization that survives float32 and rank loss.
 
 ``lanczos_init``, ``lanczos_step`` and ``lanczos_finish`` are the algorithm; two drivers
 run the same step: `lax.scan` (composable, for GPU and TPU) and a host loop (for CPU,
@@ -8,7 +8,7 @@ product ``M Q``, never the operator, so the operator is compiled once, by its ow
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,20 +23,20 @@ from grsd_jax._checks import (
     check_single_or_double,
 )
 from grsd_jax._typing import Matmat
-from grsd_jax.results import result
+from grsd_jax.results import NamedResult, result
 
 DRIVERS = ("scan", "host")
 
 #: A direction is dead below this many eps of the largest product's norm. Larger factors
-#: lose part of the tail, and the second orthogonalisation keeps this one safe.
+#: lose part of the tail, and the second orthogonalization keeps this one safe.
 _DEAD_EPS = 4.0
 
-#: Rows of a block that are factorised at once.
+#: Rows of a block that are factorized at once.
 _QR_ROWS = 256
 
 
 @result()
-class LanczosState(NamedTuple):
+class LanczosState(NamedResult):
     """The run after j steps.
 
     Attributes:
@@ -66,7 +66,7 @@ class LanczosState(NamedTuple):
 
 
 @result()
-class LanczosResult(NamedTuple):
+class LanczosResult(NamedResult):
     """A block Krylov decomposition ``M Q = Q T + Q_{m+1} B_m E_m^T``.
 
     Attributes:
@@ -113,14 +113,14 @@ def block_lanczos(
 ) -> LanczosResult:
     """Runs m steps of block Lanczos on a symmetric positive semidefinite operator.
 
-    ``W = M Q_j``, ``A_j = Q_j^T W``, W orthogonalised against all blocks twice, its
+    ``W = M Q_j``, ``A_j = Q_j^T W``, W orthogonalized against all blocks twice, its
     rank decided by singular values, dead directions replaced by random ones with zero
-    coupling, the block orthogonalised against all blocks and within itself twice more,
+    coupling, the block orthogonalized against all blocks and within itself twice more,
     ``B_j = Q_{j+1}^T W``.
 
     Args:
         matmat: ``M V`` for a block ``[n, b]``; linear, symmetric, of the block's dtype.
-        start_block: ``[n, b]``, orthonormalised here; Gaussian for unbiased quadrature.
+        start_block: ``[n, b]``, orthonormalized here; Gaussian for unbiased quadrature.
             The basis is sharded over a mesh like this block.
         num_steps: m, the number of products.
         key: Consumed for the random replacements of dead directions.
@@ -138,7 +138,7 @@ def block_lanczos(
 
     References:
         Paper 7.2 and B.3; Golub and Underwood (1977), "The block Lanczos method for
-        computing eigenvalues"; Daniel et al. (1976) on orthogonalising twice.
+        computing eigenvalues"; Daniel et al. (1976) on orthogonalizing twice.
     """
     check_choice("driver", driver, DRIVERS)
     if progress is not None and driver != "host":
@@ -168,7 +168,7 @@ def block_lanczos(
 def lanczos_init(
     start_block: jax.Array, num_steps: int, *, key: jax.Array
 ) -> LanczosState:
-    """Orthonormalises the start block and allocates room for m steps.
+    """Orthonormalizes the start block and allocates room for m steps.
 
     Args:
         start_block: ``[n, b]``.
@@ -359,7 +359,7 @@ def _next_block(
     offset: jax.Array,
     key: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Orthonormalises ``block`` (already projected) into the next columns of the basis.
+    """Orthonormalizes ``block`` (already projected) into the next columns of the basis.
 
     Args:
         basis: ``[n, columns]``, zero from ``offset`` on.
@@ -393,9 +393,9 @@ def _next_block(
 
 
 def _tall_qr(block: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Factorises pieces of the rows, then the triangles of the pieces.
+    """Factorizes pieces of the rows, then the triangles of the pieces.
 
-    As stable as one factorisation, and faster on CPU: beyond some hundred rows LAPACK
+    As stable as one factorization, and faster on CPU: beyond some hundred rows LAPACK
     uses threads of OpenBLAS, which keep spinning for tens of milliseconds and slow the
     next product.
 

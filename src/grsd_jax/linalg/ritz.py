@@ -1,7 +1,5 @@
 """Ritz pairs of a block Lanczos run, and which of them are resolved."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +7,7 @@ import numpy as np
 from grsd_jax._arrays import as_floating, divisor, magnitude, matmul, norm
 from grsd_jax._checks import check_positive
 from grsd_jax.linalg.lanczos import LanczosResult
-from grsd_jax.results import result, span
+from grsd_jax.results import NamedResult, result, span
 
 #: Rounding of the run, in eps of ``|M|`` times the root of r, added to residuals.
 _ROUNDING_EPS = 2.0
@@ -20,7 +18,7 @@ _SMALL_ROUNDING_EPS = 5.0
 
 
 @result(units={"values": "units of M"})
-class RitzPairs(NamedTuple):
+class RitzPairs(NamedResult):
     """Approximate eigenpairs ``M v = theta v``.
 
     Attributes:

@@ -266,13 +266,13 @@ class Transformer(DepthChain):
 
 @functools.cache
 def preserving_init(activation: str) -> jax.nn.initializers.Initializer:
-    """Returns the normal initialiser under which unit-variance states keep theirs.
+    """Returns the normal initializer under which unit-variance states keep theirs.
 
     Args:
         activation: Name of the activation.
 
     Returns:
-        An initialiser of variance ``1 / (fan_in E[act(z)^2])``, z standard normal.
+        An initializer of variance ``1 / (fan_in E[act(z)^2])``, z standard normal.
 
     References:
         He et al. (2015), whose factor 2 is that of relu.

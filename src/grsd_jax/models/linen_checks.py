@@ -32,7 +32,7 @@ def refuse_coupled_examples(next_fun: Any, args: Any, kwargs: Any, context: Any)
 
     Raises:
         ValueError: If the layer is a dropout that draws, a BatchNorm on the batch's own
-            statistics, or a normalisation over the axis of the examples.
+            statistics, or a normalization over the axis of the examples.
     """
     module = context.module
     if context.method_name == "__call__":

@@ -1,6 +1,6 @@
 """CIFAR-form ResNet-18 and its plain twin.
 
-The plain twin keeps every convolution, normalisation and projection shortcut of the
+The plain twin keeps every convolution, normalization and projection shortcut of the
 ResNet, in the same parameter tree; it only leaves out the addition of the skip (paper
 7.1, "Models"). One checkpoint loads into both.
 """

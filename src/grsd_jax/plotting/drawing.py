@@ -9,7 +9,7 @@ from grsd_jax.results.tables import needed
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-DARK, GREY, LIGHT = "0.15", "0.55", "0.94"
+DARK, GRAY, LIGHT = "0.15", "0.55", "0.94"
 
 #: Blue of Okabe and Ito's palette.
 COLOR = "#0072B2"
@@ -47,7 +47,7 @@ def say_empty(ax: "Axes", text: str) -> None:
 
 
 def color_bar(ax: "Axes", mappable: Any, label: str) -> None:
-    """Draws a labelled color bar beside axes."""
+    """Draws a labeled color bar beside axes."""
     figure: Any = ax.get_figure()
     # In axes of its own beside a square, layouts would cut off a label.
     bar = figure.colorbar(mappable, cax=ax.inset_axes((1.04, 0, 0.05, 1)))

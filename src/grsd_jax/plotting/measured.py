@@ -9,7 +9,7 @@ from grsd_jax._checks import check_choice
 from grsd_jax.plotting.drawing import (
     COLOR,
     DARK,
-    GREY,
+    GRAY,
     LEGEND,
     LIGHT,
     SMALL,
@@ -59,7 +59,7 @@ def spectrum(
     Args:
         measured: The measurement.
         ax: The axes; new ones if None.
-        color: Of the resolved eigenvalues; the others are grey.
+        color: Of the resolved eigenvalues; the others are gray.
         bottom: The smallest value that is drawn. By default two decades below the
             smallest resolved one, since what lies further down is rounding and would
             squeeze the shells; the legend counts what is hidden.
@@ -84,7 +84,7 @@ def spectrum(
     if resolved.any():
         _shade_shells(ax, measured.shells)
     for name, chosen, shade in (
-        ("unresolved", ~resolved, GREY),
+        ("unresolved", ~resolved, GRAY),
         ("resolved", resolved, color),
     ):
         x, y = positive(index, values, chosen=chosen & (values >= bottom))

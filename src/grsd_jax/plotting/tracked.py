@@ -14,7 +14,7 @@ import numpy as np
 from grsd_jax.dynamics import ExactBalance, ProbeRecord
 from grsd_jax.plotting.drawing import (
     DARK,
-    GREY,
+    GRAY,
     LEGEND,
     axes_of,
     color_bar,
@@ -109,7 +109,7 @@ def eigenvalues(records: Sequence[Record], ax: "Axes | None" = None) -> "Axes":
 def flux(
     results: Any, ax: "Axes | None" = None, *, labels: Sequence[str] | None = None
 ) -> "Axes":
-    """Draws the energy that passed each edge, upwards where it is positive.
+    """Draws the energy that passed each edge, upward where it is positive.
 
     Args:
         results: An `ExactBalance` or a record of a probe, or a sequence of them, of
@@ -123,7 +123,7 @@ def flux(
     Raises:
         ImportError: If Matplotlib is not installed.
     """
-    ax = _edge_axes(ax, r"flux $F_k$ upwards")
+    ax = _edge_axes(ax, r"flux $F_k$ upward")
     for result, style in _styled(results, labels):
         edges, found = _over_edges(result, "flux")
         _band(ax, edges, found, _found(result, "flux_error"), style)
@@ -157,7 +157,7 @@ def velocity(
         _draw_velocity(ax, result, style) for result, style in _styled(results, labels)
     ]
     if any(line.get_linestyle() == "--" for line in ax.lines):
-        ax.plot([], [], "--", color=GREY, label="null: growth alone")
+        ax.plot([], [], "--", color=GRAY, label="null: growth alone")
     # On a linear axis what cannot be used must not squeeze what can.
     linear = ax.get_yscale() == "linear"
     _legend(ax, np.concatenate([*seen, [0.0]]) if linear else None)

@@ -1,12 +1,21 @@
 """What every result offers: text, files and tables, by one decorator.
 
-A result is a named tuple or a frozen dataclass. `result` gives its class ``repr``,
-``_repr_html_``, ``summary``, ``save``, ``to_xarray`` and ``to_pandas``; its fields, and
-how JAX flattens it, stay as they are.
+A result is a `NamedResult`, which is a named tuple, or a frozen dataclass that inherits
+`Result`. The decorator `result` gives its class the methods of `Result`; its fields,
+and how JAX flattens it, stay as they are.
 """
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+import inspect
+from collections.abc import Callable, Iterator
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    NamedTuple,
+    Self,
+    TypeVar,
+    dataclass_transform,
+)
 
 from grsd_jax.results.fields import Description
 from grsd_jax.results.storage import load, save
@@ -22,6 +31,8 @@ from grsd_jax.results.text import (
 )
 
 __all__ = [
+    "NamedResult",
+    "Result",
     "headline",
     "load",
     "number",
@@ -34,9 +45,41 @@ __all__ = [
     "with_interval",
 ]
 
-_Class = TypeVar("_Class", bound=type)
 
-_METHODS = (summary, save, to_xarray, to_pandas)
+class Result:
+    """The methods of every result."""
+
+    _description: ClassVar[Description]
+
+    summary = summary
+    save = save
+    to_xarray = to_xarray
+    to_pandas = to_pandas
+    __repr__ = as_text
+    _repr_html_ = as_html
+
+
+if TYPE_CHECKING:
+
+    @dataclass_transform(frozen_default=True)
+    class NamedResult(Result):
+        """What type checkers read in place of `NamedTuple`, which takes no other base.
+
+        A frozen class with the fields of its subclass. It can be unpacked, as `Any`.
+        """
+
+        _fields: ClassVar[tuple[str, ...]]
+
+        def _asdict(self) -> dict[str, Any]: ...
+        def _replace(self, **changes: Any) -> Self: ...
+        def __getitem__(self, index: Any) -> Any: ...
+        def __iter__(self) -> Iterator[Any]: ...
+        def __len__(self) -> int: ...
+
+else:
+    NamedResult = NamedTuple
+
+_Class = TypeVar("_Class", bound=type[Result])
 
 
 def result(**described: Any) -> Callable[[_Class], _Class]:
@@ -53,11 +96,10 @@ def result(**described: Any) -> Callable[[_Class], _Class]:
     """
 
     def decorate(kind: _Class) -> _Class:
-        attributes: dict[str, Any] = {method.__name__: method for method in _METHODS}
-        attributes |= {"__repr__": as_text, "_repr_html_": as_html}
-        attributes["_description"] = Description(**described)
-        for name, value in attributes.items():
-            setattr(kind, name, value)
+        for name, member in vars(Result).items():
+            if inspect.isfunction(member):
+                setattr(kind, name, member)
+        kind._description = Description(**described)
         return kind
 
     return decorate

@@ -6,7 +6,6 @@ diagnostics in `grsd_jax.shells.toeplitz` and `grsd_jax.shells.power_law`.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +13,11 @@ import numpy as np
 
 from grsd_jax._arrays import as_floating, as_mask, magnitude
 from grsd_jax._checks import check_at_least, check_shape
-from grsd_jax.results import result, span
+from grsd_jax.results import NamedResult, result, span
 
 
 @result(units={"edges": "units of M", "centers": "units of M"})
-class Shells(NamedTuple):
+class Shells(NamedResult):
     """Shells of equal width in ``log lambda``, index 0 at the smallest ``lambda``.
 
     Attributes:
@@ -43,7 +42,7 @@ class Shells(NamedTuple):
 
 
 @result(masks={"matrix": "mask"})
-class ShellCoupling(NamedTuple):
+class ShellCoupling(NamedResult):
     """The coupling between shells.
 
     Attributes:
@@ -165,7 +164,7 @@ def shell_coupling(
               \frac{|\dot M_{ij}|^2}{\lambda_i \lambda_j}
 
     The first, literal, form (``renormalize=False``) grows with the eigenvalues and so
-    cannot depend on ``a - b`` alone over several decades; the second, renormalised, is
+    cannot depend on ``a - b`` alone over several decades; the second, renormalized, is
     the one that Condition 4 can hold for. Masked modes have no effect, even where their
     entries are not finite; a non-finite entry between unmasked modes makes the result
     NaN.

@@ -14,7 +14,7 @@ import numpy as np
 
 from grsd_jax._arrays import magnitude
 from grsd_jax.linalg.ritz import RitzPairs
-from grsd_jax.results import headline, number, result, span
+from grsd_jax.results import NamedResult, Result, headline, number, result, span
 from grsd_jax.shells.binning import (
     ShellCoupling,
     Shells,
@@ -36,7 +36,7 @@ _MOST = 0.5
 
 
 @result()
-class ToeplitzDiagnostics(NamedTuple):
+class ToeplitzDiagnostics(NamedResult):
     """How far a coupling between shells is from depending on ``a - b`` alone.
 
     Attributes:
@@ -95,7 +95,7 @@ class ToeplitzDiagnostics(NamedTuple):
     meta_fields=["solver", "jacobian", "derivative", "reduction", "coupled", "window"],
 )
 @dataclasses.dataclass(frozen=True)
-class CouplingMeasurement:
+class CouplingMeasurement(Result):
     """The result of `measure_coupling`; a pytree whose last six fields are static.
 
     Attributes:
@@ -110,7 +110,7 @@ class CouplingMeasurement:
         literal: Diagnostics of ``K_ab = mean |coupling_ij|^2``.
         renormalized: Of ``mean |coupling_ij|^2 / (lambda_i lambda_j)``.
         diagonal_fit: ``|coupling_ii|`` against ``lambda_i``, mode by mode (Figure 1).
-        shell_fit: ``sqrt(K_aa)`` against the shell centres.
+        shell_fit: ``sqrt(K_aa)`` against the shell centers.
         secant_disagreement: [], ``|F - X|_F / |F|_F`` for the finite difference F and
             the exact derivative X, projected on the leading b pairs: for
             piecewise-linear activations it measures the effect of patterns that flip.

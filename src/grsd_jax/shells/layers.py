@@ -9,7 +9,6 @@ derivatives ``v_i^T Mdot_l v_j`` add up.
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +20,7 @@ from grsd_jax.jacobian.plan import plan_of
 from grsd_jax.kernel.dense import layer_kernels
 from grsd_jax.kernel.derivative import gradient_flow_direction, project_kernel
 from grsd_jax.problem import Problem
-from grsd_jax.results import result
+from grsd_jax.results import NamedResult, result
 from grsd_jax.shells.binning import Shells, root_mean_squares
 from grsd_jax.shells.diagnostics import (
     CouplingMeasurement,
@@ -36,13 +35,13 @@ from grsd_jax.shells.options import Binning, Window
 
 
 @result()
-class LayerMeasurements(NamedTuple):
+class LayerMeasurements(NamedResult):
     """The diagnostics of every layer, of their sum, and of the average over depth.
 
     Attributes:
         layers: The measurement of each ``M_l``, in its own eigenvectors and shells.
         total: That of ``M = sum_l M_l``.
-        average: The renormalised coupling ``(1/L) sum_l Khat^(l)_ab`` of the ``Mdot_l``
+        average: The renormalized coupling ``(1/L) sum_l Khat^(l)_ab`` of the ``Mdot_l``
             between the shells of M, and its Toeplitz residuals.
     """
 

@@ -73,7 +73,7 @@ def measure_coupling(
     """Measures the shell coupling of the kernel's derivative, with its diagnostics.
 
     ``M = J J^T`` and ``Mdot`` along ``direction`` at ``params``; the eigenpairs of M in
-    the spectral window; ``V^T Mdot V``; log shells; literal and renormalised coupling;
+    the spectral window; ``V^T Mdot V``; log shells; literal and renormalized coupling;
     Toeplitz residuals, whole and in sliding windows; power-law fits.
 
     The window decides what is measured, the solver only how: both measure the same

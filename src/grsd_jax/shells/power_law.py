@@ -1,7 +1,7 @@
 """Power laws ``y = c x^p``, fitted in log-log coordinates (paper 7.3).
 
 Figure 1 fits ``|Mdot_ii|`` against ``lambda_i``, mode by mode, and ``sqrt(K_aa)``
-against the shell centres; Condition 4 of the paper predicts the exponent 1 for both.
+against the shell centers; Condition 4 of the paper predicts the exponent 1 for both.
 """
 
 from typing import NamedTuple
@@ -11,11 +11,11 @@ import jax.numpy as jnp
 
 from grsd_jax._arrays import as_floating, as_mask, magnitude
 from grsd_jax._checks import check_at_least
-from grsd_jax.results import number, result, with_interval
+from grsd_jax.results import NamedResult, number, result, with_interval
 
 
 @result(axes={"2": "bound"})
-class PowerLawFit(NamedTuple):
+class PowerLawFit(NamedResult):
     """A least-squares fit of ``log y = log c + p log x``.
 
     Attributes:

@@ -13,7 +13,7 @@ import numpy as np
 
 from grsd_jax._arrays import as_floating, is_traced
 from grsd_jax._checks import check_at_least
-from grsd_jax.results import result
+from grsd_jax.results import Result, result
 
 #: Widths at which a soft step is a rational function of lambda.
 RATIONAL_WIDTHS = (1 / 2, 1 / 3)
@@ -29,7 +29,7 @@ _SHARP_REACH = 0.16
 @result(units={"edges": "units of M"})
 @partial(jax.tree_util.register_dataclass, data_fields=["edges"], meta_fields=["width"])
 @dataclasses.dataclass(frozen=True, eq=False)
-class SoftShells:
+class SoftShells(Result):
     r"""Shells ``f_a(lambda)`` that add up to one, cut at the edges.
 
     .. math:: \mathrm{up}_k(\lambda) =

@@ -6,7 +6,7 @@ The coupling of two soft shells is a trace,
           \sum_{ij} f_a(\lambda_i) f_b(\lambda_j) (K_{ij} - \delta_{ij} g(\lambda_i))^2,
 
 ``K = V^T Mdot V``. The mean drift of the eigenvalues is taken out,
-``Mdot' = Mdot - g(M)``: soft shells share their modes with their neighbours, and with
+``Mdot' = Mdot - g(M)``: soft shells share their modes with their neighbors, and with
 them the diagonal of K, which would hide the coupling. Leading pairs are taken exactly,
 among themselves and against the bulk. For the bulk against itself
 ``C_ab = E x^T f_a(M) x`` with ``x = Mdot' y`` and ``y = f_b(M)^(1/2) z`` of random
@@ -33,7 +33,7 @@ from grsd_jax.kernel.products import held_products
 from grsd_jax.linalg.eigenpairs import leading_eigenpairs
 from grsd_jax.linalg.lanczos import LanczosResult, block_lanczos
 from grsd_jax.problem import Problem
-from grsd_jax.results import number, result, span
+from grsd_jax.results import NamedResult, number, result, span
 from grsd_jax.shells.soft_shells import SoftShells
 
 #: Edges where none are given, columns of a block of the search for leading pairs, and
@@ -70,7 +70,7 @@ class Signs:
     axes={"q": "sign"},
     masks=dict.fromkeys(("matrix", "replicates", "log_error", "lanczos_error"), "mask"),
 )
-class StochasticCoupling(NamedTuple):
+class StochasticCoupling(NamedResult):
     r"""The coupling between the soft shells above the lowest edge, S of them.
 
     The shell below all edges, which holds the null space, is left out.

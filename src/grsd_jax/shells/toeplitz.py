@@ -115,7 +115,7 @@ def centre_toeplitz_residual(
     windows: jax.typing.ArrayLike,
     degrees_of_freedom: jax.typing.ArrayLike | None = None,
 ) -> float:
-    """Returns the mean residual of the windows nearest to the centre of the spectrum.
+    """Returns the mean residual of the windows nearest to the center of the spectrum.
 
     Only defined windows count: those with a residual and a degree of freedom. With
     fewer than three of them no window lies between the two edges.
@@ -127,7 +127,7 @@ def centre_toeplitz_residual(
             Default: every residual that is finite is defined.
 
     Returns:
-        The mean, in float64, over the one or two defined windows nearest to the centre;
+        The mean, in float64, over the one or two defined windows nearest to the center;
         NaN with fewer than three defined windows.
 
     References:

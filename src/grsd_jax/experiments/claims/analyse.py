@@ -20,7 +20,7 @@ QUANTITIES = {
     "r_squared": "R^2 of the diagonal",
     "toeplitz_residual": "Toeplitz residual",
     "toeplitz_edge": "Toeplitz residual, edge",
-    "toeplitz_centre": "Toeplitz residual, centre",
+    "toeplitz_centre": "Toeplitz residual, center",
 }
 
 RESNET, PLAIN = NETWORKS

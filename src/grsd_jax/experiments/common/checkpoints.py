@@ -225,7 +225,7 @@ def restore_latest(directory: files.PathLike, template: PyTree) -> PyTree:
     Args:
         directory: The folder of checkpoints.
         template: What to read; see `Checkpoints.restore`. With
-            ``{"params": ..., "batch_stats": ...}`` the optimiser's state stays unread
+            ``{"params": ..., "batch_stats": ...}`` the optimizer's state stays unread
             by the caller.
 
     Returns:

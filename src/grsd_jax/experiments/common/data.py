@@ -1,7 +1,7 @@
 """Data sets of the experiments: embedded textures, and CIFAR-10 read through TFDS.
 
-Both are 32 x 32 colour images in 10 classes, kept as 8-bit numbers until they are
-standardised, so that a fingerprint of the raw data identifies them on every machine.
+Both are 32 x 32 color images in 10 classes, kept as 8-bit numbers until they are
+standardized, so that a fingerprint of the raw data identifies them on every machine.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ _PREPARE = (
 
 
 class Dataset(NamedTuple):
-    """Images and labels, standardised by the training set's channel statistics.
+    """Images and labels, standardized by the training set's channel statistics.
 
     Attributes:
         train_images: ``[num_train, 32, 32, 3]``, float32.
@@ -72,11 +72,11 @@ def synthetic_textures(
     num_test: int = 512,
     num_classes: int = 10,
 ) -> Dataset:
-    """Makes textures whose class is an orientation and a colour.
+    """Makes textures whose class is an orientation and a color.
 
-    An image adds an oriented texture, coloured by its class, to three independent
+    An image adds an oriented texture, colored by its class, to three independent
     isotropic ones; every one is a random-phase field with amplitude spectrum
-    ``|k|^-1``, near that of natural images. Orientations and colours
+    ``|k|^-1``, near that of natural images. Orientations and colors
     scatter, so that the classes overlap: nets learn them well above chance, and not
     perfectly.
 
@@ -161,7 +161,7 @@ def make_dataset(
     test: tuple[np.ndarray, np.ndarray],
     num_classes: int,
 ) -> Dataset:
-    """Standardises raw images, ``(x / 255 - mean) / std`` channel by channel.
+    """Standardizes raw images, ``(x / 255 - mean) / std`` channel by channel.
 
     Args:
         name: Name of the data set.
@@ -184,16 +184,16 @@ def make_dataset(
     mean = total / count
     std = np.sqrt(np.maximum(total_squares / count - mean**2, 1.0))
 
-    def standardise(images: np.ndarray) -> np.ndarray:
+    def standardize(images: np.ndarray) -> np.ndarray:
         scaled = images.astype(np.float32)
         scaled -= mean.astype(np.float32)
         scaled /= std.astype(np.float32)
         return scaled
 
     return Dataset(
-        train_images=standardise(train[0]),
+        train_images=standardize(train[0]),
         train_labels=train[1].astype(np.int32),
-        test_images=standardise(test[0]),
+        test_images=standardize(test[0]),
         test_labels=test[1].astype(np.int32),
         num_classes=num_classes,
         name=name,
@@ -281,8 +281,8 @@ def _textures(
     return levels.astype(np.uint8), labels
 
 
-#: Spread within a class of its orientation (radians; neighbours lie pi / 10 apart) and
-#: of its colour, share of the isotropic textures, and grey levels of unit variance.
+#: Spread within a class of its orientation (radians; neighbors lie pi / 10 apart) and
+#: of its color, share of the isotropic textures, and gray levels of unit variance.
 _ANGLE_SPREAD = 0.12
 _COLOR_SPREAD = 0.3
 _NOISE = 0.6

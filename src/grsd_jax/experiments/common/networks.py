@@ -126,7 +126,7 @@ def init_weights(model: nn.Module, image_shape: tuple[int, ...], seed: int) -> W
     Returns:
         The weights.
     """
-    # It runs once, and XLA's CPU backend would take half a minute to optimise the
+    # It runs once, and XLA's CPU backend would take half a minute to optimize the
     # random numbers of every layer (3 seconds without).
     on_cpu = jax.default_backend() == "cpu"
     options = {"xla_backend_optimization_level": 0} if on_cpu else None

@@ -46,7 +46,7 @@ class Look(NamedTuple):
     """How the marks of one network look.
 
     Attributes:
-        color: Its colour (Okabe and Ito's palette).
+        color: Its color (Okabe and Ito's palette).
         marker: Its marker.
         linestyle: Its line.
     """

@@ -22,7 +22,7 @@ def coupling_quantities(measured: CouplingMeasurement) -> dict[str, float]:
         ``num_resolved``; ``slope``, ``slope_stderr`` and ``r_squared`` of the diagonal
         against the eigenvalues, mode by mode; ``toeplitz_literal``, the Toeplitz
         residual of the literal coupling; ``toeplitz_residual``, that of the
-        renormalised one, and its parts ``toeplitz_edge``, ``toeplitz_centre`` and
+        renormalized one, and its parts ``toeplitz_edge``, ``toeplitz_centre`` and
         ``toeplitz_middle_third``.
     """
     fit, windows = measured.diagonal_fit, window_residuals(measured.renormalized)
@@ -43,7 +43,7 @@ def whole_residual(diagnostics: ToeplitzDiagnostics) -> float:
     """Returns the Toeplitz residual of the whole coupling.
 
     Args:
-        diagnostics: Of the literal or the renormalised coupling.
+        diagnostics: Of the literal or the renormalized coupling.
 
     Returns:
         The residual; NaN where it is zero by construction, without a degree of freedom.
@@ -56,7 +56,7 @@ def window_residuals(diagnostics: ToeplitzDiagnostics) -> np.ndarray:
     """Returns the Toeplitz residual of each window of a coupling.
 
     Args:
-        diagnostics: Of the literal or the renormalised coupling.
+        diagnostics: Of the literal or the renormalized coupling.
 
     Returns:
         ``[W]``, from small to large lambda; one that is zero by construction, without a
@@ -69,7 +69,7 @@ def window_residuals(diagnostics: ToeplitzDiagnostics) -> np.ndarray:
 def edge_residual(residuals: np.ndarray) -> float:
     """Returns the *edge* of the tables: the mean residual of the two outermost windows.
 
-    The *centre* is the `centre_toeplitz_residual` of the same windows.
+    The *center* is the `centre_toeplitz_residual` of the same windows.
 
     Args:
         residuals: One for each window, from small to large lambda; NaN where undefined.

@@ -51,7 +51,7 @@ class TrainState(NamedTuple):
         step: Steps done, int32 ``[]``.
         params: Parameters.
         batch_stats: BatchNorm's running statistics, ``{}`` for a model without.
-        opt_state: State of the optimiser.
+        opt_state: State of the optimizer.
     """
 
     step: jax.Array
@@ -144,7 +144,7 @@ def make_schedule(config: Config, *, total_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: Config, *, total_steps: int) -> optax.GradientTransformation:
-    """Returns the optimiser of the settings, one of optax's.
+    """Returns the optimizer of the settings, one of optax's.
 
     ``sgd`` with momentum is ``t <- mu t + g``, ``theta <- theta - eta t``; ``adamw``
     and ``muon`` have optax's defaults but for the learning rate.
@@ -154,7 +154,7 @@ def make_optimizer(config: Config, *, total_steps: int) -> optax.GradientTransfo
         total_steps: Steps of the whole training, for schedules that decay.
 
     Returns:
-        The optimiser.
+        The optimizer.
 
     Raises:
         UserError: As for `make_schedule`.
@@ -171,7 +171,7 @@ def init_state(weights: Weights, optimizer: optax.GradientTransformation) -> Tra
 
     Args:
         weights: Those that training starts from.
-        optimizer: The optimiser.
+        optimizer: The optimizer.
 
     Returns:
         The state; from a template of the weights under `jax.eval_shape`, its template.
@@ -193,8 +193,8 @@ def train_step(
 
     Args:
         model: The linen module, static.
-        optimizer: The optimiser, static; reuse one so that nothing is traced again.
-        state: The state; its buffers are donated and must not be used afterwards.
+        optimizer: The optimizer, static; reuse one so that nothing is traced again.
+        state: The state; its buffers are donated and must not be used afterward.
         images: ``[N, H, W, channels]``.
         labels: ``[N]``, int32.
 

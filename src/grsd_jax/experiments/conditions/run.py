@@ -74,7 +74,7 @@ class Options(NamedTuple):
     Attributes:
         thresholds: What the numbers are held against.
         num_probes: Random probes of the influence; None for the exact influence.
-        num_points: Points of the path at most: the initialisation, and checkpoints
+        num_points: Points of the path at most: the initialization, and checkpoints
             evenly spaced, the newest among them.
     """
 
@@ -92,7 +92,7 @@ def run_conditions(
     short, the network is trained first; a run that was trained otherwise (longer, say)
     is measured as it stands.
 
-    The path begins at the initialisation, which is rebuilt from the seed, with
+    The path begins at the initialization, which is rebuilt from the seed, with
     BatchNorm statistics gathered from training batches: the stored ones are then still
     those of no data. The direction is the gradient flow of the mean cross-entropy on
     the measured batches.
@@ -138,7 +138,7 @@ def run_conditions(
 def _measure(
     model: Any, dataset: Dataset, config: Config, options: Options, steps: list[int]
 ) -> dict[str, Any]:
-    """Measures everything at the initialisation and the given checkpoints."""
+    """Measures everything at the initialization and the given checkpoints."""
     started = time.monotonic()
     batches = measured_batches(dataset, config)
     points = []
@@ -220,7 +220,7 @@ def starts_here(folder: Path, config: Config) -> bool:
 
 
 def _spaced_steps(folder: Path, num_points: int) -> list[int]:
-    """Returns the steps of evenly spaced checkpoints, after the initialisation."""
+    """Returns the steps of evenly spaced checkpoints, after the initialization."""
     with Checkpoints(folder / "checkpoints", read_only=True) as checkpoints:
         steps = checkpoints.all_steps()
     if not steps:
@@ -232,7 +232,7 @@ def _spaced_steps(folder: Path, num_points: int) -> list[int]:
 def _path(
     model: Any, dataset: Dataset, config: Config, steps: list[int]
 ) -> list[tuple[int, Weights]]:
-    """Returns the weights at the initialisation and at the checkpoints, by step."""
+    """Returns the weights at the initialization and at the checkpoints, by step."""
     path = [(0, initial_weights(model, dataset, config))]
     template = weights_template(model, dataset.train_images.shape[1:])
     folder = Path(config.workdir) / config.model / "checkpoints"

@@ -282,7 +282,7 @@ def format_table(results: Any) -> str:
     their share of the error's energy, and how the diagonal scales: the slope of
     ``|Mdot_ii|`` against ``lambda_i`` with its standard error and bootstrap interval,
     and the slope over shells. The second holds the Toeplitz residuals: of the whole
-    coupling, and from the edges (`edge_residual`) to the centre
+    coupling, and from the edges (`edge_residual`) to the center
     (`centre_toeplitz_residual`).
 
     Args:
@@ -385,9 +385,9 @@ def _toeplitz(entry: Entry) -> list[str]:
     cells = []
     for kind in ("literal", "renormalized"):
         residuals = np.array([residual for _, residual in entry.windows(kind)])
-        edge, centre = edge_residual(residuals), centre_toeplitz_residual(residuals)
+        edge, center = edge_residual(residuals), centre_toeplitz_residual(residuals)
         cells.append(number(entry.number("toeplitz", kind, "residual")))
-        cells.append(f"{number(edge)} -> {number(centre)}")
+        cells.append(f"{number(edge)} -> {number(center)}")
     return [*cells, number(entry.number("secant_disagreement"), ".2g")]
 
 

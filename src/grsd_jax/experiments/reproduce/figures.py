@@ -119,7 +119,7 @@ def _title(kind: Kind) -> str:
 
 
 def _coupling(panels: Sequence[_Panel], kind: Kind) -> Figure:
-    """Heat maps over pairs of shells; grey hatching where there is no value."""
+    """Heat maps over pairs of shells; gray hatching where there is no value."""
     figure, axes = _grid(len(panels), 2.85, share=False)
     figure.suptitle(_title(kind), fontsize=8.5)
     limits = plotting.coupling_limits([panel.measured for panel in panels], kind)

@@ -123,7 +123,7 @@ def write_sweep_figures(rows: Sequence[Row], folder: files.PathLike) -> list[Pat
 def _looks(lines: Sequence[Line]) -> dict[str, dict[str, Any]]:
     """Returns the look of every line by its label.
 
-    The network is the colour and the marker, the branch scale the dashes, the width how
+    The network is the color and the marker, the branch scale the dashes, the width how
     pale the line is, and the activation the filling of the marker.
     """
     scales = _ordered(line.branch_scale for line in lines)

@@ -128,7 +128,7 @@ def measure_cell(
         cell: The cell.
         dataset: The data.
         config: The settings.
-        optimizer: The optimiser, one for the whole sweep so that nothing retraces.
+        optimizer: The optimizer, one for the whole sweep so that nothing retraces.
 
     Returns:
         A value for each of `COLUMNS`; what is undefined is NaN. A network whose

@@ -183,7 +183,7 @@ def track(
 
 
 def summary(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Summarises the records of one network.
+    """Summarizes the records of one network.
 
     Args:
         lines: The records, in order.
@@ -191,7 +191,7 @@ def summary(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     Returns:
         Counts, and medians over the records of whole intervals: of the shares that were
         lost and moved, of the velocity and its null over the usable edges, of the share
-        between shells that are not neighbours, of how far the flux of a step varies
+        between shells that are not neighbors, of how far the flux of a step varies
         with the number of steps, and of the cost, the first two records left out of
         the cost because they compile.
     """
