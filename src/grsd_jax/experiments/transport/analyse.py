@@ -196,7 +196,8 @@ def reading_rows(results: Mapping[str, Any], arm: str) -> list[list[str]]:
     runs = runs_by_network(results, arm)
     titles = [f"size, {TITLES[network]}" for network in runs]
     rows = [["arm", "reading", *titles, "ratio over edges", "ratio over intervals"]]
-    for reading in READINGS:
+    there = [Reading(x["form"], x["width"], x["grid"]) for x in _any(runs)["readings"]]
+    for reading in sorted(there, key=READINGS.index):
         sizes = [str(t_interval(_values(x, "size", reading))) for x in runs.values()]
         ratios = [
             str(compared(q, *(_values(x, q, reading) for x in runs.values())))
@@ -204,6 +205,25 @@ def reading_rows(results: Mapping[str, Any], arm: str) -> list[list[str]]:
         ]
         rows.append([arm, reading.name, *sizes, *ratios])
     return rows
+
+
+def transport_tables(results: Mapping[str, Any]) -> list[list[list[str]]]:
+    """Returns both tables of every arm that has a finished pair.
+
+    Args:
+        results: The contents of ``transport.json``.
+
+    Returns:
+        The rows of `arm_rows` and `reading_rows`, arm by arm.
+
+    Raises:
+        UserError: If there is no finished pair, or the seeds of the networks differ.
+    """
+    return [
+        rows(results, arm)
+        for arm in arms_of(results)
+        for rows in (arm_rows, reading_rows)
+    ]
 
 
 def format_transport(results: Mapping[str, Any]) -> str:
@@ -218,11 +238,9 @@ def format_transport(results: Mapping[str, Any]) -> str:
     Raises:
         UserError: If there is no finished pair, or the seeds of the networks differ.
     """
-    parts = []
+    parts = [aligned(rows) for rows in transport_tables(results)]
     for arm in arms_of(results):
-        runs = runs_by_network(results, arm)
-        number_of_seeds = len(next(iter(runs.values())))
-        parts += [aligned(arm_rows(results, arm)), aligned(reading_rows(results, arm))]
+        number_of_seeds = len(runs_by_network(results, arm)[results["networks"][0]])
         said = " ".join(
             f"{DECISIVE[quantity].capitalize()}? {verdict.capitalize()}."
             for quantity, verdict in verdicts(results, arm).items()
@@ -238,6 +256,10 @@ _LEGEND = (
     "intervals' means.\nTheir ratio is above 1 where the first network is flatter or "
     "steadier."
 )
+
+
+def _any(runs: Mapping[str, Runs]) -> Mapping[str, Any]:
+    return next(iter(runs.values()))[0]
 
 
 def _values(runs: Sequence[Any], quantity: str, reading: Reading = READINGS[0]) -> Any:

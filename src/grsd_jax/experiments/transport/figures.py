@@ -187,8 +187,9 @@ def _with_bars(
     label: str,
 ) -> None:  # fmt: skip
     """Draws means over seeds, ``[seeds, places]``, of those that are known there."""
-    found = [t_interval(column[np.isfinite(column)]) for column in values.T]
-    means = np.array([x.mean if len(x) else np.nan for x in found])
+    known = [column[np.isfinite(column)] for column in values.T]
+    found = [t_interval(x if len(x) else np.array([np.nan])) for x in known]
+    means = np.array([x.mean for x in found])
     half = np.array([x.high - x.mean for x in found])
     axis.errorbar(
         places, means, np.where(np.isfinite(half), half, 0), color=color,

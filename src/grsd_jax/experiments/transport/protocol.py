@@ -64,12 +64,19 @@ class Protocol:
             interval from the longest h on is a start.
         num_groups: Groups of images that are left out in turn, for errors over images.
         min_edges: Usable edges without which an interval is left out.
+        readings: How the snapshots are read; the first reading decides.
     """
 
     first_step: int = 16
     lengths: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     num_groups: int = 8
     min_edges: int = 3
+    readings: tuple[Reading, ...] = READINGS
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns all choices, as files hold them."""
+        readings = [reading._asdict() for reading in self.readings]
+        return dataclasses.asdict(self) | {"readings": readings}
 
     def ends(self, total_steps: int) -> list[int]:
         """Returns the steps at which intervals begin and end.

@@ -20,7 +20,7 @@ from grsd_jax.experiments.common.measurement import header, made_by
 from grsd_jax.experiments.common.networks import make_model
 from grsd_jax.experiments.common.runs import Result, cached, progress_bar
 from grsd_jax.experiments.common.training import make_schedule, train
-from grsd_jax.experiments.transport.protocol import READINGS, Protocol, arm_config
+from grsd_jax.experiments.transport.protocol import Protocol, Reading, arm_config
 from grsd_jax.experiments.transport.quantities import (
     image_errors,
     law_of,
@@ -89,7 +89,7 @@ def run_transport(
     path = Path(config.workdir) / RESULTS
     results = header(config) | {
         "data_fingerprint": dataset.fingerprint,
-        "protocol": _chosen(protocol),
+        "protocol": protocol.as_json(),
         "networks": list(networks),
         "runs": [],
     }
@@ -103,11 +103,6 @@ def run_transport(
         results["runs"] = others + entries
         records.write_json(path, results)
     return results
-
-
-def _chosen(protocol: Protocol) -> dict[str, Any]:
-    readings = [reading._asdict() for reading in READINGS]
-    return dataclasses.asdict(protocol) | {"readings": readings}
 
 
 def _is_one(run: dict[str, Any], cells: Sequence[Cell]) -> bool:
@@ -145,7 +140,7 @@ def _entry(
         model=cell.network,
         workdir=str(folder / cell.arm / f"seed{cell.seed}"),
     )
-    origin = made_by(settings, dataset) | {"protocol": _chosen(protocol)}
+    origin = made_by(settings, dataset) | {"protocol": protocol.as_json()}
     path = folder / "cells" / "-".join(map(str, cell))
     entry, _ = cached(path, origin, lambda: run_cell(dataset, settings, protocol))
     return cell._asdict() | {k: v for k, v in entry.items() if k != "lines"}
@@ -181,7 +176,7 @@ def run_cell(dataset: Dataset, config: Config, protocol: Protocol) -> Result:
     without = list(_without_groups(snapshots, ends, config, protocol))
     entry: dict[str, Any] = {"test_accuracy": done.test_accuracy, "readings": []}
     lines = []
-    for width, grid in dict.fromkeys((r.width, r.grid) for r in READINGS):
+    for width, grid in dict.fromkeys((r.width, r.grid) for r in protocol.readings):
 
         def compute(group: Any, width: float = width, grid: str = grid) -> Any:
             return law_of(group, times, ends, width=width, grid=grid)
@@ -190,11 +185,14 @@ def run_cell(dataset: Dataset, config: Config, protocol: Protocol) -> Result:
         errors = image_errors(without, compute, protocol)
         lines.append({"width": width, "grid": grid, "intervals": law.lines})
         for form, products in law.products.items():
+            reading = Reading(form, width, grid)
+            if reading not in protocol.readings:
+                continue
             found = statistics(products, min_edges=protocol.min_edges)
-            reading = {"form": form, "width": width, "grid": grid, **found}
-            reading |= {"image_stderr": errors[form], "products": products}
+            found |= {"image_stderr": errors[form], "products": products}
             # The fits are those of the flux, the amount that is exact.
-            entry["readings"].append(reading | (law.numbers if form == "flux" else {}))
+            more = law.numbers if form == "flux" else {}
+            entry["readings"].append(reading._asdict() | found | more)
     entry["resolution"] = resolution_of(snapshots, protocol.looks(steps))
     return entry | {"lines": lines}, {}
 
