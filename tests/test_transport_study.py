@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grsd_jax import Problem
+from grsd_jax import Problem, models
 from grsd_jax.dynamics import SpectralSnapshot, spectral_snapshot
-from grsd_jax.experiments.common import records
+from grsd_jax.experiments.common import data, networks, records, training
 from grsd_jax.experiments.common.config import Config, UserError
 from grsd_jax.experiments.report import page
 from grsd_jax.experiments.transport import (
@@ -193,6 +193,23 @@ def test_a_snapshot_of_fewer_images_is_the_one_of_their_problem():
     np.testing.assert_allclose(*kernels, atol=2e-6 * top)
 
 
+def test_groups_of_images_are_left_out_in_turn():
+    rng = np.random.default_rng(3)
+    parts = rng.normal(size=(10, 10)), rng.normal(size=10)
+    kernel = parts[0] @ parts[0].T
+    values, vectors = np.linalg.eigh(kernel)
+    found = snapshots.without_groups(
+        {4: snapshot(values, vectors, parts[1])}, num_images=5, num_groups=2
+    )
+    for group, rows in zip(found, (slice(6, 10), slice(0, 6)), strict=True):
+        np.testing.assert_allclose(group[4].error, parts[1][rows], rtol=1e-5)
+        expected = np.linalg.eigvalsh(kernel[rows, rows])[::-1]
+        np.testing.assert_allclose(group[4].values, expected, rtol=1e-4, atol=1e-4)
+    assert snapshots.without_groups({}, num_images=1, num_groups=8) == []
+    none = quantities.image_errors([], None, protocol.Protocol())
+    assert np.isnan([*none["flux"].values(), *none["shift"].values()]).all()
+
+
 def test_the_steps_are_those_of_doubling_time_and_of_every_start():
     usual = protocol.Protocol()
     assert usual.ends(520) == [16, 32, 64, 128, 256, 512]
@@ -342,7 +359,7 @@ CONFIG = Config(
 SHORT = protocol.Protocol(
     first_step=2,
     lengths=(1, 2, 4),
-    num_groups=2,
+    num_groups=0,
     min_edges=1,
     readings=protocol.READINGS[:1],
 )
@@ -355,20 +372,77 @@ def study(folder, **changes):
         return run.run_transport(small_textures(), config, **options | changes)
 
 
-def test_a_small_study_goes_on_where_it_was(tmp_path, monkeypatch):
+def test_what_is_finished_stays_and_is_not_computed_again(tmp_path, monkeypatch):
+    asked = []
+
+    def run_cell(_, config, chosen):
+        asked.append((config.width, config.seed, config.model))
+        if config.seed == 5:
+            raise KeyboardInterrupt
+        return {"lines": [1], "readings": [config.seed], "asked": chosen.min_edges}, {}
+
+    monkeypatch.setattr(run, "run_cell", run_cell)
+    found = study(tmp_path, networks=NETWORKS)["runs"]
+    assert [[x[name] for name in run.Cell._fields] for x in found] == [
+        ["main", 3, network] for network in NETWORKS
+    ]
+    assert all("lines" not in x for x in found)
+    with pytest.raises(KeyboardInterrupt):
+        study(tmp_path, networks=NETWORKS, seeds=[4, 5])
+    whole = study(tmp_path, networks=NETWORKS, arms=["wide"])["runs"]
+    assert asked == [
+        *[(2, 3, network) for network in NETWORKS],
+        *[(2, 4, network) for network in NETWORKS],
+        (2, 5, NETWORKS[0]),
+        *[(4, 3, network) for network in NETWORKS],
+    ]
+    assert records.read_json(tmp_path / run.RESULTS)["runs"] == whole
+    assert [(x["arm"], x["seed"]) for x in whole[::2]] == [
+        ("main", 3),
+        ("main", 4),
+        ("wide", 3),
+    ]
+    assert study(tmp_path, networks=NETWORKS)["runs"][:4] == whole[2:]
+    assert len(asked) == 7
+    for changes, sentence in (
+        ({"protocol": dataclasses.replace(SHORT, min_edges=2)}, "the protocol of"),
+        ({"networks": NETWORKS[::-1]}, "the networks of"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            study(tmp_path, **{"networks": NETWORKS} | changes)
+
+
+def test_a_writer_keeps_what_the_network_was_at_its_steps(tmp_path):
+    with small():
+        model = networks.make_model("mlp", 10, CONFIG)
+        dataset = small_textures()
+        writer = snapshots.SnapshotWriter(model, dataset, CONFIG, tmp_path, [2])
+        weights = networks.init_weights(model, (32, 32, 3), 0)
+        state = training.TrainState(jnp.int32(0), *weights, None)
+        own = writer.init(state)
+        own = writer.update(own, state, 1)
+        assert int(own["taken"]) == 0
+        assert int(writer.update(own, state, 2)["taken"]) == 1
+        outputs_fn = models.linen_outputs(model, {"batch_stats": weights.batch_stats})
+        problem = Problem(outputs_fn, data.measured_batches(dataset, CONFIG))
+        expected = spectral_snapshot(problem, weights.params)
+    found = snapshots.read_snapshot(tmp_path, 2)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    with pytest.raises(UserError, match=r"1\.npz': expected"):
+        snapshots.read_snapshot(tmp_path, 1)
+
+
+@pytest.mark.scheduled
+def test_a_killed_training_finds_what_a_whole_one_does(tmp_path, monkeypatch):
     whole = study(tmp_path / "whole")
-    cells = [[x[name] for name in run.Cell._fields] for x in whole["runs"]]
-    assert cells == [["main", 3, "mlp"]]
-    for found in whole["runs"]:
-        assert analyse.reading_of(found)["steps"] == [[2, 4], [4, 8], [8, 16]]
-        # The time of plain gradient descent is the sum of its rates.
-        times = analyse.reading_of(found)["times"]
-        np.testing.assert_allclose(
-            times, 0.05 * np.array([2, 4, 8]) / np.log(2), rtol=1e-5
-        )
-        assert [x["start"] for x in found["resolution"]] == [4] * 3 + [8] * 3
-        assert all(0 < x["moved"] < 10 for x in found["resolution"])
-        assert "lines" not in found
+    (found,) = whole["runs"]
+    assert analyse.reading_of(found)["steps"] == [[2, 4], [4, 8], [8, 16]]
+    # The time of plain gradient descent is the sum of its rates.
+    times = analyse.reading_of(found)["times"]
+    expected = 0.05 * np.array([2, 4, 8]) / np.log(2)
+    np.testing.assert_allclose(times, expected, rtol=1e-5)
+    assert [x["start"] for x in found["resolution"]] == [4] * 3 + [8] * 3
+    assert all(0 < x["moved"] < 10 for x in found["resolution"])
 
     update = snapshots.SnapshotWriter.update
 
@@ -383,19 +457,6 @@ def test_a_small_study_goes_on_where_it_was(tmp_path, monkeypatch):
             study(tmp_path / "killed")
     assert not (tmp_path / "killed" / run.RESULTS).exists()
     assert study(tmp_path / "killed")["runs"] == whole["runs"]
-
-    def never(*_):
-        raise AssertionError("computed again")
-
-    monkeypatch.setattr(run, "run_cell", never)
-    again = study(tmp_path / "whole")
-    assert again["runs"] == records.plain(whole["runs"])
-    with pytest.raises(AssertionError, match="computed again"):
-        study(tmp_path / "whole", seeds=[4])
-    with pytest.raises(UserError, match="expected the protocol of the study"):
-        study(tmp_path / "whole", protocol=dataclasses.replace(SHORT, min_edges=2))
-    with pytest.raises(UserError, match="expected the networks of the study"):
-        study(tmp_path / "whole", networks=NETWORKS)
 
 
 def test_figures_leave_out_what_was_not_looked_at(tmp_path):

@@ -24,6 +24,10 @@ ARMS = ("main", "momentum", "decay", "wide")
 _MOMENTUM = 0.9
 
 
+#: The forms of a velocity, see `Reading`.
+FORMS = ("flux", "shift")
+
+
 class Reading(NamedTuple):
     """One way to read the same snapshots.
 
@@ -48,7 +52,7 @@ class Reading(NamedTuple):
 #: All readings; the first is the one that decides, the others say what it depends on.
 READINGS = tuple(
     Reading(form, width, grid)
-    for form in ("flux", "shift")
+    for form in FORMS
     for width in (1 / 2, 1 / 3)
     for grid in ("top", "fixed")
 )

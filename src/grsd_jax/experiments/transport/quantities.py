@@ -11,7 +11,7 @@ import numpy as np
 from grsd_jax.dynamics import SpectralSnapshot, exact_balance, velocity_law
 from grsd_jax.experiments.track.log import balance_line
 from grsd_jax.experiments.track.quantities import lost_share, moved_share
-from grsd_jax.experiments.transport.protocol import Protocol, grid_of
+from grsd_jax.experiments.transport.protocol import FORMS, Protocol, grid_of
 
 Snapshots = Mapping[int, SpectralSnapshot]
 
@@ -207,15 +207,16 @@ def image_errors(
         protocol: For the smallest number of edges.
 
     Returns:
-        The jackknife errors.
+        The jackknife errors; NaN with fewer than two groups.
     """
     laws = [compute(group) for group in snapshots]
     found = {}
-    for form in laws[0].products:
+    for form in FORMS:
         each = [
             statistics(law.products[form], min_edges=protocol.min_edges) for law in laws
         ]
-        table = np.array([[values[name] for name in STATISTICS] for values in each])
-        errors = jackknife_stderr(table).tolist()
+        table = [[values[name] for name in STATISTICS] for values in each]
+        shape = len(each), len(STATISTICS)
+        errors = jackknife_stderr(np.reshape(table, shape)).tolist()
         found[form] = dict(zip(STATISTICS, errors, strict=True))
     return found

@@ -6,7 +6,7 @@ from which every reading, the time resolution and the errors over images follow.
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,8 +29,8 @@ from grsd_jax.experiments.transport.quantities import (
 )
 from grsd_jax.experiments.transport.snapshots import (
     SnapshotWriter,
-    of_images,
     read_snapshot,
+    without_groups,
 )
 
 #: The file that holds the results of all finished pairs.
@@ -173,7 +173,11 @@ def run_cell(dataset: Dataset, config: Config, protocol: Protocol) -> Result:
     times = np.asarray(effective_time(schedule, steps)) / (1 - config.momentum)
     snapshots = {step: read_snapshot(folder, step) for step in instants}
     ends = protocol.ends(steps)
-    without = list(_without_groups(snapshots, ends, config, protocol))
+    without = without_groups(
+        {step: snapshots[step] for step in ends},
+        num_images=config.batch_size * config.num_batches,
+        num_groups=protocol.num_groups,
+    )
     entry: dict[str, Any] = {"test_accuracy": done.test_accuracy, "readings": []}
     lines = []
     for width, grid in dict.fromkeys((r.width, r.grid) for r in protocol.readings):
@@ -195,14 +199,3 @@ def run_cell(dataset: Dataset, config: Config, protocol: Protocol) -> Result:
             entry["readings"].append(reading._asdict() | found | more)
     entry["resolution"] = resolution_of(snapshots, protocol.looks(steps))
     return entry | {"lines": lines}, {}
-
-
-def _without_groups(
-    snapshots: dict[int, Any], ends: Sequence[int], config: Config, protocol: Protocol
-) -> Iterator[dict[int, Any]]:
-    """Yields the snapshots at the ends without each group of images."""
-    number = config.batch_size * config.num_batches
-    images = np.arange(number)
-    for group in np.array_split(images, min(protocol.num_groups, number)):
-        kept = np.setdiff1d(images, group)
-        yield {step: of_images(snapshots[step], kept, number) for step in ends}

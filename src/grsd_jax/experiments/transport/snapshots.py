@@ -4,7 +4,7 @@ The balance of any two of them needs no network, so that shells, edges and image
 chosen after the training.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +114,31 @@ def of_images(
         vectors=jnp.asarray(vectors[:, ::-1], dtype),
         error=snapshot.error[rows],
     )
+
+
+def without_groups(
+    snapshots: Mapping[int, SpectralSnapshot], *, num_images: int, num_groups: int
+) -> list[dict[int, SpectralSnapshot]]:
+    """Returns the snapshots without each group of images.
+
+    Args:
+        snapshots: By their steps.
+        num_images: N.
+        num_groups: Groups, at most one an image.
+
+    Returns:
+        As many dictionaries as there are groups; none with fewer than two groups.
+    """
+    images, number = np.arange(num_images), min(num_groups, num_images)
+    if number < 2:
+        return []
+    return [
+        {
+            step: of_images(snapshot, np.setdiff1d(images, group), num_images)
+            for step, snapshot in snapshots.items()
+        }
+        for group in np.array_split(images, number)
+    ]
 
 
 def _path(folder: Path, step: int) -> Path:
