@@ -123,7 +123,7 @@ class Probe:
         size, dtype = point.dimension, point.error.dtype
         solver = self.solver
         if solver == "auto":
-            solver = cheaper_solver(point, self._width)
+            solver = cheaper_solver(point, self._width, self._steps)
         snapshot: PyTree = {}
         data = fingerprint(problem)
         if solver == "dense":

@@ -16,7 +16,7 @@ from grsd_jax.dynamics import effective_time
 from grsd_jax.experiments.common import records
 from grsd_jax.experiments.common.config import Config, UserError
 from grsd_jax.experiments.common.data import Dataset
-from grsd_jax.experiments.common.measurement import header, made_by
+from grsd_jax.experiments.common.measurement import UNRELATED, header, made_by
 from grsd_jax.experiments.common.networks import make_model
 from grsd_jax.experiments.common.runs import Result, cached, progress_bar
 from grsd_jax.experiments.common.training import make_schedule, train
@@ -112,8 +112,7 @@ def _is_one(run: dict[str, Any], cells: Sequence[Cell]) -> bool:
 def _of_same_study(before: dict[str, Any], now: dict[str, Any]) -> list[dict[str, Any]]:
     """Returns the finished runs of a file, if it was made the same way."""
     now = records.plain(now)
-    ignored = {"workdir", "data_dir", "checkpoint_every", "keep_checkpoints"}
-    ignored |= {"log_every", "seed", "model"}
+    ignored = {*UNRELATED, "seed", "model"}
     for name in ("protocol", "networks", "data_fingerprint", "config"):
         there, here = before.get(name), now[name]
         if name == "config":
