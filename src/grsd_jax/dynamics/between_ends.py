@@ -423,6 +423,21 @@ def _runs(
     ]
 
 
+def krylov_space(point: Point, steps: KrylovSteps, key: jax.Array) -> LanczosResult:
+    """Runs Lanczos from the error of one end alone, for its leading values.
+
+    Args:
+        point: The problem at its parameters.
+        steps: How long.
+        key: Consumed.
+
+    Returns:
+        The run.
+    """
+    start = _unit_columns(errors_at(point)[:, None])
+    return _runs(point, [start], steps.num_steps, key)[0]
+
+
 @partial(jax.jit, static_argnames="number")
 def leading_ritz_values(run: LanczosResult, *, number: int) -> jax.Array:
     """Returns the leading Ritz values of a run, descending, padded with zeros."""
