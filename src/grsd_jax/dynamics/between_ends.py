@@ -423,18 +423,21 @@ def _runs(
     ]
 
 
-def krylov_space(point: Point, steps: KrylovSteps, key: jax.Array) -> LanczosResult:
-    """Runs Lanczos from the error of one end alone, for its leading values.
+def krylov_space(
+    point: Point, vector: jax.Array, steps: KrylovSteps, key: jax.Array
+) -> LanczosResult:
+    """Runs Lanczos at one point from one vector.
 
     Args:
         point: The problem at its parameters.
+        vector: ``[n]``.
         steps: How long.
         key: Consumed.
 
     Returns:
         The run.
     """
-    start = _unit_columns(errors_at(point)[:, None])
+    start = _unit_columns(vector[:, None])
     return _runs(point, [start], steps.num_steps, key)[0]
 
 

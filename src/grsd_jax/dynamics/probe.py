@@ -58,6 +58,7 @@ from grsd_jax.dynamics.record import (
 from grsd_jax.dynamics.spectra import (
     SpectralSnapshot,
     dense_snapshot,
+    errors_at,
     fingerprint,
     stacked_point,
 )
@@ -361,7 +362,8 @@ class Probe:
             snapshot = dense_snapshot(point, data)
             values = snapshot.values[:number]
         else:
-            run = krylov_space(point, self._steps, self._key(state, step))
+            error, key = errors_at(point), self._key(state, step)
+            run = krylov_space(point, error, self._steps, key)
             values = leading_ritz_values(run, number=number)
         edges = self._shells(state, values[0]).edges
         return concluded(
