@@ -9,6 +9,7 @@ import scipy.stats
 from grsd_jax.experiments.claims import analyse, figures, run
 from grsd_jax.experiments.common import records
 from grsd_jax.experiments.common.config import Config, UserError
+from grsd_jax.experiments.common.intervals import t_interval
 from grsd_jax.experiments.report import page
 from running import run_script, small, small_textures
 
@@ -28,12 +29,12 @@ def planted(seeds=(0, 1, 2, 3), gap=0.1):
 
 def test_an_interval_is_the_one_of_the_t_test():
     values = np.random.default_rng(1).normal(2, 0.5, 8)
-    found = analyse.t_interval(values)
+    found = t_interval(values)
     expected = scipy.stats.ttest_1samp(values, 0).confidence_interval(0.95)
     assert found == pytest.approx((values.mean(), expected.low, expected.high))
-    alone = analyse.t_interval(values[:1])
+    alone = t_interval(values[:1])
     assert np.isnan([alone.low, alone.high]).all()
-    assert str(analyse.t_interval(np.array([1.0, np.nan]))) == "n/a"
+    assert str(t_interval(np.array([1.0, np.nan]))) == "n/a"
 
 
 def test_differences_are_taken_within_a_seed():

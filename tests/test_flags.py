@@ -46,6 +46,7 @@ def test_every_field_can_be_set_by_its_flag():
         record_every=14,
         over=(2, 3),
         num_steps=22,
+        shells="sharp",
         batch_size=15,
         num_batches=17,
         solver="dense",

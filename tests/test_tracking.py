@@ -1,5 +1,6 @@
 """Training with the probe on: its records, their figures, and what a kill leaves."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,7 +10,8 @@ import pytest
 from flax import linen as nn
 from matplotlib.figure import Figure
 
-from grsd_jax.experiments.common import data, records, training
+from grsd_jax.dynamics import KrylovSteps
+from grsd_jax.experiments.common import data, networks, records, training
 from grsd_jax.experiments.common.config import Config, UserError
 from grsd_jax.experiments.track import figures as tracking_figures
 from grsd_jax.experiments.track import quantities
@@ -181,6 +183,29 @@ def test_training_without_a_callback_reads_the_same_checkpoints(dataset, tmp_pat
     track(dataset, tmp_path)
     result = training.train(TinyNet(), dataset, CONFIG, tmp_path, name="tiny")
     assert result.resumed_from == STEPS[-1]
+
+
+def test_sharp_shells_give_the_share_between_non_neighbors(dataset, tmp_path):
+    config = dataclasses.replace(CONFIG, shells="sharp", solver="auto", epochs=1)
+    lines = records.read_jsonl(track(dataset, tmp_path, config=config))
+    shares = [line["non_adjacent_share"] for line in lines]
+    assert len(shares) == 4
+    assert all(0 <= share <= 1 for share in shares)
+    assert all(x is not None for line in lines for x in line["rotation"])
+    with pytest.raises(UserError, match="--shells: expected 'soft' with --solver"):
+        dataclasses.replace(CONFIG, shells="sharp", solver="lanczos")
+
+
+@pytest.mark.parametrize("solver", ["auto", "lanczos"])
+def test_krylov_steps_are_those_of_the_settings(dataset, tmp_path, monkeypatch, solver):
+    monkeypatch.setattr(tracking, "cheaper_solver", lambda point, width, steps: steps)
+    config = dataclasses.replace(CONFIG, solver=solver, num_steps=7)
+    model = TinyNet()
+    tracker = tracking.Tracker(model, dataset, config, tmp_path / "records.jsonl")
+    weights = networks.init_weights(model, dataset.train_images.shape[1:], 0)
+    optimizer = training.make_optimizer(config, total_steps=12)
+    tracker.init(training.init_state(weights, optimizer))
+    assert tracker._probe.solver == KrylovSteps(7, num_probes=4)
 
 
 def test_summary_counts_and_takes_medians(whole):

@@ -236,6 +236,7 @@ ELSEWHERE = {
     "exact_balance",
     "measure_stochastic_coupling",
     "measured_time",
+    "midpoint_flux",
     "spectral_snapshot",
     "stochastic_shell_coupling",
     "velocity_law",

@@ -24,6 +24,7 @@ from grsd_jax.dynamics.flow import (
 )
 from grsd_jax.dynamics.instantaneous import Instantaneous, InstantRecord
 from grsd_jax.dynamics.law import VelocityLaw, velocity_law
+from grsd_jax.dynamics.midpoint import MidpointFlux, midpoint_flux
 from grsd_jax.dynamics.probe import Probe, make_probe
 from grsd_jax.dynamics.record import ProbeRecord, ProbeState
 from grsd_jax.dynamics.spectra import SpectralSnapshot, spectral_snapshot
@@ -41,6 +42,7 @@ __all__ = [
     "Instantaneous",
     "KrylovSteps",
     "MeasuredTime",
+    "MidpointFlux",
     "Probe",
     "ProbeRecord",
     "ProbeState",
@@ -59,6 +61,7 @@ __all__ = [
     "integrate_flow",
     "make_probe",
     "measured_time",
+    "midpoint_flux",
     "shell_dynamics",
     "spectral_snapshot",
     "velocity_fit",

@@ -130,7 +130,7 @@ def exact_balance(
     _check_same_space(*((p.dimension, p.error.dtype) for p in points))
     _check_comparable(*prints)
     if solver == "auto":
-        solver = cheaper_solver(points[0], shells.width)
+        solver = cheaper_solver(points[0], shells.width, KrylovSteps())
     if isinstance(solver, KrylovSteps):
         if key is None:
             raise ValueError("key: expected a PRNG key for KrylovSteps, got None.")
@@ -200,17 +200,19 @@ def _spectral_product(snapshot: SpectralSnapshot, column: jax.Array) -> jax.Arra
     return matmul(snapshot.vectors, inside)
 
 
-def cheaper_solver(point: Point, width: float) -> Literal["dense"] | KrylovSteps:
+def cheaper_solver(
+    point: Point, width: float, steps: KrylovSteps
+) -> Literal["dense"] | KrylovSteps:
     """Returns the solver that needs fewer operations, dense if Lanczos cannot.
 
     Args:
         point: The problem at its parameters.
         width: That of the shells.
+        steps: How Lanczos would run.
 
     Returns:
         The solver.
     """
-    steps = KrylovSteps()
     if width not in RATIONAL_WIDTHS:
         return "dense"
     # Both runs of a measurement with derivative, which the rule counts.
@@ -419,6 +421,24 @@ def _runs(
         block_lanczos(matmat, start, num_steps, key=key, driver=driver)
         for start in starts
     ]
+
+
+def krylov_space(
+    point: Point, vector: jax.Array, steps: KrylovSteps, key: jax.Array
+) -> LanczosResult:
+    """Runs Lanczos at one point from one vector.
+
+    Args:
+        point: The problem at its parameters.
+        vector: ``[n]``.
+        steps: How long.
+        key: Consumed.
+
+    Returns:
+        The run.
+    """
+    start = _unit_columns(vector[:, None])
+    return _runs(point, [start], steps.num_steps, key)[0]
 
 
 @partial(jax.jit, static_argnames="number")

@@ -35,6 +35,7 @@ from grsd_jax.dynamics.between_ends import (
     balance_spaces,
     cheaper_solver,
     check_rational,
+    krylov_space,
     krylov_spaces,
     leading_ritz_values,
     snapshot_rounding,
@@ -57,6 +58,7 @@ from grsd_jax.dynamics.record import (
 from grsd_jax.dynamics.spectra import (
     SpectralSnapshot,
     dense_snapshot,
+    errors_at,
     fingerprint,
     stacked_point,
 )
@@ -123,7 +125,7 @@ class Probe:
         size, dtype = point.dimension, point.error.dtype
         solver = self.solver
         if solver == "auto":
-            solver = cheaper_solver(point, self._width)
+            solver = cheaper_solver(point, self._width, self._steps)
         snapshot: PyTree = {}
         data = fingerprint(problem)
         if solver == "dense":
@@ -335,7 +337,44 @@ class Probe:
             return stopped(state, arguments[-1]), record
         if _scans_are_fast():
             return _measured(self, *arguments)
+        if int(state.start_step) < 0:
+            return self._begin(*arguments)
         return self._measure(*arguments)
+
+    def _begin(
+        self,
+        state: ProbeState,
+        point: Point,
+        flow: PyTree | None,
+        data: jax.Array,
+        step: jax.Array,
+    ) -> tuple[ProbeState, ProbeRecord]:
+        """Takes the first look, from the host, where nothing lies before it.
+
+        A program that is compiled as a whole takes the balance of the point with itself
+        in its place: a second form of it would take longer to compile.
+        """
+        elapsed, _ = self._elapsed(state, point, point, flow, step)
+        elapsed = elapsed if flow is None or self.schedule else jnp.zeros_like(elapsed)
+        number = min(_NUM_VALUES, point.dimension)
+        snapshot: PyTree = {}
+        if state.snapshot:
+            snapshot = dense_snapshot(point, data)
+            values = snapshot.values[:number]
+        else:
+            error, key = errors_at(point), self._key(state, step)
+            run = krylov_space(point, error, self._steps, key)
+            values = leading_ritz_values(run, number=number)
+        edges = self._shells(state, values[0]).edges
+        return concluded(
+            state,
+            contents_of(point),
+            Found(None, snapshot, edges, values),
+            elapsed,
+            None,
+            step,
+            every=self.every,
+        )
 
     def _measure(
         self,
@@ -374,14 +413,17 @@ class Probe:
                 snapshot_rounding(points, (state.snapshot, now)),
             )
             return Found(balance, now, shells.edges, now.values[:number])
-        key = jax.random.wrap_key_data(state.key_data, impl="threefry2x32")
-        key = jax.random.split(jax.random.fold_in(key, step))[0]
-        spaces = krylov_spaces(points, self._steps, key)
+        spaces = krylov_spaces(points, self._steps, self._key(state, step))
         values = leading_ritz_values(spaces.after, number=number)
         shells = self._shells(state, values[0])
         same = jnp.all(state.fingerprint == data)
         balance = balance_spaces(spaces, shells, elapsed, same, steps=self._steps)
         return Found(balance, {}, shells.edges, values)
+
+    def _key(self, state: ProbeState, step: jax.Array) -> jax.Array:
+        """Returns the key of the balance at a step."""
+        key = jax.random.wrap_key_data(state.key_data, impl="threefry2x32")
+        return jax.random.split(jax.random.fold_in(key, step))[0]
 
     def _shells(self, state: ProbeState, largest: jax.Array) -> SoftShells:
         """Returns the shells, made from the largest eigenvalue at the first record."""
@@ -439,7 +481,9 @@ class Probe:
     def _num_columns(self, state: ProbeState, record: ProbeRecord) -> int:
         """Returns how many columns a record multiplied by M."""
         number, instant = 0, record.instantaneous
-        if not state.snapshot:
+        if not state.snapshot and record.balance is None:
+            number = self._steps.num_steps
+        elif not state.snapshot:
             steps = self._steps
             number = steps.num_steps * (2 if steps.start == "both" else 1)
             number = 2 * (number + steps.num_steps * steps.num_probes)

@@ -120,13 +120,13 @@ class Found(NamedTuple):
     """What was found at a step.
 
     Attributes:
-        balance: The balance since the start.
+        balance: The balance since the start; None of a first look by itself.
         snapshot: Of the kernel now with the dense solver, else ``{}``.
         edges: [q], of the shells.
         values: Leading eigenvalues.
     """
 
-    balance: ExactBalance
+    balance: ExactBalance | None
     snapshot: PyTree
     edges: jax.Array
     values: jax.Array
@@ -159,7 +159,11 @@ def concluded(
     """
     first = state.start_step < 0
     balance = found.balance
-    finite = balance.finite & all_finite(contents["params"])
+    finite = all_finite((contents["params"], found.values, found.snapshot))
+    resolved = jnp.zeros((), bool)
+    if balance is not None:
+        finite &= balance.finite
+        resolved = balance.converged & (jnp.abs(balance.flux) > balance.flux_error)
     if measured is not None:  # by a motion that there was not
         elapsed = jnp.where(first, 0, elapsed)
     record = ProbeRecord(
@@ -169,10 +173,7 @@ def concluded(
         step=step,
         effective_time=state.effective_time + elapsed,
         finite=finite,
-        num_resolved=jnp.sum(
-            balance.converged & (jnp.abs(balance.flux) > balance.flux_error) & ~first,
-            dtype=jnp.int32,
-        ),
+        num_resolved=jnp.sum(resolved & ~first, dtype=jnp.int32),
         values=found.values,
         measured_time=_where(first, unknown_like(measured), measured),
         due=~(first & finite),

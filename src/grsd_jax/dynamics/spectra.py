@@ -98,7 +98,7 @@ def dense_snapshot(point: Point, data: jax.Array) -> SpectralSnapshot:
         The snapshot.
     """
     (kernel,) = dense_at(point)
-    values, vectors = _all_pairs(kernel)
+    values, vectors = all_pairs(kernel)
     return SpectralSnapshot(values, vectors, errors_at(point), data)
 
 
@@ -241,7 +241,7 @@ def _hash(words: jax.Array, index: int) -> jax.Array:
     return jnp.stack(found)
 
 
-_all_pairs = jax.jit(descending_pairs)
+all_pairs = jax.jit(descending_pairs)
 
 
 def _leading_pairs(

@@ -5,14 +5,14 @@ measured batches, so that their difference is taken within the seed.
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import scipy.stats
 
 from grsd_jax.experiments.claims.run import NETWORKS, REDUCTIONS
 from grsd_jax.experiments.common.config import TITLES, UserError
-from grsd_jax.experiments.common.tables import MISSING, aligned
+from grsd_jax.experiments.common.intervals import t_interval
+from grsd_jax.experiments.common.tables import aligned
 
 #: The quantities of the table and the figure, with their headings.
 QUANTITIES = {
@@ -24,43 +24,6 @@ QUANTITIES = {
 }
 
 RESNET, PLAIN = NETWORKS
-
-
-class Interval(NamedTuple):
-    """A mean over seeds with its 95% interval.
-
-    Attributes:
-        mean: The mean.
-        low: Lower end.
-        high: Upper end.
-    """
-
-    mean: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        """Returns such as ``"0.912 [0.871, 0.951]"``, ``"n/a"`` where undefined."""
-        if np.isnan(self.mean):
-            return MISSING
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
-
-
-def t_interval(values: np.ndarray) -> Interval:
-    """Returns the mean of independent values and Student's 95% interval for it.
-
-    Args:
-        values: One number a seed.
-
-    Returns:
-        The interval; undefined if one of the values is, and its ends with fewer than
-        two values.
-    """
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return Interval(mean, np.nan, np.nan)
-    half = scipy.stats.sem(values) * scipy.stats.t.ppf(0.975, len(values) - 1)
-    return Interval(mean, float(mean - half), float(mean + half))
 
 
 def values_by_seed(

@@ -7,10 +7,11 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from grsd_jax.experiments.claims.analyse import QUANTITIES, t_interval, values_by_seed
+from grsd_jax.experiments.claims.analyse import QUANTITIES, values_by_seed
 from grsd_jax.experiments.claims.run import NETWORKS, REDUCTIONS
 from grsd_jax.experiments.common import files
 from grsd_jax.experiments.common.config import TITLES
+from grsd_jax.experiments.common.intervals import t_interval
 from grsd_jax.experiments.common.plotting import PAGE_WIDTH, look_of, save_figures
 
 #: Titles of the quantities, in two lines so that they stay clear of each other.

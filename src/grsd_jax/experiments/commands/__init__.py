@@ -22,6 +22,7 @@ COMMANDS = {
     "conditions": "test the four conditions of the theory on a network",
     "sweep": "sweep networks over depth, width, activation, branch scale and seed",
     "study": "test the paper's claims on both networks, over seeds",
+    "transport": "test the law of energy transport on paired networks, over seeds",
     "plot": "draw the figures of a measurement or of a tracked training",
     "report": "make one HTML page of any run",
     "benchmark": "time the operations on an untrained network",

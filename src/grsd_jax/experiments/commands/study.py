@@ -21,7 +21,7 @@ from grsd_jax.experiments.claims.analyse import format_claims
 from grsd_jax.experiments.claims.figures import write_claims_figure
 from grsd_jax.experiments.claims.run import run_claims
 from grsd_jax.experiments.common import files, flags, records
-from grsd_jax.experiments.common.config import PROBE_FIELDS, Config, UserError
+from grsd_jax.experiments.common.config import PROBE_FIELDS, Config
 from grsd_jax.experiments.common.data import load_dataset
 from grsd_jax.experiments.common.runs import workdir_lock
 
@@ -43,21 +43,10 @@ FIXED = (
 )  # fmt: skip
 
 
-def _seeds(given: list[str]) -> list[int]:
-    """Returns the seeds; raises UserError unless each is a seed, and there once."""
-    seeds = [int(seed) for seed in given if seed.isascii() and seed.isdecimal()]
-    if not given or len({x for x in seeds if x < 2**32}) < len(given):
-        raise UserError(
-            "--seeds: expected a list of integers >= 0 and < 2^32, each once, got "
-            f"{','.join(given)!r}."
-        )
-    return seeds
-
-
 def main(config: Config) -> None:
     """Runs the command with these settings."""
     folder = Path(config.workdir)
-    seeds = _seeds(absl_flags.FLAGS.seeds)
+    seeds = flags.seeds_from_flags()
     if absl_flags.FLAGS.report_only:
         results = records.read_json(folder / "claims.json")
     else:
@@ -72,12 +61,7 @@ def main(config: Config) -> None:
 def define() -> None:
     """Defines the command's flags."""
     flags.define_flags(only=flags.all_but(*FIXED), **DEFAULTS)
-    absl_flags.DEFINE_list(
-        "seeds",
-        [str(seed) for seed in range(8)],
-        "Seeds of the trainings.",
-        module_name=sys.argv[0],
-    )
+    flags.define_seeds()
     absl_flags.DEFINE_bool(
         "report_only",
         False,

@@ -29,7 +29,6 @@ from grsd_jax.experiments.common.config import (
     MODELS,
     TRAINING_FLAGS,
     Config,
-    UserError,
 )
 from grsd_jax.experiments.common.data import load_dataset
 from grsd_jax.experiments.common.runs import workdir_lock
@@ -39,19 +38,9 @@ from grsd_jax.experiments.track.figures import write_tracking_figures
 FIELDS = {*TRAINING_FLAGS, *tracking.SETTINGS} - {"model"}
 
 
-def _models(given: list[str]) -> list[str]:
-    """Returns the networks; raises UserError unless each is one, and there once."""
-    if not given or len({*given} & {*MODELS}) < len(given):
-        raise UserError(
-            "--models: expected a list of different entries out of "
-            f"{', '.join(MODELS)}, got {','.join(given)!r}."
-        )
-    return given
-
-
 def main(config: Config) -> None:
     """Runs the command with these settings."""
-    models = _models(absl_flags.FLAGS.models)
+    models = flags.check_names("--models", absl_flags.FLAGS.models, MODELS)
     with workdir_lock(Path(config.workdir)) as folder:
         results, lines = tracking.track(load_dataset(config), config, models)
         records.write_json(folder / "results.json", results)

@@ -143,8 +143,14 @@ class Config(Settings):
         "Adds balances over the first h steps after each record, such as 1,4; each h "
         "is below --record_every.",
     )
+    shells: Literal["soft", "sharp"] = setting(
+        "soft",
+        "Shells of the probe's balances: soft ones of width 1/2, or sharp ones, which "
+        "need all eigenpairs and give the share between non-adjacent shells.",
+        choices=("soft", "sharp"),
+    )
     num_steps: int = setting(
-        48, "Krylov steps m of the probe's balances, with --solver=lanczos.", minimum=4
+        48, "Krylov steps m of the probe's balances, without all eigenpairs.", minimum=4
     )
     solver: Literal["auto", "dense", "lanczos"] = setting(
         "auto",
@@ -196,7 +202,7 @@ TRAINING_FIELDS = (
 
 
 #: The settings that concern the probe alone.
-PROBE_FIELDS = ("record_every", "over", "num_steps")
+PROBE_FIELDS = ("record_every", "over", "shells", "num_steps")
 
 
 #: The settings that concern a script that trains.
@@ -227,6 +233,12 @@ def validate(config: Settings) -> None:
         raise UserError(
             "--over: expected numbers of steps from 1 to below --record_every, got "
             f"{','.join(map(str, over))}."
+        )
+    solver = getattr(config, "solver", None)
+    if getattr(config, "shells", None) == "sharp" and solver == "lanczos":
+        raise UserError(
+            "--shells: expected 'soft' with --solver=lanczos, whose steps do not "
+            "converge for others, got 'sharp'."
         )
     if config.window > config.num_shells:
         raise UserError(

@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 import textwrap
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -138,6 +138,65 @@ def _settings_of_the_only_training(workdir: Path) -> dict[str, Any]:
     """Returns the settings of the training in the workdir if there is only one."""
     names = [file.parent.name for file in workdir.glob("*/config.json")]
     return _settings_of_training(workdir, names[0]) if len(names) == 1 else {}
+
+
+def check_names(flag: str, given: Sequence[str], options: Sequence[str]) -> list[str]:
+    """Returns names that were given, after checking that each is one, and there once.
+
+    Args:
+        flag: The flag, for the sentence.
+        given: The names.
+        options: The names there are.
+
+    Returns:
+        The names.
+
+    Raises:
+        UserError: If they do not fit.
+    """
+    if not given or len({*given} & {*options}) < len(given):
+        raise UserError(
+            f"{flag}: expected a list of different entries out of "
+            f"{', '.join(options)}, got {','.join(given)!r}."
+        )
+    return list(given)
+
+
+def define_seeds(flag_values: flags.FlagValues = flags.FLAGS) -> None:
+    """Defines ``--seeds``, eight by default.
+
+    Args:
+        flag_values: Where to define it.
+    """
+    flags.DEFINE_list(
+        "seeds",
+        [str(seed) for seed in range(8)],
+        "Seeds of the trainings.",
+        flag_values=flag_values,
+        module_name=sys.argv[0],
+    )
+
+
+def seeds_from_flags(flag_values: flags.FlagValues = flags.FLAGS) -> list[int]:
+    """Returns the seeds.
+
+    Args:
+        flag_values: Parsed flags.
+
+    Returns:
+        The seeds.
+
+    Raises:
+        UserError: Unless each is a seed, and there once.
+    """
+    given: list[str] = flag_values["seeds"].value or []
+    seeds = [int(seed) for seed in given if seed.isascii() and seed.isdecimal()]
+    if not given or len({x for x in seeds if x < 2**32}) < len(given):
+        raise UserError(
+            "--seeds: expected a list of integers >= 0 and < 2^32, each once, got "
+            f"{','.join(given)!r}."
+        )
+    return seeds
 
 
 #: What each field of `Thresholds` is, for ``--help``.

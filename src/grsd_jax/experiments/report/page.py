@@ -24,6 +24,7 @@ from grsd_jax.experiments.common import files, records
 from grsd_jax.experiments.common.config import Config, UserError
 from grsd_jax.experiments.conditions.analyse import condition_rows
 from grsd_jax.experiments.reproduce.analyse import result_caveats, result_tables
+from grsd_jax.experiments.transport.analyse import transport_tables
 
 #: Keys of a results file that get tables of their own.
 _SETTINGS = ("config", "environment")
@@ -57,6 +58,13 @@ _CAPTIONS = {
     "track_steps": "How what is seen depends on the training steps between both ends.",
     "track_non_adjacent": "Share of the moved energy between shells that are not "
     "neighbors.",
+    "transport_products": "Velocity of the energy beyond that of a growing kernel, "
+    "times the effective time, over the edges and in every interval.",
+    "transport_spreads": "Size of that product, and its spreads over edges and over "
+    "intervals, for both networks of each seed.",
+    "transport_law": "The exponent of the velocity in lambda, and its size times the "
+    "effective time, along the training.",
+    "transport_resolution": "What is seen over h training steps.",
     "conditions": "The four conditions along the training, with their thresholds.",
     "claims": "The quantities behind the claims, for both networks of each seed.",
 }
@@ -206,6 +214,8 @@ def _tables(path: Path, results: Mapping[str, Any]) -> list[list[list[str]]]:
         return [condition_rows(results)]
     if path.name == "claims.json":
         return [claim_rows(results)]
+    if path.name == "transport.json":
+        return transport_tables(results)
     if "model" in results or "models" in results:
         return result_tables(results)
     return []

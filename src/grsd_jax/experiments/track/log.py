@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from grsd_jax.dynamics import InstantRecord, ProbeRecord
+from grsd_jax.dynamics import ExactBalance, InstantRecord, ProbeRecord
 from grsd_jax.experiments.common import files, records
 from grsd_jax.results.tables import frame_of_lines
 
@@ -161,15 +161,28 @@ def record_line(record: ProbeRecord) -> dict[str, Any]:
     """
     balance, measured = record.balance, record.measured_time
     line = {name: getattr(record, name) for name in _FIRST}
-    line["edges"] = None if balance is None else balance.shells.edges
-    for name in _BALANCE:
-        line[name] = None if balance is None else getattr(balance, name)
+    line |= balance_line(balance)
     if measured is not None:
         line["measured_time"] = measured._asdict()
     line |= {name: getattr(record, name) for name in _LAST}
     if record.instantaneous is not None:
         line["instantaneous"] = _instant_line(record.instantaneous)
     return jax.device_get(line)
+
+
+def balance_line(balance: ExactBalance | None) -> dict[str, Any]:
+    """Returns the amounts and the errors of a balance, by the names of its fields.
+
+    Args:
+        balance: The balance; None for null everywhere.
+
+    Returns:
+        The names and values, and the shells' ``edges``.
+    """
+    if balance is None:
+        return dict.fromkeys(("edges", *_BALANCE))
+    fields = {name: getattr(balance, name) for name in _BALANCE}
+    return {"edges": balance.shells.edges} | fields
 
 
 def _instant_line(record: InstantRecord) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from flax import linen as nn
 
 from grsd_jax import Problem, make_probe
 from grsd_jax.dynamics import KrylovSteps, ProbeState
+from grsd_jax.dynamics.between_ends import cheaper_solver
+from grsd_jax.dynamics.spectra import stacked_point
 from grsd_jax.experiments.common import files, records
 from grsd_jax.experiments.common.config import TITLES, Config, UserError
 from grsd_jax.experiments.common.data import Dataset, measured_batches
@@ -43,6 +45,7 @@ SETTINGS = (
     "num_batches",
     "over",
     "num_shells",
+    "shells",
     "solver",
     "num_steps",
 )
@@ -78,9 +81,9 @@ class Tracker:
                 f"got {config.record_every}."
             )
         schedule = make_schedule(config, total_steps=steps)
-        solver = config.solver
-        if solver == "lanczos":
-            solver = KrylovSteps(config.num_steps, num_probes=_NUM_PROBES)
+        self._steps = KrylovSteps(config.num_steps, num_probes=_NUM_PROBES)
+        solver = self._steps if config.solver == "lanczos" else config.solver
+        self._width = 0 if config.shells == "sharp" else 1 / 2
         # The outer edges of open shells are no edges.
         edges = np.geomspace(*LAMBDA_RANGE, config.num_shells + 1)[1:-1]
         self._key = jax.random.key(config.seed)
@@ -89,7 +92,7 @@ class Tracker:
             every=config.record_every,
             over=config.over,
             solver=solver,
-            shells=SoftShells(jnp.asarray(edges, jnp.float32)),
+            shells=SoftShells(jnp.asarray(edges, jnp.float32), width=self._width),
             # Momentum mu without dampening moves 1 / (1 - mu) times as far. The time
             # of other optimizers is measured.
             schedule=(
@@ -98,11 +101,16 @@ class Tracker:
                 else None
             ),
         )
-        self._since, self._steps = time.perf_counter(), 0
+        self._since, self._num_steps = time.perf_counter(), 0
 
     def init(self, state: TrainState) -> ProbeState:
         """Returns the probe's state before its first record."""
-        return self._probe.init(self._key, state.params, problem=self._problem(state))
+        problem, probe = self._problem(state), self._probe
+        if probe.solver == "auto":
+            point = stacked_point(problem, state.params)
+            solver = cheaper_solver(point, self._width, self._steps)
+            self._probe = dataclasses.replace(probe, solver=solver)
+        return self._probe.init(self._key, state.params, problem=problem)
 
     def rewind(self, own: ProbeState) -> None:
         """Drops the lines after this state, and a last one that was cut short."""
@@ -115,13 +123,13 @@ class Tracker:
 
     def update(self, own: ProbeState, state: TrainState, step: int) -> ProbeState:
         """Takes a record if one is due, and appends its line."""
-        self._steps += 1
+        self._num_steps += 1
         since = step % self._probe.every
         if since and since not in self._probe.over:
             return own
         jax.block_until_ready(state.params)
         passed = time.perf_counter() - self._since
-        step_seconds = passed / self._steps if step else float("nan")
+        step_seconds = passed / self._num_steps if step else float("nan")
         own, record = self._probe.update(
             own,
             state.params,
@@ -131,7 +139,7 @@ class Tracker:
         )
         if record is not None:
             self.log.append(record, train_step_seconds=step_seconds)
-        self._since, self._steps = time.perf_counter(), 0
+        self._since, self._num_steps = time.perf_counter(), 0
         return own
 
     def _problem(self, state: TrainState) -> Problem:
@@ -252,7 +260,7 @@ def format_tracks(tracks: Mapping[str, Mapping[str, Any]]) -> str:
         "Medians over the records of whole intervals; energies before, |e|^2.\n"
         "Moved: half of sum |T_ab|. Velocities: over the edges where they are usable.\n"
         "A kernel that only grows moves energy at the counting velocity.\n"
-        "Non-adjacent share: of what moved; only for shells of at least 8 w.\n"
+        "Non-adjacent share: of what moved; only with --shells=sharp.\n"
         "Spread: (largest - smallest) / largest |F / h| over the lengths h of --over."
     )
     return f"{aligned(rows)}\n{legend}"

@@ -1,0 +1,45 @@
+"""Intervals for a mean over seeds."""
+
+from typing import NamedTuple
+
+import numpy as np
+import scipy.stats
+
+from grsd_jax.experiments.common.tables import MISSING
+
+
+class Interval(NamedTuple):
+    """A mean over seeds with its 95% interval.
+
+    Attributes:
+        mean: The mean.
+        low: Lower end.
+        high: Upper end.
+    """
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        """Returns such as ``"0.912 [0.871, 0.951]"``, ``"n/a"`` where undefined."""
+        if np.isnan(self.mean):
+            return MISSING
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def t_interval(values: np.ndarray) -> Interval:
+    """Returns the mean of independent values and Student's 95% interval for it.
+
+    Args:
+        values: One number a seed.
+
+    Returns:
+        The interval; undefined if one of the values is, and its ends with fewer than
+        two values.
+    """
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return Interval(mean, np.nan, np.nan)
+    half = scipy.stats.sem(values) * scipy.stats.t.ppf(0.975, len(values) - 1)
+    return Interval(mean, float(mean - half), float(mean + half))

@@ -1,0 +1,1 @@
+"""Does energy move as the theory says? Paired trainings, compared at many steps."""

@@ -1,0 +1,277 @@
+"""The statistic of both networks with paired intervals over the seeds.
+
+The unit is the seed: both networks of one seed share the order of the data and the
+measured images, so that they are compared within the seed.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from grsd_jax.experiments.common.config import TITLES, UserError
+from grsd_jax.experiments.common.intervals import Interval, t_interval
+from grsd_jax.experiments.common.tables import aligned, number
+from grsd_jax.experiments.transport.protocol import ARMS, READINGS, Reading
+from grsd_jax.experiments.transport.quantities import STATISTICS
+
+Runs = list[Mapping[str, Any]]
+
+#: The quantities of the tables with their headings. Spreads are positive, so that
+#: networks are compared by their ratio; the others by their difference.
+HEADINGS = {
+    "size": "size, mean of (v - v^N) tau",
+    "edge_spread": "spread over edges",
+    "interval_spread": "spread over intervals",
+    "relative_edge_spread": "spread over edges over size",
+    "relative_interval_spread": "spread over intervals over size",
+    "exponent": "p of v - v^N, median of intervals",
+    "curvature": "its curvature, median of intervals",
+    "decay": "exponent of c over tau",
+    "test_accuracy": "test accuracy",
+}
+
+#: The statistic of the study, by which "flatter" and "steadier" are decided.
+DECISIVE = {"edge_spread": "flatter over edges", "interval_spread": "steadier in time"}
+
+
+def runs_by_network(results: Mapping[str, Any], arm: str) -> dict[str, Runs]:
+    """Returns the finished runs of an arm, in the order of their seeds.
+
+    Args:
+        results: The contents of ``transport.json``.
+        arm: One of `protocol.ARMS`.
+
+    Returns:
+        As many runs for each network, the residual one first; none if the arm has not
+        begun.
+
+    Raises:
+        UserError: If a network has seeds that the other one does not have.
+    """
+    found = {
+        network: sorted(
+            (
+                run
+                for run in results["runs"]
+                if (run["arm"], run["network"]) == (arm, network)
+            ),
+            key=lambda run: run["seed"],
+        )
+        for network in results["networks"]
+    }
+    seeds = [[run["seed"] for run in runs] for runs in found.values()]
+    if seeds[0] != seeds[1]:
+        raise UserError(
+            f"transport.json: expected both networks of arm {arm!r} at the same seeds, "
+            f"got {seeds[0]} and {seeds[1]}."
+        )
+    return found
+
+
+def arms_of(results: Mapping[str, Any]) -> list[str]:
+    """Returns the arms that have a finished pair, in their own order.
+
+    Raises:
+        UserError: If there is none.
+    """
+    arms = [arm for arm in ARMS if any(run["arm"] == arm for run in results["runs"])]
+    if not arms:
+        raise UserError("transport.json: expected a finished pair of runs, got none.")
+    return arms
+
+
+def reading_of(run: Mapping[str, Any], reading: Reading = READINGS[0]) -> Any:
+    """Returns what a run says under a reading, by default the one that decides."""
+    wanted = reading._asdict()
+    (found,) = (x for x in run["readings"] if {k: x[k] for k in wanted} == wanted)
+    return found
+
+
+def value_of(
+    run: Mapping[str, Any], quantity: str, reading: Reading = READINGS[0]
+) -> float:
+    """Returns one number of a run.
+
+    Args:
+        run: An entry of ``transport.json``.
+        quantity: A key of `HEADINGS`.
+        reading: How the snapshots are read.
+
+    Returns:
+        The number, NaN where it is undefined.
+    """
+    found = reading_of(run, reading)
+    if quantity == "test_accuracy":
+        return _float(run[quantity])
+    if quantity in ("exponent", "curvature"):
+        values = np.array(found[f"{quantity}s"], np.float64)
+        values = values[np.isfinite(values)]
+        return float(np.median(values)) if len(values) else float("nan")
+    return _float(found[quantity])
+
+
+def compared(quantity: str, first: np.ndarray, second: np.ndarray) -> Interval:
+    """Returns the paired comparison of two networks, with its 95% interval.
+
+    Args:
+        quantity: A key of `HEADINGS`.
+        first: One number a seed of the residual network.
+        second: The same of the plain one.
+
+    Returns:
+        For spreads the geometric mean of ``second / first``; otherwise the mean of
+        ``second - first``.
+    """
+    if not quantity.endswith("spread"):
+        return t_interval(second - first)
+    positive = (first > 0) & (second > 0)
+    logs = np.log(np.where(positive, second / np.where(positive, first, 1), np.nan))
+    return Interval(*(float(x) for x in np.exp(t_interval(logs))))
+
+
+def verdicts(results: Mapping[str, Any], arm: str) -> dict[str, str]:
+    """Returns whether the residual network is flatter, and steadier, in an arm.
+
+    Args:
+        results: The contents of ``transport.json``.
+        arm: The arm.
+
+    Returns:
+        For both spreads of `DECISIVE`: ``"yes"`` if the interval of their ratio lies
+        above 1, ``"no, less so"`` below it, and ``"undecided"`` otherwise.
+    """
+    first, second = runs_by_network(results, arm).values()
+    found = {}
+    for quantity in DECISIVE:
+        ratio = compared(quantity, *(_values(x, quantity) for x in (first, second)))
+        found[quantity] = "undecided"
+        if ratio.low > 1:
+            found[quantity] = "yes"
+        elif ratio.high < 1:
+            found[quantity] = "no, less so"
+    return found
+
+
+def arm_rows(results: Mapping[str, Any], arm: str) -> list[list[str]]:
+    """Lists the quantities of an arm under the reading that decides.
+
+    Args:
+        results: The contents of ``transport.json``.
+        arm: The arm.
+
+    Returns:
+        Rows of cells, headings first: means over seeds with 95% intervals, the paired
+        comparison, and the median standard error over images of each network.
+
+    Raises:
+        UserError: As for `runs_by_network`.
+    """
+    runs = runs_by_network(results, arm)
+    titles = [TITLES[network] for network in runs]
+    rows = [["arm", "quantity", *titles, "second to first, paired", "+- over images"]]
+    for quantity, heading in HEADINGS.items():
+        values = [_values(x, quantity) for x in runs.values()]
+        each = [str(t_interval(x)) for x in values]
+        kind = "ratio " if quantity.endswith("spread") else "less "
+        paired = f"{kind}{compared(quantity, *values)}"
+        images = [_image_error(x, quantity) for x in runs.values()]
+        rows.append([arm, heading, *each, paired, " and ".join(images)])
+    return rows
+
+
+def reading_rows(results: Mapping[str, Any], arm: str) -> list[list[str]]:
+    """Lists what the statistic of an arm depends on, a row for each reading.
+
+    Args:
+        results: The contents of ``transport.json``.
+        arm: The arm.
+
+    Returns:
+        Rows of cells, headings first.
+
+    Raises:
+        UserError: As for `runs_by_network`.
+    """
+    runs = runs_by_network(results, arm)
+    titles = [f"size, {TITLES[network]}" for network in runs]
+    rows = [["arm", "reading", *titles, "ratio over edges", "ratio over intervals"]]
+    there = [Reading(x["form"], x["width"], x["grid"]) for x in _any(runs)["readings"]]
+    for reading in sorted(there, key=READINGS.index):
+        sizes = [str(t_interval(_values(x, "size", reading))) for x in runs.values()]
+        ratios = [
+            str(compared(q, *(_values(x, q, reading) for x in runs.values())))
+            for q in DECISIVE
+        ]
+        rows.append([arm, reading.name, *sizes, *ratios])
+    return rows
+
+
+def transport_tables(results: Mapping[str, Any]) -> list[list[list[str]]]:
+    """Returns both tables of every arm that has a finished pair.
+
+    Args:
+        results: The contents of ``transport.json``.
+
+    Returns:
+        The rows of `arm_rows` and `reading_rows`, arm by arm.
+
+    Raises:
+        UserError: If there is no finished pair, or the seeds of the networks differ.
+    """
+    return [
+        rows(results, arm)
+        for arm in arms_of(results)
+        for rows in (arm_rows, reading_rows)
+    ]
+
+
+def format_transport(results: Mapping[str, Any]) -> str:
+    """Writes what was found as tables, with the verdicts.
+
+    Args:
+        results: The contents of ``transport.json``.
+
+    Returns:
+        The text.
+
+    Raises:
+        UserError: If there is no finished pair, or the seeds of the networks differ.
+    """
+    parts = [aligned(rows) for rows in transport_tables(results)]
+    for arm in arms_of(results):
+        number_of_seeds = len(runs_by_network(results, arm)[results["networks"][0]])
+        said = " ".join(
+            f"{DECISIVE[quantity].capitalize()}? {verdict.capitalize()}."
+            for quantity, verdict in verdicts(results, arm).items()
+        )
+        first = TITLES[results["networks"][0]]
+        parts.append(f"{arm}, {number_of_seeds} paired seeds, {first}. {said}")
+    return "\n\n".join([*parts, _LEGEND])
+
+
+_LEGEND = (
+    "Means over seeds with 95% intervals of Student's t. Spreads are standard "
+    "deviations of\n(v - v^N) tau: over edges (median of the intervals), and of the "
+    "intervals' means.\nTheir ratio is above 1 where the first network is flatter or "
+    "steadier."
+)
+
+
+def _any(runs: Mapping[str, Runs]) -> Mapping[str, Any]:
+    return next(iter(runs.values()))[0]
+
+
+def _values(runs: Sequence[Any], quantity: str, reading: Reading = READINGS[0]) -> Any:
+    return np.array([value_of(run, quantity, reading) for run in runs], np.float64)
+
+
+def _image_error(runs: Sequence[Any], quantity: str) -> str:
+    if quantity not in STATISTICS:
+        return number(None)
+    errors = [_float(reading_of(run)["image_stderr"][quantity]) for run in runs]
+    return number(float(np.median(errors)))
+
+
+def _float(value: Any) -> float:
+    return float("nan") if value is None else float(value)

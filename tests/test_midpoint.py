@@ -1,0 +1,112 @@
+"""The flux of a small step halfway, against the exact one in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from grsd_jax.dynamics import KrylovSteps, exact_balance, midpoint_flux
+from grsd_jax.shells import SoftShells
+from oracles import cast
+from test_between_ends import EDGES, in_double, make_problem, shells, train
+from test_exact_balance import by_definition
+
+KEY = jax.random.key(0)
+
+
+def small_step(rate):
+    """Returns a problem and both ends of one step of descent from a trained point."""
+    problem, params = make_problem("gelu")
+    begun = train(problem, params, optax.sgd(0.3), [8])[-1]
+    return problem, begun, train(problem, begun, optax.sgd(rate), [1])[-1]
+
+
+def exact(problem, before, after, width):
+    oracle = in_double(problem, before), in_double(problem, after)
+    return by_definition(*oracle, EDGES, width)["flux"]
+
+
+@pytest.mark.parametrize("width", [1 / 2, 1 / 3])
+def test_a_small_step_in_float32_is_right_where_the_difference_drowns(width):
+    ends = small_step(1e-4)
+    expected = exact(*ends, width)
+    found = midpoint_flux(*ends, shells(width=width), solver="dense")
+    off = np.abs(found.flux - expected)
+    assert np.all(off <= found.flux_error)
+    assert np.all(off <= 1e-3 * np.abs(expected))
+    assert np.all(found.flux_error <= 0.1 * np.abs(expected))
+    assert np.all(found.converged)
+    assert found.finite
+    problem, before, after = ends
+    differ = exact_balance(
+        (problem, before), (problem, after), shells(width=width), solver="dense"
+    )
+    lost = np.abs(differ.flux - expected)
+    assert np.median(lost / np.abs(expected)) > 100 * np.median(off / np.abs(expected))
+
+
+@pytest.mark.parametrize("rate", [0.3, 1.0])
+def test_the_error_of_a_larger_step_covers_what_is_left_out(rate):
+    ends = small_step(rate)
+    expected = exact(*ends, 1 / 2)
+    found = midpoint_flux(*ends, shells(), solver="dense")
+    off = np.abs(found.flux - expected)
+    assert np.all(off <= found.flux_error)
+    assert np.any(off > found.floor)
+
+
+def test_krylov_steps_are_right_within_their_errors():
+    ends = small_step(1e-2)
+    expected = exact(*ends, 1 / 2)
+    dense = midpoint_flux(*ends, shells(), solver="dense")
+    for steps, number in ((24, 4), (8, 2)):
+        found = midpoint_flux(*ends, shells(), solver=KrylovSteps(steps), key=KEY)
+        reached = np.asarray(found.converged)
+        assert reached.sum() >= number
+        off = np.abs(found.flux - dense.flux)
+        assert np.all(off[reached] <= (found.flux_error + dense.flux_error)[reached])
+        assert np.all(
+            np.abs(found.flux - expected)[reached] <= found.flux_error[reached]
+        )
+        assert np.all(np.isinf(found.flux_error[~reached]))
+        np.testing.assert_allclose(
+            found.density[reached], dense.density[reached], rtol=0.05
+        )
+
+
+@pytest.mark.usefixtures("x64")
+def test_what_is_left_out_falls_as_the_square_of_the_step():
+    problem, before, after = small_step(0.02)
+    batches = problem.batches
+    problem = problem.replace(
+        batches=batches | {"image": batches["image"].astype(jnp.float64)}
+    )
+    before, after = cast(before, jnp.float64), cast(after, jnp.float64)
+    apart = []
+    half = jax.tree.map(lambda p, q: (p + q) / 2, before, after)
+    for end in (after, half):
+        wide = SoftShells(jnp.asarray(EDGES))
+        found = midpoint_flux(problem, before, end, wide, solver="dense").flux
+        ends = (problem, before), (problem, end)
+        difference = exact_balance(*ends, wide, solver="dense").flux
+        apart.append(np.abs(found - difference) / np.abs(difference))
+    ratio = np.median(apart[0] / apart[1])
+    assert 3.5 < ratio < 4.5
+    assert np.all(apart[1] < 0.01)
+
+
+def test_what_does_not_fit_is_one_sentence():
+    problem, params = make_problem("gelu")
+    for width in (0.0, 0.4):
+        with pytest.raises(ValueError, match=r"^shells\.width: expected 1/2 or 1/3"):
+            midpoint_flux(problem, params, params, shells(width=width))
+    with pytest.raises(ValueError, match=r"^key: expected a PRNG key"):
+        midpoint_flux(problem, params, params, shells(), solver=KrylovSteps(8))
+    with pytest.raises(ValueError, match=r"^solver: expected one of"):
+        midpoint_flux(problem, params, params, shells(), solver="sparse")
+    with pytest.raises(ValueError, match=r"^after: expected"):
+        midpoint_flux(problem, params, {"in": params["in"]}, shells())
+    still = midpoint_flux(problem, params, params, shells(), solver="dense")
+    np.testing.assert_array_equal(still.flux, 0)
+    assert still.finite
