@@ -8,7 +8,7 @@ how JAX flattens it, stay as they are.
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from grsd_jax.results.fields import Description
+from grsd_jax.results.fields import Description, with_undefined
 from grsd_jax.results.storage import load, save
 from grsd_jax.results.tables import to_pandas, to_xarray
 from grsd_jax.results.text import (
@@ -32,6 +32,7 @@ __all__ = [
     "to_pandas",
     "to_xarray",
     "with_interval",
+    "with_undefined",
 ]
 
 _Class = TypeVar("_Class", bound=type)

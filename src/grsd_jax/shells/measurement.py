@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from grsd_jax._arrays import all_finite, is_traced, magnitude, matmul, norm, ratio
-from grsd_jax._checks import check_choice, check_type
+from grsd_jax._checks import check_choice, check_key, check_type
 from grsd_jax._memory import check_fits, naming_what_to_lower
 from grsd_jax._typing import Matmat, PyTree
 from grsd_jax.jacobian.plan import verdict_of
@@ -41,7 +41,7 @@ from grsd_jax.linalg.ritz import (
     rounding_bound,
     small_rounding,
 )
-from grsd_jax.problem import Point, Problem, evaluate
+from grsd_jax.problem import Point, Problem, evaluate, misfits, point_at
 from grsd_jax.shells.diagnostics import (
     CouplingMeasurement,
     CrossChecks,
@@ -116,9 +116,10 @@ def measure_coupling(
         ("derivative", derivative, Derivative),
     ):
         check_type(name, given, kind)
+    check_key(key)
     if direction is None:
         direction = gradient_flow_direction(problem, params)
-    point = problem.at(params, direction)
+    point = point_at(problem, params, direction)
     lanczos = _resolved(solver, point, window)
     _check_sizes(point, lanczos, window, shells)
     width = min((lanczos or Lanczos()).block_size, point.dimension)
@@ -140,10 +141,9 @@ def measure_coupling(
         verdict.coupled,
         window,
     )
-    with jax.debug_nans(False):  # what is undefined is NaN by contract
-        return diagnose(
-            pairs, coupling, checks, bootstrap_key, labels=labels, binning=shells
-        )
+    return diagnose(
+        pairs, coupling, checks, bootstrap_key, labels=labels, binning=shells
+    )
 
 
 def _resolved(solver: Solver, point: Point, window: Window) -> Lanczos | None:
@@ -369,6 +369,7 @@ def _cross_checks(
         ),
         unresolved_share=_unresolved_share(pairs, errors, stack=stack),
         num_missing=missing_pairs(pairs, point.dimension, window),
+        num_misfits=misfits(point.error_fn, point.params, point.parts),
         finite=all_finite(numbers),
     )
 
