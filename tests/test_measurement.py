@@ -18,6 +18,7 @@ from grsd_jax import (
 from grsd_jax.kernel import products
 from grsd_jax.kernel.dense import dense_at
 from grsd_jax.shells import fit_power_law, measurement
+from grsd_jax.shells.diagnostics import caveats
 from oracles import dense_kernel, network_problem, plain, random_batches, relative_error
 
 LANCZOS = Lanczos(block_size=4, num_steps=6)
@@ -226,12 +227,13 @@ def test_residuals_bound_those_in_float64(mlp, solver):
         kernel = np.asarray(dense_kernel(problem, params))
     values, vectors = np.asarray(got.values, float), np.asarray(got.vectors, float)
     true = np.linalg.norm(kernel @ vectors - vectors * values, axis=0)
-    assert np.all(true <= got.residuals)
+    assert np.all(true <= np.asarray(got.residuals))
     resolved = np.asarray(got.resolved)
     assert resolved.sum() > 5
     assert np.all(true[resolved] <= 0.05 * values[resolved])
 
 
+@pytest.mark.not_in_mode("debug_nans")
 def test_what_is_not_finite_is_flagged_and_resolves_nothing(mlp):
     problem, params, direction = mlp
     broken = jax.tree.map(lambda leaf: leaf.at[0].set(jnp.nan), params)
@@ -257,6 +259,15 @@ def test_coupled_examples_are_named_and_leave_the_solver_to_lanczos():
     assert (got.solver, got.jacobian) == ("lanczos", "plain")
     kernel = dense_kernel(problem, params)
     assert relative_error(got.values[:4], np.linalg.eigvalsh(kernel)[::-1][:4]) < 1e-5
+
+
+def test_one_missing_pair_is_one():
+    said = [caveats(num_missing=k, unresolved_share=0.0) for k in range(3)]
+    assert said == [
+        (),
+        ("At least 1 pair of the spectral window is not resolved.",),
+        ("At least 2 pairs of the spectral window are not resolved.",),
+    ]
 
 
 def test_bad_input_is_named(mlp):

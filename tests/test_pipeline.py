@@ -151,10 +151,15 @@ def test_measure_then_plot(reproduced):
     assert "--width: expected 2 as in the run" in foreign.err
 
 
-def test_results_of_other_settings_are_kept(tmp_path):
+def test_results_of_other_settings_are_kept_and_named(tmp_path, capsys):
     for num_shells, workdir in ((4, "a"), (4, "b"), (5, "b")):
         config = settings(workdir, num_shells=num_shells)
+        assert capsys.readouterr().out == ""
         pipeline.write_results(tmp_path, header(config), {"x": np.ones(1)})
+    assert capsys.readouterr().out == (
+        f"results of other settings are kept as {tmp_path / 'results-1.json'} and "
+        f"{tmp_path / 'arrays-1.npz'}\n"
+    )
     files = {path.name for path in tmp_path.iterdir()}
     assert files == {"results.json", "arrays.npz", "results-1.json", "arrays-1.npz"}
     kept = records.read_json(tmp_path / "results-1.json")

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import pytest
 from grsd_jax import Problem, gradient_flow_direction, make_probe
 from grsd_jax.dynamics import KrylovSteps, exact_balance, measured_time
 from grsd_jax.dynamics import probe as module
+from grsd_jax.results import to_xarray, with_undefined
 from grsd_jax.shells import SoftShells
 from oracles import dense_kernel, network_problem
 from test_between_ends import (
@@ -247,9 +249,14 @@ def test_a_jitted_loop_makes_the_records_of_update(mlp, solver):
             off = np.abs(getattr(one.balance, name) - getattr(record.balance, name))
             known = np.isfinite(getattr(record.balance, error))
             assert np.all(off[known] <= 2 * getattr(record.balance, error)[known]), name
+    assert all(np.all(~np.isnan(leaf)) for leaf in jax.tree.leaves((state, found)))
     blank = jax.tree.map(lambda leaf: leaf[2], found)
-    assert np.all(np.isnan(blank.balance.flux))
+    assert not blank.measured
     assert not blank.finite
+    read = with_undefined(blank)
+    assert all(np.all(np.isnan(x)) for x in (read.balance.flux, read.effective_time))
+    assert "n/a before, n/a after" in repr(blank.balance)
+    assert np.all(np.isnan(to_xarray(blank)["balance_velocity"]))
 
 
 @pytest.mark.scheduled
@@ -269,6 +276,7 @@ def test_update_by_a_scan_is_update_from_the_host(mlp, monkeypatch):
             assert np.all(off[known] <= 2 * getattr(other.balance, error)[known]), name
 
 
+@pytest.mark.not_in_mode("debug_nans")  # which keeps what was donated
 @pytest.mark.parametrize("pure", [False, True])
 def test_a_loop_may_donate_its_buffers(mlp, pure):
     problem, params = mlp
@@ -414,7 +422,7 @@ def stateful_problem():
     outputs_fn = problem.objective.outputs_fn
 
     def scaled(scale, state, params, batch):
-        shift = 1e-2 * jax.random.normal(state["key"], ())
+        shift = 1e-2 * jax.random.normal(state["key"], (), jnp.float32)
         return scale * state["gain"] * outputs_fn(params, batch) + shift
 
     def at(step):
@@ -469,8 +477,25 @@ def test_other_examples_or_sizes_are_one_sentence(mlp):
     assert not record.balance.velocity_mask.any()
     with pytest.raises(ValueError, match=r"^problem: expected n = 30 as at init"):
         pure(state, points[1], problem.replace(batches=fewer))
-    wider = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), params)
-    with pytest.raises(ValueError, match=r"^params: expected arrays of the shapes of"):
+
+
+def test_other_shapes_are_named_by_their_leaf_at_every_step(mlp):
+    problem, params = mlp
+    probe = make_probe(problem, every=2, shells=SHELLS)
+    state = probe.init(KEY, params)
+    path_, leaf = jax.tree_util.tree_flatten_with_path(params)[0][-1]
+    last = jax.tree_util.keystr(path_)
+    wider = jax.tree_util.tree_map_with_path(
+        lambda p, x: jnp.concatenate([x, x]) if p == path_ else x, params
+    )
+    shapes = f"{list(leaf.shape)} as at init, got {[2 * len(leaf), *leaf.shape[1:]]}."
+    sentence = "^" + re.escape(f"params{last}: expected shape {shapes}") + "$"
+    for step in (0, 1):  # whether a record is due or not
+        with pytest.raises(ValueError, match=sentence):
+            probe.update(state, wider, step)
+    with pytest.raises(ValueError, match=r"^params: expected \d+ arrays as at init"):
+        probe.update(state, {"more": jnp.ones(2), "rest": params}, 1)
+    with pytest.raises(ValueError, match=sentence):
         probe._check_sizes(state, problem.at(params).moved(wider))
 
 

@@ -1,5 +1,6 @@
 """A run: results that are computed once, its lock, and its progress."""
 
+import contextlib
 import io
 import json
 import math
@@ -136,6 +137,22 @@ def test_a_second_run_is_kept_out_while_the_first_lasts(tmp_path):
             pass
     with workdir_lock(workdir):
         assert set(files_of(workdir)) == {".lock"}
+
+
+def test_a_run_that_fails_leaves_no_empty_folder(tmp_path):
+    def fail(folder, *, after=None):
+        with contextlib.suppress(ZeroDivisionError), workdir_lock(folder):
+            if after:
+                (folder / after).write_text("done")
+            raise ZeroDivisionError
+
+    fail(tmp_path / "made")
+    assert list(tmp_path.iterdir()) == []
+    fail(tmp_path / "used", after="metrics.jsonl")
+    assert set(files_of(tmp_path / "used")) == {".lock", "metrics.jsonl"}
+    (tmp_path / "there").mkdir()
+    fail(tmp_path / "there")
+    assert set(files_of(tmp_path / "there")) == {".lock"}
 
 
 def test_a_lock_file_of_anyones_does_not_matter(tmp_path):

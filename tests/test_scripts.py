@@ -1,6 +1,7 @@
 """The scripts as a user runs them: their help, their errors, what they leave."""
 
 import json
+import os
 import sys
 
 import jax
@@ -118,6 +119,24 @@ def test_a_bad_command_line_is_told_without_a_traceback(script, argument, named)
     assert (done.code, done.out) == (1, "")
     assert named in done.err
     assert "Traceback" not in done.err
+
+
+def test_a_reader_may_leave(monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr(sys, "argv", ["grsd", "--help"])
+    with open(writer, "w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        with pytest.raises(SystemExit) as caught:
+            commands.main()
+    assert caught.value.code == 1
+
+
+def test_a_failed_measurement_leaves_no_folder(tmp_path):
+    done = run_script("measure.py", tmp_path, "--dataset=synthetic")
+    assert done.code == 1
+    assert "checkpoint" in done.err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_data_set_is_one_sentence(tmp_path):

@@ -212,7 +212,7 @@ def test_labels_of_a_loss_of_the_users_own_are_left_alone():
 
 @pytest.mark.not_in_mode("debug_nans")
 def test_under_jit_a_label_out_of_range_shows_as_not_finite():
-    wrong = jnp.asarray(LABELS).at[1, 2].set(3)
+    wrong = jnp.asarray(LABELS).at[1, 2].set(3).at[0, 1].set(-1)
     problem, params = make(wrong)
     shells = grsd.Binning(num_shells=2, window=2, num_bootstrap=0)
 
@@ -227,8 +227,11 @@ def test_under_jit_a_label_out_of_range_shows_as_not_finite():
         measured = measure(problem, params, given)
         assert not measured.finite
         assert not measured.resolved.any()
+        assert measured.num_misfits == 2
+        assert "such as classes out of range: 2." in measured.caveats[0]
         right = problem.replace(batches={**problem.batches, "label": LABELS})
         assert measure(right, params, given).finite
+        assert measure(right, params, given).num_misfits == 0
     assert np.isnan(jax.jit(lambda p, q: p.loss(q))(problem, params))
 
 

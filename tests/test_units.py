@@ -18,20 +18,30 @@ from grsd_jax import Binning, Problem, conditions, dynamics, errors, linalg, she
 from grsd_jax.kernel import kernel_dense, kernel_derivative
 from oracles import symmetric_with_spectrum
 
+#: The dtype and its reach: float64 in the mode x64, else float32.
+FLOAT = jnp.zeros(()).dtype.type
+WIDE = np.float64 == FLOAT
+
 SIZE = 24
 RNG = np.random.default_rng(0)
 SPECTRUM = np.geomspace(1, 1e-3, SIZE)
 MATRIX, _ = symmetric_with_spectrum(SPECTRUM)
-MATRIX = MATRIX.astype(np.float32)
+MATRIX = MATRIX.astype(FLOAT)
 SYMMETRIC = RNG.normal(size=(SIZE, SIZE)) * np.sqrt(np.outer(SPECTRUM, SPECTRUM))
-SYMMETRIC = (SYMMETRIC + SYMMETRIC.T).astype(np.float32)
-VALUES = SPECTRUM.astype(np.float32)
-G = RNG.normal(size=SIZE).astype(np.float32)
+SYMMETRIC = (SYMMETRIC + SYMMETRIC.T).astype(FLOAT)
+VALUES = SPECTRUM.astype(FLOAT)
+G = RNG.normal(size=SIZE).astype(FLOAT)
 START = jax.random.normal(jax.random.key(0), (SIZE, 2))
 KEY = jax.random.key(1)
 
-#: Powers of two: 1e-30 to 1e30, and 1e-15 to 1e15 for what is quadratic.
-EXPONENTS = (-100, -50, 50, 100)
+#: Powers of two: in float32 1e-30 to 1e30, and 1e-15 to 1e15 for what is quadratic.
+EXPONENTS = tuple((4 if WIDE else 1) * power for power in (-100, -50, 50, 100))
+
+#: The power of two up to which squares without a flag are followed.
+MOST = 900 if WIDE else 110
+
+#: Scales are powers of two, which change no digit but where sums are cut off.
+RTOL = 1e-10 if WIDE else 2e-5
 
 
 @jax.jit
@@ -75,7 +85,7 @@ def _scaled_problem(s):
     """Returns a problem with the error and J in units of s: one program for all."""
     _, params, blocks = block_problems.branches()
     x = jax.random.normal(jax.random.key(2), (2, 4, 3))
-    batches = {"x": x, "s": jnp.full((2, 4, 1), s, jnp.float32)}
+    batches = {"x": x, "s": jnp.full((2, 4, 1), s, FLOAT)}
     problem = Problem.from_error(_scaled_error, batches)
     return problem, params, blocks
 
@@ -137,7 +147,7 @@ ROWS = {
     ),
     "log_shells": lambda s: _shells(s * VALUES),
     "assign_shells": lambda s: shells.assign_shells(
-        s * VALUES, s * np.geomspace(1e-3, 1, 6).astype(np.float32)
+        s * VALUES, s * np.geomspace(1e-3, 1, 6).astype(FLOAT)
     ),
     "shell_coupling": [
         lambda s: shells.shell_coupling(
@@ -163,7 +173,7 @@ ROWS = {
         t * G, jnp.zeros(SIZE), t * np.abs(G), 1.0
     ),
     "edge_crossings": lambda s, t: dynamics.edge_crossings(
-        s * VALUES, s * VALUES[::-1], t * G, s * np.float32([1e-3, 1e-2, 1])
+        s * VALUES, s * VALUES[::-1], t * G, s * FLOAT([1e-3, 1e-2, 1])
     ),
     "velocity_fit": lambda s, t: dynamics.velocity_fit(
         s * VALUES, t * np.abs(G) * VALUES
@@ -304,10 +314,10 @@ def _degree(one, two):
 
 @pytest.mark.parametrize(("row", "which", "plain_squares"), CASES)
 def test_results_follow_their_units(row, which, plain_squares):
-    others = dict.fromkeys(inspect.signature(row).parameters, np.float32(1))
+    others = dict.fromkeys(inspect.signature(row).parameters, FLOAT(1))
 
     def at(exponent):
-        return _numbers(row(**others | {which: np.float32(2.0**exponent)}))
+        return _numbers(row(**others | {which: FLOAT(2.0**exponent)}))
 
     one, plain = at(0)
     two, _ = at(8)
@@ -316,7 +326,7 @@ def test_results_follow_their_units(row, which, plain_squares):
         for a, b, fixed in zip(one, two, plain, strict=True)
     ]
     for exponent in EXPONENTS if any(degrees) else EXPONENTS[::3]:
-        if plain_squares and abs(exponent) * max(map(abs, degrees)) > 110:
+        if plain_squares and abs(exponent) * max(map(abs, degrees)) > MOST:
             continue
         found, _ = at(exponent)
         left = False
@@ -326,10 +336,10 @@ def test_results_follow_their_units(row, which, plain_squares):
             expected = a * 2.0 ** (p * exponent)
             size = np.max(np.abs(expected), where=np.isfinite(expected), initial=0)
             least = np.min(np.abs(expected), where=expected != 0, initial=np.inf)
-            if size > 1e38 or least < 1.2e-38:
+            if size > 0.3 * np.finfo(FLOAT).max or least < np.finfo(FLOAT).tiny:
                 left = True
                 continue
-            np.testing.assert_allclose(b, expected, rtol=2e-5, atol=2e-5 * size)
+            np.testing.assert_allclose(b, expected, rtol=RTOL, atol=RTOL * size)
         same = all(
             np.array_equal(a, b)
             for a, b, fixed in zip(one, found, plain, strict=True)

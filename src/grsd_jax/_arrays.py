@@ -145,14 +145,21 @@ def norm(array: jax.Array, axis: int | tuple[int, ...] | None = None) -> jax.Arr
     return jnp.squeeze(root * unit, axis=() if axis is None else axis)
 
 
-def unknown_like(tree: PyTree) -> PyTree:
-    """Returns arrays of the same shapes: NaN where floating, else 0 or False."""
+def blank_like(tree: PyTree) -> PyTree:
+    """Returns arrays of the same shapes, of zeros and False."""
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
 
-    def unknown(leaf: Any) -> jax.Array:
-        floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-        return jnp.full(leaf.shape, jnp.nan if floating else 0, leaf.dtype)
 
-    return jax.tree.map(unknown, tree)
+def where_defined(mask: jax.typing.ArrayLike, values: Any) -> jax.Array:
+    """Returns values, NaN where the mask is False.
+
+    From the host where that is possible: a NaN that is computed would stop a run under
+    `jax_debug_nans`.
+    """
+    if is_traced((mask, values)):
+        return jnp.where(mask, values, jnp.nan)
+    values = np.asarray(values)
+    return jax.device_put(np.where(mask, values, np.full((), np.nan, values.dtype)))
 
 
 def all_finite(tree: PyTree) -> jax.Array:

@@ -71,6 +71,26 @@ def check_numbers(name: str, leaf: Any) -> None:
     raise ValueError(f"{name}: expected an array of numbers, got {got}.")
 
 
+def check_key(key: Any, needed_for: str = "") -> jax.Array:
+    """Returns ``key`` if it is one PRNG key, typed or plain numbers.
+
+    Args:
+        key: The argument of that name.
+        needed_for: What consumes it, for the message.
+
+    Raises:
+        ValueError: If it is another thing, or none.
+    """
+    dtype, axes = getattr(key, "dtype", None), np.ndim(key)
+    if dtype is not None:
+        typed = jnp.issubdtype(dtype, jax.dtypes.prng_key)
+        if (typed and axes == 0) or (dtype == jnp.uint32 and axes == 1):
+            return key
+    wanted = "a PRNG key" + (f" for {needed_for}" if needed_for else "")
+    got = repr(key) if dtype is None else f"shape {list(np.shape(key))} of {dtype}"
+    raise ValueError(f"key: expected {wanted}, such as jax.random.key(0), got {got}.")
+
+
 def check_hashable(name: str, tree: PyTree, *, unless: Callable[[Any], bool]) -> None:
     """Raises ValueError unless the leaves of a tree can be compared as static values.
 
@@ -186,6 +206,7 @@ def check_leading(name: str, tree: PyTree, axes: dict[str, str]) -> tuple[int, .
         ValueError: If there is no leaf, a leaf holds no numbers or has fewer axes,
             leaves disagree, or an axis is 0; it names the leaf by its path.
     """
+    hint = "; axes are [K, N, ...], K = 1 for a single batch" if "K" in axes else ""
     wanted, number = f"leading axes [{', '.join(axes)}]", len(axes)
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
     if not flat:
@@ -196,12 +217,14 @@ def check_leading(name: str, tree: PyTree, axes: dict[str, str]) -> tuple[int, .
         check_numbers(where, leaf)
         shape = np.shape(leaf)
         if len(shape) < number:
-            raise ValueError(f"{where}: expected {wanted}, got shape {list(shape)}.")
+            raise ValueError(
+                f"{where}: expected {wanted}, got shape {list(shape)}{hint}."
+            )
         first = first or shape[:number]
         if shape[:number] != first:
             raise ValueError(
                 f"{where}: expected leading axes {list(first)} as in the first leaf, "
-                f"got {list(shape[:number])}."
+                f"got {list(shape[:number])}{hint}."
             )
         if 0 in first:
             least = " of ".join(f"{axis} >= 1 {what}" for axis, what in axes.items())

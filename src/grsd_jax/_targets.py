@@ -104,6 +104,21 @@ def check_targets(
     )
 
 
+def count_misfits(
+    labels: jax.typing.ArrayLike, shape: tuple[int, ...], *, over_classes: bool
+) -> jax.Array:
+    """Counts classes out of range, or rows that are not one-hot, [] int32.
+
+    Args:
+        labels: The labels, which may be traced.
+        shape: The shape of the outputs.
+        over_classes: As for `check_targets`.
+    """
+    if not _are_checked(labels, shape, over_classes):
+        return jnp.int32(0)
+    return jnp.sum(_misfits(widened(labels), shape), dtype=jnp.int32)
+
+
 def widened(labels: jax.typing.ArrayLike) -> jax.Array:
     """Returns labels in an integer type that holds every number of classes.
 

@@ -31,7 +31,7 @@ from grsd_jax._checks import (
     check_same_tree,
     entry_of,
 )
-from grsd_jax._targets import check_targets
+from grsd_jax._targets import check_targets, count_misfits
 from grsd_jax._typing import ErrorFn, LossFn, OutputsFn, PyTree, Reduction
 from grsd_jax.errors import (
     half_squared_loss,
@@ -76,6 +76,10 @@ class Objective(Protocol):
 
         None if nothing is known of such sums.
         """
+        ...
+
+    def num_misfits(self, params: PyTree, batch: PyTree) -> jax.Array:
+        """Returns how many targets of one batch fit no output, [] int32."""
         ...
 
 
@@ -137,6 +141,14 @@ class OutputsObjective:
             return None
         # Closed over, since a held leaf may be no array.
         return jax.eval_shape(lambda: self.outputs(params, batch)).shape[-1]
+
+    def num_misfits(self, params: PyTree, batch: PyTree) -> jax.Array:
+        """Counts classes out of range, or rows that are not one-hot, [] int32."""
+        if not isinstance(self.loss, str):
+            return jnp.int32(0)
+        shape = jax.eval_shape(lambda: self.outputs(params, batch)).shape
+        over_classes = self.loss != "squared"
+        return count_misfits(self.targets(batch), shape, over_classes=over_classes)
 
     def targets(self, batch: PyTree) -> PyTree:
         """Returns the targets of a batch."""
@@ -222,6 +234,10 @@ class ErrorObjective:
     def num_classes(self, params: PyTree, batch: PyTree) -> None:
         """Returns None: nothing is known of an error of the user's own."""
 
+    def num_misfits(self, params: PyTree, batch: PyTree) -> jax.Array:  # noqa: ARG002
+        """Returns 0: targets are the user's own."""
+        return jnp.int32(0)
+
 
 @partial(
     jax.tree_util.register_dataclass,
@@ -258,6 +274,10 @@ class HeldObjective:
     def num_classes(self, params: PyTree, batch: PyTree) -> int | None:
         """Returns those of the objective."""
         return self.objective.num_classes(self._whole(params), batch)
+
+    def num_misfits(self, params: PyTree, batch: PyTree) -> jax.Array:
+        """Returns those of the objective."""
+        return self.objective.num_misfits(self._whole(params), batch)
 
     def _whole(self, params: PyTree) -> PyTree:
         moving, tree = jax.tree.flatten(params, is_leaf=_is_none)
@@ -537,6 +557,10 @@ class Problem:
             ValueError: If no leaf of params is floating, the batches do not share
                 leading axes, or the outputs, a target or the direction does not fit.
         """
+        if isinstance(params, Problem):
+            raise ValueError(
+                "params: expected parameters, got a Problem, which comes before."
+            )
         check_batches(self.batches)
         error_fn, moving = _hold(self.objective, params)
         if direction is not None:
@@ -626,6 +650,25 @@ class Problem:
             object.__setattr__(self, name, value)
 
 
+def point_at(
+    problem: Problem, params: PyTree, direction: PyTree | None = None
+) -> Point:
+    """Returns `Problem.at`, for functions whose first argument is the problem.
+
+    Raises:
+        ValueError: As there, or if something else was given as the problem.
+    """
+    check_problem(problem)
+    return problem.at(params, direction)
+
+
+def check_problem(problem: Any) -> None:
+    """Raises ValueError unless ``problem`` is a `Problem`: params come second."""
+    if not isinstance(problem, Problem):
+        got = type(problem).__name__
+        raise ValueError(f"problem: expected a Problem before params, got {got}.")
+
+
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["data"],
@@ -697,6 +740,12 @@ def _classes(error_fn: Objective, params: PyTree, batch: PyTree) -> jax.Array:
     return jnp.zeros(error_fn.num_classes(params, batch) or 0)
 
 
+@jax.jit
+def misfits(error_fn: Objective, params: PyTree, parts: list[PyTree]) -> jax.Array:
+    """Counts the targets of all batches that fit no output, [] int32."""
+    return sum((error_fn.num_misfits(params, b) for b in parts), jnp.int32(0))
+
+
 @partial(jax.jit, static_argnames="target")
 def _stacked_targets(batches: PyTree, *, target: Callable[[PyTree], PyTree]) -> PyTree:
     """Returns the targets that a function finds in each batch, leading axis K."""
@@ -729,6 +778,11 @@ def _hold(objective: Objective, params: PyTree) -> tuple[Objective, PyTree]:
         objective, jax.tree.unflatten(tree, held), tuple(fixed)
     )
     return held_objective, jax.tree.unflatten(tree, moving)
+
+
+def moving_part(params: PyTree) -> PyTree:
+    """Returns the floating leaves of parameters, None in place of what is held."""
+    return jax.tree.map(lambda leaf: leaf if _is_floating(leaf) else None, params)
 
 
 def _moving_direction(direction: PyTree, params: PyTree, moving: PyTree) -> PyTree:

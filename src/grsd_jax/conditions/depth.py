@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.scipy.special import ndtr, ndtri
 
 from grsd_jax._arrays import at_least_single, matmul, norm, unit_vectors
-from grsd_jax._checks import check_at_least, check_floating
+from grsd_jax._checks import check_at_least, check_floating, check_key
 from grsd_jax.results import NamedResult, result
 
 
@@ -96,6 +96,7 @@ def state_increments(
     """
     check_floating("state", state)
     check_at_least("num_directions", num_directions, 1)
+    check_key(key)
     if not maps:
         raise ValueError("maps: expected at least one map, got none.")
     shape = (num_directions, *state.shape)

@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from grsd_jax._arrays import divisor, magnitude, matmul, ratio, unit_vectors
-from grsd_jax._checks import check_at_least, check_choice, check_positive
+from grsd_jax._checks import check_at_least, check_choice, check_key, check_positive
 from grsd_jax._typing import PyTree
 from grsd_jax.conditions.locality import distance_maxima
 from grsd_jax.kernel.dense import layer_kernels
 from grsd_jax.kernel.operator import LinearizedKernel, linearize_block_kernels
 from grsd_jax.parameter_blocks import ParameterBlocks, check_blocks
-from grsd_jax.problem import Problem
+from grsd_jax.problem import Problem, point_at
 from grsd_jax.results import NamedResult, result
 
 METHODS = ("auto", "dense", "power_iteration")
@@ -123,8 +123,9 @@ def block_coherence(
     check_choice("method", method, METHODS)
     check_positive("tolerance", tolerance)
     check_at_least("max_iterations", max_iterations, 1)
+    check_key(key)
+    size = point_at(problem, params).dimension
     check_blocks(blocks, params)
-    size = problem.dimension(params)
     if method == "dense" or (method == "auto" and size <= _DENSE_LIMIT):
         kernels = layer_kernels(problem, params, layer_of=blocks.block_of)
         # A block whose leaves are all held constant has no kernel.

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from grsd_jax._arrays import as_floating, as_square, divisor, magnitude, norm
-from grsd_jax._checks import check_at_least
+from grsd_jax._checks import check_at_least, check_key
 from grsd_jax._typing import PyTree
 from grsd_jax.jacobian.autodiff import PlainDerivative
 from grsd_jax.parameter_blocks import ParameterBlocks, check_blocks, restrict_to_block
-from grsd_jax.problem import Point, Problem
+from grsd_jax.problem import Point, Problem, point_at
 from grsd_jax.results import NamedResult, result
 
 
@@ -78,8 +78,8 @@ def influence_profile(
         Paper 3.2 (Condition 1) and A.2; Hutchinson (1990). The profile is ours.
     """
     check_at_least("column_chunk", column_chunk, 1)
+    point = point_at(problem, params, direction)
     check_blocks(blocks, params)
-    point = problem.at(params, direction)
     blocks = blocks.over(point.params)
     probes = _probes(point.error, point.num_batches, key, num_probes)
     columns = [
@@ -185,8 +185,7 @@ def _probes(
         units = jnp.eye(size, dtype=error.dtype).reshape(*error.shape, size)
         return [units] * num_batches
     check_at_least("num_probes", num_probes, 2)
-    if key is None:
-        raise ValueError("key: expected a key for random probes, got None.")
+    key = check_key(key, "random probes")
     shape = (*error.shape, num_probes)
     return [
         jax.random.rademacher(k, shape, error.dtype)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grsd_jax._arrays import divisor, magnitude
-from grsd_jax._checks import check_at_least
+from grsd_jax._checks import check_at_least, check_key
 from grsd_jax._typing import PyTree
 from grsd_jax.conditions.checks import (
     drift_check,
@@ -234,6 +234,7 @@ def condition_report(
         Paper 3.2, 5 and A.2; how each condition is made a number is ours.
     """
     check_at_least("len(points)", len(points), 1)
+    check_key(key)
     points = [_with_direction(point) for point in points]
     tell = progress or (lambda _: None)
     keys = jax.random.split(key, 4)

@@ -12,8 +12,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from grsd_jax._arrays import as_floating, as_mask, divisor, matmul, norm
-from grsd_jax._checks import check_at_least
+from grsd_jax._arrays import as_floating, as_mask, divisor, matmul, norm, where_defined
+from grsd_jax._checks import check_at_least, check_key
 from grsd_jax._typing import PyTree
 from grsd_jax.kernel.operator import (
     LinearizedKernel,
@@ -83,6 +83,7 @@ def operator_norms(
         Paper 3.2, Condition 3.
     """
     check_at_least("block_size", block_size, 1)
+    check_key(key)
     operators = (
         linearize_kernel(problem, params),
         linearize_derivative(problem, params, direction),
@@ -239,13 +240,15 @@ def log_lipschitz(
     """
     statistic = as_floating("statistic", statistic, [None])
     centers = as_floating("centers", centers, statistic.shape)
-    return _largest_slope(statistic, centers, as_mask("mask", mask, statistic.shape))
+    mask = as_mask("mask", mask, statistic.shape)
+    return where_defined(*_largest_slope(statistic, centers, mask))
 
 
 @jax.jit
 def _largest_slope(
     statistic: jax.Array, centers: jax.Array, mask: jax.Array
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
+    """Returns whether any two neighbours are valid, and the largest slope."""
     valid = mask & ~(statistic <= 0)  # what is NaN shows in the result
     logs = jnp.log(jnp.where(valid, statistic, 1))
     both = valid[1:] & valid[:-1]
@@ -254,7 +257,7 @@ def _largest_slope(
         jnp.isfinite(spacing), spacing, jnp.nan
     )
     largest = jnp.max(jnp.where(both, slopes, 0), initial=0.0)
-    return jnp.where(jnp.any(both), largest, jnp.nan)
+    return jnp.any(both), largest
 
 
 @result()
@@ -297,7 +300,9 @@ def shell_drift(measurements: Sequence[CouplingMeasurement]) -> ShellDrift:
         num_shells,
     )
     steps = [
-        _shell_drift(before.vectors, after.vectors, index, later, num_shells)
+        where_defined(
+            *_shell_drift(before.vectors, after.vectors, index, later, num_shells)
+        )
         for (before, after), (index, later) in zip(
             itertools.pairwise(measurements), itertools.pairwise(indices), strict=True
         )
@@ -324,14 +329,14 @@ def _shell_drift(
     index: jax.Array,
     later: jax.Array,
     num_shells: int,
-) -> jax.Array:
-    """Returns the drift of each shell between two measurements, ``[S]``."""
+) -> tuple[jax.Array, jax.Array]:
+    """Returns whether each shell has pairs, and its drift, ``[S]``."""
 
-    def drift(shell: jax.Array) -> jax.Array:
+    def drift(shell: jax.Array) -> tuple[jax.Array, jax.Array]:
         left, right = index == shell, later == shell
         found = _projector_drift(vectors, others, left, right)
-        empty = ~(jnp.any(left) | jnp.any(right))
-        return jnp.where(empty, jnp.nan, found.frobenius)
+        there = jnp.any(left) | jnp.any(right)
+        return there, jnp.where(there, found.frobenius, 0)
 
     # One after the other: at once, they would hold a copy of the vectors for each.
     return jax.lax.map(drift, jnp.arange(num_shells, dtype=index.dtype))

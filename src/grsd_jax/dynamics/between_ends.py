@@ -17,11 +17,12 @@ from grsd_jax._arrays import divisor, is_traced, matmul, ratio, unit_vectors
 from grsd_jax._checks import (
     check_at_least,
     check_choice,
+    check_key,
     check_shape,
     check_single_or_double,
 )
 from grsd_jax._typing import PyTree
-from grsd_jax.dynamics.elapsed_time import MeasuredTime
+from grsd_jax.dynamics.elapsed_time import MeasuredTime, time_or_zero
 from grsd_jax.dynamics.spectra import (
     SpectralSnapshot,
     dense_snapshot,
@@ -45,6 +46,7 @@ from grsd_jax.kernel.products import held_products
 from grsd_jax.kernel.solver import solver_at
 from grsd_jax.linalg.lanczos import LanczosResult, block_lanczos
 from grsd_jax.problem import Point, Problem
+from grsd_jax.results import with_undefined
 from grsd_jax.shells.soft_shells import RATIONAL_WIDTHS, SoftShells
 
 #: One end: the problem and its parameters, or a snapshot.
@@ -124,7 +126,7 @@ def exact_balance(
     if isinstance(before, SpectralSnapshot) or isinstance(after, SpectralSnapshot):
         like = before if isinstance(before, SpectralSnapshot) else after
         first, second = (_as_snapshot(end, like, key) for end in (before, after))
-        return _between(first, second, shells, moment)
+        return with_undefined(_between(first, second, shells, moment))
     points = stacked_point(*before), stacked_point(*after)
     prints = fingerprint(before[0]), fingerprint(after[0])
     _check_same_space(*((p.dimension, p.error.dtype) for p in points))
@@ -132,17 +134,17 @@ def exact_balance(
     if solver == "auto":
         solver = cheaper_solver(points[0], shells.width, KrylovSteps())
     if isinstance(solver, KrylovSteps):
-        if key is None:
-            raise ValueError("key: expected a PRNG key for KrylovSteps, got None.")
+        key = check_key(key, "KrylovSteps")
         check_rational(shells)
         shells = shells.checked(points[0].error.dtype)
         spaces = krylov_spaces(points, solver, key)
         same = jnp.all(prints[0] == prints[1])
-        return balance_spaces(spaces, shells, moment, same, steps=solver)
+        balance = balance_spaces(spaces, shells, moment, same, steps=solver)
+        return with_undefined(balance)
     check_choice("solver", solver, ("auto", "dense"))
     first, second = map(dense_snapshot, points, prints)
     rounding = snapshot_rounding(points, (first, second))
-    return _between(first, second, shells, moment, rounding)
+    return with_undefined(_between(first, second, shells, moment, rounding))
 
 
 def snapshot_rounding(
@@ -232,11 +234,11 @@ def _as_snapshot(end: End, like: End, key: jax.Array | None) -> SpectralSnapshot
 def _moment(
     elapsed: jax.typing.ArrayLike | MeasuredTime | None,
 ) -> jax.typing.ArrayLike:
-    """Returns the time that passed, NaN if it is unknown."""
+    """Returns the time that passed, 0 if it is unknown."""
     if isinstance(elapsed, MeasuredTime):
-        return elapsed.elapsed
+        return time_or_zero(elapsed)
     if elapsed is None:
-        return float("nan")
+        return 0.0
     check_shape("elapsed", elapsed, [])
     if not is_traced(elapsed) and np.asarray(elapsed) <= 0:
         raise ValueError(
@@ -312,7 +314,7 @@ def balance_snapshots(
         before: The first.
         after: The second.
         shells: The shells, checked.
-        elapsed: [], the time that passed, NaN if it is unknown.
+        elapsed: [], the time that passed, 0 if it is unknown.
         rounding: [], of products with the kernel, relative; epsilon if None.
 
     Returns:
@@ -342,7 +344,7 @@ def _finished(
     elapsed = jnp.asarray(elapsed, balance.flux.dtype)
     return dataclasses.replace(
         balance,
-        elapsed=jnp.where(elapsed > 0, elapsed, jnp.nan),
+        elapsed=jnp.where(elapsed > 0, elapsed, 0),
         comparable=comparable,
         counting=counting,
     )
@@ -477,7 +479,7 @@ def balance_spaces(
     Args:
         spaces: The runs of both kernels.
         shells: The shells, checked.
-        elapsed: [], the time that passed, NaN if it is unknown.
+        elapsed: [], the time that passed, 0 if it is unknown.
         comparable: [] bool, whether both ends hold the same examples.
         steps: What the runs were made with.
 
@@ -516,7 +518,7 @@ def count_by_quadrature(
         shells: The shells.
 
     Returns:
-        The count, with the standard error over the p vectors; NaN if p = 1.
+        The count, with the standard error over the p vectors; infinite if p = 1.
 
     References:
         Ubaru, Chen and Saad (2017), "Fast estimation of tr(f(A)) via stochastic Lanczos
@@ -534,5 +536,5 @@ def count_by_quadrature(
     share = ratio(mean_moved, mean_density)[None, :]
     spread = jnp.sum(jnp.square(moved - share * density), axis=0)
     stderr = ratio(jnp.sqrt(spread / (number * max(number - 1, 1))), mean_density)
-    stderr = stderr if number > 1 else jnp.full_like(stderr, jnp.nan)
+    stderr = stderr if number > 1 else jnp.full_like(stderr, jnp.inf)
     return Counting(mean_moved, mean_density, stderr)

@@ -68,19 +68,29 @@ def point_of(contents: Contents, like: Point) -> Point:
 
 def check_same_sizes(contents: Contents, point: Point) -> None:
     """Raises ValueError unless a point has arrays of the shapes of earlier contents."""
-    for name, leaves in _leaves(point).items():
-        argument = "params" if name == "params" else "problem"
-        wanted, got = len(contents[name]), len(leaves)
-        if wanted != got:
+    check_same_shapes("params", contents["params"], point.params)
+    check_same_shapes("problem", contents["state"], point.error_fn)
+
+
+def check_same_shapes(name: str, kept: list[jax.Array], tree: PyTree) -> None:
+    """Raises ValueError unless a tree has arrays of the shapes that were kept.
+
+    Args:
+        name: The name of the tree's argument.
+        kept: The leaves of such a tree at `Probe.init`.
+        tree: The tree.
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    if len(kept) != len(leaves):
+        raise ValueError(
+            f"{name}: expected {len(kept)} arrays as at init, got {len(leaves)}."
+        )
+    for there, (path, leaf) in zip(kept, leaves, strict=True):
+        if not _is_key(leaf) and np.shape(leaf) != np.shape(there):
             raise ValueError(
-                f"{argument}: expected {wanted} arrays as at init, got {got}."
+                f"{name}{jax.tree_util.keystr(path)}: expected shape "
+                f"{list(np.shape(there))} as at init, got {list(np.shape(leaf))}."
             )
-        for kept, leaf in zip(contents[name], leaves, strict=True):
-            if not _is_key(leaf) and np.shape(leaf) != np.shape(kept):
-                raise ValueError(
-                    f"{argument}: expected arrays of the shapes of init, among them "
-                    f"{list(np.shape(kept))}, got {list(np.shape(leaf))}."
-                )
 
 
 def _leaves(point: Point) -> dict[str, list[Any]]:

@@ -3,11 +3,11 @@
 import jax
 import jax.numpy as jnp
 
-from grsd_jax._arrays import divisor
+from grsd_jax._arrays import divisor, where_defined
 from grsd_jax._checks import check_same_tree
 from grsd_jax._typing import PyTree
 from grsd_jax.kernel.derivative import gradient_flow_direction
-from grsd_jax.problem import Problem
+from grsd_jax.problem import Problem, point_at
 from grsd_jax.results import NamedResult, result
 
 #: The factor up to which the times of both ends agree.
@@ -19,8 +19,8 @@ class MeasuredTime(NamedResult):
     """The time that the gradient flow would have taken for a motion.
 
     Attributes:
-        start: [], by the gradient of the first end.
-        end: [], by that of the second.
+        start: [], by the gradient of the first end; infinite if that vanishes.
+        end: [], by that of the second; likewise.
         meaningful: [] bool, whether both are above 0 and agree within a factor 2.
             Otherwise the motion did not follow the flow of this loss.
     """
@@ -32,7 +32,12 @@ class MeasuredTime(NamedResult):
     @property
     def elapsed(self) -> jax.Array:
         """The mean of both ends, []; NaN without a meaning."""
-        return jnp.where(self.meaningful, (self.start + self.end) / 2, jnp.nan)
+        return where_defined(self.meaningful, time_or_zero(self))
+
+
+def time_or_zero(measured: MeasuredTime) -> jax.Array:
+    """Returns the time, [], 0 without a meaning: compiled functions make no NaN."""
+    return jnp.where(measured.meaningful, (measured.start + measured.end) / 2, 0)
 
 
 def measured_time(problem: Problem, before: PyTree, after: PyTree) -> MeasuredTime:
@@ -62,7 +67,7 @@ def measured_time(problem: Problem, before: PyTree, after: PyTree) -> MeasuredTi
     """
     check_same_tree("after", after, before, "before")
     points = [
-        problem.at(params, gradient_flow_direction(problem, params))
+        point_at(problem, params, gradient_flow_direction(problem, params))
         for params in (before, after)
     ]
     ends, flows = [p.params for p in points], [p.direction for p in points]
@@ -83,7 +88,8 @@ def time_between(ends: list[PyTree], flows: list[PyTree]) -> MeasuredTime:
     before, after = (_flat(end) for end in ends)
     start, end = (_time_along(after - before, _flat(flow)) for flow in flows)
     positive = (start > 0) & (end > 0)
-    agree = jnp.maximum(start, end) <= _AGREEMENT * jnp.minimum(start, end)
+    longer = jnp.maximum(start, end)
+    agree = jnp.isfinite(longer) & (longer <= _AGREEMENT * jnp.minimum(start, end))
     return MeasuredTime(start, end, positive & agree)
 
 
@@ -96,8 +102,8 @@ def _flat(tree: PyTree) -> jax.Array:
 
 
 def _time_along(motion: jax.Array, flow: jax.Array) -> jax.Array:
-    """Returns ``<motion, flow> / |flow|^2``, NaN for a flow that stands still."""
+    """Returns ``<motion, flow> / |flow|^2``, infinite for a flow that stands still."""
     size = jnp.max(jnp.abs(flow), initial=0)
     unit = flow / divisor(size)  # squares of small gradients underflow
     time = jnp.sum(motion * unit) / divisor(jnp.sum(jnp.square(unit))) / divisor(size)
-    return jnp.where(size > 0, time, jnp.nan)
+    return jnp.where(size > 0, time, jnp.inf)

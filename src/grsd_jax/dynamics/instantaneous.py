@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from grsd_jax._arrays import all_finite, matmul, ratio, unknown_like
+from grsd_jax._arrays import all_finite, matmul, ratio
 from grsd_jax._checks import check_at_least, check_positive, check_type
 from grsd_jax._typing import PyTree
 from grsd_jax.dynamics.balance import ShellDynamics, eigenvalue_drift, shell_dynamics
@@ -351,7 +351,12 @@ def empty_record(
         num_values=min(_NUM_VALUES, num_pairs),
         num_bootstrap=num_bootstrap,
     )
-    blank = unknown_like(shapes)._replace(num_columns=0)
+
+    def unknown(shape: jax.ShapeDtypeStruct) -> jax.Array:
+        floating = jnp.issubdtype(shape.dtype, jnp.floating)
+        return jnp.full(shape.shape, jnp.nan if floating else 0, shape.dtype)
+
+    blank = jax.tree.map(unknown, shapes)._replace(num_columns=0)
     return blank._replace(shells=blank.shells._replace(edges=edges))
 
 

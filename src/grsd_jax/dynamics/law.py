@@ -84,10 +84,11 @@ def velocity_law(
     check_at_least("len(balances)", len(balances), 1)
     check_choice("velocity", velocity, VELOCITIES)
     starts = as_floating("starts", starts, [len(balances)])
-    forms = [_forms(balance, velocity) for balance in balances]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *forms)
-    elapsed = jnp.stack([balance.elapsed for balance in balances])
-    return _law(stacked, starts.astype(elapsed.dtype), elapsed)
+    with jax.debug_nans(False):  # what is undefined is NaN by contract
+        forms = [_forms(balance, velocity) for balance in balances]
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *forms)
+        elapsed = jnp.stack([balance.elapsed for balance in balances])
+        return _law(stacked, starts.astype(elapsed.dtype), elapsed)
 
 
 class _Forms(NamedTuple):

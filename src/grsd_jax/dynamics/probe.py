@@ -18,11 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grsd_jax._arrays import all_finite, unknown_like
+from grsd_jax._arrays import all_finite, blank_like
 from grsd_jax._checks import (
     check_at_least,
     check_batches,
     check_choice,
+    check_key,
     check_not_negative,
     check_positive,
     check_shape,
@@ -40,8 +41,13 @@ from grsd_jax.dynamics.between_ends import (
     leading_ritz_values,
     snapshot_rounding,
 )
-from grsd_jax.dynamics.contents import check_same_sizes, contents_of, point_of
-from grsd_jax.dynamics.elapsed_time import MeasuredTime, time_between
+from grsd_jax.dynamics.contents import (
+    check_same_shapes,
+    check_same_sizes,
+    contents_of,
+    point_of,
+)
+from grsd_jax.dynamics.elapsed_time import time_between, time_or_zero
 from grsd_jax.dynamics.instantaneous import (
     Instantaneous,
     empty_record,
@@ -49,6 +55,7 @@ from grsd_jax.dynamics.instantaneous import (
     measure_instant,
 )
 from grsd_jax.dynamics.record import (
+    Elapsed,
     Found,
     ProbeRecord,
     ProbeState,
@@ -66,7 +73,8 @@ from grsd_jax.jacobian.plan import check_independent, verdict_of
 from grsd_jax.kernel.dense import check_dense_fits
 from grsd_jax.kernel.derivative import flow_at
 from grsd_jax.kernel.solver import solver_at
-from grsd_jax.problem import Point, Problem
+from grsd_jax.problem import Point, Problem, check_problem, moving_part, point_at
+from grsd_jax.results import with_undefined
 from grsd_jax.shells.soft_shells import SoftShells
 
 Schedule = Callable[[Any], Any]
@@ -120,6 +128,7 @@ class Probe:
             ValueError: If a shape, dtype, leading axis, target or choice does not fit,
                 or the examples are coupled and the solver is dense.
         """
+        check_key(key)
         problem = problem or self.problem
         point = stacked_point(problem, params)
         size, dtype = point.dimension, point.error.dtype
@@ -143,6 +152,7 @@ class Probe:
             start_step=jnp.int32(-1),
             active=jnp.bool_(True),
             effective_time=jnp.zeros((), dtype),
+            timed=jnp.bool_(True),
             edges=jnp.array(edges, copy=True),
             fingerprint=data,
             start=jax.tree.map(partial(jnp.array, copy=True), contents_of(point)),
@@ -197,7 +207,7 @@ class Probe:
             return self._measure(state, point, flow, data, step)
 
         def passed(state: ProbeState, *_: Any) -> tuple[ProbeState, ProbeRecord]:
-            return state, unknown_like(shapes)
+            return state, blank_like(shapes)
 
         arguments = (state, point, data, step)
         _, shapes = jax.eval_shape(taken, *arguments)
@@ -250,6 +260,7 @@ class Probe:
             raise ValueError(
                 "direction: expected None without instantaneous records, got one."
             )
+        check_same_shapes("params", state.start["params"], moving_part(params))
         steps = int(state.last_step), int(state.start_step)
         if not (self._is_due(*steps, step) and bool(state.active)):
             return state, None
@@ -261,10 +272,9 @@ class Probe:
         needs_flow = self.instantaneous is not None and direction is None
         flow, gradient_seconds = _timed_flow(problem, point, needs_flow)
         first = steps[1] < 0
-        with jax.debug_nans(False):  # what is undefined is NaN by contract
-            later, record = self._measure_on_host(state, point, flow, data, step)
+        later, record = self._measure_on_host(state, point, flow, data, step)
         if self.instantaneous is not None:
-            moving = problem.at(params, flow if direction is None else direction)
+            moving = point_at(problem, params, flow if direction is None else direction)
             later, record = self._with_instant(state, later, record, moving)
         record = jax.device_get(record)
         if first:
@@ -272,7 +282,7 @@ class Probe:
                 return later, None
             record = record._replace(balance=None, measured_time=None)
         seconds = time.perf_counter() - started
-        return later, record._replace(
+        record = record._replace(
             start_step=int(record.start_step),
             step=step,
             due=True,
@@ -283,6 +293,7 @@ class Probe:
             cost_in_steps=seconds / step_seconds,
             coupled=verdict_of(point).coupled,
         )
+        return later, with_undefined(record)
 
     @property
     def _width(self) -> float:
@@ -333,7 +344,7 @@ class Probe:
         arguments = (state, point, flow, data, jnp.int32(step))
         if not bool(all_finite(point.params)):
             _, shapes = jax.eval_shape(self._measure, *arguments)
-            record = unknown_like(shapes)._replace(start_step=state.start_step)
+            record = blank_like(shapes)._replace(start_step=state.start_step)
             return stopped(state, arguments[-1]), record
         if _scans_are_fast():
             return _measured(self, *arguments)
@@ -354,8 +365,9 @@ class Probe:
         A program that is compiled as a whole takes the balance of the point with itself
         in its place: a second form of it would take longer to compile.
         """
-        elapsed, _ = self._elapsed(state, point, point, flow, step)
-        elapsed = elapsed if flow is None or self.schedule else jnp.zeros_like(elapsed)
+        elapsed = self._elapsed(state, point, point, flow, step)
+        if flow is not None and not self.schedule:  # there was no motion
+            elapsed = Elapsed(jnp.zeros_like(elapsed.time), jnp.bool_(True), None)
         number = min(_NUM_VALUES, point.dimension)
         snapshot: PyTree = {}
         if state.snapshot:
@@ -371,7 +383,6 @@ class Probe:
             contents_of(point),
             Found(None, snapshot, edges, values),
             elapsed,
-            None,
             step,
             every=self.every,
         )
@@ -386,10 +397,10 @@ class Probe:
     ) -> tuple[ProbeState, ProbeRecord]:
         """Takes a record, with the flow at the point if time is measured by it."""
         start = point_of(state.start, point)
-        elapsed, measured = self._elapsed(state, start, point, flow, step)
-        found = self._balance(state, (start, point), data, elapsed, step)
+        elapsed = self._elapsed(state, start, point, flow, step)
+        found = self._balance(state, (start, point), data, elapsed.time, step)
         return concluded(
-            state, contents_of(point), found, elapsed, measured, step, every=self.every
+            state, contents_of(point), found, elapsed, step, every=self.every
         )
 
     def _balance(
@@ -439,16 +450,18 @@ class Probe:
         point: Point,
         flow: PyTree | None,
         step: jax.Array,
-    ) -> tuple[jax.Array, MeasuredTime | None]:
-        """Returns the time since the start, and how it was measured."""
+    ) -> Elapsed:
+        """Returns the time since the start."""
         dtype = point.error.dtype
         if self.schedule is not None:
-            return _scheduled(state, step, schedule=self.schedule).astype(dtype), None
+            time = _scheduled(state, step, schedule=self.schedule).astype(dtype)
+            return Elapsed(time, jnp.bool_(True), None)
         if flow is None:
-            return jnp.asarray(jnp.nan, dtype), None
+            return Elapsed(jnp.zeros((), dtype), jnp.bool_(False), None)
         ends = [start.params, point.params]
         measured = time_between(ends, [flow_at(start), flow])
-        return measured.elapsed.astype(dtype), measured
+        time = time_or_zero(measured).astype(dtype)
+        return Elapsed(time, measured.meaningful, measured)
 
     def _with_instant(
         self, state: ProbeState, later: ProbeState, record: ProbeRecord, point: Point
@@ -541,6 +554,7 @@ def make_probe(
     References:
         Ours; ``docs/what_moved.md``. Paper 2.2, 3.3 and A.2 for the rates.
     """
+    check_problem(problem)
     check_batches(problem.batches)
     check_choice("problem.reduction", problem.reduction, ("stack",))
     check_at_least("every", every, 1)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grsd_jax._arrays import all_finite, unknown_like
+from grsd_jax._arrays import all_finite, blank_like
 from grsd_jax._typing import PyTree
 from grsd_jax.dynamics.elapsed_time import MeasuredTime
 from grsd_jax.dynamics.instantaneous import InstantRecord
@@ -24,7 +24,8 @@ class ProbeState(NamedResult):
         start_step: [] int32, the last of them that is a multiple of ``every``, where
             the next balances begin; -1 before the first.
         active: [] bool, whether the probe still measures.
-        effective_time: [], tau at ``start_step``.
+        effective_time: [], tau at ``start_step``, of no meaning unless ``timed``.
+        timed: [] bool, whether all times so far have a meaning.
         edges: [q], the edges of the shells; ones until they are known.
         fingerprint: [2] uint32, of the examples and targets, in their order.
         start: Copies of the parameters at ``start_step``, and of what else the problem
@@ -39,6 +40,7 @@ class ProbeState(NamedResult):
     start_step: jax.Array
     active: jax.Array
     effective_time: jax.Array
+    timed: jax.Array
     edges: jax.Array
     fingerprint: jax.Array
     start: dict[str, list[jax.Array]]
@@ -47,16 +49,27 @@ class ProbeState(NamedResult):
     key_data: jax.Array
 
 
-@result()
+@result(
+    masks={
+        "balance": "measured",
+        "effective_time": "timed",
+        "values": "measured",
+        "measured_time": "measured",
+    }
+)
 class ProbeRecord(NamedResult):
     """What happened to the shells between two steps of a training.
+
+    `Probe.record`, inside of `jit`, makes no NaN: what is undefined is 0 there, and
+    `measured` and ``timed`` say so. Text, tables and `Probe.update` have NaN.
 
     Attributes:
         balance: The exact balance between both steps; None before there are two.
         start_step: [] int32, the step at which it begins.
         step: [] int32, the step at which it ends.
-        effective_time: [], tau at its end: the sum of the times between records. NaN
-            once a measured time has no meaning.
+        effective_time: [], tau at its end: the sum of the times between records; NaN
+            after a measured time without a meaning.
+        timed: [] bool, whether it is known.
         finite: [] bool, whether the parameters and all amounts are finite. If not, the
             rest is of no use, and the probe has stopped.
         num_resolved: [] int32, the edges whose flux exceeds its error.
@@ -65,7 +78,7 @@ class ProbeRecord(NamedResult):
         measured_time: The time between both ends by two gradients, with the field that
             says whether it has a meaning; None with a schedule, or without a loss.
         due: [] bool, whether there is a record; always so from `Probe.update`. If not,
-            numbers are NaN or 0.
+            no number means anything.
         instantaneous: The rates at the end, if they were asked for.
         num_columns: Columns that were multiplied by M; 0 with the dense solver.
         seconds: Wall time of the record. The first one of a process compiles.
@@ -84,6 +97,7 @@ class ProbeRecord(NamedResult):
     start_step: jax.Array | int
     step: jax.Array | int
     effective_time: jax.Array
+    timed: jax.Array
     finite: jax.Array
     num_resolved: jax.Array
     values: jax.Array
@@ -96,6 +110,11 @@ class ProbeRecord(NamedResult):
     cost: float | None = None
     cost_in_steps: float | None = None
     coupled: bool | None = None
+
+    @property
+    def measured(self) -> jax.Array:
+        """Whether there is a record whose numbers mean something, [] bool."""
+        return jnp.logical_and(self.due, self.finite)
 
     def _headline(self) -> list[tuple[str, str]]:
         rows = [
@@ -132,13 +151,26 @@ class Found(NamedTuple):
     values: jax.Array
 
 
+class Elapsed(NamedTuple):
+    """The time since a start.
+
+    Attributes:
+        time: [], 0 if it is not known.
+        known: [] bool.
+        measured: How it was measured, if it was.
+    """
+
+    time: jax.Array
+    known: jax.Array
+    measured: MeasuredTime | None
+
+
 @partial(jax.jit, static_argnames="every")
 def concluded(
     state: ProbeState,
     contents: dict[str, list[jax.Array]],
     found: Found,
-    elapsed: jax.Array,
-    measured: MeasuredTime | None,
+    elapsed: Elapsed,
     step: jax.Array,
     *,
     every: int,
@@ -149,8 +181,7 @@ def concluded(
         state: The state before.
         contents: Those of the problem and its parameters now.
         found: What was found.
-        elapsed: [], the time since the start of the balance.
-        measured: How it was measured, if it was.
+        elapsed: The time since the start of the balance.
         step: [] int32, the step.
         every: Steps between records.
 
@@ -164,24 +195,28 @@ def concluded(
     if balance is not None:
         finite &= balance.finite
         resolved = balance.converged & (jnp.abs(balance.flux) > balance.flux_error)
+    time, known, measured = elapsed
     if measured is not None:  # by a motion that there was not
-        elapsed = jnp.where(first, 0, elapsed)
+        time, known = jnp.where(first, 0, time), known | first
+    timed = state.timed & known
     record = ProbeRecord(
         # Where there was no start, what was compared with is of no meaning.
-        balance=_where(first, unknown_like(balance), balance),
+        balance=_where(first, blank_like(balance), balance),
         start_step=state.start_step,
         step=step,
-        effective_time=state.effective_time + elapsed,
+        effective_time=state.effective_time + time,
+        timed=timed,
         finite=finite,
         num_resolved=jnp.sum(resolved & ~first, dtype=jnp.int32),
         values=found.values,
-        measured_time=_where(first, unknown_like(measured), measured),
+        measured_time=_where(first, blank_like(measured), measured),
         due=~(first & finite),
     )
     whole = finite & (step % every == 0)
     begun = state._replace(
         start_step=step,
         effective_time=record.effective_time,
+        timed=timed,
         edges=found.edges,
         start=contents,
         snapshot=found.snapshot,

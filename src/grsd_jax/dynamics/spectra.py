@@ -9,7 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from grsd_jax._arrays import matmul, on_automatic_mesh, outside
-from grsd_jax._checks import check_at_least, check_choice, check_single_or_double
+from grsd_jax._checks import (
+    check_at_least,
+    check_choice,
+    check_key,
+    check_single_or_double,
+)
 from grsd_jax._typing import PyTree
 from grsd_jax.dynamics.transport import Pairing, Spectrum
 from grsd_jax.kernel.dense import dense_at
@@ -23,6 +28,7 @@ from grsd_jax.problem import (
     Problem,
     check_digits,
     evaluate,
+    point_at,
 )
 from grsd_jax.results import NamedResult, result
 
@@ -81,8 +87,7 @@ def spectral_snapshot(
     if num_pairs is None:
         return dense_snapshot(point, fingerprint(problem))
     check_at_least("num_pairs", num_pairs, 1)
-    if key is None:
-        raise ValueError("key: expected a PRNG key for leading pairs, got None.")
+    key = check_key(key, "leading pairs")
     values, vectors = _leading_pairs(point, num_pairs, key)
     return SpectralSnapshot(values, vectors, errors_at(point), fingerprint(problem))
 
@@ -108,7 +113,7 @@ def stacked_point(problem: Problem, params: PyTree) -> Point:
     Raises:
         ValueError: If they do not, or the problem does not fit.
     """
-    point = problem.at(params)
+    point = point_at(problem, params)
     if point.copies != point.num_batches:
         check_choice("problem.reduction", problem.reduction, ("stack",))
     check_digits(point.error.dtype)

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from grsd_jax._arrays import divisor, matmul, ratio
+from grsd_jax._arrays import divisor, matmul, ratio, where_defined
 from grsd_jax.results import NamedResult, Result, number, result, span
 from grsd_jax.shells.soft_shells import SoftShells
 
@@ -32,6 +33,24 @@ _NEAR = 1e-3
 
 #: How far a spectrum may have grown or shrunk, in log lambda, and the halvings to it.
 _MOST_GROWTH, _HALVINGS = 40.0, 64
+
+
+#: The fields of a balance that mean nothing if one of them is not finite.
+_NUMBERS = (
+    "energies",
+    "lost",
+    "moved",
+    "flux",
+    "rotation",
+    "density",
+    "floor",
+    "flux_error",
+    "energy_error",
+    "lost_error",
+    "moved_error",
+    "density_error",
+    "rounding",
+)
 
 
 class Spectrum(NamedTuple):
@@ -68,7 +87,8 @@ class Counting(NamedResult):
     Attributes:
         moved: ``[q]``, ``tr up_k(M_1) - tr up_k(M_0)``.
         density: ``[q]``, ``tr (d up_k / d log lambda)``, the mean of both kernels.
-        stderr: ``[q]``, the standard error of the ratio of both; 0 from all pairs.
+        stderr: ``[q]``, the standard error of the ratio of both; 0 from all pairs,
+            infinite from a single random vector.
     """
 
     moved: jax.Array
@@ -77,6 +97,12 @@ class Counting(NamedResult):
 
 
 @result(
+    masks={
+        **dict.fromkeys(_NUMBERS, "finite"),
+        "effective_edges": "has_energy",
+        "growth": "grows",
+        "elapsed": "timed",
+    },
     units=dict.fromkeys(("energies", "lost", "moved", "flux"), "|e|^2"),
     derived=(
         "drift",
@@ -101,6 +127,7 @@ class Counting(NamedResult):
         "density",
         "effective_edges",
         "growth",
+        "grows",
         "counting",
         "elapsed",
         "floor",
@@ -139,7 +166,8 @@ class ExactBalance(Result):
             where there is none.
         growth: [q], the shift ``u_k`` in log lambda by which the old kernel would have
             to grow to hold as much of both errors above the edge as the new one; NaN
-            for sharp shells, or if no growth does it.
+            where it is not known.
+        grows: [q] bool, where it is: not for sharp shells, nor if no growth does it.
         counting: The same of the number of eigenvalues; None if it was not computed.
         elapsed: [], the time that passed; NaN if it is unknown or has no meaning.
         floor: [q], what rounding may do to the flux.
@@ -157,7 +185,10 @@ class ExactBalance(Result):
             dtype's epsilon if they run in reduced precision.
         comparable: [] bool, whether both ends hold the same examples and targets in the
             same order. If not, no number means anything.
-        finite: [] bool, whether all numbers are finite.
+        finite: [] bool, whether all numbers are finite. If not, they are NaN.
+
+    Inside `jit` no NaN is made: what is undefined is 0 there, where `has_energy`,
+    ``grows``, `timed` or ``finite`` is False.
     """
 
     shells: SoftShells
@@ -169,6 +200,7 @@ class ExactBalance(Result):
     density: jax.Array
     effective_edges: jax.Array
     growth: jax.Array
+    grows: jax.Array
     counting: Counting | None
     elapsed: jax.Array
     floor: jax.Array
@@ -188,35 +220,53 @@ class ExactBalance(Result):
         return None if self.rotation is None else self.flux - self.rotation
 
     @property
+    def has_energy(self) -> jax.Array:
+        """Whether there is energy at each edge, [q] bool."""
+        return self.density != 0
+
+    @property
+    def timed(self) -> jax.Array:
+        """Whether the time that passed is known, [] bool."""
+        return self.elapsed > 0
+
+    @property
     def velocity(self) -> jax.Array:
         """``v_k = F_k / (Delta tau eps_k)``, [q], in log lambda per time."""
-        return _over(_over(self.flux, self.density), self.elapsed[..., None])
+        return _over(self.flux, self.density, self._time)
 
     @property
     def velocity_error(self) -> jax.Array:
         """The error of `velocity`, [q], from those of flux and density."""
-        shift = jnp.abs(_over(self.flux, self.density))
+        shift = jnp.abs(ratio(self.flux, self.density))
         error = self.flux_error + shift * self.density_error
-        return _over(_over(error, self.density), self.elapsed[..., None])
+        return _over(error, self.density, self._time)
 
     @property
     def shift_velocity(self) -> jax.Array:
         """``u_k / Delta tau``, [q], for large intervals, where `velocity` is coarse."""
-        return _over(self.growth, self.elapsed[..., None])
+        return _over(self.growth, self._time, where=self.grows)
 
     @property
     def counting_velocity(self) -> jax.Array | None:
         """``v^N_k``, [q], by the number of eigenvalues in place of energy."""
         if self.counting is None:
             return None
-        counted = _over(self.counting.moved, self.counting.density)
-        return _over(counted, self.elapsed[..., None])
+        return _over(self.counting.moved, self.counting.density, self._time)
 
     @property
     def excess_velocity(self) -> jax.Array | None:
         """``v_k - v^N_k``, [q]: zero for a kernel that only grows."""
-        counted = self.counting_velocity
-        return None if counted is None else self.velocity - counted
+        if self.counting is None:
+            return None
+        shift, counted = (
+            ratio(part, density)
+            for part, density in (
+                (self.flux, self.density),
+                (self.counting.moved, self.counting.density),
+            )
+        )
+        both = self.has_energy & (self.counting.density != 0)
+        return _over(shift - counted, self._time, where=both)
 
     @property
     def velocity_mask(self) -> jax.Array:
@@ -225,10 +275,10 @@ class ExactBalance(Result):
         Those that have converged and have more energy than rounding makes, which lies
         within w of the edge in log lambda.
         """
-        aside = jnp.log(self.effective_edges / self.shells.edges)
-        near = jnp.abs(aside) <= self.shells.reach()
+        places = jnp.where(self.has_energy, self.effective_edges, self.shells.edges)
+        near = jnp.abs(jnp.log(places / self.shells.edges)) <= self.shells.reach()
         usable = self.converged & near & (self.density > self.density_error)
-        sound = self.finite & self.comparable & jnp.isfinite(self.elapsed)
+        sound = self.finite & self.comparable & self.timed
         return usable & sound[..., None]
 
     @property
@@ -241,15 +291,19 @@ class ExactBalance(Result):
         sizes = jnp.abs(self.moved)
         sizes = jnp.where(sizes > self.moved_error, sizes, 0)
         far = jnp.triu(sizes, 2) + jnp.tril(sizes, -2)
-        share = _over(jnp.sum(far, axis=(-2, -1)), jnp.sum(sizes, axis=(-2, -1)))
-        return jnp.where(self.shells.are_wide(), share, jnp.nan)
+        far, whole = (jnp.sum(part, axis=(-2, -1)) for part in (far, sizes))
+        return _over(far, whole, where=self.shells.are_wide())
+
+    @property
+    def _time(self) -> jax.Array:
+        return self.elapsed[..., None]
 
     def _headline(self) -> list[tuple[str, str]]:
-        totals = [number(total) for total in jnp.sum(self.energies, axis=1)]
+        totals = [number(total) for total in np.sum(self.energies, axis=1)]
         usable, q = int(jnp.sum(self.velocity_mask)), len(self.flux)
         rows = [
             ("energy |e|^2", f"{totals[0]} before, {totals[1]} after"),
-            ("lost as the error changed", number(jnp.sum(self.lost))),
+            ("lost as the error changed", number(np.sum(self.lost))),
             ("flux past the edges", span(self.flux, "|e|^2")),
             ("elapsed time", number(self.elapsed)),
             ("edges with a usable velocity", f"{usable} of {q}"),
@@ -258,7 +312,7 @@ class ExactBalance(Result):
             shown = self.velocity[self.velocity_mask]
             rows.append(("velocity there", span(shown, "in log lambda per time")))
         share = f"{number(self.non_adjacent_share)} of all"
-        if jnp.isnan(self.non_adjacent_share):
+        if np.isnan(self.non_adjacent_share):
             share = "n/a (narrow shells, or none above its error)"
         same = "the same examples" if self.comparable else "NOT the same examples"
         finite = "finite" if self.finite else "NOT finite"
@@ -286,7 +340,7 @@ class ExactBalance(Result):
             "after": after,
             "lost": self.lost,
             "+-": self.lost_error,
-            "moved in": jnp.sum(self.moved, axis=1),
+            "moved in": np.sum(self.moved, axis=1),
         }
         return {
             "edges (flux in |e|^2, velocity in log lambda per time)": edges,
@@ -359,6 +413,7 @@ def balance_spectra(
     if matched:
         old = shells.above(full.before.values)
         rotation = matmul(old.T, after - before)
+    growth, grows = _growth(full, shells, before, after)
     amounts = (found.energies, found.lost, found.moved, found.flux, found.density)
     return ExactBalance(
         shells=shells,
@@ -369,9 +424,10 @@ def balance_spectra(
         rotation=None if rotation is None else units * rotation,
         density=units * found.density,
         effective_edges=found.effective_edges,
-        growth=_growth(full, shells, before, after),
+        growth=growth,
+        grows=grows,
         counting=None,
-        elapsed=jnp.asarray(jnp.nan, dtype),
+        elapsed=jnp.zeros((), dtype),
         floor=units * floors.flux,
         flux_error=units * errors.flux,
         energy_error=units * errors.energies,
@@ -403,10 +459,17 @@ def count_pairs(before: jax.Array, after: jax.Array, shells: SoftShells) -> Coun
     )
 
 
-def _over(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
-    """Divides, with NaN where the denominator is 0 or NaN."""
-    usable = (denominator != 0) & ~jnp.isnan(denominator)
-    return jnp.where(usable, numerator / jnp.where(usable, denominator, 1), jnp.nan)
+def _over(
+    numerator: jax.Array,
+    *denominators: jax.Array,
+    where: jax.typing.ArrayLike = True,
+) -> jax.Array:
+    """Divides, with NaN where a denominator is 0 or NaN, and where it is said."""
+    for denominator in denominators:
+        usable = (denominator != 0) & ~jnp.isnan(denominator)
+        numerator = jnp.where(where, numerator, 0) / jnp.where(usable, denominator, 1)
+        where = where & usable
+    return where_defined(where, numerator)
 
 
 def _units(pairing: Pairing) -> tuple[jax.Array, jax.Array]:
@@ -459,7 +522,7 @@ def _amounts(pairing: Pairing, shells: SoftShells, square: bool) -> _Amounts:
         moved=joint.T - joint,
         flux=matmul(shells.above(values).T, jnp.concatenate([-old, new])),
         density=density,
-        effective_edges=shells.edges * jnp.exp(_over(moment, density)),
+        effective_edges=shells.edges * jnp.exp(ratio(moment, density)),
     )
 
 
@@ -473,11 +536,14 @@ def _joint(pairing: Pairing, members: jax.Array, which: int) -> jax.Array:
 
 def _growth(
     pairing: Pairing, shells: SoftShells, before: jax.Array, after: jax.Array
-) -> jax.Array:
-    """Returns u_k with ``e^T up_k(e^u M_0) e = e^T up_k(M_1) e``, by bisection."""
+) -> tuple[jax.Array, jax.Array]:
+    """Returns u_k with ``e^T up_k(e^u M_0) e = e^T up_k(M_1) e``, and if there is one.
+
+    By bisection.
+    """
     target = matmul(shells.above(pairing.after.values).T, after)
     if not shells.width:
-        return jnp.full_like(target, jnp.nan)
+        return jnp.zeros_like(target), jnp.zeros(target.shape, bool)
 
     def held(growth: jax.Array) -> jax.Array:
         return matmul(shells.above(pairing.before.values, growth).T, before)
@@ -491,7 +557,7 @@ def _growth(
     low = jnp.full_like(target, -_MOST_GROWTH)
     reached = (held(low) < target) & (target < held(-low))
     low, high = jax.lax.fori_loop(0, _HALVINGS, halve, (low, -low))
-    return jnp.where(reached, (low + high) / 2, jnp.nan)
+    return jnp.where(reached, (low + high) / 2, 0), reached
 
 
 class _Errors(NamedTuple):
@@ -548,7 +614,7 @@ def _stirred(
             slopes = (slopes[:, None] + slopes[None, :]) / 2
             divided = jnp.where(near, slopes, steps / jnp.where(near, 1, gaps))
         else:  # whoever lies on the edge may fall on either side of it
-            divided = steps / jnp.maximum(gaps, size)
+            divided = steps / divisor(jnp.maximum(gaps, size))
             on_edge = jnp.abs(places - 1) <= _AMBIGUOUS * size
             divided = divided + jnp.diag(jnp.where(on_edge, 1 / divisor(size), 0))
         pairs = matmul(jnp.square(divided), weights[:, None])[:, 0]

@@ -24,7 +24,7 @@ from grsd_jax.jacobian.factored import moving_blocks, output_basis, output_block
 from grsd_jax.jacobian.factors import Factor, Rows, for_gram, inner, like
 from grsd_jax.jacobian.plan import Plan, check_independent, plan_of
 from grsd_jax.parameter_blocks import parameter_paths
-from grsd_jax.problem import Objective, Point, Problem
+from grsd_jax.problem import Objective, Point, Problem, point_at
 
 #: ``(M,)`` or ``(M, Mdot)`` under each label.
 Matrices = dict[str, tuple[jax.Array, ...]]
@@ -116,7 +116,7 @@ def kernel_dense(
         Paper 7.2 and B.5; the layer-wise sum and the exact derivative are ours.
     """
     chunking = Chunking(example_chunk, max_bytes)
-    matrices = dense_at(problem.at(params, direction), chunking)
+    matrices = dense_at(point_at(problem, params, direction), chunking)
     return matrices[0] if direction is None else matrices
 
 
@@ -157,7 +157,7 @@ def layer_kernels(
     References:
         Paper 3.2 and A.3, the additive structure.
     """
-    point = problem.at(params, direction)
+    point = point_at(problem, params, direction)
     labels = [(layer_of or _parent)(path) for path in parameter_paths(point.params)]
     matrices = accumulate(point, labels, Chunking())
     if direction is not None:

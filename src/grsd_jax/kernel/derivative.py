@@ -52,7 +52,7 @@ from grsd_jax.jacobian.plan import Plan, plan_of
 from grsd_jax.kernel.mesh import layout_of
 from grsd_jax.kernel.operator import multiply_at
 from grsd_jax.kernel.sharded import sharded_half
-from grsd_jax.problem import Objective, Point, Problem
+from grsd_jax.problem import Objective, Point, Problem, point_at
 
 DERIVATIVES = ("exact", "finite_difference")
 
@@ -110,7 +110,7 @@ def gradient_flow_direction(problem: Problem, params: PyTree) -> PyTree:
     return jax.tree.map(
         lambda leaf, d: _zero_like(leaf) if d is None else on_mesh_of(leaf, d),
         params,
-        flow_at(problem.at(params)),
+        flow_at(point_at(problem, params)),
         is_leaf=lambda leaf: leaf is None,
     )
 
@@ -160,7 +160,7 @@ def kernel_derivative(
     References:
         Paper 7.2 and B.5; the exact form is ours.
     """
-    point = problem.at(params, direction)
+    point = point_at(problem, params, direction)
     vectors = on_automatic_mesh(vectors)
     check_shape("vectors", vectors, [point.dimension, None])
     # Too few columns do not make up for the factors.
@@ -198,7 +198,7 @@ def kernel_derivative_matmat(
     References:
         Paper 7.2 and B.5.
     """
-    point = problem.at(params, direction)
+    point = point_at(problem, params, direction)
     if layout_of(point) is not None:
         raise ValueError("problem.batches: expected one device, got a mesh.")
     columns, restore = as_columns("block", block, point.copies, point.error)

@@ -33,7 +33,7 @@ from grsd_jax.jacobian.plan import Plan, plan_of
 from grsd_jax.kernel.mesh import layout_of
 from grsd_jax.kernel.sharded import ShardedKernel, shard_kernel
 from grsd_jax.parameter_blocks import ParameterBlocks, check_blocks
-from grsd_jax.problem import Point, Problem
+from grsd_jax.problem import Point, Problem, point_at
 
 
 def kernel_matmat(
@@ -66,7 +66,7 @@ def kernel_matmat(
     References:
         Paper 7.2 and B.2.
     """
-    return multiply_at(problem.at(params), block, column_chunk=column_chunk)
+    return multiply_at(point_at(problem, params), block, column_chunk=column_chunk)
 
 
 def multiply_at(
@@ -171,7 +171,7 @@ def linearize_kernel(
     References:
         Paper 7.2 and B.2.
     """
-    point = problem.at(params)
+    point = point_at(problem, params)
     return linearize_point(point, plan=plan_of(point))
 
 
@@ -222,8 +222,8 @@ def linearize_block_kernels(
     References:
         Paper 4.1, the additive operator.
     """
+    point = point_at(problem, params)
     check_blocks(blocks, params)
-    point = problem.at(params)
     fn, params = point.error_fn, point.params
     blocks = blocks.over(params)
     groups = [blocks.leaves_of(block) for block in range(len(blocks.names))]
@@ -271,7 +271,7 @@ def linearize_derivative(
     References:
         Paper 3.2, Condition 3.
     """
-    point = problem.at(params, direction)
+    point = point_at(problem, params, direction)
     derivatives = tuple(
         PlainDerivative(point.error_fn, point.params, batch, point.direction)
         for batch in point.parts

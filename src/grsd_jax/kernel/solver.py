@@ -13,7 +13,7 @@ from grsd_jax._checks import check_at_least
 from grsd_jax._memory import default_bytes
 from grsd_jax._typing import PyTree
 from grsd_jax.jacobian.plan import are_coupled
-from grsd_jax.problem import Point, Problem
+from grsd_jax.problem import Point, Problem, point_at
 
 #: n x n arrays alive at once in the dense solver: M, Mdot, V, and work space.
 _DENSE_MATRICES = 8
@@ -65,7 +65,7 @@ def choose_solver(
         Ours; see `count_operations`.
     """
     check_at_least("num_columns", num_columns, 1)
-    return solver_at(problem.at(params), num_columns)
+    return solver_at(point_at(problem, params), num_columns)
 
 
 def solver_at(point: Point, num_columns: int) -> Literal["dense", "lanczos"]:

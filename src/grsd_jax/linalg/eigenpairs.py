@@ -17,6 +17,7 @@ from grsd_jax._arrays import all_finite, matmul
 from grsd_jax._checks import (
     check_at_least,
     check_choice,
+    check_key,
     check_positive,
     check_shape,
 )
@@ -168,6 +169,7 @@ def leading_eigenpairs(
     check_at_least("num_pairs", num_pairs, 1)
     if num_pairs > size:
         raise ValueError(f"num_pairs: expected at most n = {size}, got {num_pairs}.")
+    check_key(key)
     check_positive("tolerance", tolerance)
     check_choice("relative_to", relative_to, REFERENCES)
     fewest = _blocks(num_pairs, width)

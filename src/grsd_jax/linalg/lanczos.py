@@ -19,6 +19,7 @@ from grsd_jax._arrays import divisor, is_traced, magnitude, matmul, norm
 from grsd_jax._checks import (
     check_at_least,
     check_choice,
+    check_key,
     check_shape,
     check_single_or_double,
 )
@@ -184,6 +185,7 @@ def lanczos_init(
     check_shape("start_block", start_block, [None, None])
     check_single_or_double("start_block", jnp.result_type(start_block))
     check_at_least("num_steps", num_steps, 1)
+    check_key(key)
     size, width = start_block.shape
     if not 1 <= width <= size:
         raise ValueError(

@@ -17,7 +17,7 @@ from typing import (
     dataclass_transform,
 )
 
-from grsd_jax.results.fields import Description
+from grsd_jax.results.fields import Description, with_undefined
 from grsd_jax.results.storage import load, save
 from grsd_jax.results.tables import to_pandas, to_xarray
 from grsd_jax.results.text import (
@@ -43,6 +43,7 @@ __all__ = [
     "to_pandas",
     "to_xarray",
     "with_interval",
+    "with_undefined",
 ]
 
 

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -56,7 +56,8 @@ class Description:
 
     Attributes:
         axes: Names of axes, by their letters, where they are not the usual ones.
-        masks: The field or property that says where another one is defined, by name.
+        masks: The field or property that says where another one is defined, by name;
+            of a result inside this one, whether it is.
         units: Units, by the name of the field.
         derived: Properties that count as fields.
 
@@ -139,6 +140,64 @@ def defined(result: Any, field: Field) -> np.ndarray | None:
     return np.where(mask, array, np.full((), np.nan, array.dtype))
 
 
+def reads_nan(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a function that makes text or tables, in which NaN is no error."""
+
+    @functools.wraps(function)
+    def reading(*args: Any, **options: Any) -> Any:
+        with jax.debug_nans(False):
+            return function(*args, **options)
+
+    return reading
+
+
+def with_undefined(result: Any) -> Any:
+    """Returns a result with NaN where its masks say that it is undefined.
+
+    Compiled functions leave zeros there, since a NaN that is computed stops a run under
+    `jax_debug_nans`. Results inside it are treated alike; a mask of one of them holds
+    for all of its numbers. What is not at hand stays as it is.
+    """
+    described = description_of(result)
+    if described is None:
+        return result
+    changes = {}
+    for field in fields_of(result):
+        value, masked = field.value, field.name in described.masks
+        if description_of(value) is not None:
+            value = with_undefined(value)
+            if masked and all(map(_is_number, jax.tree.leaves(result))):
+                mask = on_host(getattr(result, described.masks[field.name]))
+                value = value if mask is None else _blanked(value, mask)
+        elif masked:
+            array = defined(result, field)
+            value = value if array is None else _like(value, array)
+        changes[field.name] = value
+    if dataclasses.is_dataclass(result):
+        return dataclasses.replace(result, **changes)
+    return result._replace(**changes)
+
+
+def _blanked(result: Any, mask: np.ndarray) -> Any:
+    """Returns a result whose numbers are all NaN where a mask is False."""
+
+    def blank(leaf: Any) -> Any:
+        array = on_host(leaf)
+        if array is None or not _is_floating(array):
+            return leaf
+        there = mask.reshape(mask.shape + (1,) * (array.ndim - mask.ndim))
+        return _like(leaf, np.where(there, array, np.full((), np.nan, array.dtype)))
+
+    return result if mask.all() else jax.tree.map(blank, result)
+
+
+def _like(value: Any, array: np.ndarray) -> Any:
+    """Returns an array of the host as a JAX array where another value is one."""
+    if not isinstance(value, jax.Array):
+        return array
+    return jax.device_put(array, value.sharding)
+
+
 def on_host(value: Any) -> np.ndarray | None:
     """Returns a number or an array as a NumPy array, None if it is none or not at hand.
 
@@ -148,6 +207,11 @@ def on_host(value: Any) -> np.ndarray | None:
         array = np.asarray(value)
         return None if array.dtype.hasobject else array
     return np.asarray(value) if _is_at_hand(value) else None
+
+
+def _is_number(value: Any) -> bool:
+    """Whether something is a number or an array, with or without a value at hand."""
+    return isinstance(value, int | float | np.generic | np.ndarray | jax.Array)
 
 
 def _is_at_hand(value: Any) -> bool:

@@ -14,6 +14,8 @@ from grsd_jax.results.fields import (
     fields_of,
     is_key,
     on_host,
+    reads_nan,
+    with_undefined,
 )
 
 #: The axes that make the rows of a table where there are any.
@@ -38,6 +40,7 @@ class Variable(NamedTuple):
     unit: str
 
 
+@reads_nan
 def variables_of(result: Any) -> list[Variable]:
     """Returns every array and number of a result and of the results inside it.
 
@@ -49,7 +52,7 @@ def variables_of(result: Any) -> list[Variable]:
     """
     sizes: dict[str, int] = {}
     found = []
-    variables = list(_walk(result, ""))
+    variables = list(_walk(with_undefined(result), ""))
     names = {variable.name for variable in variables}
     for variable in variables:
         axes = []

@@ -17,6 +17,8 @@ from grsd_jax.results.fields import (
     is_concrete,
     is_key,
     on_host,
+    reads_nan,
+    with_undefined,
 )
 from grsd_jax.results.flat import columns_of, rows_of
 
@@ -68,6 +70,7 @@ def span(values: Any, unit: str = "") -> str:
     return f"{ends} {unit}".rstrip()
 
 
+@reads_nan
 def as_text(result: Any) -> str:
     """Returns a result as at most 24 lines of at most 100 characters."""
     title, rows, rest = _screenful(result)
@@ -76,6 +79,7 @@ def as_text(result: Any) -> str:
     return "\n".join(_cut(line) for line in [*lines, *([rest] if rest else [])])
 
 
+@reads_nan
 def as_html(result: Any) -> str:
     """Returns a result as a small table for notebooks."""
     title, rows, rest = _screenful(result)
@@ -88,6 +92,7 @@ def as_html(result: Any) -> str:
     return f"<div><b>{html.escape(title)}</b><table>{cells}</table>{caption}</div>"
 
 
+@reads_nan
 def summary(result: Any) -> str:
     """Returns a result as its most important numbers and its tables."""
     title, rows, _ = _screenful(result, arrays=False)
@@ -100,6 +105,7 @@ def summary(result: Any) -> str:
 
 def _tables_of(result: Any) -> dict[str, dict[str, Any]]:
     """Returns the columns of a summary by title: its own, or of what is inside it."""
+    result = with_undefined(result)
     if hasattr(result, "_tables") and is_concrete(result):
         return result._tables()
     inside = {
@@ -113,8 +119,10 @@ def _tables_of(result: Any) -> dict[str, dict[str, Any]]:
     return {f"by {axis}": columns_of(result, axis) for axis in rows_of(result)}
 
 
+@reads_nan
 def headline(result: Any) -> list[Row]:
     """Returns the most important numbers of a result as pairs of label and text."""
+    result = with_undefined(result)
     if hasattr(result, "_headline") and is_concrete(result):
         return result._headline()
     return [_row(result, field) for field in fields_of(result) if _is_number(field)]
@@ -122,6 +130,7 @@ def headline(result: Any) -> list[Row]:
 
 def _screenful(result: Any, *, arrays: bool = True) -> tuple[str, list[Row], str]:
     """Returns the title, the rows, and one line on what is left out."""
+    result = with_undefined(result)
     fields = list(fields_of(result))
     title = type(result).__name__
     texts = [f"{f.name} {f.value}" for f in fields if isinstance(f.value, str)]

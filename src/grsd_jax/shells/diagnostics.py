@@ -90,6 +90,7 @@ class ToeplitzDiagnostics(NamedResult):
         "operator_disagreement",
         "unresolved_share",
         "num_missing",
+        "num_misfits",
         "finite",
     ],
     meta_fields=["solver", "jacobian", "derivative", "reduction", "coupled", "window"],
@@ -123,6 +124,9 @@ class CouplingMeasurement(Result):
             pairs, ``1 - |V^T e|^2 / |e|^2``, of all batches together. Where it is near
             1, the pairs say little about this error. NaN for an error that is zero.
         num_missing: [] int32, pairs of the window that are not resolved.
+        num_misfits: [] int32, targets that fit no output: classes out of range, integer
+            rows that are not one-hot. Only inside `jit` are there any, where they are
+            not refused; their errors are NaN.
         finite: [] bool, whether errors, direction and products were finite. If not,
             nothing is resolved.
         solver: ``"dense"`` or ``"lanczos"``, the one that ran.
@@ -148,6 +152,7 @@ class CouplingMeasurement(Result):
     operator_disagreement: jax.Array
     unresolved_share: jax.Array
     num_missing: jax.Array
+    num_misfits: jax.Array
     finite: jax.Array
     solver: str
     jacobian: str
@@ -161,6 +166,7 @@ class CouplingMeasurement(Result):
         """What a reader of the exponents must know, a sentence each; see `caveats`."""
         return caveats(
             num_missing=int(self.num_missing),
+            num_misfits=int(self.num_misfits),
             unresolved_share=float(self.unresolved_share),
         )
 
@@ -219,22 +225,29 @@ class CouplingMeasurement(Result):
         }
 
 
-def caveats(*, num_missing: int, unresolved_share: float) -> tuple[str, ...]:
+def caveats(
+    *, num_missing: int, unresolved_share: float, num_misfits: int = 0
+) -> tuple[str, ...]:
     """Returns what a reader of a measurement's exponents must know.
 
     Args:
         num_missing: As in `CouplingMeasurement`.
         unresolved_share: As there; NaN if it is not known.
+        num_misfits: As there.
 
     Returns:
-        Sentences, none if all pairs of the window are resolved and hold most of the
-        error.
+        Sentences, none if all targets fit, and all pairs of the window are resolved and
+        hold most of the error.
     """
     found = []
-    if num_missing:
+    if num_misfits:
         found.append(
-            f"At least {num_missing} pairs of the spectral window are not resolved."
+            f"Targets that fit no output, such as classes out of range: {num_misfits}."
         )
+    if num_missing:
+        missing = "1 pair" if num_missing == 1 else f"{num_missing} pairs"
+        are = "is" if num_missing == 1 else "are"
+        found.append(f"At least {missing} of the spectral window {are} not resolved.")
     if unresolved_share > _MOST:
         found.append(
             f"Ask for more pairs: {unresolved_share:.0%} of the error's energy lies "
@@ -263,6 +276,7 @@ class CrossChecks(NamedTuple):
     operator_disagreement: jax.Array
     unresolved_share: jax.Array
     num_missing: jax.Array
+    num_misfits: jax.Array
     finite: jax.Array
 
 
@@ -288,7 +302,8 @@ def diagnose(
 ) -> CouplingMeasurement:
     """Returns the measurement: the coupling, binned, with every diagnostic."""
     # The labels stay outside, so that one program serves every solver and window.
-    fields = _fields(pairs, coupling, checks.finite, key, binning=binning)
+    with jax.debug_nans(False):  # what is undefined is NaN by contract
+        fields = _fields(pairs, coupling, checks.finite, key, binning=binning)
     return CouplingMeasurement(
         values=pairs.values,
         vectors=pairs.vectors,

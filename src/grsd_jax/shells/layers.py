@@ -15,11 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from grsd_jax._arrays import all_finite, divisor, matmul, norm
+from grsd_jax._checks import check_key
 from grsd_jax._typing import PyTree
 from grsd_jax.jacobian.plan import plan_of
 from grsd_jax.kernel.dense import layer_kernels
 from grsd_jax.kernel.derivative import gradient_flow_direction, project_kernel
-from grsd_jax.problem import Problem
+from grsd_jax.problem import Problem, misfits, point_at
 from grsd_jax.results import NamedResult, result
 from grsd_jax.shells.binning import Shells, root_mean_squares
 from grsd_jax.shells.diagnostics import (
@@ -83,11 +84,14 @@ def measure_layers(
     References:
         Paper 4.1, Theorem 2 and Proposition 1 (A.3, A.4).
     """
+    check_key(key)
     if direction is None:
         direction = gradient_flow_direction(problem, params)
-    point = problem.at(params, direction)
+    point = point_at(problem, params, direction)
     form = "plain" if plan_of(point) is None else "factored"
     matrices = layer_kernels(problem, params, direction, layer_of=layer_of)
+
+    num_misfits = misfits(point.error_fn, point.params, point.parts)
 
     def measure(kernel: jax.Array, moved: jax.Array) -> CouplingMeasurement:
         pairs, coupling = diagonalize(
@@ -103,6 +107,7 @@ def measure_layers(
                 unmade,
                 unmade,
                 missing_pairs(pairs, point.dimension, window),
+                num_misfits,
                 all_finite((kernel, moved)),
             ),
             key,
@@ -124,7 +129,10 @@ def measure_layers(
     apart = jnp.abs(project_kernel(point, leading)[0, 0] - total.values[0])
     disagreement = apart / divisor(total.values[0])
     total = dataclasses.replace(total, operator_disagreement=disagreement)
-    average = _average(moved, total.vectors, total.values, total.shells, binning=shells)
+    with jax.debug_nans(False):  # what is undefined is NaN by contract
+        average = _average(
+            moved, total.vectors, total.values, total.shells, binning=shells
+        )
     layers = {name: measure(*pair) for name, pair in matrices.items()}
     return LayerMeasurements(layers, total, average)
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grsd_jax._arrays import all_finite, is_traced, magnitude, matmul, norm, ratio
-from grsd_jax._checks import check_choice, check_type
+from grsd_jax._checks import check_choice, check_key, check_type
 from grsd_jax._memory import check_fits, naming_what_to_lower
 from grsd_jax._typing import Matmat, PyTree
 from grsd_jax.jacobian.plan import verdict_of
@@ -42,7 +42,7 @@ from grsd_jax.linalg.ritz import (
     rounding_bound,
     small_rounding,
 )
-from grsd_jax.problem import Point, Problem, evaluate
+from grsd_jax.problem import Point, Problem, evaluate, misfits, point_at
 from grsd_jax.shells.diagnostics import (
     CouplingMeasurement,
     CrossChecks,
@@ -117,9 +117,10 @@ def measure_coupling(
         ("derivative", derivative, Derivative),
     ):
         check_type(name, given, kind)
+    check_key(key)
     if direction is None:
         direction = gradient_flow_direction(problem, params)
-    point = problem.at(params, direction)
+    point = point_at(problem, params, direction)
     lanczos = _resolved(solver, point, window)
     _check_sizes(point, lanczos, window, shells)
     width = min((lanczos or Lanczos()).block_size, point.dimension)
@@ -141,10 +142,9 @@ def measure_coupling(
         verdict.coupled,
         window,
     )
-    with jax.debug_nans(False):  # what is undefined is NaN by contract
-        return diagnose(
-            pairs, coupling, checks, bootstrap_key, labels=labels, binning=shells
-        )
+    return diagnose(
+        pairs, coupling, checks, bootstrap_key, labels=labels, binning=shells
+    )
 
 
 def _resolved(solver: Solver, point: Point, window: Window) -> Lanczos | None:
@@ -365,6 +365,7 @@ def _cross_checks(
         operator_disagreement=jnp.asarray(operator),
         unresolved_share=_unresolved_share(pairs, errors, stack=stack),
         num_missing=missing_pairs(pairs, point.dimension, window),
+        num_misfits=misfits(point.error_fn, point.params, point.parts),
         finite=all_finite(numbers),
     )
 

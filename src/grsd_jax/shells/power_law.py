@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from grsd_jax._arrays import as_floating, as_mask, magnitude
-from grsd_jax._checks import check_at_least
+from grsd_jax._checks import check_at_least, check_key
 from grsd_jax.results import NamedResult, number, result, with_interval
 
 
@@ -152,10 +152,8 @@ def _check_bootstrap(
 ) -> None:
     """Raises ValueError unless the bootstrap's arguments make sense together."""
     check_at_least("num_bootstrap", num_bootstrap, 0)
-    if num_bootstrap and key is None:
-        raise ValueError(
-            f"key: expected a PRNG key for num_bootstrap = {num_bootstrap}, got None."
-        )
+    if num_bootstrap:
+        check_key(key, f"num_bootstrap = {num_bootstrap}")
     if not 0 < confidence < 1:
         raise ValueError(
             f"confidence: expected a number between 0 and 1, got {confidence!r}."

@@ -23,7 +23,7 @@ import numpy as np
 import scipy.special
 
 from grsd_jax._arrays import divisor, matmul, outside
-from grsd_jax._checks import check_at_least, check_shape
+from grsd_jax._checks import check_at_least, check_key, check_shape
 from grsd_jax._typing import Matmat, PyTree
 from grsd_jax.kernel.derivative import (
     gradient_flow_direction,
@@ -32,7 +32,7 @@ from grsd_jax.kernel.derivative import (
 from grsd_jax.kernel.products import held_products
 from grsd_jax.linalg.eigenpairs import leading_eigenpairs
 from grsd_jax.linalg.lanczos import LanczosResult, block_lanczos
-from grsd_jax.problem import Problem
+from grsd_jax.problem import Problem, point_at
 from grsd_jax.results import NamedResult, number, result, span
 from grsd_jax.shells.soft_shells import SoftShells
 
@@ -295,6 +295,7 @@ def stochastic_shell_coupling(
     check_shape("vectors", vectors, [None, len(values)])
     shells = shells.checked(vectors.dtype)
     check_at_least("len(shells.edges)", len(shells.edges), 2)
+    check_key(key)
     sign_key, key = jax.random.split(key)
     size = (len(vectors), signs.num_signs)
     estimate = _Estimate(
@@ -343,9 +344,10 @@ def measure_stochastic_coupling(
         Ours; see `stochastic_shell_coupling`.
     """
     check_at_least("num_pairs", num_pairs, 1)
+    check_key(key)
     if direction is None:
         direction = gradient_flow_direction(problem, params)
-    point = problem.at(params, direction)
+    point = point_at(problem, params, direction)
     num_pairs = min(num_pairs, point.dimension)
     matmat = held_products(point)
     start_key, pairs_key, key = jax.random.split(key, 3)

@@ -6,9 +6,11 @@ without its name; ``READS_RUN``, that flags not given are read from a training's
 config.json.
 """
 
+import contextlib
 import importlib
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -29,6 +31,23 @@ COMMANDS = {
 }
 
 
+@contextlib.contextmanager
+def _while_read() -> Iterator[None]:
+    """Ends the process quietly if the reader of its output has gone, as ``head``."""
+    try:
+        try:
+            yield
+        except SystemExit:
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What is left in the buffer is written at exit, to nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+@_while_read()
 def run(name: str) -> None:
     """Runs a command with the arguments of ``sys.argv``.
 
@@ -62,6 +81,7 @@ def keep_compilations() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
+@_while_read()
 def main() -> None:
     """Runs ``grsd NAME --flags``."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"

@@ -4,9 +4,10 @@ Reads the checkpoint that `grsd train` left in WORKDIR/MODEL (of the ResNet-18 i
 plain network is measured under another --protocol) and writes results.json and
 arrays.npz to WORKDIR/MODEL; `grsd plot WORKDIR/MODEL` draws them. The settings of the
 network and of its data are read from the config.json of the training. A second
-measurement replaces the first. --reduction=mean measures as `grsd reproduce` does.
-Several devices share the examples of each batch. --distributed joins several processes:
-all must see WORKDIR, and the first writes.
+measurement replaces the first; if that had other settings, it is kept beside the new
+one. --reduction=mean measures as `grsd reproduce` does. Several devices share the
+examples of each batch. --distributed joins several processes: all must see WORKDIR, and
+the first writes.
 
 Examples:
   grsd measure runs/quick

@@ -117,7 +117,7 @@ def remove(path: PathLike) -> None:
         raise cannot_write(path, error) from error
 
 
-def set_aside(folder: Path, names: Sequence[str]) -> None:
+def set_aside(folder: Path, names: Sequence[str]) -> list[Path]:
     """Renames files of a folder by the next free number, ``name-1.json``: all or none.
 
     Every file first gets its second name, and the first names go only when all have
@@ -126,6 +126,9 @@ def set_aside(folder: Path, names: Sequence[str]) -> None:
     Args:
         folder: The folder.
         names: The files; those that are missing are passed over.
+
+    Returns:
+        The paths of the files that are kept.
 
     Raises:
         UserError: If the folder cannot be written.
@@ -145,6 +148,7 @@ def set_aside(folder: Path, names: Sequence[str]) -> None:
         raise cannot_write(folder, error) from error
     for path in there:
         remove(path)
+    return [_numbered(path, number) for path in there]
 
 
 def _numbered(path: Path, number: int) -> Path:

@@ -136,7 +136,8 @@ def environment(*, precision: str) -> dict[str, Any]:
 def workdir_lock(workdir: files.PathLike) -> Iterator[Path]:
     """Makes the folder, checks that it can be written, and keeps other runs out.
 
-    What a killed run left half-written there is removed. The first process of a job
+    What a killed run left half-written there is removed. A folder that was made here
+    and is still empty when the run fails is removed too. The first process of a job
     holds the lock for all of it. The lock is the system's: it ends with the process,
     however that ends.
 
@@ -153,6 +154,7 @@ def workdir_lock(workdir: files.PathLike) -> Iterator[Path]:
     if not writes():
         yield workdir
         return
+    made = not workdir.exists()
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         lock = open(workdir / ".lock", "a+", encoding="utf-8", errors="replace")  # noqa: SIM115
@@ -178,7 +180,20 @@ def workdir_lock(workdir: files.PathLike) -> Iterator[Path]:
             lock.flush()
         except OSError as error:
             raise files.cannot_write(workdir, error) from error
-        yield workdir
+        try:
+            yield workdir
+        except BaseException:
+            if made:
+                _remove_if_unused(workdir)
+            raise
+
+
+def _remove_if_unused(workdir: Path) -> None:
+    """Removes a folder with nothing but its lock; one that is not left as it is."""
+    with contextlib.suppress(OSError):
+        if [path.name for path in workdir.iterdir()] == [".lock"]:
+            (workdir / ".lock").unlink()
+            workdir.rmdir()
 
 
 def _check_writable(workdir: Path) -> None:

@@ -232,6 +232,7 @@ def as_measurement(
         "operator_disagreement": nan,
         "unresolved_share": np.float64(_or_nan(entry.number("unresolved_share"))),
         "num_missing": np.int32(entry.number("num_missing") or 0),
+        "num_misfits": np.int32(0),  # refused outside of jit
         "window": Window(num_pairs=int(entry.number("num_pairs") or values.size)),
         "finite": np.bool_(True),
         "coupled": None,

@@ -122,8 +122,8 @@ def write_results(folder: Path, results: dict[str, Any], arrays: Arrays) -> None
     """Writes ``arrays.npz``, then ``results.json``, each whole or not at all.
 
     Results of other settings that lie there already are kept beside, under the next
-    free number, and so is a file that holds no results. ``results.json`` has the
-    checksum of its arrays.
+    free number, which is printed, and so is a file that holds no results.
+    ``results.json`` has the checksum of its arrays.
 
     Args:
         folder: The folder.
@@ -140,7 +140,8 @@ def write_results(folder: Path, results: dict[str, Any], arrays: Arrays) -> None
         except UserError:  # damaged or foreign: kept, like others' results
             earlier = None
         if _comparable(earlier) != _comparable(results["config"]):
-            files.set_aside(folder, names)
+            kept = " and ".join(map(str, files.set_aside(folder, names)))
+            print(f"results of other settings are kept as {kept}")
     records.write_npz(folder / names[1], arrays)
     checksum = files.checksum(folder / names[1])
     records.write_json(folder / names[0], results | {ARRAYS_CHECKSUM: checksum})
