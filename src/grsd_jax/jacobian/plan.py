@@ -537,22 +537,20 @@ def _near(rng: np.random.Generator, leaf: Any, *, sign: float) -> Any:
     """Returns an array near ``sign`` times the given one; other types as they are.
 
     By NumPy, since JAX would compile five operations for every shape. An array that
-    other processes hold a part of stays with JAX.
+    lies on several devices stays with JAX.
     """
-    if not _is_floating(leaf):
+    if not _is_floating(leaf) or not leaf.size:
         return leaf
-    dtype, sharding = jnp.result_type(leaf), getattr(leaf, "sharding", None)
+    dtype = jnp.result_type(leaf)
     noise = rng.normal(size=leaf.shape)
-    if sharding is not None and not (
-        sharding.is_fully_addressable or sharding.is_fully_replicated
-    ):
+    if isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1:
         size = jnp.sqrt(jnp.mean(jnp.square(leaf)))
         scale = jnp.where(size > 0, 0.3 * size, 0.1)
         return (sign * leaf + scale * jnp.asarray(noise, dtype)).astype(dtype)
     values = np.asarray(leaf, np.float64)
     size = np.sqrt(np.mean(np.square(values)))
     near = sign * values + (0.3 * size if size > 0 else 0.1) * noise
-    return jax.device_put(near.astype(dtype), sharding)
+    return jnp.asarray(near, dtype)
 
 
 def _random_like(rng: np.random.Generator, leaf: Any) -> Any:
