@@ -274,12 +274,27 @@ def test_networks_are_compared_within_a_seed():
     assert paired == "ratio 2.000 [2.000, 2.000]"  # the seeds themselves scatter
     assert rows[analyse.HEADINGS["exponent"]][2] == "1.100 [1.100, 1.100]"
     assert len(analyse.reading_rows(results, "main")) == 1 + len(protocol.READINGS)
-    assert analyse.verdicts(results, "main") == dict.fromkeys(analyse.DECISIVE, "yes")
-    less = analyse.verdicts(planted(ratio=0.5), "main")
-    assert less == dict.fromkeys(analyse.DECISIVE, "no, less so")
-    one = analyse.verdicts(planted(seeds=[0]), "main")
-    assert one == dict.fromkeys(analyse.DECISIVE, "undecided")
     assert "4 paired seeds" in analyse.format_transport(results)
+
+
+@pytest.mark.parametrize(
+    ("number", "ratio", "verdict"),
+    [
+        (8, 2.0, "yes"),
+        (8, 0.5, "no, less so"),
+        (8, None, "undecided"),
+        (7, 2.0, "too few seeds"),
+    ],
+)
+def test_a_verdict_needs_eight_seeds_and_an_interval_beside_one(number, ratio, verdict):
+    results = planted(range(number), 1.0 if ratio is None else ratio)
+    if ratio is None:  # as often above as below
+        for found, factor in zip(results["runs"][1::2], [0.5, 2.0] * 4, strict=True):
+            for name in analyse.DECISIVE:
+                found["readings"][0][name] *= factor
+    found = analyse.verdicts(results, "main")
+    assert found == dict.fromkeys(analyse.DECISIVE, verdict)
+    assert verdict.capitalize() in analyse.format_transport(results)
 
 
 def test_a_comparison_is_that_of_the_logarithms():

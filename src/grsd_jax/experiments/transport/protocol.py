@@ -28,6 +28,10 @@ _MOMENTUM = 0.9
 FORMS = ("flux", "shift")
 
 
+#: Paired seeds that a verdict needs: one that is looked at before is no test.
+NUM_SEEDS = 8
+
+
 class Reading(NamedTuple):
     """One way to read the same snapshots.
 
