@@ -157,6 +157,14 @@ def _midpoint(x):
     return dynamics.midpoint_flux(problem, params, moved, shells, solver="dense")
 
 
+def _sharp(x):
+    problem, params, _ = _problem(x)
+    moved = jax.tree.map(lambda p: 1.1 * p, params)
+    edges = jnp.asarray(EDGES[1:-1], np.asarray(x).dtype)
+    ends = (problem, params), (problem, moved)
+    return dynamics.sharp_flux_bounds(*ends, edges, num_steps=4, key=KEY)
+
+
 def _by_signs(kernel, moved):
     return shells_.stochastic_shell_coupling(
         lambda block: jnp.matmul(kernel, block),
@@ -190,6 +198,7 @@ ROWS = {
     "velocity_law": (_law, {"values": VALUES, "error": VECTOR}),
     "measured_time": (_time, {"x": X}),
     "midpoint_flux": (_midpoint, {"x": X}),
+    "sharp_flux_bounds": (_sharp, {"x": X}),
     "spectral_snapshot": (
         lambda x: dynamics.spectral_snapshot(*_problem(x)[:2]),
         {"x": X},
