@@ -227,6 +227,7 @@ def test_arms_change_what_they_say():
     assert momentum.learning_rate / (1 - momentum.momentum) == pytest.approx(0.02)
     assert protocol.arm_config("decay", config).schedule == "cosine_decay_schedule"
     assert protocol.arm_config("wide", config).width == 16
+    assert protocol.arm_config("images", config).batch_size == 64
     top = protocol.grid_of("top", 100.0, 0.5)
     np.testing.assert_allclose(np.diff(np.log10(top.edges)), 4 / 9, rtol=1e-5)
     assert top.edges[-1] == pytest.approx(100 * 10 ** (-4 / 9))
