@@ -442,6 +442,11 @@ def test_a_writer_keeps_what_the_network_was_at_its_steps(tmp_path):
         outputs_fn = models.linen_outputs(model, {"batch_stats": weights.batch_stats})
         problem = Problem(outputs_fn, data.measured_batches(dataset, CONFIG))
         expected = spectral_snapshot(problem, weights.params)
+        broken = state._replace(params=jax.tree.map(lambda x: x * np.nan, state.params))
+        with pytest.raises(
+            UserError, match=r"error and kernel are finite, .* at step 2"
+        ):
+            writer.update(own, broken, 2)
     found = snapshots.read_snapshot(tmp_path, 2)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
     with pytest.raises(UserError, match=r"1\.npz': expected"):
