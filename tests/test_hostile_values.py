@@ -157,6 +157,14 @@ def _midpoint(x):
     return dynamics.midpoint_flux(problem, params, moved, shells, solver="dense")
 
 
+def _sharp(x):
+    problem, params, _ = _problem(x)
+    moved = jax.tree.map(lambda p: 1.1 * p, params)
+    edges = jnp.asarray(EDGES[1:-1], np.asarray(x).dtype)
+    ends = (problem, params), (problem, moved)
+    return dynamics.sharp_flux_bounds(*ends, edges, num_steps=4, key=KEY)
+
+
 def _by_signs(kernel, moved):
     return shells_.stochastic_shell_coupling(
         lambda block: jnp.matmul(kernel, block),
@@ -190,6 +198,7 @@ ROWS = {
     "velocity_law": (_law, {"values": VALUES, "error": VECTOR}),
     "measured_time": (_time, {"x": X}),
     "midpoint_flux": (_midpoint, {"x": X}),
+    "sharp_flux_bounds": (_sharp, {"x": X}),
     "spectral_snapshot": (
         lambda x: dynamics.spectral_snapshot(*_problem(x)[:2]),
         {"x": X},
@@ -371,11 +380,15 @@ WITHOUT_NUMBERS = {
 #: of which one may well be zero.
 ZERO_IS_RIGHT = {
     "basis_rotation coupling",
+    "leading_eigenpairs start",  # a random one in its place
+    "resolved_pairs residuals",
+    "shell_dynamics coupling",
+    "spectral_density matrix",  # all mass lies below
     "block_lanczos matrix",  # eigenvalues of zero; no direction is live
-    "centre_toeplitz_residual windows",
     "closure_error after",
     "closure_error before",
     "closure_error rate",
+    "centre_toeplitz_residual windows",
     "correlation_time overlap",  # no memory
     "direction_memory overlap",
     "distance_maxima matrix",
@@ -387,23 +400,19 @@ ZERO_IS_RIGHT = {
     "flow_step params",
     "half_squared_loss outputs",
     "half_squared_loss targets",
-    "influence_profile x",
     "integrate_flow params",
     "lanczos_block product",
     "lanczos_finish product",
+    "midpoint_flux x",
     "lanczos_init product",
     "lanczos_step product",
     "leading_eigenpairs matrix",
-    "leading_eigenpairs start",  # a random one in its place
-    "midpoint_flux x",
     "operator_norms x",
-    "resolved_pairs residuals",
+    "influence_profile x",
     "shell_coupling coupling",
-    "shell_dynamics coupling",
     "smallest_band profile",
     "softmax_cross_entropy logits",
     "softmax_error logits",
-    "spectral_density matrix",  # all mass lies below
     "squared_error outputs",
     "squared_error targets",
     "state_increments state",

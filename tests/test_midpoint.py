@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from grsd_jax.dynamics import KrylovSteps, exact_balance, midpoint_flux
+from grsd_jax.dynamics import midpoint as module
 from grsd_jax.shells import SoftShells
 from oracles import cast
 from test_between_ends import EDGES, in_double, make_problem, shells, train
@@ -94,6 +95,26 @@ def test_what_is_left_out_falls_as_the_square_of_the_step():
     ratio = np.median(apart[0] / apart[1])
     assert 3.5 < ratio < 4.5
     assert np.all(apart[1] < 0.01)
+
+
+@pytest.mark.parametrize(("of_m", "of_e"), [(2.0**90, 1.0), (2.0**-90, 2.0**-40)])
+def test_units_change_nothing(of_m, of_e):
+    rng = np.random.default_rng(0)
+    basis = np.linalg.qr(rng.normal(size=(9, 9)))[0].astype(np.float32)
+    values = np.geomspace(1e-2, 5, 9).astype(np.float32)
+    moved = rng.normal(size=(9, 9)).astype(np.float32)
+    moved, vectors = (moved + moved.T) / 2, rng.normal(size=(9, 2)).astype(np.float32)
+
+    def found(unit, size):
+        scaled = SoftShells(jnp.asarray(EDGES * unit, jnp.float32))
+        parts = unit * values, basis, unit * moved, size * vectors
+        return module._by_all_pairs(*map(jnp.asarray, parts), scaled)
+
+    once, scaled = found(1.0, 1.0), found(of_m, of_e)
+    for name in ("flux", "density", "floor", "flux_error"):
+        np.testing.assert_allclose(
+            getattr(scaled, name) / of_e**2, getattr(once, name), rtol=1e-5
+        )
 
 
 def test_what_does_not_fit_is_one_sentence():

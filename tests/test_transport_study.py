@@ -227,6 +227,7 @@ def test_arms_change_what_they_say():
     assert momentum.learning_rate / (1 - momentum.momentum) == pytest.approx(0.02)
     assert protocol.arm_config("decay", config).schedule == "cosine_decay_schedule"
     assert protocol.arm_config("wide", config).width == 16
+    assert protocol.arm_config("images", config).batch_size == 64
     top = protocol.grid_of("top", 100.0, 0.5)
     np.testing.assert_allclose(np.diff(np.log10(top.edges)), 4 / 9, rtol=1e-5)
     assert top.edges[-1] == pytest.approx(100 * 10 ** (-4 / 9))
@@ -274,12 +275,27 @@ def test_networks_are_compared_within_a_seed():
     assert paired == "ratio 2.000 [2.000, 2.000]"  # the seeds themselves scatter
     assert rows[analyse.HEADINGS["exponent"]][2] == "1.100 [1.100, 1.100]"
     assert len(analyse.reading_rows(results, "main")) == 1 + len(protocol.READINGS)
-    assert analyse.verdicts(results, "main") == dict.fromkeys(analyse.DECISIVE, "yes")
-    less = analyse.verdicts(planted(ratio=0.5), "main")
-    assert less == dict.fromkeys(analyse.DECISIVE, "no, less so")
-    one = analyse.verdicts(planted(seeds=[0]), "main")
-    assert one == dict.fromkeys(analyse.DECISIVE, "undecided")
     assert "4 paired seeds" in analyse.format_transport(results)
+
+
+@pytest.mark.parametrize(
+    ("number", "ratio", "verdict"),
+    [
+        (8, 2.0, "yes"),
+        (8, 0.5, "no, less so"),
+        (8, None, "undecided"),
+        (7, 2.0, "too few seeds"),
+    ],
+)
+def test_a_verdict_needs_eight_seeds_and_an_interval_beside_one(number, ratio, verdict):
+    results = planted(range(number), 1.0 if ratio is None else ratio)
+    if ratio is None:  # as often above as below
+        for found, factor in zip(results["runs"][1::2], [0.5, 2.0] * 4, strict=True):
+            for name in analyse.DECISIVE:
+                found["readings"][0][name] *= factor
+    found = analyse.verdicts(results, "main")
+    assert found == dict.fromkeys(analyse.DECISIVE, verdict)
+    assert verdict.capitalize() in analyse.format_transport(results)
 
 
 def test_a_comparison_is_that_of_the_logarithms():
@@ -426,6 +442,11 @@ def test_a_writer_keeps_what_the_network_was_at_its_steps(tmp_path):
         outputs_fn = models.linen_outputs(model, {"batch_stats": weights.batch_stats})
         problem = Problem(outputs_fn, data.measured_batches(dataset, CONFIG))
         expected = spectral_snapshot(problem, weights.params)
+        broken = state._replace(params=jax.tree.map(lambda x: x * np.nan, state.params))
+        with pytest.raises(
+            UserError, match=r"error and kernel are finite, .* at step 2"
+        ):
+            writer.update(own, broken, 2)
     found = snapshots.read_snapshot(tmp_path, 2)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
     with pytest.raises(UserError, match=r"1\.npz': expected"):

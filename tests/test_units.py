@@ -240,13 +240,14 @@ WITHOUT_UNITS = {
     "softmax_basis",
 }
 
-#: Scaled by tests of their own files, test_exact_balance and test_stochastic, or made
-#: of those that are.
+#: Scaled by tests of their own files, test_exact_balance, test_midpoint and
+#: test_stochastic, or made of those that are.
 ELSEWHERE = {
     "exact_balance",
     "measure_stochastic_coupling",
     "measured_time",
     "midpoint_flux",
+    "sharp_flux_bounds",
     "spectral_snapshot",
     "stochastic_shell_coupling",
     "velocity_law",

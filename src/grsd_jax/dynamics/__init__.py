@@ -27,6 +27,7 @@ from grsd_jax.dynamics.law import VelocityLaw, velocity_law
 from grsd_jax.dynamics.midpoint import MidpointFlux, midpoint_flux
 from grsd_jax.dynamics.probe import Probe, make_probe
 from grsd_jax.dynamics.record import ProbeRecord, ProbeState
+from grsd_jax.dynamics.sharp_bounds import SharpFlux, sharp_flux_bounds
 from grsd_jax.dynamics.spectra import SpectralSnapshot, spectral_snapshot
 from grsd_jax.dynamics.transport import Counting, ExactBalance
 from grsd_jax.dynamics.velocity import VelocityFit, velocity_fit
@@ -46,6 +47,7 @@ __all__ = [
     "Probe",
     "ProbeRecord",
     "ProbeState",
+    "SharpFlux",
     "ShellDynamics",
     "SpectralSnapshot",
     "VelocityFit",
@@ -62,6 +64,7 @@ __all__ = [
     "make_probe",
     "measured_time",
     "midpoint_flux",
+    "sharp_flux_bounds",
     "shell_dynamics",
     "spectral_snapshot",
     "velocity_fit",

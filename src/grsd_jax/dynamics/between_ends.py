@@ -129,8 +129,7 @@ def exact_balance(
         return with_undefined(_between(first, second, shells, moment))
     points = stacked_point(*before), stacked_point(*after)
     prints = fingerprint(before[0]), fingerprint(after[0])
-    _check_same_space(*((p.dimension, p.error.dtype) for p in points))
-    _check_comparable(*prints)
+    check_same_ends(points, prints)
     if solver == "auto":
         solver = cheaper_solver(points[0], shells.width, KrylovSteps())
     if isinstance(solver, KrylovSteps):
@@ -261,6 +260,14 @@ def _between(
     _check_comparable(before.fingerprint, after.fingerprint)
     shells = shells.checked(before.error.dtype)
     return balance_snapshots(before, after, shells, elapsed, rounding)
+
+
+def check_same_ends(
+    points: tuple[Point, Point], prints: tuple[jax.Array, jax.Array]
+) -> None:
+    """Raises ValueError unless two points have one size, dtype and set of examples."""
+    _check_same_space(*((point.dimension, point.error.dtype) for point in points))
+    _check_comparable(*prints)
 
 
 def _check_snapshot(name: str, snapshot: SpectralSnapshot) -> None:

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from grsd_jax._arrays import all_finite, matmul, ratio
+from grsd_jax._arrays import all_finite, divisor, matmul, ratio
 from grsd_jax._checks import check_choice, check_same_tree
 from grsd_jax._typing import PyTree
 from grsd_jax.dynamics.between_ends import (
@@ -191,7 +191,8 @@ def _flux(
     The divided difference of ``x^p / (1 + x^p)`` is ``u(x) u(y) sum_j x^j y^(p-1-j)``
     with ``u(x) = 1 / (1 + x^p)``: p terms, each a product, so that nothing cancels.
     """
-    mean, change = inside[:, 0], inside[:, 1]
+    size = divisor(jnp.max(jnp.abs(inside), initial=0))
+    mean, change = (inside / size).T
     order = round(1 / shells.width)
     powers = _powers(values, shells.edges, order)
     pairs = [(powers[j], powers[order - 1 - j]) for j in range(order)]
@@ -212,14 +213,16 @@ def _flux(
     entry = jnp.max(jnp.abs(moved), initial=0) / shells.edges
     stirred = entry * jnp.sqrt(order * jnp.reshape(spread, shells.edges.shape))
     lost = ratio(jnp.sum(jnp.square(change)), jnp.sum(jnp.square(mean)))
-    grown = ratio(jnp.sum(jnp.square(moved)), jnp.sum(jnp.square(values)))
-    return _Flux(
+    unit = divisor(jnp.max(jnp.abs(values), initial=0))  # squares may overflow
+    grown = ratio(jnp.sum(jnp.square(moved / unit)), jnp.sum(jnp.square(values / unit)))
+    found = _Flux(
         flux=summed(mean, moved),
         passed=passed,
         left_out=jnp.abs(summed(change, moved)) / 4 + passed * (lost + grown),
         density=matmul(shells.windows(values).T, jnp.square(mean)),
         floor=eps * (passed * (1 + largest) + stirred),
     )
+    return _Flux(*(amount * size * size for amount in found))
 
 
 def _powers(values: jax.Array, edges: jax.Array, order: int) -> list[jax.Array]:

@@ -401,7 +401,7 @@ def balance_spectra(
     scale, units = _units(pairings[0])
     pairings = [_scaled(pairing, scale) for pairing in pairings]
     found, *coarser = (_amounts(pairing, shells, square) for pairing in pairings)
-    floors = _floors(pairings[0], shells, rounding)
+    floors = rounding_floors(pairings[0], shells, rounding)
     others = [*coarser]
     if not square:  # four times what was left out, as far as the spectra know it
         others += 4 * [_amounts(pairings[0], shells, square=True)]
@@ -570,8 +570,19 @@ class _Errors(NamedTuple):
     density: jax.Array
 
 
-def _floors(pairing: Pairing, shells: SoftShells, rounding: jax.Array) -> _Errors:
-    """Returns what rounding may do to the amounts."""
+def rounding_floors(
+    pairing: Pairing, shells: SoftShells, rounding: jax.Array
+) -> _Errors:
+    """Returns what rounding may do to the amounts.
+
+    Args:
+        pairing: The spectra of both kernels.
+        shells: The shells.
+        rounding: [], of products with the kernel, relative.
+
+    Returns:
+        The floors, by the names of the amounts.
+    """
     ends = [pairing.before, pairing.after]
     weights = [_weights(end, square=True) for end in ends]
     energy = (jnp.sum(weights[0]) + jnp.sum(weights[1])) / 2

@@ -11,7 +11,8 @@ It also compares over h = 1, 2, 4, ..., 64 training steps: what share moves betw
 shells that are not neighbors, how much moves, and the flux.
 
 Arms: main (the settings as given), momentum (0.9, at a rate that keeps the effective
-time of a step), decay (a cosine to 0), wide (twice the width).
+time of a step), decay (a cosine to 0), wide (twice the width), images (twice as many
+measured images).
 
 Writes WORKDIR/transport.json, one file a network in WORKDIR/cells, figures, and prints
 the quantities with paired intervals over the seeds. A killed run resumes when the same

@@ -12,7 +12,12 @@ import numpy as np
 from grsd_jax.experiments.common.config import TITLES, UserError
 from grsd_jax.experiments.common.intervals import Interval, t_interval
 from grsd_jax.experiments.common.tables import aligned, number
-from grsd_jax.experiments.transport.protocol import ARMS, READINGS, Reading
+from grsd_jax.experiments.transport.protocol import (
+    ARMS,
+    NUM_SEEDS,
+    READINGS,
+    Reading,
+)
 from grsd_jax.experiments.transport.quantities import STATISTICS
 
 Runs = list[Mapping[str, Any]]
@@ -139,9 +144,12 @@ def verdicts(results: Mapping[str, Any], arm: str) -> dict[str, str]:
 
     Returns:
         For both spreads of `DECISIVE`: ``"yes"`` if the interval of their ratio lies
-        above 1, ``"no, less so"`` below it, and ``"undecided"`` otherwise.
+        above 1, ``"no, less so"`` below it, ``"undecided"`` otherwise; and ``"too few
+        seeds"`` with less than `protocol.NUM_SEEDS`.
     """
     first, second = runs_by_network(results, arm).values()
+    if len(first) < NUM_SEEDS:
+        return dict.fromkeys(DECISIVE, "too few seeds")
     found = {}
     for quantity in DECISIVE:
         ratio = compared(quantity, *(_values(x, quantity) for x in (first, second)))

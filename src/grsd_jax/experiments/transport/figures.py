@@ -98,8 +98,21 @@ def _products(runs: Mapping[str, Runs]) -> Figure:
         axis.set(xscale="log", title=TITLES[network])
         axis.set_xlabel("edge over the largest eigenvalue")
     axes[0].set_ylabel("$(v - v^N)\\,\\tau$")
+    axes[0].set_ylim(*_products_range(runs))
     shared_legend(figure, axes, loc="outside upper center")
     return figure
+
+
+def _products_range(runs: Mapping[str, Runs]) -> tuple[float, float]:
+    """Returns limits for the means: bars of few seeds may leave the panel."""
+    products = [[reading_of(run)["products"] for run in each] for each in runs.values()]
+    known = np.ma.masked_invalid(np.array(products, np.float64))
+    means = np.ma.mean(known, axis=1).compressed()
+    if not len(means):
+        return -1.0, 1.0
+    low, high = min(float(means.min()), 0.0), max(float(means.max()), 0.0)
+    margin = 0.3 * max(high - low, 0.1)
+    return low - margin, high + margin
 
 
 def _relative_edges(reading: Mapping[str, Any]) -> np.ndarray:
@@ -166,7 +179,7 @@ def _resolution(runs: Mapping[str, Runs]) -> Figure:
             axis.set_xscale("log", base=2)
             axis.set_xticks(lengths, [str(length) for length in lengths])
         axis.set(xlabel="training steps $h$", ylabel=label)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1 if quantity == "non_adjacent_share" else None)
     shared_legend(figure, axes, loc="outside upper center")
     return figure
 

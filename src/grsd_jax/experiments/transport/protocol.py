@@ -19,13 +19,17 @@ from grsd_jax.shells import SoftShells
 _FIXED = (1e-2, 1e5)
 
 #: What each arm changes of the settings that are given.
-ARMS = ("main", "momentum", "decay", "wide")
+ARMS = ("main", "momentum", "decay", "wide", "images")
 
 _MOMENTUM = 0.9
 
 
 #: The forms of a velocity, see `Reading`.
 FORMS = ("flux", "shift")
+
+
+#: Paired seeds that a verdict needs: one that is looked at before is no test.
+NUM_SEEDS = 8
 
 
 class Reading(NamedTuple):
@@ -127,7 +131,8 @@ def arm_config(arm: str, config: Config) -> Config:
     Args:
         arm: ``"main"``, the settings that are given; ``"momentum"``, momentum 0.9 at a
             rate that keeps the effective time of a step; ``"decay"``, a rate that falls
-            to 0 as a cosine; ``"wide"``, twice the width.
+            to 0 as a cosine; ``"wide"``, twice the width; ``"images"``, twice the
+            measured images.
         config: The settings that are given.
 
     Returns:
@@ -142,6 +147,8 @@ def arm_config(arm: str, config: Config) -> Config:
         changes = {"schedule": "cosine_decay_schedule"}
     elif arm == "wide":
         changes = {"width": 2 * config.width}
+    elif arm == "images":
+        changes = {"batch_size": 2 * config.batch_size}
     return dataclasses.replace(config, **changes)
 
 

@@ -13,9 +13,10 @@ import numpy as np
 from flax import linen as nn
 
 from grsd_jax import Problem
+from grsd_jax._arrays import all_finite
 from grsd_jax.dynamics import SpectralSnapshot, spectral_snapshot
 from grsd_jax.experiments.common import files, records
-from grsd_jax.experiments.common.config import Config
+from grsd_jax.experiments.common.config import Config, UserError
 from grsd_jax.experiments.common.data import Dataset, measured_batches
 from grsd_jax.experiments.common.training import TrainState
 from grsd_jax.models import linen_outputs
@@ -59,12 +60,22 @@ class SnapshotWriter:
         """Leaves the files, which will be written again."""
 
     def update(self, own: Any, state: TrainState, step: int) -> dict[str, Any]:
-        """Writes the snapshot of a chosen step."""
+        """Writes the snapshot of a chosen step.
+
+        Raises:
+            UserError: If the network is not finite there, or the file cannot be
+                written.
+        """
         if step not in self._steps:
             return own
         outputs_fn = linen_outputs(self._model, {"batch_stats": state.batch_stats})
         problem = self._problem.replace(outputs_fn=outputs_fn)
         snapshot = spectral_snapshot(problem, state.params)
+        if not bool(all_finite(snapshot)):
+            raise UserError(
+                "training: expected a network whose error and kernel are finite, got "
+                f"another at step {step}; a smaller --learning_rate may help."
+            )
         records.write_npz(_path(self._folder, step), snapshot._asdict())
         return {"taken": own["taken"] + jnp.int32(1)}
 
