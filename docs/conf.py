@@ -33,6 +33,7 @@ myst_heading_anchors = 3
 
 # The notebooks run when they have changed; their outputs are kept beside the output.
 nb_execution_mode = "cache"
+nb_execution_in_temp = True  # which they may write to
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
 nb_output_stderr = "remove"
