@@ -134,7 +134,7 @@ def test_kernels_of_blocks_with_integer_leaves_are_those_of_the_other_leaves():
     kept = blocks.over(problem.at(held).params)
     assert kept.names == blocks.names
     assert len(kept.index) == len(jax.tree.leaves(params))
-    eye = jnp.eye(problem.dimension(held))
+    eye = jnp.eye(problem.dimension(held), dtype=jnp.float32)
     found = [
         kernel.matmat(eye) for kernel in linearize_block_kernels(problem, held, blocks)
     ]
