@@ -409,6 +409,7 @@ def stateful_problem():
     return at, params
 
 
+@pytest.mark.not_in_mode("debug_key_reuse")  # the network draws by the key it holds
 @pytest.mark.parametrize("solver", FEWER)
 def test_other_state_of_the_problem_is_kept_too(solver):
     at, params = stateful_problem()
