@@ -41,16 +41,17 @@ def _float64():
         yield
 
 
-def make(name, shape=(6, 6, 3)):
+def make(name, shape=(6, 6, 3), dtype=None):
     """Returns a problem, parameters without zeros and a direction."""
+    dtype = dtype or jnp.zeros(()).dtype
     keys = jax.random.split(jax.random.key(0), 3)
-    image = jax.random.normal(keys[0], (K, N, *shape))
+    image = jax.random.normal(keys[0], (K, N, *shape), dtype)
     model = MODELS[name]
     shapes = jax.eval_shape(model.init, keys[1], image[0])["params"]
     noise = np.random.default_rng(0)
 
     def draw(leaf):
-        return jnp.asarray(0.5 * noise.normal(size=leaf.shape))
+        return jnp.asarray(0.5 * noise.normal(size=leaf.shape), dtype)
 
     params, direction = jax.tree.map(draw, shapes), jax.tree.map(draw, shapes)
     batches = {"image": image, "label": jax.random.randint(keys[2], (K, N), 0, C)}
@@ -91,7 +92,7 @@ def test_factored_jacobian_of_a_sequence():
 
     model = OnSequence()
     batches = {
-        "image": jax.random.normal(jax.random.key(0), (1, N, 5, 2)),
+        "image": jax.random.normal(jax.random.key(0), (1, N, 5, 2), jnp.float32),
         "label": jnp.zeros((1, N), jnp.int32),
     }
     params = model.init(jax.random.key(1), batches["image"][0])["params"]
@@ -106,7 +107,7 @@ def test_factored_jacobian_of_a_sequence():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_blocks_are_ordered_by_depth_and_states_chain_to_the_outputs(name):
-    problem, params, _ = make(name)
+    problem, params, _ = make(name, dtype=jnp.float32)
     model, x = MODELS[name], problem.batches["image"][0]
     blocks = models.depth_blocks(model, params)
     inner = [f"block{i + 1}" for i in range(model.depth)]
@@ -132,7 +133,7 @@ def test_blocks_are_ordered_by_depth_and_states_chain_to_the_outputs(name):
 
 
 def test_plain_and_residual_nets_share_a_tree_and_differ_by_the_skip():
-    x = jax.random.normal(jax.random.key(0), (N, 6, 6, 3))
+    x = jax.random.normal(jax.random.key(0), (N, 6, 6, 3), jnp.float32)
     for make_model in (MLP, ConvNet):
         plain, residual = (
             make_model(C, 1, 4, residual=skip, branch_scale=0.5)
@@ -148,7 +149,7 @@ def test_plain_and_residual_nets_share_a_tree_and_differ_by_the_skip():
 
 @pytest.mark.parametrize("activation", models.ACTIVATIONS)
 def test_initial_weights_keep_the_second_moment_of_a_plain_net(activation):
-    x = jnp.sign(jax.random.normal(jax.random.key(0), (4, 16)))
+    x = jnp.sign(jax.random.normal(jax.random.key(0), (4, 16), jnp.float32))
     model = MLP(C, 2, 1024, activation)
     params = model.init(jax.random.key(1), x)["params"]
     state, maps = linen_chain(model, params, x)
@@ -159,8 +160,8 @@ def test_initial_weights_keep_the_second_moment_of_a_plain_net(activation):
 
 def test_state_space_norm_is_exact():
     model = LinearStateSpace(C, 4, 5, rho=0.7)
-    params = model.init(jax.random.key(1), jnp.zeros((1, 8)))["params"]
-    state, maps = linen_chain(model, params, jnp.zeros((1, 8)))
+    params = model.init(jax.random.key(1), jnp.zeros((1, 8), jnp.float32))["params"]
+    state, maps = linen_chain(model, params, jnp.zeros((1, 8), jnp.float32))
     jacobian = jax.jacobian(lambda h: maps[1](maps[0](h)))(state)[0, :, 0, :]
     singular = np.linalg.svd(jacobian, compute_uv=False)
     np.testing.assert_allclose(singular, 0.49, rtol=1e-6)
@@ -213,7 +214,7 @@ class Layers(nn.Module):
 )
 @pytest.mark.parametrize("layers_known", [True, False])
 def test_coupled_or_random_examples_are_refused(layer, message, layers_known):
-    x = jax.random.normal(jax.random.key(0), (1, N, 4))
+    x = jax.random.normal(jax.random.key(0), (1, N, 4), jnp.float32)
     model = Layers(layer)
     keys = {"params": jax.random.key(1), "dropout": jax.random.key(2)}
     with jax.numpy_rank_promotion("allow"):
@@ -250,7 +251,7 @@ class Attention(nn.Module):
     ],
 )
 def test_the_same_layers_pass_where_examples_are_independent(layer):
-    x = jax.random.normal(jax.random.key(0), (1, N, 4))
+    x = jax.random.normal(jax.random.key(0), (1, N, 4), jnp.float32)
     model = Layers(layer)
     with jax.numpy_rank_promotion("allow"):
         state = dict(model.init(jax.random.key(1), x[0]))
@@ -262,7 +263,7 @@ def test_the_same_layers_pass_where_examples_are_independent(layer):
 
 
 def test_bad_arguments_are_named():
-    images = jnp.ones((1, 6, 6, 3))
+    images = jnp.ones((1, 6, 6, 3), jnp.float32)
     with pytest.raises(ValueError, match="depth: expected an integer >= 1"):
         MLP(depth=0)
     with pytest.raises(ValueError, match="activation: expected one of 'relu'"):

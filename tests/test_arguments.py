@@ -112,7 +112,7 @@ WRONG_KEYS = {
     "0": 0,
     "None": None,
     "shape [] of int32": np.int32(3),
-    "shape [2] of key<fry>": jax.random.split(KEY),
+    "shape [2] of key<fry>": jax.random.split(jax.random.key(1)),
     "shape [2] of float32": jnp.ones(2, jnp.float32),
 }
 

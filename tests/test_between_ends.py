@@ -81,11 +81,11 @@ def shells(edges=EDGES, width=0.5):
 def assert_within_errors(found, expected, num_used=1):
     for name, error in AMOUNTS.items():
         off = np.abs(np.asarray(getattr(found, name), np.float64) - expected[name])
-        assert np.all(off <= getattr(found, error)), name
+        assert np.all(off <= np.asarray(getattr(found, error))), name
     shift = expected["flux"] / expected["density"] / float(found.elapsed)
     off = np.abs(np.asarray(found.velocity, np.float64) - shift)
     used = np.asarray(found.velocity_mask)
-    assert np.all(off[used] <= found.velocity_error[used])
+    assert np.all(off[used] <= np.asarray(found.velocity_error)[used])
     assert np.sum(used) >= num_used
     assert found.finite
 

@@ -3,9 +3,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grsd_jax import Problem, gradient_flow_direction, kernel_dense, kernel_derivative
-from grsd_jax.kernel import central_difference, kernel_derivative_matmat
-from oracles import dense_kernel, network_problem, relative_error
+from grsd_jax import (
+    Problem,
+    gradient_flow_direction,
+    kernel_dense,
+    kernel_derivative,
+)
+from grsd_jax.kernel import (
+    central_difference,
+    default_step,
+    kernel_derivative_matmat,
+    linearize_derivative,
+)
+from oracles import dense_jacobians, dense_kernel, network_problem, relative_error
 
 reductions = pytest.mark.parametrize("reduction", ["mean", "stack"])
 
@@ -48,6 +58,32 @@ def test_products_with_the_derivative_are_those_of_the_dense_one(reduction):
     split = arguments[0].split(block)
     got = kernel_derivative_matmat(*arguments, split)
     assert got.shape == split.shape
+
+
+@pytest.mark.usefixtures("x64")
+@reductions
+def test_gram_of_the_derivative_is_that_of_the_dense_one(reduction):
+    problem, params, direction = with_direction("mlp", jnp.float64, reduction=reduction)
+    _, moved = jax.jvp(lambda p: dense_jacobians(problem, p), (params,), (direction,))
+    whole = np.concatenate(moved, axis=0 if reduction == "stack" else 1)
+    gram = whole @ whole.T / (1 if reduction == "stack" else len(moved))
+    block = columns(len(gram), 3, jnp.float64)
+    got = linearize_derivative(problem, params, direction).matmat(block)
+    assert relative_error(got, gram @ np.asarray(block)) < 1e-12
+
+
+def test_a_central_difference_takes_the_default_step():
+    problem, params, direction = with_direction("mlp", jnp.float32)
+    block = columns(problem.dimension(params), 2, jnp.float32)
+    steps = (None, default_step(jnp.float32), 2 * default_step(jnp.float32))
+    found = [
+        kernel_derivative(
+            problem, params, direction, block, method="finite_difference", step=step
+        )
+        for step in steps
+    ]
+    np.testing.assert_array_equal(found[0], found[1])
+    assert np.any(found[0] != found[2])
 
 
 networks = [
@@ -125,7 +161,7 @@ def test_exact_dense_and_projected_agree_in_float32(name):
             (params,),
             (direction,),
         )[1]
-        identity = jnp.eye(dense.shape[0])
+        identity = jnp.eye(dense.shape[0], dtype=dense.dtype)
         projected = kernel_derivative(problem, params, direction, identity)
         assert relative_error(dense, oracle) < 1e-4
         assert relative_error(projected, oracle) < 1e-4

@@ -12,7 +12,6 @@ from grsd_jax.dynamics import instantaneous as module
 from grsd_jax.shells import SoftShells
 from oracles import dense_kernel, network_problem
 
-KEY = jax.random.key(0)
 SHELLS, FEW = 5, {"num_bootstrap": 20}
 LANCZOS = {
     "solver": KrylovSteps(6),
@@ -44,7 +43,7 @@ def probe_of(problem, *, closure_step=None, **options):
 
 def first_record(problem, params, **options):
     probe = probe_of(problem, **options)
-    _, record = probe.update(probe.init(KEY, params), params, 0)
+    _, record = probe.update(probe.init(jax.random.key(0), params), params, 0)
     assert record.balance is None  # there is no earlier end
     return record.instantaneous
 
@@ -112,7 +111,7 @@ def test_lanczos_knows_what_leaks_out_of_its_pairs(mlp64, monkeypatch):
     problem, params = mlp64
     monkeypatch.setattr(module, "_CONVERGENCE", 1e-11)
     probe = probe_of(problem, **LANCZOS)
-    state, record = probe.update(probe.init(KEY, params), params, 0)
+    state, record = probe.update(probe.init(jax.random.key(0), params), params, 0)
     record = record.instantaneous
     exact = first_record(problem, params)
     np.testing.assert_allclose(record.values[:6], exact.values[:6], rtol=1e-10)
@@ -135,7 +134,7 @@ def test_a_standstill_divides_by_nothing(mlp):
     problem, params = mlp
     probe = probe_of(problem, every=5, schedule=0.0)
     nowhere = jax.tree.map(jnp.zeros_like, params)
-    state = probe.init(KEY, params)
+    state = probe.init(jax.random.key(0), params)
     for step in (0, 5):
         state, whole = probe.update(state, params, step, direction=nowhere)
         record = whole.instantaneous
@@ -152,7 +151,7 @@ def test_a_standstill_divides_by_nothing(mlp):
 def test_crossings_are_counted_in_the_shells_of_the_balance(mlp):
     problem, params = mlp
     probe = probe_of(problem)
-    state, first = probe.update(probe.init(KEY, params), params, 0)
+    state, first = probe.update(probe.init(jax.random.key(0), params), params, 0)
     assert not first.instantaneous.crossings.up.any()
     larger = jax.tree.map(lambda p: 1.3 * p, params)
     _, second = probe.update(state, larger, 1)
@@ -183,7 +182,7 @@ def test_the_number_of_values_is_kept(mlp, monkeypatch):
 def test_a_broken_run_ends_both_records(mlp, options):
     problem, params = mlp
     probe = probe_of(problem, **options)
-    state, record = probe.update(probe.init(KEY, params), params, 0)
+    state, record = probe.update(probe.init(jax.random.key(0), params), params, 0)
     assert record.finite
     broken = jax.tree.map(lambda p: p * jnp.nan, params)
     state, told = probe.update(state, broken, 1)
@@ -200,19 +199,19 @@ def test_a_direction_or_a_loss_is_needed(mlp):
     without = Problem.from_error(problem.error, problem.batches)
     probe = probe_of(without)
     with pytest.raises(ValueError, match=r"^loss_fn: expected one .* a direction"):
-        probe.update(probe.init(KEY, params), params, 0)
+        probe.update(probe.init(jax.random.key(0), params), params, 0)
 
 
 def test_it_is_no_part_of_a_pure_record(mlp):
     problem, params = mlp
     probe = make_probe(problem, every=1, instantaneous=True)
     assert probe.instantaneous == Instantaneous()
-    state = probe.init(KEY, params)
+    state = probe.init(jax.random.key(0), params)
     with pytest.raises(ValueError, match=r"^record: expected a probe without instant"):
         probe.record(state, params, 0)
     plain = make_probe(problem, every=1)
     with pytest.raises(ValueError, match=r"^direction: expected None without instant"):
-        plain.update(plain.init(KEY, params), params, 0, direction=params)
+        plain.update(plain.init(jax.random.key(0), params), params, 0, direction=params)
     with pytest.raises(ValueError, match=r"^instantaneous: expected a Instantaneous"):
         make_probe(problem, every=1, instantaneous=Window())
 

@@ -24,6 +24,10 @@ from oracles import (
 TOLERANCE = {jnp.float32: 1e-5, jnp.float64: 1e-11}
 
 
+def columns(size, number):
+    return jax.random.normal(jax.random.key(1), (size, number), jnp.float32)
+
+
 def small_plain_network(dtype, loss):
     """Returns the layers of a PlainNet-18, strides and shortcuts too, in two blocks."""
     model = models.ResNet(3, 2, "gelu", stage_sizes=(1, 1), residual=False)
@@ -100,7 +104,7 @@ def test_networks_in_float64(name, loss):
 @reductions
 def test_linearized_kernel_crosses_jit_without_retracing(reduction):
     problem, params = network_problem("mlp", jnp.float32, reduction=reduction)
-    block = jax.random.normal(jax.random.key(1), (problem.dimension(params), 2))
+    block = columns(problem.dimension(params), 2)
 
     traces = 0
 
@@ -165,7 +169,7 @@ def test_new_parameters_and_batches_do_not_trace_the_error_again(reduction):
 @reductions
 def test_user_transformations(reduction):
     problem, params = network_problem("mlp", jnp.float32, reduction=reduction)
-    block = jax.random.normal(jax.random.key(1), (problem.dimension(params), 2))
+    block = columns(problem.dimension(params), 2)
 
     def quadratic(p):
         return jnp.sum(block * kernel_matmat(problem, p, block))
@@ -227,14 +231,14 @@ def test_nnx_model_as_outputs_and_as_an_error_of_the_users_own(reduction):
         return softmax_error(outputs_fn(params, batch), batch["label"])
 
     batches = {
-        "image": jax.random.normal(jax.random.key(0), (2, 5, 4)),
+        "image": jax.random.normal(jax.random.key(1), (2, 5, 4), jnp.float32),
         "label": jnp.zeros((2, 5), jnp.int32),
     }
     named = Problem(outputs_fn, batches, reduction=reduction)
     own = Problem.from_error(error_fn, batches, reduction=reduction)
     expected = dense_kernel(own, params)
     for problem in (named, own):
-        got = kernel_matmat(problem, params, jnp.eye(len(expected)))
+        got = kernel_matmat(problem, params, jnp.eye(len(expected), dtype=jnp.float32))
         assert relative_error(got, expected) < 1e-5
 
 
@@ -242,7 +246,7 @@ def test_nnx_model_as_outputs_and_as_an_error_of_the_users_own(reduction):
 def test_chunks_of_columns_change_nothing(reduction):
     problem, params = network_problem("mlp", jnp.float32, reduction=reduction)
     expected = dense_kernel(problem, params)
-    block = jax.random.normal(jax.random.key(1), (len(expected), 5))
+    block = columns(len(expected), 5)
 
     def product(block, chunk):
         return kernel_matmat(problem, params, block, column_chunk=chunk)

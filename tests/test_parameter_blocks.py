@@ -93,7 +93,7 @@ def test_restriction_keeps_one_block():
 @pytest.mark.parametrize("make", [models.ResNet18, models.PlainNet18])
 def test_bundled_networks_have_blocks_by_depth(make):
     model = make(width=2)
-    images = jnp.zeros((1, 8, 8, 3))
+    images = jnp.zeros((1, 8, 8, 3), jnp.float32)
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), images))
     blocks = models.depth_blocks(model, variables["params"])
     stages = [f"stage{s}_block{b}" for s in range(1, 5) for b in (1, 2)]
@@ -119,7 +119,8 @@ def test_kernels_of_the_blocks_add_up():
 def test_kernels_of_blocks_with_integer_leaves_are_those_of_the_other_leaves():
     network, params = network_problem("mlp", jnp.float32)
     outputs_fn = network.objective.outputs_fn
-    held = {"frozen": jnp.int32(2), "net": params, "turns": {"count": jnp.arange(3)}}
+    turns = {"count": jnp.arange(3, dtype=jnp.int32)}
+    held = {"frozen": jnp.int32(2), "net": params, "turns": turns}
 
     def scaled(params, batch):
         steps = params["frozen"] + params["turns"]["count"][1]
@@ -133,7 +134,7 @@ def test_kernels_of_blocks_with_integer_leaves_are_those_of_the_other_leaves():
     kept = blocks.over(problem.at(held).params)
     assert kept.names == blocks.names
     assert len(kept.index) == len(jax.tree.leaves(params))
-    eye = jnp.eye(problem.dimension(held))
+    eye = jnp.eye(problem.dimension(held), dtype=jnp.float32)
     found = [
         kernel.matmat(eye) for kernel in linearize_block_kernels(problem, held, blocks)
     ]

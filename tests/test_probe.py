@@ -27,7 +27,6 @@ from test_between_ends import (
 from test_compiles import compilations
 from test_exact_balance import by_definition
 
-KEY = jax.random.key(0)
 SHELLS = SoftShells(jnp.asarray([0.01, 0.1, 1.0], jnp.float32))
 SOLVERS = ["dense", KrylovSteps(6)]
 FEWER = ["dense", pytest.param(KrylovSteps(6), marks=pytest.mark.scheduled)]
@@ -69,7 +68,7 @@ def path(problem, params, last):
 
 def records_along(probe, points, state=None, first=0):
     """Returns the records of `update` at every point, and the last state."""
-    state = probe.init(KEY, points[0]) if state is None else state
+    state = probe.init(jax.random.key(0), points[0]) if state is None else state
     found = []
     for step, params in enumerate(points[first:], start=first):
         state, record = probe.update(state, params, step)
@@ -106,7 +105,7 @@ def test_records_are_the_balances_of_the_run_within_their_errors(optimizer, solv
     probe = make_probe(
         problem, every=8, over=(2,), solver=solver, shells=shells(), schedule=0.1
     )
-    state, own = probe.init(KEY, params), optimizer.init(params)
+    state, own = probe.init(jax.random.key(0), params), optimizer.init(params)
     ends, found = {}, []
     for step in range(17):
         state, record = probe.update(state, params, step)
@@ -186,7 +185,7 @@ def test_which_steps_have_records_and_where_they_begin(mlp):
     problem, params = mlp
     points = path(problem, params, 12)
     probe = make_probe(problem, every=4, over=(1, 3), shells=SHELLS, solver="dense")
-    state, found = probe.init(KEY, params), []
+    state, found = probe.init(jax.random.key(0), params), []
     # 7 begins nothing that 4 did not, 8 is skipped, and with it what would begin there.
     for step in (0, 0, 1, 2, 3, 3, 4, 5, 6, 7, 9, 11, 12, 12):
         before = state
@@ -206,7 +205,7 @@ def test_a_run_that_goes_on_from_any_step_makes_the_same_records(mlp, solver):
     probe = make_probe(problem, every=4, over=(1,), solver=solver)
     whole, _ = records_along(probe, points)
     assert [record.step for record in whole] == [1, 4, 5, 8]
-    state = probe.init(KEY, points[0])
+    state = probe.init(jax.random.key(0), points[0])
     shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state)
     for step in range(8):
         state, _ = probe.update(state, points[step], step)
@@ -235,7 +234,7 @@ def test_a_jitted_loop_makes_the_records_of_update(mlp, solver):
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *points)
     inputs = stacked, jnp.arange(len(points), dtype=jnp.int32)
     state, found = jax.jit(functools.partial(jax.lax.scan, body))(
-        probe.init(KEY, params), inputs
+        probe.init(jax.random.key(0), params), inputs
     )
     np.testing.assert_array_equal(found.due, [False, True, False, True, True])
     for name in ("last_step", "start_step", "active", "effective_time"):
@@ -283,7 +282,7 @@ def test_a_loop_may_donate_its_buffers(mlp, pure):
     points = path(problem, params, 4)
     probe = make_probe(problem, every=2, shells=SHELLS, solver="dense")
     expected, _ = records_along(probe, points)
-    params, state = copied(params), probe.init(KEY, params)
+    params, state = copied(params), probe.init(jax.random.key(0), params)
     record, found = jax.jit(probe.record), []
     for step in range(5):
         if pure:
@@ -306,7 +305,7 @@ def test_nothing_compiles_after_the_first_records(mlp, solver):
     problem, params = mlp
     points = path(problem, params, 12)
     probe = make_probe(problem, every=3, over=(1,), solver=solver)
-    state, counts = probe.init(KEY, params), []
+    state, counts = probe.init(jax.random.key(0), params), []
     for step, there in enumerate(points):
         with compilations() as compiled:
             state, record = probe.update(state, there, step, step_seconds=0.5)
@@ -316,7 +315,7 @@ def test_nothing_compiles_after_the_first_records(mlp, solver):
     assert sum(counts[:2]) > 0
     assert counts[2:] == [0] * 11
     record = jax.jit(probe.record)
-    state = probe.init(KEY, params)
+    state = probe.init(jax.random.key(0), params)
     for step, there in itertools.islice(enumerate(points), 5):
         state, _ = record(state, there, step)
     assert record._cache_size() == 1
@@ -340,7 +339,7 @@ def test_a_broken_run_is_told_once_and_then_left_alone(mlp, solver, value):
     assert not state.active
     assert probe.update(state, params, 3) == (state, None)
     record = jax.jit(probe.record)
-    state, told = record(probe.init(KEY, params), broken, 0)
+    state, told = record(probe.init(jax.random.key(0), params), broken, 0)
     assert told.due
     assert not told.finite
     assert not state.active
@@ -370,7 +369,7 @@ def test_effective_time_is_the_sum_of_the_schedule(mlp):
         return 0.1 * jnp.where(step < 4, jnp.float32(1), jnp.float32(0.5))
 
     probe = make_probe(problem, every=3, over=(2,), shells=SHELLS, schedule=schedule)
-    state, times = probe.init(KEY, params), []
+    state, times = probe.init(jax.random.key(0), params), []
     for step in (0, 2, 3, 9):
         state, record = probe.update(state, params, step)
         if record is not None:
@@ -433,11 +432,14 @@ def stateful_problem():
     return at, params
 
 
+@pytest.mark.not_in_mode("debug_key_reuse")  # the network draws by the key it holds
 @pytest.mark.parametrize("solver", FEWER)
 def test_other_state_of_the_problem_is_kept_too(solver):
     at, params = stateful_problem()
     probe = make_probe(at(0), every=1, shells=SHELLS, solver=solver, schedule=1.0)
-    state, pure = (probe.init(KEY, params, problem=at(0)) for _ in range(2))
+    state, pure = (
+        probe.init(jax.random.key(0), params, problem=at(0)) for _ in range(2)
+    )
     record_of = jax.jit(lambda s, p, n, problem: probe.record(s, p, n, problem=problem))
     for step in range(4):
         with compilations() as compiled:
@@ -464,7 +466,7 @@ def test_other_examples_or_sizes_are_one_sentence(mlp):
     problem, params = mlp
     points = path(problem, params, 1)
     probe = make_probe(problem, every=1, shells=SHELLS)
-    state, _ = probe.update(probe.init(KEY, params), params, 0)
+    state, _ = probe.update(probe.init(jax.random.key(0), params), params, 0)
     turned = jax.tree.map(lambda leaf: leaf[:, ::-1], problem.batches)
     fewer = jax.tree.map(lambda leaf: leaf[:, :2], problem.batches)
     for batches in (turned, fewer):
@@ -482,7 +484,7 @@ def test_other_examples_or_sizes_are_one_sentence(mlp):
 def test_other_shapes_are_named_by_their_leaf_at_every_step(mlp):
     problem, params = mlp
     probe = make_probe(problem, every=2, shells=SHELLS)
-    state = probe.init(KEY, params)
+    state = probe.init(jax.random.key(0), params)
     path_, leaf = jax.tree_util.tree_flatten_with_path(params)[0][-1]
     last = jax.tree_util.keystr(path_)
     wider = jax.tree_util.tree_map_with_path(
@@ -531,7 +533,7 @@ def test_problems_and_shells_that_do_not_fit_are_named(mlp):
         make_probe(problem, every=1, shells=sharp, solver=KrylovSteps(6))
     falling = make_probe(problem, every=1, shells=SoftShells(jnp.asarray([1.0, 0.1])))
     with pytest.raises(ValueError, match=r"^shells\.edges: expected positive"):
-        falling.init(KEY, params)
+        falling.init(jax.random.key(0), params)
     probe = make_probe(problem, every=1, shells=sharp)  # auto takes what can do it
     (record,), _ = records_along(probe, path(problem, params, 1))
     assert record.num_columns == 0

@@ -47,7 +47,8 @@ def test_the_first_form_that_fits_is_held(mlp, monkeypatch, reduction, room, hel
     matmat = held_products(problem.at(params))
     assert taken == ([] if held == "nothing" else [held])
     expected = dense_kernel(problem, params)
-    assert relative_error(matmat(jnp.eye(len(expected))), expected) < 1e-5
+    units = jnp.eye(len(expected), dtype=jnp.float32)
+    assert relative_error(matmat(units), expected) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -75,7 +76,8 @@ def test_factors_of_the_derivative_are_held_if_they_fit(
     monkeypatch.setattr(products, "project_derivative", spy)
     monkeypatch.setattr(products, "held_bytes", lambda *_, **__: 100)
     monkeypatch.setattr(products, "default_bytes", lambda: room)
-    got = projected_derivative(point, jnp.eye(len(moved)), Derivative(), 8)
+    units = jnp.eye(len(moved), dtype=jnp.float32)
+    got = projected_derivative(point, units, Derivative(), 8)
     assert taken == [factored]
     assert relative_error(got, moved) < 1e-5
 

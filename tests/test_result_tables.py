@@ -1,5 +1,6 @@
 """Results as xarray datasets and pandas data frames."""
 
+import dataclasses
 import sys
 
 import jax
@@ -95,9 +96,15 @@ def test_axes_of_one_name_and_other_sizes_are_kept_apart():
 
 
 def test_derived_quantities_are_columns():
-    balance = random_result(CLASSES["ExactBalance"])
+    balance = dataclasses.replace(
+        random_result(CLASSES["ExactBalance"]),
+        elapsed=jnp.ones(()),
+        finite=jnp.bool_(True),
+    )
     frame = balance.to_pandas("edge")
     np.testing.assert_allclose(frame.velocity, balance.velocity, rtol=1e-6)
+    broken = dataclasses.replace(balance, finite=jnp.bool_(False)).to_pandas("edge")
+    assert broken.velocity.isna().all()
 
 
 @pytest.mark.parametrize("name", ["xarray", "pandas"])

@@ -171,7 +171,7 @@ def test_a_large_array_is_not_fetched(monkeypatch):
 
 
 def test_deleted_arrays_have_a_shape():
-    result = random_result(CLASSES["ProjectorDrift"])
+    result = random_result(CLASSES["ProjectorDrift"], dtype=jnp.float32)
     result.operator.delete()
     assert "operator   [] float32, without numbers" in repr(result)
 

@@ -32,7 +32,6 @@ SYMMETRIC = (SYMMETRIC + SYMMETRIC.T).astype(FLOAT)
 VALUES = SPECTRUM.astype(FLOAT)
 G = RNG.normal(size=SIZE).astype(FLOAT)
 START = jax.random.normal(jax.random.key(0), (SIZE, 2))
-KEY = jax.random.key(1)
 
 #: Powers of two: in float32 1e-30 to 1e30, and 1e-15 to 1e15 for what is quadratic.
 EXPONENTS = tuple((4 if WIDE else 1) * power for power in (-100, -50, 50, 100))
@@ -51,7 +50,7 @@ def _matmul(matrix, block):
 
 _lanczos = jax.jit(
     lambda matrix, start: linalg.block_lanczos(
-        functools.partial(_matmul, matrix), start, 5, key=KEY
+        functools.partial(_matmul, matrix), start, 5, key=jax.random.key(1)
     )
 )
 _shells = functools.partial(shells.log_shells, num_shells=6)
@@ -63,7 +62,7 @@ def _ritz(s, t):
 
 @functools.cache
 def _by_hand(s, t):
-    state = linalg.lanczos_init(t * START, 2, key=KEY)
+    state = linalg.lanczos_init(t * START, 2, key=jax.random.key(1))
     for _ in range(2):
         product = _matmul(s * MATRIX, linalg.lanczos_block(state, 2))
         state = linalg.lanczos_step(state, product)
@@ -72,7 +71,7 @@ def _by_hand(s, t):
 
 def _leading(s, t):
     product = functools.partial(_matmul, s * MATRIX)
-    return linalg.leading_eigenpairs(product, t * START, 4, key=KEY)
+    return linalg.leading_eigenpairs(product, t * START, 4, key=jax.random.key(1))
 
 
 def _dynamics(s, t):
@@ -98,7 +97,7 @@ def _scaled_error(params, batch):
 def _block_coherence(s, method):
     problem, params, blocks = _scaled_problem(s)
     found = conditions.block_coherence(
-        problem, params, blocks, key=KEY, method=method, tolerance=1e-4
+        problem, params, blocks, key=jax.random.key(1), method=method, tolerance=1e-4
     )
     sure = found.coherence > 1e-3  # below the root of eps it is rounding
     return (
@@ -115,7 +114,7 @@ def _measure(s):
         problem,
         params,
         params,
-        key=KEY,
+        key=jax.random.key(1),
         solver="dense",
         shells=Binning(num_shells=4, window=3, num_bootstrap=0),
     )
@@ -183,10 +182,10 @@ ROWS = {
         lambda t: _block_coherence(t, "power_iteration"),
     ],
     "influence_profile": lambda t: conditions.influence_profile(
-        *_scaled_problem(t)[:2], *_scaled_problem(t)[1:], key=KEY
+        *_scaled_problem(t)[:2], *_scaled_problem(t)[1:], key=jax.random.key(1)
     ),
     "operator_norms": lambda t: conditions.operator_norms(
-        *_scaled_problem(t)[:2], _scaled_problem(t)[1], key=KEY
+        *_scaled_problem(t)[:2], _scaled_problem(t)[1], key=jax.random.key(1)
     ),
     "distance_totals": lambda s: conditions.distance_totals(s * np.abs(MATRIX)),
     "distance_maxima": lambda s: conditions.distance_maxima(s * MATRIX),

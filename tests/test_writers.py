@@ -3,6 +3,7 @@
 import math
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -25,8 +26,10 @@ def test_numbers_have_the_names_of_their_fields():
 
 
 def test_what_is_undefined_is_left_out():
-    rates = jnp.asarray([1.0, math.nan])
-    closure = ClosureError(rates, rates, rates[1], jnp.asarray(True))
+    # From the host: computed, a NaN is an error under jax_debug_nans.
+    rates = jax.device_put(np.asarray([1.0, math.nan], np.float32))
+    total = jax.device_put(np.float32(math.nan))
+    closure = ClosureError(rates, rates, total, jnp.asarray(True))
     assert set(writers.scalars(closure)) == {
         "grsd/measured_rate/00",
         "grsd/shell_errors/00",

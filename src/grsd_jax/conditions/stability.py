@@ -300,15 +300,16 @@ def shell_drift(measurements: Sequence[CouplingMeasurement]) -> ShellDrift:
         num_shells,
     )
     steps = [
-        where_defined(
-            *_shell_drift(before.vectors, after.vectors, index, later, num_shells)
-        )
+        _shell_drift(before.vectors, after.vectors, index, later, num_shells)
         for (before, after), (index, later) in zip(
             itertools.pairwise(measurements), itertools.pairwise(indices), strict=True
         )
     ]
-    none = jnp.zeros((0, num_shells), measurements[0].values.dtype)
-    return ShellDrift(edges, jnp.stack(steps) if steps else none)
+    if not steps:
+        none = jnp.zeros((0, num_shells), measurements[0].values.dtype)
+        return ShellDrift(edges, none)
+    there, drift = map(jnp.stack, zip(*steps, strict=True))
+    return ShellDrift(edges, where_defined(there, drift))
 
 
 @partial(jax.jit, static_argnames="num_shells")

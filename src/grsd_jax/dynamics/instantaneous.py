@@ -160,9 +160,11 @@ def measure_instant(
     Returns:
         What is left to the next record, and the record.
     """
-    keys = jax.random.split(key, 3)
+    first_key, later_key, bootstrap_key = jax.random.split(key, 3)
     finder, size = options.finder, len(earlier["values"])
-    spectrum = moving_spectrum(point, earlier["basis"], finder, warm=again, key=keys[0])
+    spectrum = moving_spectrum(
+        point, earlier["basis"], finder, warm=again, key=first_key
+    )
     basis, num_columns = {}, spectrum.num_columns
     if earlier["basis"]:
         basis = {"vectors": spectrum.pairs.vectors[:, :size]}
@@ -170,7 +172,8 @@ def measure_instant(
     def energies(p: PyTree) -> jax.Array:
         nonlocal num_columns
         still = dataclasses.replace(point, params=p, direction=None)
-        moved = moving_spectrum(still, basis, finder, warm=True, key=keys[1])
+        same = jax.random.clone(later_key)  # random numbers cancel in a difference
+        moved = moving_spectrum(still, basis, finder, warm=True, key=same)
         num_columns += moved.num_columns
         return _order_energies(moved, spectrum, edges)
 
@@ -184,7 +187,7 @@ def measure_instant(
             edges,
             (earlier["values"], earlier["resolved"]),
             measured,
-            keys[2],
+            bootstrap_key,
             num_values=min(_NUM_VALUES, size),
             num_bootstrap=options.num_bootstrap,
         )

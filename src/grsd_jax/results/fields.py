@@ -166,7 +166,7 @@ def with_undefined(result: Any) -> Any:
         value, masked = field.value, field.name in described.masks
         if description_of(value) is not None:
             value = with_undefined(value)
-            if masked and all(map(_is_number, jax.tree.leaves(result))):
+            if masked and all(map(_has_numbers, jax.tree.leaves(result))):
                 mask = on_host(getattr(result, described.masks[field.name]))
                 value = value if mask is None else _blanked(value, mask)
         elif masked:
@@ -209,9 +209,10 @@ def on_host(value: Any) -> np.ndarray | None:
     return np.asarray(value) if _is_at_hand(value) else None
 
 
-def _is_number(value: Any) -> bool:
-    """Whether something is a number or an array, with or without a value at hand."""
-    return isinstance(value, int | float | np.generic | np.ndarray | jax.Array)
+def _has_numbers(value: Any) -> bool:
+    """Whether something is a number, or an array whose numbers are at hand."""
+    plain = isinstance(value, int | float | np.generic | np.ndarray)
+    return plain or _is_at_hand(value)
 
 
 def _is_at_hand(value: Any) -> bool:

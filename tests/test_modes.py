@@ -1,0 +1,43 @@
+"""The part of the tests that runs in every mode touches every public name."""
+
+import importlib
+import inspect
+import re
+from pathlib import Path
+
+import modes
+from test_public_api import PUBLIC
+
+TESTS = Path(__file__).parent
+
+#: The words of every file that runs in every mode.
+WORDS = {
+    name: set(re.findall(r"\w+", (TESTS / f"{name}.py").read_text()))
+    for name in modes.FILES
+}
+
+
+def is_result(value):
+    """Whether a class is one of results: test_result_files makes one of each."""
+    return inspect.isclass(value) and hasattr(value, "_description")
+
+
+def returned_by(functions):
+    """Returns the names of the classes that functions say they return."""
+    hints = (inspect.signature(function).return_annotation for function in functions)
+    return {word for hint in hints for word in re.findall(r"\w+", str(hint))}
+
+
+def test_every_public_name_is_in_a_file_that_runs_in_every_mode():
+    assert "test_result_files" in modes.FILES
+    found = set().union(*WORDS.values())
+    values = {name: getattr(importlib.import_module(t), name) for t, name in PUBLIC}
+    functions = filter(inspect.isfunction, values.values())
+    names = {name for name, value in values.items() if not is_result(value)}
+    assert sorted(names - found - returned_by(functions)) == []
+
+
+def test_the_scheduled_job_runs_every_mode():
+    workflow = (TESTS.parent / ".github" / "workflows" / "ci.yml").read_text()
+    (listed,) = re.findall(r"mode: \[(.*)\]", workflow)
+    assert set(listed.split(", ")) == set(modes.MODES)
