@@ -89,7 +89,7 @@ def test_all_forms_equal_the_jacobian_product_in_float64(loss):
 @pytest.mark.parametrize(
     ("name", "loss"),
     [
-        pytest.param("resnet18", "softmax_cross_entropy", marks=pytest.mark.slow),
+        pytest.param("resnet18", "softmax_cross_entropy", marks=pytest.mark.scheduled),
         pytest.param("resnet18", "squared", marks=pytest.mark.scheduled),
         pytest.param(
             "plainnet18", "softmax_cross_entropy", marks=pytest.mark.scheduled

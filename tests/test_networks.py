@@ -108,7 +108,7 @@ def test_every_network_is_trained_and_measured(name, tmp_path):
     "name",
     [
         pytest.param("resmlp", marks=pytest.mark.scheduled),
-        pytest.param("transformer", marks=pytest.mark.slow),
+        pytest.param("transformer", marks=pytest.mark.scheduled),
         pytest.param("ssm", marks=pytest.mark.slow),
     ],
 )

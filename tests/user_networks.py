@@ -119,11 +119,16 @@ NETWORKS = {build.__name__: build for build in (*FACTORED, *BEYOND)}
 #: Networks that take long to compile.
 SLOW = {name for name, build in NETWORKS.items() if build.__module__ != plain.__name__}
 
-#: Of these, those of a kind that another one keeps in the gate, in another framework or
-#: without remat; a scheduled job runs them.
+#: Those of a kind that another one keeps in the gate; a scheduled job holds them to
+#: `jax.jacrev`. The gate holds the factors of every network to `jax.vjp`.
 SCHEDULED = {
+    "checkpointed_mlp",
+    "cnn_channels_first",
+    "cnn_dilated",
+    "distances_to_prototypes",
     "equinox_gru",
     "equinox_transformer",
+    "exponential_scale",
     "gpt_remat",
     "gpt_scanned_and_remat",
     "gru_unrolled",
@@ -136,6 +141,21 @@ SCHEDULED = {
     "linen_scanned_layers",
     "linen_vision_transformer",
     "linen_weight_norm",
+    "lora_with_the_weight_trained",
+    "mixture_of_experts_top_one",
+    "named_call_mlp",
     "nnx_gru",
     "nnx_scanned_layers",
+    "orthogonal_weight",
+    "parameter_as_output",
+    "power_by_a_parameter",
+    "product_of_two_parameters",
+    "quadratic_in_a_parameter",
+    "shared_by_layers",
+    "slices_of_one_vector",
+    "spectral_norm",
+    "symmetrised_weight",
+    "transposed_and_reshaped",
+    "vmap_over_parameters",
+    "weight_standardisation",
 }
