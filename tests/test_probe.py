@@ -168,7 +168,7 @@ def test_the_first_look_of_update_is_a_look_at_one_end(mlp, monkeypatch, solver)
     for name in ("balance_snapshots", "balance_spaces", "krylov_spaces"):
         monkeypatch.setattr(module, name, never)
     probe = make_probe(problem, every=2, solver=solver, shells=5, schedule=0.5)
-    state, record = probe.update(probe.init(KEY, params), params, 4)
+    state, record = probe.update(probe.init(jax.random.key(0), params), params, 4)
     assert record is None
     assert (int(state.last_step), int(state.start_step)) == (4, 4)
     assert state.effective_time == pytest.approx(2.0)
