@@ -237,18 +237,18 @@ def condition_report(
     check_key(key)
     points = [_with_direction(point) for point in points]
     tell = progress or (lambda _: None)
-    keys = jax.random.split(key, 4)
+    influence_key, coherence_key, *keys = jax.random.split(key, 4)
     ends = points if len(points) == 1 else [points[0], points[-1]]
     tell("condition 1: influence")
-    locality = _locality(ends, blocks, keys[0], thresholds, num_probes)
+    locality = _locality(ends, blocks, influence_key, thresholds, num_probes)
     tell("condition 2: coherence")
     first = points[0]
-    coherence = block_coherence(first.problem, first.params, blocks, key=keys[1])
+    coherence = block_coherence(first.problem, first.params, blocks, key=coherence_key)
     norms, measurements = [], []
     for number, point in enumerate(points):
         tell(f"conditions 3 and 4: time {point.time:g}")
         where = (point.problem, point.params, point.direction)
-        norms_key, coupling_key = (jax.random.fold_in(k, number) for k in keys[2:])
+        norms_key, coupling_key = (jax.random.fold_in(k, number) for k in keys)
         norms.append(operator_norms(*where, key=norms_key))
         measurements.append(
             measure_coupling(
