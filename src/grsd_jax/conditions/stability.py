@@ -248,7 +248,7 @@ def log_lipschitz(
 def _largest_slope(
     statistic: jax.Array, centers: jax.Array, mask: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns whether any two neighbours are valid, and the largest slope."""
+    """Returns whether any two neighbors are valid, and the largest slope."""
     valid = mask & ~(statistic <= 0)  # what is NaN shows in the result
     logs = jnp.log(jnp.where(valid, statistic, 1))
     both = valid[1:] & valid[:-1]

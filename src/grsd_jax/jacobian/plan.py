@@ -550,7 +550,7 @@ def _near(rng: np.random.Generator, leaf: Any, *, sign: float) -> Any:
     values = np.asarray(leaf, np.float64)
     size = np.sqrt(np.mean(np.square(values)))
     near = sign * values + (0.3 * size if size > 0 else 0.1) * noise
-    return jnp.asarray(near, dtype)
+    return jnp.asarray(near.astype(dtype))
 
 
 def _random_like(rng: np.random.Generator, leaf: Any) -> Any:
