@@ -61,7 +61,7 @@ def sharp_flux_bounds(
     .. math:: F_k = \tfrac12 \sum_{e \in \{e_0, e_1\}} e^\top
               \left[ 1(M_1 \geq \lambda_k) - 1(M_0 \geq \lambda_k) \right] e
 
-    for a step of any size, by any optimiser. Each of the four energies lies between
+    for a step of any size, by any optimizer. Each of the four energies lies between
     those of the Gauss-Radau quadrature with a node at the edge, without that node and
     with it. What rounding may do is added to both, to first order. The gap closes no
     faster than as one over the number of steps, so that small steps need soft shells.
