@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from grsd_jax._arrays import all_finite, divisor, matmul, ratio
-from grsd_jax._checks import check_choice, check_same_tree
+from grsd_jax._checks import check_choice, check_key, check_same_tree
 from grsd_jax._typing import PyTree
 from grsd_jax.dynamics.between_ends import (
     KrylovSteps,
@@ -29,7 +29,7 @@ from grsd_jax.kernel.dense import dense_at
 from grsd_jax.kernel.derivative import Derivative
 from grsd_jax.kernel.products import projected_derivative
 from grsd_jax.problem import Point, Problem
-from grsd_jax.results import result
+from grsd_jax.results import NamedResult, result
 from grsd_jax.shells.soft_shells import RATIONAL_WIDTHS, SoftShells
 
 #: The size of what rounding does, over epsilon: a bound on small networks.
@@ -44,12 +44,12 @@ _COLUMNS = 8
 
 
 @result(units=dict.fromkeys(("flux", "floor", "flux_error"), "|e|^2"))
-class MidpointFlux(NamedTuple):
+class MidpointFlux(NamedResult):
     """The flux past the edges over a small step; the fields as in `ExactBalance`.
 
     Attributes:
         shells: The shells.
-        flux: [q], net energy that passed each edge upwards.
+        flux: [q], net energy that passed each edge upward.
         density: [q], energy per unit of log lambda at each edge, halfway.
         floor: [q], what rounding may do to the flux.
         flux_error: [q], the floor, what fewer steps of Lanczos change, and what the
@@ -126,8 +126,7 @@ def midpoint_flux(
         kernel, moved = dense_at(middle)
         values, basis = all_pairs(kernel)
         return _by_all_pairs(values, basis, moved, vectors, shells)
-    if key is None:
-        raise ValueError("key: expected a PRNG key for KrylovSteps, got None.")
+    key = check_key(key, "KrylovSteps")
     still = dataclasses.replace(middle, direction=None)
     run = krylov_space(still, vectors[:, 0], solver, key)
     moved = projected_derivative(middle, run.basis, Derivative(), _COLUMNS)

@@ -6,7 +6,6 @@ inequalities of Chebyshev, Markov and Stieltjes.
 """
 
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,17 +23,17 @@ from grsd_jax.dynamics.spectra import fingerprint, pair_krylov, stacked_point
 from grsd_jax.dynamics.transport import rounding_floors
 from grsd_jax.linalg.lanczos import block_lanczos
 from grsd_jax.problem import Problem
-from grsd_jax.results import result
+from grsd_jax.results import NamedResult, result
 from grsd_jax.shells.soft_shells import SoftShells
 
 
 @result(units=dict.fromkeys(("lower", "upper"), "|e|^2"))
-class SharpFlux(NamedTuple):
+class SharpFlux(NamedResult):
     """Bounds for the flux past sharp edges between two ends.
 
     Attributes:
         edges: [q], ``lambda_k``; a pair on an edge lies above it.
-        lower: [q], the least that passed upwards, as in `ExactBalance`.
+        lower: [q], the least that passed upward, as in `ExactBalance`.
         upper: [q], the most.
         comparable: [] bool, whether both ends hold the same examples and targets in the
             same order. If not, no number means anything.
