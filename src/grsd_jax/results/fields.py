@@ -9,13 +9,15 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from grsd_jax._arrays import is_traced
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 #: What the letters of the docstrings stand for.
 _AXES = {
@@ -140,7 +142,7 @@ def defined(result: Any, field: Field) -> np.ndarray | None:
     return np.where(mask, array, np.full((), np.nan, array.dtype))
 
 
-def reads_nan(function: Callable[..., Any]) -> Callable[..., Any]:
+def reads_nan(function: _Function) -> _Function:
     """Returns a function that makes text or tables, in which NaN is no error."""
 
     @functools.wraps(function)
@@ -148,7 +150,7 @@ def reads_nan(function: Callable[..., Any]) -> Callable[..., Any]:
         with jax.debug_nans(False):
             return function(*args, **options)
 
-    return reading
+    return cast(_Function, reading)
 
 
 def with_undefined(result: Any) -> Any:
