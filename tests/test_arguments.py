@@ -64,10 +64,15 @@ FITTING = {
     "y": jnp.ones(4),
 }
 
-#: What makes optional keys needed.
+#: What makes optional keys needed, and arguments that fit one function alone.
 NEEDS_A_KEY = {
     "exact_balance": {"solver": grsd.dynamics.KrylovSteps(4)},
     "fit_power_law": {"num_bootstrap": 2},
+    "midpoint_flux": {
+        "solver": grsd.dynamics.KrylovSteps(4),
+        "before": PARAMS,
+        "after": PARAMS,
+    },
     "spectral_snapshot": {"num_pairs": 2},
     "velocity_fit": {"num_bootstrap": 2},
 }

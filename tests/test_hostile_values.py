@@ -404,6 +404,7 @@ ZERO_IS_RIGHT = {
     "lanczos_block product",
     "lanczos_finish product",
     "midpoint_flux x",
+    "sharp_flux_bounds x",
     "lanczos_init product",
     "lanczos_step product",
     "leading_eigenpairs matrix",

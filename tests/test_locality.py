@@ -153,7 +153,7 @@ def test_distances_and_bands():
 
 def test_bad_input_is_named(mlp):
     problem, params, _, blocks = mlp
-    with pytest.raises(ValueError, match="key: expected a key for random probes"):
+    with pytest.raises(ValueError, match="key: expected a PRNG key for random probes"):
         influence_profile(*mlp)
     with pytest.raises(ValueError, match="num_probes: expected an integer >= 2"):
         influence_profile(*mlp, key=KEY, num_probes=1)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from grsd_jax._arrays import all_finite, divisor, matmul
-from grsd_jax._checks import check_at_least
+from grsd_jax._checks import check_at_least, check_key
 from grsd_jax._typing import PyTree
 from grsd_jax.dynamics.between_ends import (
     KrylovSpaces,
@@ -84,6 +84,7 @@ def sharp_flux_bounds(
         chapter 6; ours, ``docs/what_moved.md``.
     """
     check_at_least("num_steps", num_steps, 4)
+    check_key(key)
     points = stacked_point(*before), stacked_point(*after)
     prints = fingerprint(before[0]), fingerprint(after[0])
     check_same_ends(points, prints)
