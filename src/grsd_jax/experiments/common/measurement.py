@@ -171,7 +171,7 @@ def measure_network(
     options = measurement_options(problem, weights.params, config)
     if writes():
         print(_how(problem.dimension(weights.params), options, mesh))
-    with progress_bar(desc=title, unit="step", leave=False) as bar:
+    with progress_bar(desc=title, unit="step") as bar:
 
         def progress(done: int) -> None:
             bar.update(done - bar.n)
@@ -184,6 +184,8 @@ def measure_network(
             **options,
         )
         measured = _fetched(measured)
+        bar.total = bar.n  # how many steps convergence takes is known only now
+        bar.leave = bar.n > 0  # the dense solver takes none
     if not measured.finite:
         raise UserError(
             f"checkpoint of {title}: expected finite parameters, errors and products, "
