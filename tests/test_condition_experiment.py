@@ -117,6 +117,7 @@ def test_progress_counts_a_piece_when_it_is_done(monkeypatch):
     (bar,) = bars
     assert bar.options["total"] == 5
     assert [n for _, n in bar.shown] == [0, 1, 2, 3, 4, 5]
+    assert bar.shown[0] == ("resmlp: piece 0", 0)
 
 
 def test_file_holds_every_condition_with_its_verdict(found):

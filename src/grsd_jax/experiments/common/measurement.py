@@ -149,7 +149,7 @@ def measure_network(
     """Measures a network along its gradient flow; says how, and shows progress.
 
     Args:
-        title: What the bar of progress is called.
+        title: What the line and the bar of progress call it.
         model: The linen module.
         weights: Its weights.
         batches: ``{"image": [K, N, ...], "label": [K, N]}``.
@@ -170,7 +170,7 @@ def measure_network(
     problem = network_problem(model, weights, batches, config)
     options = measurement_options(problem, weights.params, config)
     if writes():
-        print(_how(problem.dimension(weights.params), options, mesh))
+        print(f"{title}: {_how(problem.dimension(weights.params), options, mesh)}")
     with progress_bar(desc=title, unit="step") as bar:
 
         def progress(done: int) -> None:

@@ -181,7 +181,7 @@ def _measured(
         def progress(text: str) -> None:
             """Counts the pieces before this one, which only begins."""
             bar.n = next(pieces)
-            bar.set_description(text)
+            bar.set_description(f"{config.model}: {text}")
 
         report = condition_report(
             points,
