@@ -24,6 +24,7 @@ from grsd_jax.experiments.track.quantities import (
     Lines,
     by_steps,
     column,
+    in_order,
     lost_share,
     moved_share,
     usable_velocities,
@@ -53,8 +54,8 @@ def write_tracking_figures(tracks: Tracks, folder: files.PathLike) -> list[Any]:
     Raises:
         UserError: If a network has no finite record, or the folder cannot be written.
     """
-    order = [name for name in TITLES if name in tracks]
-    whole = {name: whole_intervals(tracks[name]) for name in order}
+    tracks = {name: tracks[name] for name in in_order(tracks)}
+    whole = {name: whole_intervals(lines) for name, lines in tracks.items()}
     for name, lines in whole.items():
         if not lines:
             raise UserError(f"{name}: expected records that are finite, got none.")
@@ -65,9 +66,8 @@ def write_tracking_figures(tracks: Tracks, folder: files.PathLike) -> list[Any]:
         "track_velocity": partial(_velocity, whole),
         "track_eigenvalues": partial(_each, plotting.eigenvalues, whole),
     }
-    if any(len(by_steps(tracks[name])) > 1 for name in order):
-        finite = {name: tracks[name] for name in order}
-        drawings["track_steps"] = partial(_steps, finite)
+    if any(len(by_steps(lines)) > 1 for lines in tracks.values()):
+        drawings["track_steps"] = partial(_steps, tracks)
     shares = [column(lines, "non_adjacent_share") for lines in whole.values()]
     if any(np.isfinite(share).any() for share in shares):
         drawings["track_non_adjacent"] = partial(_non_adjacent, whole)

@@ -1,10 +1,12 @@
 """What the lines of ``records.jsonl`` say of the balance, in single numbers."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from grsd_jax.experiments.common.config import TITLES
 
 Line = Mapping[str, Any]
 Lines = Sequence[Line]
@@ -13,6 +15,12 @@ Lines = Sequence[Line]
 def column(lines: Lines, name: str) -> np.ndarray:
     """Returns one field of all records, ``[records, ...]``, NaN for null."""
     return np.array([line[name] for line in lines], np.float64)
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Returns networks in one order, those of anyone's own after ours."""
+    names = list(names)
+    return sorted(names, key=[*TITLES, *names].index)
 
 
 def num_steps(line: Line) -> int:

@@ -29,6 +29,7 @@ from grsd_jax.experiments.common.tables import aligned, number
 from grsd_jax.experiments.common.training import TrainState, make_schedule, train
 from grsd_jax.experiments.track.log import ProbeLog
 from grsd_jax.experiments.track.quantities import (
+    in_order,
     lost_share,
     moved_share,
     spreads_over_steps,
@@ -252,7 +253,8 @@ def format_tracks(tracks: Mapping[str, Mapping[str, Any]]) -> str:
     Returns:
         The table, with its legend.
     """
-    rows = [["quantity", *(TITLES[name] for name in tracks)]]
+    tracks = {name: tracks[name] for name in in_order(tracks)}
+    rows = [["quantity", *(TITLES.get(name, name) for name in tracks)]]
     for key, title, spec in _ROWS:
         cells = [_cell(track.get(key), spec) for track in tracks.values()]
         rows.append([title, *cells])
