@@ -114,7 +114,9 @@ def test_script_makes_the_table_again(tmp_path):
     records.write_json(tmp_path / "claims.json", planted())
     done = run_script("study.py", f"--workdir={tmp_path}", "--report_only")
     assert done.code == 0, done.err
-    assert analyse.format_claims(planted()) in done.out
+    table, legend = analyse.format_claims(planted()).split("\n\n")
+    assert f"{table}\n\n{legend}" in done.out
+    assert " ".join(legend.split()) == " ".join(analyse.LEGEND)
     wrong = run_script("study.py", f"--workdir={tmp_path}", "--seeds=one")
     assert wrong.code == 1
     assert "--seeds: expected a list of integers" in wrong.err

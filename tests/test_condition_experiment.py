@@ -145,7 +145,9 @@ def test_file_holds_every_condition_with_its_verdict(found):
 
 
 def test_table_has_a_row_for_every_check(found):
-    lines = analyse.format_conditions(found).split("\n")
+    table, legend = analyse.format_conditions(found).split("\n\n")
+    assert legend == "\n".join(analyse.LEGEND)
+    lines = table.split("\n")
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     checks = [c for name in analyse.TITLES for c in found[name]["verdict"]["checks"]]
     assert [row[1] for row in rows[2:]] == [check["name"] for check in checks]

@@ -295,8 +295,10 @@ def test_the_trend_with_depth_is_told_by_ranks():
         if row["seed"] < 2 or row["depth"] == 2
     ]
     assert analyse.depth_rows(unfinished)[1][2] == "n/a"
-    assert analyse.format_sweep(trend("cnn", None, (True,))).count("network") == 2
-    assert analyse.format_sweep(fake_rows()).count("network") == 1
+    assert analyse.format_sweep(trend("cnn", None, (True,))).count("| network") == 2
+    table, legend = analyse.format_sweep(fake_rows()).split("\n\n")
+    assert table.count("| network") == 1
+    assert " ".join(legend.split()) == " ".join(analyse.LEGEND)
 
 
 def test_rank_correlation_leaves_out_what_is_undefined():

@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from grsd_jax.dynamics import KrylovSteps
 from grsd_jax.experiments.common import data, networks, records, training
 from grsd_jax.experiments.common.config import Config, UserError
+from grsd_jax.experiments.track import analyse, quantities
 from grsd_jax.experiments.track import figures as tracking_figures
-from grsd_jax.experiments.track import quantities
 from grsd_jax.experiments.track import run as tracking
 
 
@@ -210,15 +210,16 @@ def test_krylov_steps_are_those_of_the_settings(dataset, tmp_path, monkeypatch, 
 
 
 def test_summary_counts_and_takes_medians(whole):
-    summary = tracking.summary(records.read_jsonl(whole))
+    summary = analyse.summary(records.read_jsonl(whole))
     assert summary["num_records"] == 8
     assert summary["finite"]
     assert summary["cost_in_steps_median"] > 0
     assert summary["moved_share_median"] > 0
     assert summary["non_adjacent_share_median"] is None  # soft shells are too narrow
-    table = tracking.format_tracks({"mlp": summary, "my network": summary})
+    table = analyse.format_tracks({"mlp": summary, "my network": summary})
     assert "moved, share of the energy" in table
     assert re.search(r"MLP +\| +my network", table)
+    assert table.endswith("|\n\n" + "\n".join(analyse.LEGEND))  # short ones
 
 
 def line_of(start, step, flux, **more):

@@ -275,7 +275,9 @@ def test_networks_are_compared_within_a_seed():
     assert paired == "ratio 2.000 [2.000, 2.000]"  # the seeds themselves scatter
     assert rows[analyse.HEADINGS["exponent"]][2] == "1.100 [1.100, 1.100]"
     assert len(analyse.reading_rows(results, "main")) == 1 + len(protocol.READINGS)
-    assert "4 paired seeds" in analyse.format_transport(results)
+    text = analyse.format_transport(results)
+    assert "4 paired seeds" in text
+    assert " ".join(analyse.LEGEND) in " ".join(text.split())
 
 
 @pytest.mark.parametrize(

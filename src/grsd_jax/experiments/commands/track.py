@@ -33,6 +33,7 @@ from grsd_jax.experiments.common.config import (
 from grsd_jax.experiments.common.data import load_dataset
 from grsd_jax.experiments.common.runs import workdir_lock
 from grsd_jax.experiments.track import run as tracking
+from grsd_jax.experiments.track.analyse import format_tracks
 from grsd_jax.experiments.track.figures import write_tracking_figures
 
 FIELDS = {*TRAINING_FLAGS, *tracking.SETTINGS} - {"model"}
@@ -45,7 +46,7 @@ def main(config: Config) -> None:
         results, lines = tracking.track(load_dataset(config), config, models)
         records.write_json(folder / "results.json", results)
         paths = write_tracking_figures(lines, folder / "figures")
-    print(tracking.format_tracks(results["tracks"]))
+    print(format_tracks(results["tracks"]))
     print(f"{len(paths)} figures in {folder / 'figures'}")
     print(f"next: grsd report {folder}")
 
