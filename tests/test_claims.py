@@ -115,7 +115,9 @@ def test_script_makes_the_table_again(tmp_path):
     done = run_script("study.py", f"--workdir={tmp_path}", "--report_only")
     assert done.code == 0, done.err
     table, legend = analyse.format_claims(planted()).split("\n\n")
-    assert f"{table}\n\n{legend}" in done.out
+    places = f"{tmp_path / 'claims.json'}\n{tmp_path / 'figures'}"
+    ending = f"{places}\nnext: grsd report {tmp_path}\n"
+    assert done.out == f"{table}\n\n{legend}\n{ending}"
     assert " ".join(legend.split()) == " ".join(analyse.LEGEND)
     wrong = run_script("study.py", f"--workdir={tmp_path}", "--seeds=one")
     assert wrong.code == 1

@@ -313,7 +313,9 @@ def test_script_draws_again_from_the_rows_alone(swept, tmp_path):
     analyse.write_rows(tmp_path / "sweep.csv", rows)
     done = run_script("sweep.py", f"--workdir={tmp_path}", "--figures_only")
     assert done.code == 0, done.err
-    assert analyse.format_sweep(rows) in done.out
+    places = f"{tmp_path / 'sweep.csv'}\n{tmp_path / 'figures'}"
+    ending = f"{places}\nnext: grsd report {tmp_path}\n"
+    assert done.out == f"{analyse.format_sweep(rows)}\n{ending}"
     drawn = {path.name for path in (tmp_path / "figures").iterdir()}
     assert {"sweep_coupling.png", "sweep_scale.pdf"} <= drawn
     assert len(drawn) == 8

@@ -330,7 +330,9 @@ def test_report_and_command_show_what_is_finished(tmp_path):
     with small():
         done = run_script("transport.py", f"--workdir={tmp_path}", "--report_only")
     assert done.code == 0, done.err
-    assert analyse.format_transport(results) in done.out
+    places = f"{tmp_path / 'transport.json'}\n{tmp_path / 'figures'}"
+    ending = f"{places}\nnext: grsd report {tmp_path}\n"
+    assert done.out == f"{analyse.format_transport(results)}\n{ending}"
     names = {path.stem for path in (tmp_path / "figures").glob("*.png")}
     assert names == {
         f"transport_{x}_main" for x in ("products", "spreads", "law", "resolution")

@@ -14,6 +14,7 @@ Examples:
 
 from pathlib import Path
 
+from grsd_jax.experiments.commands import say_end
 from grsd_jax.experiments.common import files, flags, records
 from grsd_jax.experiments.common.config import Config
 from grsd_jax.experiments.reproduce import figures
@@ -36,7 +37,7 @@ def main(config: Config) -> None:
         results, arrays = read_results(workdir)
         with files.reading(about, "the results of a measurement"):
             paths = figures.write_figures(results, arrays, workdir / "figures")
-    print(*paths, sep="\n")
+    say_end(*paths, then=f"grsd report {workdir}")
 
 
 def define() -> None:

@@ -8,6 +8,7 @@ Examples:
   grsd report runs/quick/resnet18
 """
 
+from grsd_jax.experiments.commands import say_end
 from grsd_jax.experiments.common import flags
 from grsd_jax.experiments.common.config import Config
 from grsd_jax.experiments.report.page import write_report
@@ -17,7 +18,8 @@ POSITIONAL = "workdir"
 
 def main(config: Config) -> None:
     """Runs the command with these settings."""
-    print(write_report(config.workdir))
+    page = write_report(config.workdir)
+    say_end(page, then=f"open {page} in a browser")
 
 
 def define() -> None:
