@@ -6,11 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 import grsd_jax as grsd
 import oracles
 from grsd_jax.experiments.common.config import UserError
+from grsd_jax.experiments.track import analyse
 from grsd_jax.experiments.track.log import ProbeLog
+from running import run_script
 
 CLOCK = ("seconds", "gradient_seconds", "cost")
 AMOUNTS = {"energies", "lost", "moved", "flux", "rotation", "density"}
@@ -109,3 +112,66 @@ def test_a_log_that_is_not_one_is_named(tmp_path):
     with pytest.raises(UserError, match="a JSON object on every line, got: line 1"):
         ProbeLog(path).rewind(3)
     assert path.read_text() == "something else\n"
+
+
+@pytest.fixture(scope="module")
+def own_run(training, tmp_path_factory):
+    """A folder with nothing but the records of a loop of one's own."""
+    folder = tmp_path_factory.mktemp("runs") / "my run"
+    folder.mkdir()
+    train, start = training
+    train(ProbeLog(folder / "records.jsonl"), start, 4)
+    return folder
+
+
+NAMES = ("energies", "flux", "velocity", "eigenvalues")
+
+
+@pytest.mark.parametrize("place", [".", "records.jsonl"])
+def test_plot_draws_the_records_of_any_loop(own_run, monkeypatch, place):
+    drawn = []
+
+    def savefig(figure, path, **_):
+        drawn.append(figure)
+        path.write_bytes(b"drawn")
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    done = run_script("plot.py", own_run / place)
+    assert done.code == 0, done.err
+    *listed, following = done.out.splitlines()
+    assert following == f"next: grsd report {own_run / place}"
+    kinds = ("png", "pdf")
+    names = [f"records_{name}.{kind}" for name in NAMES for kind in kinds]
+    assert listed == [str(own_run / "figures" / name) for name in names]
+    assert {figure.axes[0].get_title() for figure in drawn} == {"my run"}
+    energies, flux, *_ = (figure.axes[0] for figure in drawn[::2])
+    assert len(energies.lines) == 5  # four shells and their sum
+    assert len(flux.lines) == 3  # two intervals and the zero
+
+
+@pytest.mark.parametrize("script", ["plot.py"])
+def test_a_file_without_records_is_told_in_one_sentence(tmp_path, script):
+    path = tmp_path / "records.jsonl"
+    for text, told in [
+        (b"", "no whole line"),
+        (b"no JSON\n", "line 1"),
+        (b'{"step": 1, "loss": 2.0}\n', "line 1 without 'start_step'"),
+    ]:
+        path.write_bytes(text)
+        done = run_script(script, path)
+        assert (done.code, done.out) == (1, "")
+        (sentence,) = done.err.splitlines()
+        assert sentence.startswith(f"error: '{path}': expected ")
+        assert told in sentence
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_summary_leaves_out_records_without_a_balance(own_run):
+    lines = ProbeLog(own_run / "records.jsonl").read()
+    assert lines[0]["energies"] is None
+    found = analyse.summary(lines)
+    assert found["num_records"] == 3
+    assert found == analyse.summary(lines[1:]) | {
+        name: found[name] for name in found if "cost" in name or "seconds" in name
+    } | {"num_records": 3}
+    assert analyse.summary(lines[:1])["moved_share_median"] is None

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ from grsd_jax.plotting.tracked import TIME
 Tracks = Mapping[str, Lines]
 
 
-def write_tracking_figures(tracks: Tracks, folder: files.PathLike) -> list[Any]:
+def write_tracking_figures(tracks: Tracks, folder: files.PathLike) -> list[Path]:
     """Draws every figure of tracked trainings, each as a PNG and a PDF.
 
     ``track_energies`` (energy of each shell), ``track_amounts`` (what was lost, and
@@ -71,6 +72,31 @@ def write_tracking_figures(tracks: Tracks, folder: files.PathLike) -> list[Any]:
     shares = [column(lines, "non_adjacent_share") for lines in whole.values()]
     if any(np.isfinite(share).any() for share in shares):
         drawings["track_non_adjacent"] = partial(_non_adjacent, whole)
+    return save_figures(drawings, folder)
+
+
+def write_log_figures(lines: Lines, title: str, folder: files.PathLike) -> list[Path]:
+    """Draws the records of any loop by the public functions, as PNG and PDF.
+
+    ``records_energies``, ``records_flux``, ``records_velocity`` and
+    ``records_eigenvalues``.
+
+    Args:
+        lines: The records.
+        title: What stands above each figure.
+        folder: The folder to write to; it is made if need be.
+
+    Returns:
+        The files, each of which was replaced as a whole.
+
+    Raises:
+        UserError: If the folder cannot be written.
+    """
+    public = plotting.energies, plotting.flux, plotting.velocity, plotting.eigenvalues
+    drawings: dict[str, Callable[[], Figure]] = {
+        f"records_{draw.__name__}": partial(_each, draw, {title: lines})
+        for draw in public
+    }
     return save_figures(drawings, folder)
 
 
