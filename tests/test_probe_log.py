@@ -10,7 +10,9 @@ from matplotlib.figure import Figure
 
 import grsd_jax as grsd
 import oracles
+from grsd_jax.experiments.common import records
 from grsd_jax.experiments.common.config import UserError
+from grsd_jax.experiments.report.page import find_sections
 from grsd_jax.experiments.track import analyse
 from grsd_jax.experiments.track.log import ProbeLog
 from running import run_script
@@ -149,7 +151,37 @@ def test_plot_draws_the_records_of_any_loop(own_run, monkeypatch, place):
     assert len(flux.lines) == 3  # two intervals and the zero
 
 
-@pytest.mark.parametrize("script", ["plot.py"])
+@pytest.mark.parametrize("place", [".", "records.jsonl"])
+def test_report_shows_the_records_of_any_loop(own_run, place):
+    done = run_script("report.py", own_run / place)
+    assert done.code == 0, done.err
+    page = own_run / "report.html"
+    assert done.out == f"{page}\nnext: open {page} in a browser\n"
+    text = page.read_text()
+    assert "<h1>Report on my run</h1>" in text
+    assert "What the probe saw: my run, 3 records." in text
+    assert "<td>moved, share of the energy</td>" in text
+    assert "A kernel that only grows moves energy at the counting velocity." in text
+    assert text.count("data:image/png;base64") == 4
+    assert "Flux over each edge with its error" in text
+    assert "Settings other than the defaults" not in text  # which it cannot know
+    page.unlink()
+
+
+def test_records_that_a_results_file_speaks_of_have_no_section_of_their_own(own_run):
+    lines = ProbeLog(own_run / "records.jsonl").read()
+    results = {"config": {}, "tracks": {own_run.name: analyse.summary(lines)}}
+    records.write_json(own_run.parent / "results.json", results)
+    (section,) = find_sections(own_run.parent)
+    (own_run.parent / "results.json").unlink()
+    assert section.title == "results.json"
+    assert section.summary == "What the probe saw: my run, 3 records."
+    assert list(section.tables) == [analyse.track_rows(results["tracks"])]
+    (section,) = find_sections(own_run.parent)
+    assert section.title == f"{own_run.name}/records.jsonl"
+
+
+@pytest.mark.parametrize("script", ["plot.py", "report.py"])
 def test_a_file_without_records_is_told_in_one_sentence(tmp_path, script):
     path = tmp_path / "records.jsonl"
     for text, told in [

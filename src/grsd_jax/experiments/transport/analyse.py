@@ -255,15 +255,30 @@ def format_transport(results: Mapping[str, Any]) -> str:
         UserError: If there is no finished pair, or the seeds of the networks differ.
     """
     parts = [with_legend(transport_tables(results), LEGEND)]
-    for arm in arms_of(results):
-        number_of_seeds = len(runs_by_network(results, arm)[results["networks"][0]])
-        said = " ".join(
-            f"{DECISIVE[quantity].capitalize()}? {verdict.capitalize()}."
-            for quantity, verdict in verdicts(results, arm).items()
-        )
-        first = TITLES[results["networks"][0]]
-        parts.append(f"{arm}, {number_of_seeds} paired seeds, {first}. {said}")
+    parts += [verdict_sentence(results, arm) for arm in arms_of(results)]
     return "\n\n".join(parts)
+
+
+def verdict_sentence(results: Mapping[str, Any], arm: str) -> str:
+    """Returns what an arm decides, in words.
+
+    Args:
+        results: The contents of ``transport.json``.
+        arm: One that has begun.
+
+    Returns:
+        The verdicts on `DECISIVE`, with the number of seeds.
+
+    Raises:
+        UserError: If the seeds of the networks differ.
+    """
+    first = results["networks"][0]
+    number_of_seeds = len(runs_by_network(results, arm)[first])
+    said = " ".join(
+        f"{DECISIVE[quantity].capitalize()}? {verdict.capitalize()}."
+        for quantity, verdict in verdicts(results, arm).items()
+    )
+    return f"{arm}, {number_of_seeds} paired seeds, {TITLES[first]}. {said}"
 
 
 def _any(runs: Mapping[str, Runs]) -> Mapping[str, Any]:
