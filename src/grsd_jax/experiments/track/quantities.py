@@ -25,7 +25,7 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 def balanced(lines: Lines) -> list[Line]:
     """Returns the finite records with a balance, which the first of a loop lacks."""
-    return [x for x in lines if x["finite"] and x["energies"] is not None]
+    return [x for x in lines if x["finite"] and x["flux"] is not None]
 
 
 def num_steps(line: Line) -> int:
