@@ -1,5 +1,6 @@
 import jax
 
+from grsd_jax.experiments.benchmark import analyse
 from grsd_jax.experiments.benchmark import run as benchmarking
 from grsd_jax.experiments.common.config import Config
 
@@ -20,7 +21,8 @@ def test_every_case_runs_and_says_what_it_measured():
         assert row["first_seconds"] > 0
         assert row["seconds"] > 0
         assert row["peak_mib"] > 1
-    table = benchmarking.format_benchmark(rows)
+    table, legend = analyse.format_benchmark(rows).split("\n\n")
     assert table.count("\n") == len(rows) + 1
+    assert legend == "\n".join(analyse.LEGEND)
     assert "in_bare_products" in table
     assert rows[-1]["solver"] == "dense"

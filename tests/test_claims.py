@@ -114,7 +114,11 @@ def test_script_makes_the_table_again(tmp_path):
     records.write_json(tmp_path / "claims.json", planted())
     done = run_script("study.py", f"--workdir={tmp_path}", "--report_only")
     assert done.code == 0, done.err
-    assert analyse.format_claims(planted()) in done.out
+    table, legend = analyse.format_claims(planted()).split("\n\n")
+    places = f"{tmp_path / 'claims.json'}\n{tmp_path / 'figures'}"
+    ending = f"{places}\nnext: grsd report {tmp_path}\n"
+    assert done.out == f"{table}\n\n{legend}\n{ending}"
+    assert " ".join(legend.split()) == " ".join(analyse.LEGEND)
     wrong = run_script("study.py", f"--workdir={tmp_path}", "--seeds=one")
     assert wrong.code == 1
     assert "--seeds: expected a list of integers" in wrong.err

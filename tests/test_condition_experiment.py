@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from absl import flags as absl_flags
 
-from grsd_jax.conditions import Check, Thresholds
+from grsd_jax.conditions import Check, ParameterBlocks, Thresholds
 from grsd_jax.experiments.common import flags, records
 from grsd_jax.experiments.common.config import TRAINING_FIELDS, Config, UserError
 from grsd_jax.experiments.common.data import synthetic_textures
@@ -76,6 +76,50 @@ def test_a_run_is_not_measured_twice_and_recognised(measured, monkeypatch):
             run.run_conditions(dataset, other, OPTIONS)
 
 
+class Bar:
+    """What stands in for a bar of progress, and what it showed."""
+
+    def __init__(self, **options):
+        self.n, self.options, self.shown = 0, options, []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.shown.append(("end", self.n))
+
+    def set_description(self, text):
+        self.shown.append((text, self.n))
+
+    def update(self):
+        self.n += 1
+
+
+def test_progress_counts_a_piece_when_it_is_done(monkeypatch):
+    config, bars = Config(model="resmlp"), []
+
+    def progress_bar(**options):
+        bars.append(Bar(**options))
+        return bars[-1]
+
+    how = dict.fromkeys(("window", "shells", "derivative"))
+    monkeypatch.setattr(run, "progress_bar", progress_bar)
+    monkeypatch.setattr(run, "measurement_options", lambda *_: how)
+
+    def report(points, *_, progress, **_options):
+        for piece in range(2 + len(points)):
+            progress(f"piece {piece}")
+
+    monkeypatch.setattr(run, "condition_report", report)
+    monkeypatch.setattr(run, "measure_layers", lambda *_, **_options: None)
+    points = [run.PathPoint(0.0, None, None, None)] * 2
+    run._measured(points, ParameterBlocks(("a",), (0,), ()), config, OPTIONS)
+    (bar,) = bars
+    assert bar.options["total"] == 5
+    assert [n for _, n in bar.shown] == [0, 1, 2, 3, 4, 5]
+    assert bar.shown[0] == ("resmlp: piece 0", 0)
+
+
 def test_file_holds_every_condition_with_its_verdict(found):
     for name in ("condition1", "condition2", "condition3", "condition4"):
         verdict = found[name]["verdict"]
@@ -101,7 +145,9 @@ def test_file_holds_every_condition_with_its_verdict(found):
 
 
 def test_table_has_a_row_for_every_check(found):
-    lines = analyse.format_conditions(found).split("\n")
+    table, legend = analyse.format_conditions(found).split("\n\n")
+    assert legend == "\n".join(analyse.LEGEND)
+    lines = table.split("\n")
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     checks = [c for name in analyse.TITLES for c in found[name]["verdict"]["checks"]]
     assert [row[1] for row in rows[2:]] == [check["name"] for check in checks]

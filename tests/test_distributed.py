@@ -60,7 +60,7 @@ def test_two_processes_of_two_devices_measure_what_one_device_does(tmp_path):
     first, second = [finish(process) for process in processes]
     assert first.code == second.code == 0, first.err + second.err
     assert "shared by 4 devices" in first.out
-    assert "written" not in second.out
+    assert "next:" not in second.out
     assert "n =" not in second.out
     many, found = read(folder)
     assert many["n"] == one["n"] == 80

@@ -217,7 +217,9 @@ def test_the_script_draws_from_the_two_files_alone(tmp_path, monkeypatch):
     workdir = f"--workdir={tmp_path}"
     done = run_script("plot.py", workdir)
     assert done.code == 0, done.err
-    listed = [Path(line) for line in done.out.splitlines()]
+    *listed, following = done.out.splitlines()
+    assert following == f"next: grsd report {tmp_path}"
+    listed = [Path(line) for line in listed]
     assert len(listed) == 10
     assert sorted(listed) == sorted((tmp_path / "figures").iterdir())
 

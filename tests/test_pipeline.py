@@ -97,7 +97,9 @@ def test_reproduce_writes_the_schema_the_table_and_the_figures(reproduced):
     assert len(analyse.list_entries(found)) == 4
     table = analyse.format_table(found)  # read back, the networks come by name
     assert set(table.splitlines()) <= set(out.splitlines())
-    assert "n = 40, leading 8 pairs, dense" in out
+    measured = ("resnet18 own", *(f"plainnet18 {x}" for x in found["protocols"]))
+    for name in measured:
+        assert f"{name}: n = 40, leading 8 pairs, dense" in out
     paths = figures.write_figures(found, arrays, folder / "figures")
     assert sorted(paths) == sorted((folder / "figures").iterdir())
     assert len(paths) == 10

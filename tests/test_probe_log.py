@@ -6,11 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 import grsd_jax as grsd
 import oracles
+from grsd_jax.experiments.common import records
 from grsd_jax.experiments.common.config import UserError
+from grsd_jax.experiments.report.page import find_sections
+from grsd_jax.experiments.track import analyse
 from grsd_jax.experiments.track.log import ProbeLog
+from running import run_script
 
 CLOCK = ("seconds", "gradient_seconds", "cost")
 AMOUNTS = {"energies", "lost", "moved", "flux", "rotation", "density"}
@@ -109,3 +114,96 @@ def test_a_log_that_is_not_one_is_named(tmp_path):
     with pytest.raises(UserError, match="a JSON object on every line, got: line 1"):
         ProbeLog(path).rewind(3)
     assert path.read_text() == "something else\n"
+
+
+@pytest.fixture(scope="module")
+def own_run(training, tmp_path_factory):
+    """A folder with nothing but the records of a loop of one's own."""
+    folder = tmp_path_factory.mktemp("runs") / "my run"
+    folder.mkdir()
+    train, start = training
+    train(ProbeLog(folder / "records.jsonl"), start, 4)
+    return folder
+
+
+NAMES = ("energies", "flux", "velocity", "eigenvalues")
+
+
+@pytest.mark.parametrize("place", [".", "records.jsonl"])
+def test_plot_draws_the_records_of_any_loop(own_run, monkeypatch, place):
+    drawn = []
+
+    def savefig(figure, path, **_):
+        drawn.append(figure)
+        path.write_bytes(b"drawn")
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    done = run_script("plot.py", own_run / place)
+    assert done.code == 0, done.err
+    *listed, following = done.out.splitlines()
+    assert following == f"next: grsd report {own_run / place}"
+    kinds = ("png", "pdf")
+    names = [f"records_{name}.{kind}" for name in NAMES for kind in kinds]
+    assert listed == [str(own_run / "figures" / name) for name in names]
+    assert {figure.axes[0].get_title() for figure in drawn} == {"my run"}
+    energies, flux, *_ = (figure.axes[0] for figure in drawn[::2])
+    assert len(energies.lines) == 5  # four shells and their sum
+    assert len(flux.lines) == 3  # two intervals and the zero
+
+
+@pytest.mark.parametrize("place", [".", "records.jsonl"])
+def test_report_shows_the_records_of_any_loop(own_run, place):
+    done = run_script("report.py", own_run / place)
+    assert done.code == 0, done.err
+    page = own_run / "report.html"
+    assert done.out == f"{page}\nnext: open {page} in a browser\n"
+    text = page.read_text()
+    assert "<h1>Report on my run</h1>" in text
+    assert "What the probe saw: my run, 3 records." in text
+    assert "<td>moved, share of the energy</td>" in text
+    assert "A kernel that only grows moves energy at the counting velocity." in text
+    assert text.count("data:image/png;base64") == 4
+    assert "Flux over each edge with its error" in text
+    assert "Settings other than the defaults" not in text  # which it cannot know
+    page.unlink()
+
+
+def test_records_that_a_results_file_speaks_of_have_no_section_of_their_own(own_run):
+    lines = ProbeLog(own_run / "records.jsonl").read()
+    results = {"config": {}, "tracks": {own_run.name: analyse.summary(lines)}}
+    records.write_json(own_run.parent / "results.json", results)
+    (section,) = find_sections(own_run.parent)
+    (own_run.parent / "results.json").unlink()
+    assert section.title == "results.json"
+    assert section.summary == "What the probe saw: my run, 3 records."
+    assert list(section.tables) == [analyse.track_rows(results["tracks"])]
+    (section,) = find_sections(own_run.parent)
+    assert section.title == f"{own_run.name}/records.jsonl"
+
+
+@pytest.mark.parametrize("script", ["plot.py", "report.py"])
+def test_a_file_without_records_is_told_in_one_sentence(tmp_path, script):
+    path = tmp_path / "records.jsonl"
+    for text, told in [
+        (b"", "no whole line"),
+        (b"no JSON\n", "line 1"),
+        (b'{"step": 1, "loss": 2.0}\n', "line 1 without 'start_step'"),
+    ]:
+        path.write_bytes(text)
+        done = run_script(script, path)
+        assert (done.code, done.out) == (1, "")
+        (sentence,) = done.err.splitlines()
+        assert sentence.startswith(f"error: '{path}': expected ")
+        assert told in sentence
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_summary_leaves_out_records_without_a_balance(own_run):
+    lines = ProbeLog(own_run / "records.jsonl").read()
+    assert lines[0]["energies"] is None
+    found = analyse.summary(lines)
+    assert found["num_records"] == 3
+    assert found == analyse.summary(lines[1:]) | {
+        name: found[name] for name in found if "cost" in name or "seconds" in name
+    } | {"num_records": 3}
+    assert analyse.summary(lines[:1])["moved_share_median"] is None

@@ -1,13 +1,16 @@
 import base64
+import csv
 import functools
 import html.parser
 import http.server
+import inspect
 import json
 import os
 import re
 import shutil
 import subprocess
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +21,20 @@ from grsd_jax.experiments.common import records
 from grsd_jax.experiments.common.config import UserError
 from grsd_jax.experiments.common.plotting import save_figures
 from grsd_jax.experiments.report import page as reporting
+from grsd_jax.experiments.reproduce import figures as reproduce_figures
+from grsd_jax.experiments.reproduce.figures import write_figures
+from grsd_jax.experiments.sweep.figures import write_sweep_figures
+from grsd_jax.experiments.track.figures import write_tracking_figures
+from grsd_jax.experiments.transport.figures import write_transport_figures
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
+
+WRITERS = (
+    write_figures,
+    write_sweep_figures,
+    write_tracking_figures,
+    write_transport_figures,
+)
 
 BROWSER = next(
     filter(
@@ -99,7 +116,9 @@ def test_a_section_says_how_it_was_made_then_the_numbers_then_the_figures(workdi
     order = [
         "Written on ",
         "<code>grsd reproduce --seed=7</code>",
+        "Slope of the diagonal, which the theory predicts to be 1: ",
         "<th>slope +- stderr [interval]</th>",
+        "Pairs: those that are resolved",
         "91% of the error&#39;s energy lies outside",
         "Figure 1. The diagonal of the projected derivative",
         "Settings other than the defaults",
@@ -109,6 +128,51 @@ def test_a_section_says_how_it_was_made_then_the_numbers_then_the_figures(workdi
     assert places == sorted(places)
     chosen = section[places[-2] : places[-1]]
     assert re.findall(r'<th scope="row">(\w+)</th>', chosen) == ["protocol", "seed"]
+
+
+def test_the_title_says_what_the_page_is(workdir):
+    text = (workdir / "report.html").read_text()
+    assert "<title>Report on a run</title>" in text
+    assert "<h1>Report on a run</h1>" in text
+
+
+@pytest.mark.parametrize("writer", WRITERS, ids=lambda writer: writer.__name__)
+def test_every_figure_of_a_command_has_a_caption(writer):
+    stems = re.findall(r"``(\w+_\w+)``", inspect.getdoc(writer))
+    assert len(stems) > 3
+    for stem in stems:
+        assert reporting._caption(stem) != stem.replace("_", " ")
+
+
+def test_captions_promise_nothing_that_a_figure_lacks():
+    assert "noise_floor=False" in inspect.getsource(reproduce_figures)
+    assert "chance" not in reporting._caption("figure2_toeplitz_residual")
+    assert reporting._caption("benchmarks") != "benchmarks"
+
+
+def test_a_sweep_and_a_benchmark_are_told_in_a_sentence_and_tables(tmp_path):
+    for kind in ("sweep", "operations"):
+        shutil.copytree(RESULTS / kind, tmp_path / kind)
+    benchmark, sweep = sorted(reporting.find_sections(tmp_path), key=lambda x: x.title)
+    rows = records.read_json(RESULTS / "operations" / "benchmark.json")["rows"]
+    slowest = max(rows, key=lambda row: row["seconds"])
+    assert benchmark.summary == (
+        f"Of {len(rows)} operations the slowest is {slowest['case']}, with "
+        f"{slowest['gradients']:.1f} gradients of the same batches."
+    )
+    assert [row[0] for row in benchmark.tables[0][1:]] == [row["case"] for row in rows]
+    assert benchmark.notes[0].startswith("Seconds: ")
+    with open(RESULTS / "sweep" / "sweep.csv", newline="") as file:
+        cells = list(csv.DictReader(file))
+    names = {cell["model"] for cell in cells}
+    assert sweep.summary.startswith(f"{len(cells)} trainings of {len(names)} networks")
+    assert sweep.tables[0][0][:3] == ["network", "depth", "cells"]
+    assert sweep.notes[0].startswith("Cells: ")
+    assert [figure.name.split()[0] for figure in sweep.figures] == [
+        "Toeplitz",
+        "Increments",
+        "Over",
+    ]
 
 
 def test_tables_have_no_long_fractions(workdir):
@@ -139,13 +203,14 @@ def test_folder_without_results_is_refused(tmp_path):
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs chromium or chrome on the PATH")
-def test_browser_renders_loads_every_figure_and_prints(workdir, tmp_path):
+@pytest.mark.parametrize("width", [1200, 390])
+def test_browser_renders_loads_every_figure_and_prints(workdir, tmp_path, width):
     handler = functools.partial(Quiet, directory=os.fspath(workdir))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         page = f"http://127.0.0.1:{server.server_port}/report.html"
         probe = f"http://127.0.0.1:{server.server_port}/probe.html"
-        (workdir / "probe.html").write_text(PROBE)
+        (workdir / "probe.html").write_text(PROBE.replace("WIDTH", str(width)))
         dom = browse(tmp_path, "--virtual-time-budget=20000", "--dump-dom", probe)
         pdf = tmp_path / "page.pdf"
         browse(tmp_path, f"--print-to-pdf={pdf}", page)
@@ -162,7 +227,7 @@ def test_browser_renders_loads_every_figure_and_prints(workdir, tmp_path):
 
 #: A page that loads the report in a frame and tells what became of it.
 PROBE = """<!DOCTYPE html><output></output>
-<iframe src="report.html" width="1200" height="800"></iframe>
+<iframe src="report.html" width="WIDTH" height="800"></iframe>
 <script>
 const frame = document.querySelector("iframe");
 frame.onload = () => {

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -193,6 +194,18 @@ def test_a_log_gets_whole_lines(monkeypatch):
     assert lines[-1].startswith("work: 100%")
     assert "3/3" in lines[-1]
     assert len(lines) >= 3
+
+
+def test_the_last_line_is_at_the_end_though_it_comes_early(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    monkeypatch.setattr(runs, "LOG_SECONDS", 0.05)
+    with runs.progress_bar(total=3, desc="work") as bar:
+        bar.update()
+        time.sleep(0.06)
+        bar.update()
+        bar.update()  # within an interval of the line before
+    lines = sys.stderr.getvalue().splitlines()
+    assert ["100%" in line for line in lines] == [False, True]
 
 
 def test_a_bar_within_a_bar_moves_no_cursor(monkeypatch):

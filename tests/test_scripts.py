@@ -1,7 +1,11 @@
 """The scripts as a user runs them: their help, their errors, what they leave."""
 
+import ast
+import importlib
+import inspect
 import json
 import os
+import re
 import sys
 
 import jax
@@ -121,6 +125,16 @@ def test_a_bad_command_line_is_told_without_a_traceback(script, argument, named)
     assert "Traceback" not in done.err
 
 
+@pytest.mark.parametrize("name", commands.COMMANDS)
+def test_every_command_ends_with_places_and_the_next_one(name):
+    module = importlib.import_module(f"{commands.__name__}.{name}")
+    *_, last = ast.parse(inspect.getsource(module.main)).body[0].body
+    called = last.value.func
+    assert getattr(called, "id", getattr(called, "attr", None)) == "say_end"
+    assert [keyword.arg for keyword in last.value.keywords] == ["then"]
+    assert last.value.args
+
+
 def test_a_reader_may_leave(monkeypatch):
     reader, writer = os.pipe()
     os.close(reader)
@@ -153,8 +167,14 @@ def test_a_run_trains_and_says_where_everything_is(tmp_path):
     flags = (*TINY, f"--workdir={tmp_path}", "--model=plainnet18")
     done = run_script("train.py", *flags)
     assert (done.code, done.err) == (0, "")
-    assert "plainnet18: test accuracy 0." in done.out
+    table, legend = done.out.split("\n\n")
+    assert re.search(r"PlainNet-18 \| 16 +\|( +\d\.\d{3,4} \|){3} +\d+\.\d \|$", table)
     folder = tmp_path / "plainnet18"
+    assert legend.splitlines()[-3:] == [
+        str(folder / "metrics.jsonl"),
+        str(folder / "checkpoints"),
+        f"next: grsd measure {tmp_path} --model=plainnet18",
+    ]
     lines = records.read_jsonl(folder / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(2, 17, 2))
     # What it wrote is the ResNet's checkpoint as well.
@@ -195,6 +215,10 @@ def test_track_then_plot(tmp_path):
     )
     done = run_script("track.py", workdir, *options)
     assert done.code == 0, done.err
+    logs = [tmp_path / name / "records.jsonl" for name in ("plainnet18", "resmlp")]
+    places = [tmp_path / "results.json", *logs, tmp_path / "figures"]
+    ending = [*map(str, places), f"next: grsd report {tmp_path}"]
+    assert done.out.splitlines()[-5:] == ending
     results = records.read_json(tmp_path / "results.json")
     assert set(results) == {"command", "config", "environment", "tracks"}
     assert results["command"].startswith("track.py --workdir=")

@@ -295,8 +295,10 @@ def test_the_trend_with_depth_is_told_by_ranks():
         if row["seed"] < 2 or row["depth"] == 2
     ]
     assert analyse.depth_rows(unfinished)[1][2] == "n/a"
-    assert analyse.format_sweep(trend("cnn", None, (True,))).count("network") == 2
-    assert analyse.format_sweep(fake_rows()).count("network") == 1
+    assert analyse.format_sweep(trend("cnn", None, (True,))).count("| network") == 2
+    table, legend = analyse.format_sweep(fake_rows()).split("\n\n")
+    assert table.count("| network") == 1
+    assert " ".join(legend.split()) == " ".join(analyse.LEGEND)
 
 
 def test_rank_correlation_leaves_out_what_is_undefined():
@@ -311,7 +313,9 @@ def test_script_draws_again_from_the_rows_alone(swept, tmp_path):
     analyse.write_rows(tmp_path / "sweep.csv", rows)
     done = run_script("sweep.py", f"--workdir={tmp_path}", "--figures_only")
     assert done.code == 0, done.err
-    assert analyse.format_sweep(rows) in done.out
+    places = f"{tmp_path / 'sweep.csv'}\n{tmp_path / 'figures'}"
+    ending = f"{places}\nnext: grsd report {tmp_path}\n"
+    assert done.out == f"{analyse.format_sweep(rows)}\n{ending}"
     drawn = {path.name for path in (tmp_path / "figures").iterdir()}
     assert {"sweep_coupling.png", "sweep_scale.pdf"} <= drawn
     assert len(drawn) == 8

@@ -12,13 +12,14 @@ from grsd_jax.experiments.common.quantities import (
     edge_residual,
     middle_third_residual,
 )
-from grsd_jax.experiments.reproduce.analyse import format_table
+from grsd_jax.experiments.common.tables import with_legend
+from grsd_jax.experiments.reproduce.analyse import LEGEND, format_table
 from grsd_jax.shells import centre_toeplitz_residual
 
 
 def cells(table):
     """The rows of both tables, as lists of stripped cells."""
-    blocks = table.split("\n\n")
+    blocks = [block for block in table.split("\n\n") if block[0] == "|"]
     return [
         [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
         for lines in (block.split("\n") for block in blocks)
@@ -29,7 +30,9 @@ def test_rows_columns_and_alignment():
     results, _ = example_results.several_models()
     table = format_table(json.loads(json.dumps(results)))
     assert table.isascii()
-    for block, rows in zip(table.split("\n\n"), cells(table), strict=True):
+    *blocks, legend = table.split("\n\n")
+    assert " ".join(legend.split()) == " ".join(LEGEND)
+    for block, rows in zip(blocks, cells(table), strict=True):
         lines = block.split("\n")
         assert len({len(line) for line in lines}) == 1
         assert len(lines[0]) <= 140
@@ -105,9 +108,20 @@ def test_caveats_stand_below_the_tables():
     good = {"num_missing": 0, "unresolved_share": 0.3}
     poor = {"num_missing": 7, "unresolved_share": 0.96}
     table = format_table({"models": {"mlp": good, "cnn": poor}})
-    _, _, missing, outside = table.split("\n\n")
+    _, _, _, missing, outside = table.split("\n\n")
     assert missing.startswith("CNN: At least 7 pairs")
     assert outside.startswith("CNN: Ask for more pairs: 96% of the error's energy")
+
+
+def test_a_legend_stands_apart_from_its_table_in_lines_that_fit():
+    sentences = ("Long: " + "word " * 30 + "end.", "Short.")
+    text = with_legend([[["a", "b"], ["1", "2"]], [["c"], ["3"]]], sentences)
+    first, second, legend = text.split("\n\n")  # else Markdown makes it a row
+    assert first.startswith("| a")
+    assert second.startswith("| c")
+    assert " ".join(legend.split()) == " ".join(sentences)
+    assert max(map(len, legend.split("\n"))) <= 88
+    assert legend.split("\n")[-1] == "Short."
 
 
 NAN = float("nan")

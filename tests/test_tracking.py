@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,8 @@ from matplotlib.figure import Figure
 from grsd_jax.dynamics import KrylovSteps
 from grsd_jax.experiments.common import data, networks, records, training
 from grsd_jax.experiments.common.config import Config, UserError
+from grsd_jax.experiments.track import analyse, quantities
 from grsd_jax.experiments.track import figures as tracking_figures
-from grsd_jax.experiments.track import quantities
 from grsd_jax.experiments.track import run as tracking
 
 
@@ -209,13 +210,16 @@ def test_krylov_steps_are_those_of_the_settings(dataset, tmp_path, monkeypatch, 
 
 
 def test_summary_counts_and_takes_medians(whole):
-    summary = tracking.summary(records.read_jsonl(whole))
+    summary = analyse.summary(records.read_jsonl(whole))
     assert summary["num_records"] == 8
     assert summary["finite"]
     assert summary["cost_in_steps_median"] > 0
     assert summary["moved_share_median"] > 0
     assert summary["non_adjacent_share_median"] is None  # soft shells are too narrow
-    assert "moved, share of the energy" in tracking.format_tracks({"mlp": summary})
+    table = analyse.format_tracks({"mlp": summary, "my network": summary})
+    assert "moved, share of the energy" in table
+    assert re.search(r"MLP +\| +my network", table)
+    assert table.endswith("|\n\n" + "\n".join(analyse.LEGEND))  # short ones
 
 
 def line_of(start, step, flux, **more):
@@ -274,5 +278,11 @@ def test_figures_are_drawn_from_the_lines_alone(whole, tmp_path, monkeypatch):
     monkeypatch.setattr(Figure, "savefig", lambda _, path, **_o: path.write_bytes(b"x"))
     paths = tracking_figures.write_tracking_figures({"resnet18": [still]}, tmp_path)
     assert {path.stem for path in paths} == {f"track_{n}" for n in names}
+    drawn = []
+    energies = lambda _, ax: drawn.append(ax.get_title())  # noqa: E731
+    monkeypatch.setattr(tracking_figures.plotting, "energies", energies)
+    names = ("my network", "plainnet18", "resnet18")
+    tracking_figures.write_tracking_figures({key: [still] for key in names}, tmp_path)
+    assert drawn == ["ResNet-18", "PlainNet-18", "my network"]
     with pytest.raises(UserError, match="resnet18: expected records"):
         tracking_figures.write_tracking_figures({"resnet18": [broken]}, tmp_path)

@@ -275,7 +275,9 @@ def test_networks_are_compared_within_a_seed():
     assert paired == "ratio 2.000 [2.000, 2.000]"  # the seeds themselves scatter
     assert rows[analyse.HEADINGS["exponent"]][2] == "1.100 [1.100, 1.100]"
     assert len(analyse.reading_rows(results, "main")) == 1 + len(protocol.READINGS)
-    assert "4 paired seeds" in analyse.format_transport(results)
+    text = analyse.format_transport(results)
+    assert "4 paired seeds" in text
+    assert " ".join(analyse.LEGEND) in " ".join(text.split())
 
 
 @pytest.mark.parametrize(
@@ -328,7 +330,9 @@ def test_report_and_command_show_what_is_finished(tmp_path):
     with small():
         done = run_script("transport.py", f"--workdir={tmp_path}", "--report_only")
     assert done.code == 0, done.err
-    assert analyse.format_transport(results) in done.out
+    places = f"{tmp_path / 'transport.json'}\n{tmp_path / 'figures'}"
+    ending = f"{places}\nnext: grsd report {tmp_path}\n"
+    assert done.out == f"{analyse.format_transport(results)}\n{ending}"
     names = {path.stem for path in (tmp_path / "figures").glob("*.png")}
     assert names == {
         f"transport_{x}_main" for x in ("products", "spreads", "law", "resolution")

@@ -37,7 +37,6 @@ from grsd_jax.experiments.common.networks import (
     make_model,
 )
 from grsd_jax.experiments.common.sizes import check_measurement
-from grsd_jax.experiments.common.tables import aligned, number
 from grsd_jax.kernel.operator import linearize_point
 from grsd_jax.kernel.solver import COLUMNS_A_PAIR
 from grsd_jax.linalg import block_lanczos
@@ -276,38 +275,6 @@ CASES: dict[str, Callable[[Setup], Case]] = {
     "lanczos": _lanczos,
     "measurement": _measurement,
 }
-
-
-def format_benchmark(rows: list[dict[str, Any]]) -> str:
-    """Formats the rows of `run_case` as a Markdown table.
-
-    Args:
-        rows: One for each case.
-
-    Returns:
-        The table; the rate of operations is in units of the forward pass's.
-    """
-    known = {"case", "seconds", "first_seconds", "gradients", "gradient_seconds"}
-    known |= {"forward_seconds", "flops_share", "peak_mib"}  # columns, or their units
-    table = [["case", "", "seconds", "first", "gradients", "FLOP rate", "peak MiB"]]
-    for row in rows:
-        notes = [
-            f"{key} {value:.2f}" if isinstance(value, float) else f"{key} {value}"
-            for key, value in row.items()
-            if key not in known
-        ]
-        table.append(
-            [
-                row["case"],
-                ", ".join(notes),
-                number(row["seconds"]),
-                number(row["first_seconds"], ".2f"),
-                number(row["gradients"], ".1f"),
-                number(row["flops_share"], ".2f"),
-                number(row["peak_mib"], ".0f"),
-            ]
-        )
-    return aligned(table)
 
 
 def _timed(run: Callable[[], Any]) -> tuple[float, float]:

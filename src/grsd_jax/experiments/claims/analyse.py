@@ -12,7 +12,7 @@ import numpy as np
 from grsd_jax.experiments.claims.run import NETWORKS, REDUCTIONS
 from grsd_jax.experiments.common.config import TITLES, UserError
 from grsd_jax.experiments.common.intervals import t_interval
-from grsd_jax.experiments.common.tables import aligned
+from grsd_jax.experiments.common.tables import Legend, with_legend
 
 #: The quantities of the table and the figure, with their headings.
 QUANTITIES = {
@@ -22,6 +22,15 @@ QUANTITIES = {
     "toeplitz_edge": "Toeplitz residual, edge",
     "toeplitz_centre": "Toeplitz residual, center",
 }
+
+#: What the columns of the table mean.
+LEGEND: Legend = (
+    "Means over seeds with 95% intervals of Student's t; differences within a seed.",
+    "Stack: one kernel of all batches; mean: the mean of their kernels, as the paper.",
+    "Slope and R^2: of |Mdot_ii| against lambda_i. Toeplitz residual: of the "
+    "renormalized coupling, 0 if it is log-shift invariant; edge and center: of "
+    "windows of shells at the ends and in the middle.",
+)
 
 RESNET, PLAIN = NETWORKS
 
@@ -92,9 +101,9 @@ def format_claims(results: Mapping[str, Any]) -> str:
         results: The contents of ``claims.json``.
 
     Returns:
-        The table of `claim_rows`, valid as Markdown.
+        The table of `claim_rows` with its legend, valid as Markdown.
 
     Raises:
         UserError: As for `claim_rows`.
     """
-    return aligned(claim_rows(results))
+    return with_legend([claim_rows(results)], LEGEND)

@@ -98,6 +98,16 @@ def main() -> None:
         sys.exit(1)
 
 
+def say_end(*places: str | os.PathLike[str], then: str) -> None:
+    """Prints what every command ends with: where things are, and what comes next.
+
+    Args:
+        *places: Files and folders, a line each.
+        then: The next command.
+    """
+    print(*places, f"next: {then}", sep="\n")
+
+
 def _overview() -> str:
     lines = ["usage: grsd COMMAND [--flags]", ""]
     lines += [f"  {name:12}{what}" for name, what in COMMANDS.items()]

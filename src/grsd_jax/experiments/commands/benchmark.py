@@ -17,6 +17,7 @@ from absl import flags as absl_flags
 
 from grsd_jax.experiments import commands
 from grsd_jax.experiments.benchmark import run as benchmarking
+from grsd_jax.experiments.benchmark.analyse import format_benchmark
 from grsd_jax.experiments.common import flags, records
 from grsd_jax.experiments.common.config import Config, UserError
 from grsd_jax.experiments.common.runs import environment, workdir_lock
@@ -60,7 +61,8 @@ def main(config: Config) -> None:
             folder / "benchmark.json",
             {"config": settings, "environment": made_on, "rows": rows},
         )
-    print(benchmarking.format_benchmark(rows))
+    print(format_benchmark(rows))
+    commands.say_end(folder / "benchmark.json", then=f"grsd report {folder}")
 
 
 def define() -> None:

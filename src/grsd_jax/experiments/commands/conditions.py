@@ -17,6 +17,7 @@ from pathlib import Path
 
 from absl import flags as absl_flags
 
+from grsd_jax.experiments.commands import say_end
 from grsd_jax.experiments.common import flags
 from grsd_jax.experiments.common.config import PROBE_FIELDS, Config
 from grsd_jax.experiments.common.data import load_dataset
@@ -46,10 +47,11 @@ def main(config: Config) -> None:
     folder = Path(config.workdir) / config.model
     found = run_conditions(load_dataset(config), config, options)
     with workdir_lock(folder):
-        paths = write_condition_page(found, folder / "figures")
+        write_condition_page(found, folder / "figures")
     print(format_conditions(found))
-    print(f"{folder / 'conditions.json'}, {paths[0]}, {found['seconds']:.0f} s")
-    print(f"next: grsd report {folder}")
+    print(f"{found['seconds']:.0f} s")
+    places = folder / "conditions.json", folder / "figures"
+    say_end(*places, then=f"grsd report {folder}")
 
 
 def define() -> None:

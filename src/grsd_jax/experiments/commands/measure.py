@@ -18,6 +18,7 @@ Examples:
 
 from pathlib import Path
 
+from grsd_jax.experiments.commands import say_end
 from grsd_jax.experiments.common import flags, runs
 from grsd_jax.experiments.common.config import PROBE_FIELDS, Config, UserError
 from grsd_jax.experiments.common.data import load_dataset
@@ -62,8 +63,8 @@ def main(config: Config) -> None:
         arrays = {f"{config.model}/{key}": array for key, array in arrays.items()}
         write_results(folder, results, arrays)
     print(format_table(results))
-    print(f"written to {folder}")
-    print(f"next: grsd plot {folder}")
+    places = folder / "results.json", folder / "arrays.npz"
+    say_end(*places, then=f"grsd plot {folder}")
 
 
 def define() -> None:

@@ -16,6 +16,7 @@ Examples:
 import time
 from pathlib import Path
 
+from grsd_jax.experiments.commands import say_end
 from grsd_jax.experiments.common import flags
 from grsd_jax.experiments.common.config import PROBE_FIELDS, Config
 from grsd_jax.experiments.common.data import load_dataset
@@ -34,11 +35,11 @@ def main(config: Config) -> None:
     with workdir_lock(Path(config.workdir)) as folder:
         results, arrays = reproduce(load_dataset(config), config)
         write_results(folder, results, arrays)
-        paths = write_figures(results, arrays, folder / "figures")
+        write_figures(results, arrays, folder / "figures")
     print(format_table(results))
-    print(f"{len(paths)} figures in {folder / 'figures'}")
     print(f"{time.monotonic() - started:.0f} s")
-    print(f"next: grsd report {config.workdir}")
+    places = folder / "results.json", folder / "arrays.npz", folder / "figures"
+    say_end(*places, then=f"grsd report {folder}")
 
 
 def define() -> None:

@@ -20,6 +20,7 @@ from absl import flags as absl_flags
 from grsd_jax.experiments.claims.analyse import format_claims
 from grsd_jax.experiments.claims.figures import write_claims_figure
 from grsd_jax.experiments.claims.run import run_claims
+from grsd_jax.experiments.commands import say_end
 from grsd_jax.experiments.common import files, flags, records
 from grsd_jax.experiments.common.config import PROBE_FIELDS, Config
 from grsd_jax.experiments.common.data import load_dataset
@@ -54,8 +55,10 @@ def main(config: Config) -> None:
             results = run_claims(load_dataset(config), config, seeds)
     with files.reading(folder / "claims.json", "the results of a study"):
         table = format_claims(results)
-        paths = write_claims_figure(results, folder / "figures")
-    print(table, *paths, sep="\n")
+        write_claims_figure(results, folder / "figures")
+    print(table)
+    places = folder / "claims.json", folder / "figures"
+    say_end(*places, then=f"grsd report {folder}")
 
 
 def define() -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from absl import flags as absl_flags
 
+from grsd_jax.experiments.commands import say_end
 from grsd_jax.experiments.common import files, flags
 from grsd_jax.experiments.common.data import load_dataset
 from grsd_jax.experiments.common.runs import workdir_lock
@@ -37,8 +38,10 @@ def main(config: SweepConfig) -> None:
     rows = read_rows(workdir / "sweep.csv")
     with files.reading(workdir / "sweep.csv", "the rows of a sweep"):
         table = format_sweep(rows)
-        paths = write_sweep_figures(rows, workdir / "figures")
-    print(table, *paths, f"next: grsd report {workdir}", sep="\n")
+        write_sweep_figures(rows, workdir / "figures")
+    print(table)
+    places = workdir / "sweep.csv", workdir / "figures"
+    say_end(*places, then=f"grsd report {workdir}")
 
 
 def define() -> None:

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from absl import flags as absl_flags
 
+from grsd_jax.experiments.commands import say_end
 from grsd_jax.experiments.common import flags, records
 from grsd_jax.experiments.common.config import (
     MODELS,
@@ -33,6 +34,7 @@ from grsd_jax.experiments.common.config import (
 from grsd_jax.experiments.common.data import load_dataset
 from grsd_jax.experiments.common.runs import workdir_lock
 from grsd_jax.experiments.track import run as tracking
+from grsd_jax.experiments.track.analyse import format_tracks
 from grsd_jax.experiments.track.figures import write_tracking_figures
 
 FIELDS = {*TRAINING_FLAGS, *tracking.SETTINGS} - {"model"}
@@ -44,10 +46,11 @@ def main(config: Config) -> None:
     with workdir_lock(Path(config.workdir)) as folder:
         results, lines = tracking.track(load_dataset(config), config, models)
         records.write_json(folder / "results.json", results)
-        paths = write_tracking_figures(lines, folder / "figures")
-    print(tracking.format_tracks(results["tracks"]))
-    print(f"{len(paths)} figures in {folder / 'figures'}")
-    print(f"next: grsd report {folder}")
+        write_tracking_figures(lines, folder / "figures")
+    print(format_tracks(results["tracks"]))
+    logs = [folder / name / "records.jsonl" for name in models]
+    places = folder / "results.json", *logs, folder / "figures"
+    say_end(*places, then=f"grsd report {folder}")
 
 
 def define() -> None:

@@ -13,11 +13,22 @@ Examples:
       --width=16 --train_batch_size=128 --epochs=10 --schedule=cosine_decay_schedule
 """
 
-from grsd_jax.experiments.common import flags
-from grsd_jax.experiments.common.config import TRAINING_FLAGS, Config
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from grsd_jax.experiments.commands import say_end
+from grsd_jax.experiments.common import flags, records
+from grsd_jax.experiments.common.config import TITLES, TRAINING_FLAGS, Config
 from grsd_jax.experiments.common.data import load_dataset
 from grsd_jax.experiments.common.networks import make_model
-from grsd_jax.experiments.common.training import train
+from grsd_jax.experiments.common.tables import Legend, number, with_legend
+from grsd_jax.experiments.common.training import TrainResult, train
+
+#: What the columns of the table mean.
+LEGEND: Legend = (
+    "Loss and accuracy: means over the steps of the last line of metrics.jsonl.",
+    "Test accuracy: at the last step, over the whole test set.",
+)
 
 
 def main(config: Config) -> None:
@@ -30,9 +41,31 @@ def main(config: Config) -> None:
         print(f"{config.model}: complete already, {steps} steps")
     elif result.resumed_from:
         print(f"{config.model}: {steps} steps, resumed from {result.resumed_from}")
-    print(f"{config.model}: test accuracy {result.test_accuracy:.4f}")
-    print(f"{config.model}: checkpoints in {result.checkpoint_dir}")
-    print(f"next: grsd measure {config.workdir} --model={config.model}")
+    folder = result.checkpoint_dir.parent
+    metrics = records.read_jsonl(folder / "metrics.jsonl")
+    print(_format_training(config.model, metrics, result))
+    places = folder / "metrics.jsonl", result.checkpoint_dir
+    then = f"grsd measure {config.workdir} --model={config.model}"
+    say_end(*places, then=then)
+
+
+def _format_training(
+    name: str, metrics: Sequence[Mapping[str, Any]], result: TrainResult
+) -> str:
+    """Returns how a training ended, as a table with its legend."""
+    last = metrics[-1] if metrics else {}
+    rows = [
+        ["model", "steps", "loss", "accuracy", "test accuracy", "seconds"],
+        [
+            TITLES[name],
+            str(int(result.state.step)),
+            number(last.get("loss")),
+            number(last.get("accuracy"), ".4f"),
+            number(result.test_accuracy, ".4f"),
+            number(last.get("seconds"), ".1f"),
+        ],
+    ]
+    return with_legend([rows], LEGEND)
 
 
 def define() -> None:

@@ -32,6 +32,7 @@ from pathlib import Path
 
 from absl import flags as absl_flags
 
+from grsd_jax.experiments.commands import say_end
 from grsd_jax.experiments.common import files, flags, records
 from grsd_jax.experiments.common.config import (
     MODELS,
@@ -87,8 +88,10 @@ def main(config: Config) -> None:
             )
     with files.reading(folder / RESULTS, "the results of a study of transport"):
         text = format_transport(results)
-        paths = write_transport_figures(results, folder / "figures")
-    print(text, *paths, sep="\n")
+        write_transport_figures(results, folder / "figures")
+    print(text)
+    places = folder / RESULTS, folder / "figures"
+    say_end(*places, then=f"grsd report {folder}")
 
 
 def define() -> None:

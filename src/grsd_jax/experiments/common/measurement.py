@@ -149,7 +149,7 @@ def measure_network(
     """Measures a network along its gradient flow; says how, and shows progress.
 
     Args:
-        title: What the bar of progress is called.
+        title: What the line and the bar of progress call it.
         model: The linen module.
         weights: Its weights.
         batches: ``{"image": [K, N, ...], "label": [K, N]}``.
@@ -170,8 +170,8 @@ def measure_network(
     problem = network_problem(model, weights, batches, config)
     options = measurement_options(problem, weights.params, config)
     if writes():
-        print(_how(problem.dimension(weights.params), options, mesh))
-    with progress_bar(desc=title, unit="step", leave=False) as bar:
+        print(f"{title}: {_how(problem.dimension(weights.params), options, mesh)}")
+    with progress_bar(desc=title, unit="step") as bar:
 
         def progress(done: int) -> None:
             bar.update(done - bar.n)
@@ -184,6 +184,8 @@ def measure_network(
             **options,
         )
         measured = _fetched(measured)
+        bar.total = bar.n  # how many steps convergence takes is known only now
+        bar.leave = bar.n > 0  # the dense solver takes none
     if not measured.finite:
         raise UserError(
             f"checkpoint of {title}: expected finite parameters, errors and products, "

@@ -301,9 +301,24 @@ def progress_bar(iterable: Iterable[Any] | None = None, **options: Any) -> "tqdm
 
     Returns:
         The bar; where standard error is no terminal it writes a line each
-        `LOG_SECONDS`.
+        `LOG_SECONDS`, and a last one at its end if it wrote any.
     """
     from tqdm import tqdm  # only what shows a bar needs the package
+
+    class Log(tqdm):
+        """A bar of lines, the last of which says how far the work came."""
+
+        shown: int | None = None
+
+        def display(self, msg: str | None = None, pos: int | None = None) -> None:
+            if msg is None:
+                self.shown = self.n
+            super().display(msg, pos)
+
+        def close(self) -> None:
+            if self.shown not in (None, self.n):
+                self.refresh()
+            super().close()
 
     if not writes():
         return tqdm(iterable, disable=True, **options)
@@ -317,4 +332,5 @@ def progress_bar(iterable: Iterable[Any] | None = None, **options: Any) -> "tqdm
             "leave": False,
             "position": 0,  # a nested bar would move the cursor
         }
+        return Log(iterable, **options)
     return tqdm(iterable, **options)

@@ -1,10 +1,17 @@
 """Tables of text, and the numbers in them."""
 
 import math
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tabulate import tabulate
+
+#: Sentences that say what the columns of a table mean.
+Legend = tuple[str, ...]
+
+#: Characters of a line of a legend.
+_WIDTH = 88
 
 #: What stands in a table for what is undefined.
 MISSING = "n/a"
@@ -49,3 +56,17 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     return tabulate(
         rows[1:], rows[0], "pipe", disable_numparse=True, colalign=sides[: len(rows[0])]
     )
+
+
+def with_legend(tables: Iterable[Sequence[Sequence[str]]], legend: Legend) -> str:
+    """Returns tables with what their columns mean below them.
+
+    Args:
+        tables: Rows of cells of each, headings first.
+        legend: Sentences, each of which begins a line.
+
+    Returns:
+        The text, valid as Markdown.
+    """
+    lines = [textwrap.fill(sentence, _WIDTH) for sentence in legend]
+    return "\n\n".join([*map(aligned, tables), "\n".join(lines)])

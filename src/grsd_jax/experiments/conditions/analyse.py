@@ -7,7 +7,13 @@ import jax
 
 from grsd_jax.conditions import ConditionReport, ParameterBlocks, Verdict
 from grsd_jax.experiments.common.quantities import coupling_quantities
-from grsd_jax.experiments.common.tables import MISSING, aligned, finite, number
+from grsd_jax.experiments.common.tables import (
+    MISSING,
+    Legend,
+    finite,
+    number,
+    with_legend,
+)
 from grsd_jax.shells import LayerMeasurements
 
 TITLES = {
@@ -16,6 +22,14 @@ TITLES = {
     "condition3": "3 stability",
     "condition4": "4 log-shift invariance",
 }
+
+
+#: What the columns of the table mean.
+LEGEND: Legend = (
+    "Number: what was measured, +- its error where that is known.",
+    "Threshold: a convention; see the flags of grsd conditions.",
+    "Undecided: the number is undefined, or an iteration behind it did not converge.",
+)
 
 
 def report_entry(report: ConditionReport) -> dict[str, Any]:
@@ -169,10 +183,10 @@ def format_conditions(found: Mapping[str, Any]) -> str:
         found: The contents of ``conditions.json``.
 
     Returns:
-        The table of `condition_rows`; under it, for a state-space model, what
-        Proposition 2 says.
+        The table of `condition_rows` with its legend; under it, for a state-space
+        model, what Proposition 2 says.
     """
-    parts = [aligned(condition_rows(found))]
+    parts = [with_legend([condition_rows(found)], LEGEND)]
     if found.get("propagation"):
         parts.append(format_propagation(found["propagation"]))
     return "\n\n".join(parts)

@@ -3,6 +3,7 @@
 ``conditions.json`` holds every number that the table and the figure page show.
 """
 
+import itertools
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -174,11 +175,13 @@ def _measured(
     last = points[-1]
     how = measurement_options(last.problem, last.params, config)
     del how["derivative"]  # the exact one
-    with progress_bar(total=len(points) + 3, leave=False) as bar:
+    with progress_bar(total=len(points) + 3, desc=config.model) as bar:
+        pieces = itertools.count()
 
         def progress(text: str) -> None:
-            bar.set_description(text, refresh=True)
-            bar.update()
+            """Counts the pieces before this one, which only begins."""
+            bar.n = next(pieces)
+            bar.set_description(f"{config.model}: {text}")
 
         report = condition_report(
             points,
@@ -199,6 +202,7 @@ def _measured(
             window=how["window"],
             shells=how["shells"],
         )
+        bar.update()
     return report, layers
 
 

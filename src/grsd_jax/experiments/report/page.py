@@ -2,7 +2,8 @@
 
 Figures are embedded and styles are inline, so that the page needs no network and can
 be mailed. It is made from the files alone: any JSON file of results, wherever it lies
-in the workdir, becomes a section, with the figures and CSV tables beside it.
+in the workdir, becomes a section, with the figures and CSV tables beside it, and so
+does any file of a probe's records.
 """
 
 import base64
@@ -10,6 +11,7 @@ import csv
 import dataclasses
 import io
 import json
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from importlib import resources
@@ -19,12 +21,12 @@ from typing import Any, NamedTuple
 import jinja2
 from PIL import Image
 
-from grsd_jax.experiments.claims.analyse import claim_rows
 from grsd_jax.experiments.common import files, records
 from grsd_jax.experiments.common.config import Config, UserError
-from grsd_jax.experiments.conditions.analyse import condition_rows
-from grsd_jax.experiments.reproduce.analyse import result_caveats, result_tables
-from grsd_jax.experiments.transport.analyse import transport_tables
+from grsd_jax.experiments.report.contents import contents_of, tracked
+from grsd_jax.experiments.track.analyse import summary
+from grsd_jax.experiments.track.figures import write_log_figures
+from grsd_jax.experiments.track.log import read_log
 
 #: Keys of a results file that get tables of their own.
 _SETTINGS = ("config", "environment")
@@ -40,7 +42,7 @@ _CAPTIONS = {
     "figure1": "Figure 1. The diagonal of the projected derivative against the "
     "eigenvalue, mode by mode, with its power law. The theory predicts slope 1.",
     "figure2": "Figure 2. Toeplitz residual of sliding windows of shells, from the "
-    "spectral edge to the center, beside what chance would give.",
+    "spectral edge to the center, for the literal and the renormalized coupling.",
     "spectrum": "Eigenvalues of the kernel in descending order, and the shells that "
     "cut their logarithm into equal widths.",
     "coupling_literal": "Shell coupling: mean square of the projected derivative "
@@ -58,6 +60,17 @@ _CAPTIONS = {
     "track_steps": "How what is seen depends on the training steps between both ends.",
     "track_non_adjacent": "Share of the moved energy between shells that are not "
     "neighbors.",
+    "records_energies": "Energy of the error in each shell over time.",
+    "records_flux": "Flux over each edge with its error, at several times.",
+    "records_velocity": "Velocity of the energy at each edge, beside that of a kernel "
+    "that only grows, at several times.",
+    "records_eigenvalues": "The leading eigenvalues over time.",
+    "sweep_coupling": "Toeplitz residual, slope and R^2 of the shell coupling against "
+    "depth: the mean over seeds, in a band from the smallest to the largest.",
+    "sweep_increments": "Increments of the log-norm against depth, at initialization.",
+    "sweep_mixing": "Over how many blocks directions decorrelate, against depth.",
+    "sweep_scale": "The deepest residual networks against their branch scale.",
+    "benchmarks": "The best time of each peer over ours, a row for each task.",
     "transport_products": "Velocity of the energy beyond that of a growing kernel, "
     "times the effective time, over the edges and in every interval.",
     "transport_spreads": "Size of that product, and its spreads over edges and over "
@@ -88,20 +101,23 @@ class Section(NamedTuple):
     Attributes:
         title: The file, relative to the workdir.
         made: The command that made it, if the file says so, and when it was written.
+        summary: What was found, in one sentence; empty for unknown results.
         tables: Rows of cells, headings first.
         notes: Sentences that belong below the tables.
         figures: The pictures.
-        chosen: Names and values of the settings that are not the defaults.
+        chosen: Names and values of the settings that are not the defaults; None where
+            the file has no settings.
         settings: Names and values of the configuration and the environment.
         details: All of the file, as JSON.
     """
 
     title: str
     made: tuple[str, str]
+    summary: str
     tables: list[list[list[str]]]
     notes: list[str]
     figures: list[Figure]
-    chosen: list[tuple[str, str]]
+    chosen: list[tuple[str, str]] | None
     settings: dict[str, list[tuple[str, str]]]
     details: str
 
@@ -110,18 +126,21 @@ def write_report(workdir: files.PathLike) -> Path:
     """Writes ``WORKDIR/report.html``, whole or not at all.
 
     Args:
-        workdir: The folder of any run.
+        workdir: The folder of any run, or a file of records, whose folder gets the
+            page.
 
     Returns:
         The page.
 
     Raises:
-        UserError: If there is no results file in the folder, one cannot be read, or the
+        UserError: If there are no results in the folder, a file cannot be read, or the
             page cannot be written.
     """
     workdir = files.as_path(workdir)
-    page = render(workdir.resolve().name, list(find_sections(workdir)))
-    path = workdir / "report.html"
+    sections = list(find_sections(workdir))
+    folder = workdir.parent if workdir.is_file() else workdir
+    page = render(f"Report on {folder.resolve().name}", sections)
+    path = folder / "report.html"
     with files.atomic_path(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return path
@@ -130,10 +149,11 @@ def write_report(workdir: files.PathLike) -> Path:
 def find_sections(workdir: Path) -> Iterator[Section]:
     """Yields a section for each results file of a workdir, the outermost first.
 
-    A results file is a JSON file that says how it was made, under ``config``.
+    A results file is a JSON file that says how it was made, under ``config``. After
+    them come the ``records.jsonl`` of loops that no results file speaks of.
 
     Args:
-        workdir: The folder.
+        workdir: The folder, or a file of records alone.
 
     Yields:
         The sections.
@@ -141,7 +161,10 @@ def find_sections(workdir: Path) -> Iterator[Section]:
     Raises:
         UserError: If there is none, or a file cannot be read.
     """
-    found = False
+    if workdir.is_file():
+        yield _log_section(workdir, workdir.parent)
+        return
+    found, told = False, set()
     paths = sorted(workdir.rglob("*.json"), key=lambda p: (len(p.parts), p))
     for path in paths:
         if "checkpoints" in path.relative_to(workdir).parts:
@@ -150,12 +173,17 @@ def find_sections(workdir: Path) -> Iterator[Section]:
         if isinstance(results, Mapping) and isinstance(results.get("config"), Mapping):
             found = True
             with files.reading(path, "the results of a run"):
+                told |= {path.parent / name for name in results.get("tracks", ())}
                 section = _section(path, results, workdir)
             yield section
+    for log in sorted(workdir.rglob("records.jsonl")):
+        if log.parent not in told:
+            found = True
+            yield _log_section(log, workdir)
     if not found:
         raise UserError(
-            f"--workdir: expected a results file (JSON with 'config') in '{workdir}', "
-            "got none."
+            f"--workdir: expected a results file (JSON with 'config') or records.jsonl "
+            f"in '{workdir}', got none."
         )
 
 
@@ -177,16 +205,16 @@ def render(title: str, sections: list[Section]) -> str:
 
 def _section(path: Path, results: Mapping[str, Any], workdir: Path) -> Section:
     tables = [_read_csv(file) for file in sorted(path.parent.glob("*.csv"))]
-    tables = [*_tables(path, results), *tables]
+    contents = contents_of(path, results)
     settings = {key: list(_flat(results[key])) for key in _SETTINGS if key in results}
     figures = sorted({*path.parent.glob("*.png"), *path.parent.glob("figures/*.png")})
     shown = {key: value for key, value in results.items() if key not in _SETTINGS}
-    written = time.localtime(path.stat().st_mtime)
     return Section(
         title=path.relative_to(workdir).as_posix(),
-        made=(str(results.get("command") or ""), time.strftime("%d %B %Y", written)),
-        tables=tables,
-        notes=_notes(results),
+        made=(str(results.get("command") or ""), _date(path)),
+        summary=contents.summary,
+        tables=[*contents.tables, *tables],
+        notes=list(contents.notes),
         figures=[_figure(figure) for figure in figures],
         chosen=list(_flat(_chosen(results["config"]))),
         settings=settings,
@@ -194,31 +222,37 @@ def _section(path: Path, results: Mapping[str, Any], workdir: Path) -> Section:
     )
 
 
+def _log_section(log: Path, workdir: Path) -> Section:
+    """Returns what the records of a loop show, with figures drawn for this page."""
+    lines, name = read_log(log), log.resolve().parent.name
+    with files.reading(log, "the records of a probe"):
+        contents = tracked({name: summary(lines)})
+        with tempfile.TemporaryDirectory() as folder:
+            paths = write_log_figures(lines, name, folder)
+            figures = [_figure(path) for path in paths if path.suffix == ".png"]
+    return Section(
+        title=log.relative_to(workdir).as_posix(),
+        made=("", _date(log)),
+        summary=contents.summary,
+        tables=list(contents.tables),
+        notes=list(contents.notes),
+        figures=figures,
+        chosen=None,
+        settings={},
+        details=json.dumps(lines, indent=1),
+    )
+
+
+def _date(path: Path) -> str:
+    """Returns the day on which a file was written."""
+    return time.strftime("%d %B %Y", time.localtime(path.stat().st_mtime))
+
+
 def _chosen(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the settings that are not those of the main job."""
     usual = dataclasses.asdict(Config())
     plain = {name: list(x) if isinstance(x, tuple) else x for name, x in usual.items()}
     return {name: x for name, x in config.items() if plain.get(name) != x}
-
-
-def _notes(results: Mapping[str, Any]) -> list[str]:
-    """Returns what a reader of the tables must know."""
-    if "model" in results or "models" in results:
-        return result_caveats(results)
-    return []
-
-
-def _tables(path: Path, results: Mapping[str, Any]) -> list[list[list[str]]]:
-    """Returns the tables that the kind of results has of its own."""
-    if "condition1" in results:
-        return [condition_rows(results)]
-    if path.name == "claims.json":
-        return [claim_rows(results)]
-    if path.name == "transport.json":
-        return transport_tables(results)
-    if "model" in results or "models" in results:
-        return result_tables(results)
-    return []
 
 
 def _figure(path: Path) -> Figure:

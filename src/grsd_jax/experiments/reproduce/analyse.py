@@ -16,7 +16,13 @@ import numpy as np
 from grsd_jax.experiments.common import files, records
 from grsd_jax.experiments.common.config import TITLES, UserError
 from grsd_jax.experiments.common.quantities import edge_residual
-from grsd_jax.experiments.common.tables import MISSING, aligned, finite, number
+from grsd_jax.experiments.common.tables import (
+    MISSING,
+    Legend,
+    finite,
+    number,
+    with_legend,
+)
 from grsd_jax.shells import (
     CouplingMeasurement,
     PowerLawFit,
@@ -276,6 +282,18 @@ def _or_nan(value: float | None) -> float:
     return math.nan if value is None else value
 
 
+#: What the columns of the tables mean.
+LEGEND: Legend = (
+    "Pairs: those that are resolved, of those asked for; energy: their share of |e|^2.",
+    "Slope: of |Mdot_ii| against lambda_i, in logarithms, with its 95% interval. The "
+    "theory predicts 1. Shell slope: of the coupling within shells, by their centers.",
+    "Residual: distance of the shell coupling to the nearest that is constant along "
+    "each diagonal, as a share of its size: 0 if it is log-shift invariant, at most 1.",
+    "Edge -> center: the same of windows of shells, at the ends and in the middle.",
+    "Secant disagreement: of the exact derivative and a finite difference, as a share.",
+)
+
+
 def format_table(results: Any) -> str:
     """Writes a result as two aligned tables, valid as Markdown too.
 
@@ -290,14 +308,14 @@ def format_table(results: Any) -> str:
         results: The contents of ``results.json``, of one measurement or of several.
 
     Returns:
-        The tables, one row for each network and protocol, and the caveats below them;
-        what is undefined is "n/a".
+        The tables, one row for each network and protocol, with their legend and the
+        caveats below them; what is undefined is "n/a".
 
     Raises:
         UserError: If there is no measurement in ``results``.
     """
-    parts = [aligned(rows) for rows in result_tables(results)]
-    return "\n\n".join([*parts, *result_caveats(results)])
+    tables = with_legend(result_tables(results), LEGEND)
+    return "\n\n".join([tables, *result_caveats(results)])
 
 
 def result_caveats(results: Any) -> list[str]:

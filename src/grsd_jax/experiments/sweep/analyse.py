@@ -10,7 +10,13 @@ import numpy as np
 import scipy.stats
 
 from grsd_jax.experiments.common import files, records
-from grsd_jax.experiments.common.tables import MISSING, aligned, finite, number
+from grsd_jax.experiments.common.tables import (
+    MISSING,
+    Legend,
+    finite,
+    number,
+    with_legend,
+)
 from grsd_jax.experiments.sweep.config import Cell
 
 Row = dict[str, Any]
@@ -52,6 +58,17 @@ COLUMNS = (
     ),
     "num_paths",
     "seconds",
+)
+
+#: What the columns of the tables mean.
+LEGEND: Legend = (
+    "Cells: the trainings, of which each number is the mean.",
+    "Toeplitz: residual of the renormalized coupling, 0 if it is log-shift invariant. "
+    "Slope and R^2: of |Mdot_ii| against lambda_i.",
+    "L var(mean)/var: of the increments over L blocks, 1 if they are independent. "
+    "Memory: over how many blocks directions decorrelate. Both at initialization.",
+    "From three depths on: Spearman's correlation with depth, mean [range] over seeds. "
+    "A network that nears the theory has Toeplitz and distance < 0, and R^2 > 0.",
 )
 
 #: The columns that hold words or whole numbers; the others hold numbers.
@@ -175,12 +192,24 @@ def format_sweep(rows: Sequence[Row]) -> str:
         rows: The rows.
 
     Returns:
-        The tables, valid as Markdown; the second one only of three depths or more.
+        The tables with their legend, valid as Markdown.
+    """
+    return with_legend(sweep_tables(rows), LEGEND)
+
+
+def sweep_tables(rows: Sequence[Row]) -> list[list[list[str]]]:
+    """Returns the cells of the tables of `format_sweep`, headings first.
+
+    Args:
+        rows: The rows.
+
+    Returns:
+        The tables; the second one only of three depths or more.
     """
     tables = [mean_rows(rows)]
     if len({row["depth"] for row in rows}) > 2:
         tables.append(depth_rows(rows))
-    return "\n\n".join(map(aligned, tables))
+    return tables
 
 
 def mean_rows(rows: Sequence[Row]) -> list[list[str]]:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from grsd_jax.experiments.track.quantities import (
     Lines,
     by_steps,
     column,
+    in_order,
     lost_share,
     moved_share,
     usable_velocities,
@@ -34,7 +36,7 @@ from grsd_jax.plotting.tracked import TIME
 Tracks = Mapping[str, Lines]
 
 
-def write_tracking_figures(tracks: Tracks, folder: files.PathLike) -> list[Any]:
+def write_tracking_figures(tracks: Tracks, folder: files.PathLike) -> list[Path]:
     """Draws every figure of tracked trainings, each as a PNG and a PDF.
 
     ``track_energies`` (energy of each shell), ``track_amounts`` (what was lost, and
@@ -53,8 +55,8 @@ def write_tracking_figures(tracks: Tracks, folder: files.PathLike) -> list[Any]:
     Raises:
         UserError: If a network has no finite record, or the folder cannot be written.
     """
-    order = [name for name in TITLES if name in tracks]
-    whole = {name: whole_intervals(tracks[name]) for name in order}
+    tracks = {name: tracks[name] for name in in_order(tracks)}
+    whole = {name: whole_intervals(lines) for name, lines in tracks.items()}
     for name, lines in whole.items():
         if not lines:
             raise UserError(f"{name}: expected records that are finite, got none.")
@@ -65,12 +67,36 @@ def write_tracking_figures(tracks: Tracks, folder: files.PathLike) -> list[Any]:
         "track_velocity": partial(_velocity, whole),
         "track_eigenvalues": partial(_each, plotting.eigenvalues, whole),
     }
-    if any(len(by_steps(tracks[name])) > 1 for name in order):
-        finite = {name: tracks[name] for name in order}
-        drawings["track_steps"] = partial(_steps, finite)
+    if any(len(by_steps(lines)) > 1 for lines in tracks.values()):
+        drawings["track_steps"] = partial(_steps, tracks)
     shares = [column(lines, "non_adjacent_share") for lines in whole.values()]
     if any(np.isfinite(share).any() for share in shares):
         drawings["track_non_adjacent"] = partial(_non_adjacent, whole)
+    return save_figures(drawings, folder)
+
+
+def write_log_figures(lines: Lines, title: str, folder: files.PathLike) -> list[Path]:
+    """Draws the records of any loop by the public functions, as PNG and PDF.
+
+    ``records_energies``, ``records_flux``, ``records_velocity`` and
+    ``records_eigenvalues``.
+
+    Args:
+        lines: The records.
+        title: What stands above each figure.
+        folder: The folder to write to; it is made if need be.
+
+    Returns:
+        The files, each of which was replaced as a whole.
+
+    Raises:
+        UserError: If the folder cannot be written.
+    """
+    public = plotting.energies, plotting.flux, plotting.velocity, plotting.eigenvalues
+    drawings: dict[str, Callable[[], Figure]] = {
+        f"records_{draw.__name__}": partial(_each, draw, {title: lines})
+        for draw in public
+    }
     return save_figures(drawings, folder)
 
 

@@ -109,6 +109,43 @@ def read_tracks(workdir: Path) -> dict[str, list[dict[str, Any]]]:
     return tracks
 
 
+def find_log(path: Path) -> Path | None:
+    """Returns the file of records that a path means, None for a run's folder.
+
+    Args:
+        path: A file, or a folder with a ``records.jsonl`` and no ``results.json``.
+
+    Returns:
+        The file.
+    """
+    if path.is_file():
+        return path
+    log = path / "records.jsonl"
+    return log if log.exists() and not (path / "results.json").exists() else None
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Reads the records of any loop.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The records, at least one.
+
+    Raises:
+        UserError: If the file cannot be read, or does not hold a probe's records.
+    """
+    lines = ProbeLog(path).read()
+    with files.reading(path, "the records of a probe"):
+        if not lines:
+            raise ValueError("no whole line")
+        for number, line in enumerate(lines, start=1):
+            if missing := [name for name in _EVERY if name not in line]:
+                raise ValueError(f"line {number} without {missing[0]!r}")
+    return lines
+
+
 #: The amounts and the errors of a balance, as a line has them.
 _BALANCE = (
     "energies",
@@ -146,6 +183,9 @@ _LAST = (
     "cost",
     "cost_in_steps",
 )
+
+#: What every line has, whatever its loop adds.
+_EVERY = (*_FIRST, "edges", *_BALANCE, *_LAST)
 
 
 def record_line(record: ProbeRecord) -> dict[str, Any]:

@@ -1,10 +1,12 @@
 """What the lines of ``records.jsonl`` say of the balance, in single numbers."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from grsd_jax.experiments.common.config import TITLES
 
 Line = Mapping[str, Any]
 Lines = Sequence[Line]
@@ -15,6 +17,17 @@ def column(lines: Lines, name: str) -> np.ndarray:
     return np.array([line[name] for line in lines], np.float64)
 
 
+def in_order(names: Iterable[str]) -> list[str]:
+    """Returns networks in one order, those of anyone's own after ours."""
+    names = list(names)
+    return sorted(names, key=[*TITLES, *names].index)
+
+
+def balanced(lines: Lines) -> list[Line]:
+    """Returns the finite records with a balance, which the first of a loop lacks."""
+    return [x for x in lines if x["finite"] and x["flux"] is not None]
+
+
 def num_steps(line: Line) -> int:
     """Returns the training steps between both ends of a balance."""
     return line["step"] - line["start_step"]
@@ -23,7 +36,7 @@ def num_steps(line: Line) -> int:
 def whole_intervals(lines: Lines) -> list[Line]:
     """Returns the records that reach from one to the next, without those of --over."""
     longest = max(map(num_steps, lines), default=0)
-    return [x for x in lines if num_steps(x) == longest and x["finite"]]
+    return [x for x in balanced(lines) if num_steps(x) == longest]
 
 
 def total_energy(line: Line) -> float:
@@ -55,9 +68,8 @@ def usable_velocities(line: Line) -> tuple[np.ndarray, np.ndarray]:
 def by_steps(lines: Lines) -> dict[int, list[Line]]:
     """Returns the finite records by the training steps between their ends."""
     groups = defaultdict(list)
-    for line in lines:
-        if line["finite"]:
-            groups[num_steps(line)].append(line)
+    for line in balanced(lines):
+        groups[num_steps(line)].append(line)
     return dict(sorted(groups.items()))
 
 
@@ -68,9 +80,8 @@ def spreads_over_steps(lines: Lines) -> list[float]:
     all exceed their errors: ``(max - min) / max`` of ``F / h``, the last in size.
     """
     groups = defaultdict(list)
-    for line in lines:
-        if line["finite"]:
-            groups[line["start_step"]].append(line)
+    for line in balanced(lines):
+        groups[line["start_step"]].append(line)
     spreads = []
     for group in groups.values():
         if len(group) < 2:

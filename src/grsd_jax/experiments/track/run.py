@@ -7,7 +7,7 @@ that was never interrupted.
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +21,13 @@ from grsd_jax.dynamics import KrylovSteps, ProbeState
 from grsd_jax.dynamics.between_ends import cheaper_solver
 from grsd_jax.dynamics.spectra import stacked_point
 from grsd_jax.experiments.common import files, records
-from grsd_jax.experiments.common.config import TITLES, Config, UserError
+from grsd_jax.experiments.common.config import Config, UserError
 from grsd_jax.experiments.common.data import Dataset, measured_batches
 from grsd_jax.experiments.common.measurement import PROVENANCE, header
 from grsd_jax.experiments.common.networks import make_model
-from grsd_jax.experiments.common.tables import aligned, number
 from grsd_jax.experiments.common.training import TrainState, make_schedule, train
+from grsd_jax.experiments.track.analyse import summary
 from grsd_jax.experiments.track.log import ProbeLog
-from grsd_jax.experiments.track.quantities import (
-    lost_share,
-    moved_share,
-    spreads_over_steps,
-    usable_velocities,
-    whole_intervals,
-)
 from grsd_jax.models import linen_outputs
 from grsd_jax.shells import SoftShells
 
@@ -188,88 +181,3 @@ def track(
             "data_fingerprint": dataset.fingerprint,
         }
     return header(config) | {"tracks": entries}, lines
-
-
-def summary(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Summarizes the records of one network.
-
-    Args:
-        lines: The records, in order.
-
-    Returns:
-        Counts, and medians over the records of whole intervals: of the shares that were
-        lost and moved, of the velocity and its null over the usable edges, of the share
-        between shells that are not neighbors, of how far the flux of a step varies
-        with the number of steps, and of the cost, the first two records left out of
-        the cost because they compile.
-    """
-    whole = whole_intervals(lines)
-    velocities = [usable_velocities(line) for line in whole]
-    found = {
-        "lost_share_median": [lost_share(line) for line in whole],
-        "moved_share_median": [moved_share(line) for line in whole],
-        "velocity_median": [v for pair in velocities for v in pair[0]],
-        "counting_velocity_median": [v for pair in velocities for v in pair[1]],
-        "non_adjacent_share_median": [line["non_adjacent_share"] for line in whole],
-        "spread_over_steps_median": spreads_over_steps(lines),
-        "record_seconds_median": [line["seconds"] for line in lines[2:]],
-        "train_step_seconds_median": [x.get("train_step_seconds") for x in lines[2:]],
-        "cost_in_steps_median": [line["cost_in_steps"] for line in lines[2:]],
-        "cost_in_gradients_median": [line["cost"] for line in lines[2:]],
-    }
-    return {
-        "num_records": len(lines),
-        "finite": all(line["finite"] for line in lines),
-        "num_edges": None if not whole else len(whole[-1]["edges"]),
-        "num_resolved": None if not whole else whole[-1]["num_resolved"],
-        **{name: _median(values) for name, values in found.items()},
-    }
-
-
-#: The rows of `format_tracks`: a key of `summary`, what the table says, its format.
-_ROWS = (
-    ("test_accuracy", "test accuracy", ".4f"),
-    ("num_records", "records", "d"),
-    ("num_resolved", "resolved edges, last record", "d"),
-    ("lost_share_median", "lost, share of the energy", ".3f"),
-    ("moved_share_median", "moved, share of the energy", ".3f"),
-    ("velocity_median", "velocity v", ".3g"),
-    ("counting_velocity_median", "of it counting velocity, the null", ".3g"),
-    ("non_adjacent_share_median", "non-adjacent share", ".2f"),
-    ("spread_over_steps_median", "spread of the flux a step over h", ".2f"),
-    ("record_seconds_median", "seconds a record", ".2f"),
-    ("cost_in_steps_median", "cost of a record in training steps", ".1f"),
-    ("cost_in_gradients_median", "cost of a record in gradients", ".1f"),
-)
-
-
-def format_tracks(tracks: Mapping[str, Mapping[str, Any]]) -> str:
-    """Returns what was tracked as a table, a column for each network.
-
-    Args:
-        tracks: Entries of ``results.json`` by the network's name.
-
-    Returns:
-        The table, with its legend.
-    """
-    rows = [["quantity", *(TITLES[name] for name in tracks)]]
-    for key, title, spec in _ROWS:
-        cells = [_cell(track.get(key), spec) for track in tracks.values()]
-        rows.append([title, *cells])
-    legend = (
-        "Medians over the records of whole intervals; energies before, |e|^2.\n"
-        "Moved: half of sum |T_ab|. Velocities: over the edges where they are usable.\n"
-        "A kernel that only grows moves energy at the counting velocity.\n"
-        "Non-adjacent share: of what moved; only with --shells=sharp.\n"
-        "Spread: (largest - smallest) / largest |F / h| over the lengths h of --over."
-    )
-    return f"{aligned(rows)}\n{legend}"
-
-
-def _cell(value: Any, spec: str) -> str:
-    return number(value, spec if isinstance(value, int) else spec.replace("d", ".0f"))
-
-
-def _median(values: Sequence[float | None]) -> float | None:
-    found = [x for x in values if x is not None and np.isfinite(x)]
-    return float(np.median(found)) if found else None

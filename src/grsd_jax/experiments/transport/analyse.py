@@ -11,7 +11,7 @@ import numpy as np
 
 from grsd_jax.experiments.common.config import TITLES, UserError
 from grsd_jax.experiments.common.intervals import Interval, t_interval
-from grsd_jax.experiments.common.tables import aligned, number
+from grsd_jax.experiments.common.tables import Legend, number, with_legend
 from grsd_jax.experiments.transport.protocol import (
     ARMS,
     NUM_SEEDS,
@@ -35,6 +35,14 @@ HEADINGS = {
     "decay": "exponent of c over tau",
     "test_accuracy": "test accuracy",
 }
+
+#: What the rows of the tables mean.
+LEGEND: Legend = (
+    "Means over seeds with 95% intervals of Student's t.",
+    "Spreads are standard deviations of (v - v^N) tau: over edges (median of the "
+    "intervals), and of the intervals' means. Their ratio is above 1 where the first "
+    "network is flatter or steadier.",
+)
 
 #: The statistic of the study, by which "flatter" and "steadier" are decided.
 DECISIVE = {"edge_spread": "flatter over edges", "interval_spread": "steadier in time"}
@@ -246,24 +254,31 @@ def format_transport(results: Mapping[str, Any]) -> str:
     Raises:
         UserError: If there is no finished pair, or the seeds of the networks differ.
     """
-    parts = [aligned(rows) for rows in transport_tables(results)]
-    for arm in arms_of(results):
-        number_of_seeds = len(runs_by_network(results, arm)[results["networks"][0]])
-        said = " ".join(
-            f"{DECISIVE[quantity].capitalize()}? {verdict.capitalize()}."
-            for quantity, verdict in verdicts(results, arm).items()
-        )
-        first = TITLES[results["networks"][0]]
-        parts.append(f"{arm}, {number_of_seeds} paired seeds, {first}. {said}")
-    return "\n\n".join([*parts, _LEGEND])
+    parts = [with_legend(transport_tables(results), LEGEND)]
+    parts += [verdict_sentence(results, arm) for arm in arms_of(results)]
+    return "\n\n".join(parts)
 
 
-_LEGEND = (
-    "Means over seeds with 95% intervals of Student's t. Spreads are standard "
-    "deviations of\n(v - v^N) tau: over edges (median of the intervals), and of the "
-    "intervals' means.\nTheir ratio is above 1 where the first network is flatter or "
-    "steadier."
-)
+def verdict_sentence(results: Mapping[str, Any], arm: str) -> str:
+    """Returns what an arm decides, in words.
+
+    Args:
+        results: The contents of ``transport.json``.
+        arm: One that has begun.
+
+    Returns:
+        The verdicts on `DECISIVE`, with the number of seeds.
+
+    Raises:
+        UserError: If the seeds of the networks differ.
+    """
+    first = results["networks"][0]
+    number_of_seeds = len(runs_by_network(results, arm)[first])
+    said = " ".join(
+        f"{DECISIVE[quantity].capitalize()}? {verdict.capitalize()}."
+        for quantity, verdict in verdicts(results, arm).items()
+    )
+    return f"{arm}, {number_of_seeds} paired seeds, {TITLES[first]}. {said}"
 
 
 def _any(runs: Mapping[str, Runs]) -> Mapping[str, Any]:
