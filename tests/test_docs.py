@@ -110,6 +110,12 @@ def run_blocks(page: Path, package: str = "") -> None:
     exec(code, {"__name__": "__docs__"})
 
 
+def test_first_lines_of_the_readme_are_among_those_that_run():
+    page = (ROOT / "README.md").read_text()
+    first = re.search(r"^```py\n(.*?)^```$", page, re.M | re.S)[1]
+    assert first in python_source(page)
+
+
 @pytest.mark.parametrize("page", NOTEBOOKS, ids=lambda page: page.name)
 def test_notebooks_have_cells_and_a_kernel_and_can_be_downloaded(page):
     text = page.read_text()
