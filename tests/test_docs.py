@@ -148,29 +148,39 @@ def test_readme_documents_every_flag_with_its_default():
     assert dict(rows) == expected
 
 
-def commands():
-    """Returns every command line of the pages that runs a script or a command."""
+def shell_lines(page: str) -> list[str]:
+    """Returns the lines of a page's bash blocks, without comments."""
     found = []
-    for page in PAGES:
-        for block in re.findall(
-            r"^ *```bash\n(.*?)^ *```", page.read_text(), re.M | re.S
-        ):
-            if "git checkout" in block:  # of an earlier version
-                continue
-            lines = block.replace("\\\n", " ").splitlines()
-            lines = [re.sub(r"\s+#.*", "", line) for line in lines]
-            runs = [line for line in lines if re.search(r"scripts/|grsd [a-z]", line)]
-            found += [(page.name, line) for line in runs]
+    for block in re.findall(r"^ *```bash\n(.*?)^ *```", page, re.M | re.S):
+        if "git checkout" in block:  # of an earlier version
+            continue
+        lines = block.replace("\\\n", " ").splitlines()
+        found += [re.sub(r"(^|\s+)#.*", "", line) for line in lines]
     return found
 
 
-@pytest.mark.parametrize(("page", "line"), commands())
+def commands(pattern):
+    """Returns every command of the pages, in a block or a sentence, that matches."""
+    found = []
+    for page in PAGES:
+        text = page.read_text()
+        spans = re.findall(r"`(\.venv[^`\n]*)`", text)
+        for line in dict.fromkeys([*shell_lines(text), *spans]):
+            if re.search(pattern, line):
+                found.append((page.name, line))
+    return found
+
+
+#: What runs a command of the package, and its name and arguments.
+COMMAND = r"(?:\.venv/bin/python scripts/(?=\w+\.py)|\bgrsd )(\w+)(.*)"
+
+
+@pytest.mark.parametrize(("page", "line"), commands(r"scripts/|grsd [a-z]"))
 def test_commands_of_the_pages_have_flags_that_exist(page, line):
     flags = pytest.importorskip("absl.flags")
     from grsd_jax.experiments.commands import COMMANDS
 
-    pattern = r"(?:\.venv/bin/python scripts/(?=\w+\.py)|\bgrsd )(\w+)(.*)"
-    name, arguments = re.search(pattern, line).groups()
+    name, arguments = re.search(COMMAND, line).groups()
     assert name in COMMANDS
     known = set(flags.FLAGS)
     module = importlib.import_module(f"grsd_jax.experiments.commands.{name}")
@@ -181,6 +191,57 @@ def test_commands_of_the_pages_have_flags_that_exist(page, line):
     finally:
         for defined in set(flags.FLAGS) - known:
             delattr(flags.FLAGS, defined)
+
+
+#: A file of the repository that Python runs, and its arguments.
+SCRIPT = r"bin/python ((?:benchmarks|tests|\.ci)/\S+)(.*)"
+
+
+def options_of(script: Path) -> set[str]:
+    """Returns the options that a script or the `common` module beside it adds."""
+    sources = [script, script.with_name("common.py")]
+    text = "".join(path.read_text() for path in sources if path.exists())
+    calls = (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call))
+    strings = (a.value for c in calls for a in c.args if isinstance(a, ast.Constant))
+    return {s for s in strings if isinstance(s, str) and s.startswith("--")}
+
+
+def test_options_of_scripts_are_read_from_their_source():
+    assert "--only" in options_of(ROOT / "benchmarks/environments.py")
+    assert {"--out", "--data_dir"} <= options_of(ROOT / "benchmarks/gpu/science.py")
+    assert not options_of(ROOT / "tests/stack_memory.py")
+
+
+def test_the_commands_of_benchmarks_are_found():
+    pages = {page for page, _ in commands(SCRIPT)}
+    assert pages >= {"benchmarks.md", "devices.md", "quickstart.md", "what_moved.md"}
+
+
+@pytest.mark.parametrize(("page", "line"), commands(SCRIPT))
+def test_benchmarks_on_the_pages_have_options_that_exist(page, line):
+    script, arguments = re.search(SCRIPT, line).groups()
+    assert (ROOT / script).is_file()
+    assert set(re.findall(r"--\w+", arguments)) <= options_of(ROOT / script)
+
+
+#: A program of the environment that does not say where it is.
+BARE = re.compile(
+    r"(?<![\w/.-])(?:python3?(?! -m venv)|pip|pytest|pyrefly|ruff|sphinx-build"
+    r"|pre-commit|grsd)(?= |$)"
+)
+
+
+def test_bare_programs_are_found():
+    for line in ("python benchmarks/compare.py", "cd x && pip install .", "pytest"):
+        assert BARE.search(line)
+    assert not BARE.search("python3 -m venv .venv && .venv/bin/pip install jax")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_name_the_environment(page):
+    text = page.read_text()
+    spans = re.findall(r"`((?:python3?|pip|pytest) [^`\n]*)`", text)
+    assert not [line for line in [*shell_lines(text), *spans] if BARE.search(line)]
 
 
 def test_gate_runs_the_commands_of_the_readme():
