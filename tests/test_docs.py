@@ -136,6 +136,16 @@ def test_relative_links_lead_to_files(page):
     assert not missing
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_figures_of_the_documentation_are_named_and_have_captions(page):
+    text = page.read_text()
+    if page.parent != ROOT:  # the others are read where no Sphinx numbers figures
+        assert not re.search(r"!\[", text)
+    for name, body in re.findall(r"^```{figure} (.*?)\n(.*?)^```$", text, re.M | re.S):
+        assert (page.parent / name).is_file()
+        assert re.match(r":name: [\w-]+\n:alt: \w.*\n\n[^:\s].*\.\n", body)
+
+
 def test_readme_documents_every_flag_with_its_default():
     config = pytest.importorskip("grsd_jax.experiments.common.config")
     page = (ROOT / "README.md").read_text()
