@@ -3,6 +3,7 @@
 import ast
 import importlib
 import importlib.util
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -276,12 +277,15 @@ BRITISH = re.compile(
     r"|\b\w*(?:behavi|col|fav|flav|hon|neighb)our\w*"
     r"|\b\w*(?:cancel|channel|label|level|model|signal|travel)l(?:ed|ing)\b"
     r"|\b(?:re)?cent(?:re[ds]?|ring)\b|\b(?:fibre|metre|grey|licence|defence)s?\b"
+    r"|\b(?:back|down|for|in|out|up)wards\b"
     r"|\b(?:afterwards|analyse[ds]?|artefacts?|judgement|learnt|towards|whilst)\b",
     re.I,
 )
 
 
-@pytest.mark.parametrize("word", ["Normalised", "neighbours", "centre", "unlabelled"])
+@pytest.mark.parametrize(
+    "word", ["Normalised", "neighbours", "centre", "unlabelled", "upwards"]
+)
 def test_british_words_are_found(word):
     assert BRITISH.search(f"a {word}.")
     assert not BRITISH.search("precise noise, toeplitz_centre, organism, color, center")
@@ -300,6 +304,23 @@ def test_docstrings_and_messages_are_spelled_the_american_way():
                 words = [match[0] for match in BRITISH.finditer(node.value)]
                 found += [f"{path.name}:{node.lineno}: {word}" for word in words]
     assert not found
+
+
+def strings_of(value) -> list[str]:
+    """Returns every string of a JSON value, the keys included."""
+    if isinstance(value, dict):
+        return [*value, *(s for inner in value.values() for s in strings_of(inner))]
+    if isinstance(value, list):
+        return [s for inner in value for s in strings_of(inner)]
+    return [value] if isinstance(value, str) else []
+
+
+def test_committed_results_are_spelled_the_american_way():
+    assert strings_of({"a": ["b", {"c": "d", "e": 1}]}) == ["a", "b", "c", "e", "d"]
+    paths = sorted((ROOT / "docs" / "results").rglob("*.json"))
+    assert paths
+    strings = [s for path in paths for s in strings_of(json.loads(path.read_text()))]
+    assert not [found[0] for s in strings for found in BRITISH.finditer(s)]
 
 
 def test_version_is_the_same_everywhere():
