@@ -56,9 +56,7 @@ def color_bar(ax: "Axes", mappable: Any, label: str) -> Any:
     return bar
 
 
-def leave_room(
-    ax: "Axes", share: float = 0.45, *, heights: np.ndarray | None = None
-) -> None:
+def leave_room(ax: "Axes", share: float, *, heights: np.ndarray | None = None) -> None:
     """Leaves room for a legend above all lines, also where axes share their limits.
 
     Args:
