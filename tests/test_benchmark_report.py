@@ -186,6 +186,8 @@ def test_committed_page_shows_the_committed_results():
     results = json.loads((ROOT / "docs/results/benchmarks/results.json").read_text())
     page = (ROOT / "docs/benchmarks.md").read_text()
     assert report.replaced(page, table.render(results)) == page
+    met = [outcome.met for outcome in targets.outcomes(results["rows"])]
+    assert f"Of the {len(met)} [targets](#targets) {met.count(True)} are met." in page
 
 
 @pytest.mark.parametrize(
