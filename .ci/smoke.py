@@ -1,16 +1,18 @@
 """Checks that an installed package works, extra by extra, without the clone.
 
-    python .ci/smoke.py dist/grsd_jax-0.2.0-py3-none-any.whl
+    python .ci/smoke.py dist/grsd_jax-0.2.0-py3-none-any.whl dist/grsd_jax-0.2.0.tar.gz
 
 makes an environment of this Python in a temporary folder, installs the wheel there,
 first alone, then with one extra after the other, and runs the check of each from that
-folder. With names, such as `core tables`, the checks run in this environment.
+folder. The sdist is built and checked alone, since its extras are those of the wheel.
+With names, such as `core tables`, the checks run in this environment.
 """
 
 import subprocess
 import sys
 import tempfile
 import venv
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -129,13 +131,13 @@ CHECKS = {
 }
 
 
-def in_new_environment(wheel: Path) -> None:
-    """Installs a wheel with one extra after the other, and checks each."""
+def in_new_environment(built: Path, names: Iterable[str]) -> None:
+    """Installs a wheel or an sdist with one extra after the other, and checks each."""
     with tempfile.TemporaryDirectory() as folder:
         venv.create(folder, with_pip=True)
         python, script = Path(folder) / "bin" / "python", Path(__file__).resolve()
-        for name in CHECKS:
-            target = str(wheel) if name == "core" else f"{wheel}[{name}]"
+        for name in names:
+            target = str(built) if name == "core" else f"{built}[{name}]"
             subprocess.run([python, "-m", "pip", "install", "-q", target], check=True)
             subprocess.run([python, script, name], check=True, cwd=folder)
 
@@ -143,7 +145,9 @@ def in_new_environment(wheel: Path) -> None:
 if __name__ == "__main__":
     for argument in sys.argv[1:]:
         if argument.endswith(".whl"):
-            in_new_environment(Path(argument).resolve())
+            in_new_environment(Path(argument).resolve(), CHECKS)
+        elif argument.endswith(".tar.gz"):
+            in_new_environment(Path(argument).resolve(), ["core"])
         else:
             CHECKS[argument]()
             print(f"{argument}: works")

@@ -27,6 +27,7 @@ nitpick_ignore_regex = [
     (r"py:class", r"grsd_jax\.(problem|jacobian|kernel\.mesh|models\.chain)\..*"),
 ]
 default_role = "py:obj"
+numfig = True
 
 myst_enable_extensions = ["amsmath", "dollarmath"]
 myst_heading_anchors = 3

@@ -201,7 +201,8 @@ def test_page_draws_every_check_over_its_threshold(found, tmp_path, monkeypatch)
         check for name in analyse.TITLES for check in found[name]["verdict"]["checks"]
     ]
     labels = [label.get_text() for label in axis.get_yticklabels()]
-    assert [label[3:] for label in labels] == [check["name"] for check in checks]
+    wanted = [figures._typeset(check["name"]) for check in checks]
+    assert [label[3:] for label in labels] == wanted
     told = [text.get_text() for text in axis.texts]
     assert all(
         text.endswith(analyse.outcome(check))
@@ -215,6 +216,12 @@ def test_page_draws_every_check_over_its_threshold(found, tmp_path, monkeypatch)
     for row, check in enumerate(reversed(checks)):
         if row in dots:
             assert (dots[row] <= 1) == (check["outcome"] == "holds"), check
+
+
+def test_checks_are_typeset():
+    spelled = "R^2 of Jdot and J >= 2 +- 1 in log lambda"
+    written = r"$R^2$ of $\dot J$ and $J$ ≥ 2 ± 1 in $\log\lambda$"
+    assert figures._typeset(spelled) == written
 
 
 def test_report_has_the_table(found, tmp_path):

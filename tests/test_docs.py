@@ -3,6 +3,7 @@
 import ast
 import importlib
 import importlib.util
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -110,6 +111,12 @@ def run_blocks(page: Path, package: str = "") -> None:
     exec(code, {"__name__": "__docs__"})
 
 
+def test_first_lines_of_the_readme_are_among_those_that_run():
+    page = (ROOT / "README.md").read_text()
+    first = re.search(r"^```py\n(.*?)^```$", page, re.M | re.S)[1]
+    assert first in python_source(page)
+
+
 @pytest.mark.parametrize("page", NOTEBOOKS, ids=lambda page: page.name)
 def test_notebooks_have_cells_and_a_kernel_and_can_be_downloaded(page):
     text = page.read_text()
@@ -130,6 +137,16 @@ def test_relative_links_lead_to_files(page):
     assert not missing
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_figures_of_the_documentation_are_named_and_have_captions(page):
+    text = page.read_text()
+    if page.parent != ROOT:  # the others are read where no Sphinx numbers figures
+        assert not re.search(r"!\[", text)
+    for name, body in re.findall(r"^```{figure} (.*?)\n(.*?)^```$", text, re.M | re.S):
+        assert (page.parent / name).is_file()
+        assert re.match(r":name: [\w-]+\n:alt: \w.*\n\n[^:\s].*\.\n", body)
+
+
 def test_readme_documents_every_flag_with_its_default():
     config = pytest.importorskip("grsd_jax.experiments.common.config")
     page = (ROOT / "README.md").read_text()
@@ -142,29 +159,39 @@ def test_readme_documents_every_flag_with_its_default():
     assert dict(rows) == expected
 
 
-def commands():
-    """Returns every command line of the pages that runs a script or a command."""
+def shell_lines(page: str) -> list[str]:
+    """Returns the lines of a page's bash blocks, without comments."""
     found = []
-    for page in PAGES:
-        for block in re.findall(
-            r"^ *```bash\n(.*?)^ *```", page.read_text(), re.M | re.S
-        ):
-            if "git checkout" in block:  # of an earlier version
-                continue
-            lines = block.replace("\\\n", " ").splitlines()
-            lines = [re.sub(r"\s+#.*", "", line) for line in lines]
-            runs = [line for line in lines if re.search(r"scripts/|grsd [a-z]", line)]
-            found += [(page.name, line) for line in runs]
+    for block in re.findall(r"^ *```bash\n(.*?)^ *```", page, re.M | re.S):
+        if "git checkout" in block:  # of an earlier version
+            continue
+        lines = block.replace("\\\n", " ").splitlines()
+        found += [re.sub(r"(^|\s+)#.*", "", line) for line in lines]
     return found
 
 
-@pytest.mark.parametrize(("page", "line"), commands())
+def commands(pattern):
+    """Returns every command of the pages, in a block or a sentence, that matches."""
+    found = []
+    for page in PAGES:
+        text = page.read_text()
+        spans = re.findall(r"`(\.venv[^`\n]*)`", text)
+        for line in dict.fromkeys([*shell_lines(text), *spans]):
+            if re.search(pattern, line):
+                found.append((page.name, line))
+    return found
+
+
+#: What runs a command of the package, and its name and arguments.
+COMMAND = r"(?:\.venv/bin/python scripts/(?=\w+\.py)|\bgrsd )(\w+)(.*)"
+
+
+@pytest.mark.parametrize(("page", "line"), commands(r"scripts/|grsd [a-z]"))
 def test_commands_of_the_pages_have_flags_that_exist(page, line):
     flags = pytest.importorskip("absl.flags")
     from grsd_jax.experiments.commands import COMMANDS
 
-    pattern = r"(?:\.venv/bin/python scripts/(?=\w+\.py)|\bgrsd )(\w+)(.*)"
-    name, arguments = re.search(pattern, line).groups()
+    name, arguments = re.search(COMMAND, line).groups()
     assert name in COMMANDS
     known = set(flags.FLAGS)
     module = importlib.import_module(f"grsd_jax.experiments.commands.{name}")
@@ -175,6 +202,57 @@ def test_commands_of_the_pages_have_flags_that_exist(page, line):
     finally:
         for defined in set(flags.FLAGS) - known:
             delattr(flags.FLAGS, defined)
+
+
+#: A file of the repository that Python runs, and its arguments.
+SCRIPT = r"bin/python ((?:benchmarks|tests|\.ci)/\S+)(.*)"
+
+
+def options_of(script: Path) -> set[str]:
+    """Returns the options that a script or the `common` module beside it adds."""
+    sources = [script, script.with_name("common.py")]
+    text = "".join(path.read_text() for path in sources if path.exists())
+    calls = (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call))
+    strings = (a.value for c in calls for a in c.args if isinstance(a, ast.Constant))
+    return {s for s in strings if isinstance(s, str) and s.startswith("--")}
+
+
+def test_options_of_scripts_are_read_from_their_source():
+    assert "--only" in options_of(ROOT / "benchmarks/environments.py")
+    assert {"--out", "--data_dir"} <= options_of(ROOT / "benchmarks/gpu/science.py")
+    assert not options_of(ROOT / "tests/stack_memory.py")
+
+
+def test_the_commands_of_benchmarks_are_found():
+    pages = {page for page, _ in commands(SCRIPT)}
+    assert pages >= {"benchmarks.md", "devices.md", "quickstart.md", "what_moved.md"}
+
+
+@pytest.mark.parametrize(("page", "line"), commands(SCRIPT))
+def test_benchmarks_on_the_pages_have_options_that_exist(page, line):
+    script, arguments = re.search(SCRIPT, line).groups()
+    assert (ROOT / script).is_file()
+    assert set(re.findall(r"--\w+", arguments)) <= options_of(ROOT / script)
+
+
+#: A program of the environment that does not say where it is.
+BARE = re.compile(
+    r"(?<![\w/.-])(?:python3?(?! -m venv)|pip|pytest|pyrefly|ruff|sphinx-build"
+    r"|pre-commit|grsd)(?= |$)"
+)
+
+
+def test_bare_programs_are_found():
+    for line in ("python benchmarks/compare.py", "cd x && pip install .", "pytest"):
+        assert BARE.search(line)
+    assert not BARE.search("python3 -m venv .venv && .venv/bin/pip install jax")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_name_the_environment(page):
+    text = page.read_text()
+    spans = re.findall(r"`((?:python3?|pip|pytest) [^`\n]*)`", text)
+    assert not [line for line in [*shell_lines(text), *spans] if BARE.search(line)]
 
 
 def test_gate_runs_the_commands_of_the_readme():
@@ -199,12 +277,15 @@ BRITISH = re.compile(
     r"|\b\w*(?:behavi|col|fav|flav|hon|neighb)our\w*"
     r"|\b\w*(?:cancel|channel|label|level|model|signal|travel)l(?:ed|ing)\b"
     r"|\b(?:re)?cent(?:re[ds]?|ring)\b|\b(?:fibre|metre|grey|licence|defence)s?\b"
+    r"|\b(?:back|down|for|in|out|up)wards\b"
     r"|\b(?:afterwards|analyse[ds]?|artefacts?|judgement|learnt|towards|whilst)\b",
     re.I,
 )
 
 
-@pytest.mark.parametrize("word", ["Normalised", "neighbours", "centre", "unlabelled"])
+@pytest.mark.parametrize(
+    "word", ["Normalised", "neighbours", "centre", "unlabelled", "upwards"]
+)
 def test_british_words_are_found(word):
     assert BRITISH.search(f"a {word}.")
     assert not BRITISH.search("precise noise, toeplitz_centre, organism, color, center")
@@ -223,6 +304,23 @@ def test_docstrings_and_messages_are_spelled_the_american_way():
                 words = [match[0] for match in BRITISH.finditer(node.value)]
                 found += [f"{path.name}:{node.lineno}: {word}" for word in words]
     assert not found
+
+
+def strings_of(value) -> list[str]:
+    """Returns every string of a JSON value, the keys included."""
+    if isinstance(value, dict):
+        return [*value, *(s for inner in value.values() for s in strings_of(inner))]
+    if isinstance(value, list):
+        return [s for inner in value for s in strings_of(inner)]
+    return [value] if isinstance(value, str) else []
+
+
+def test_committed_results_are_spelled_the_american_way():
+    assert strings_of({"a": ["b", {"c": "d", "e": 1}]}) == ["a", "b", "c", "e", "d"]
+    paths = sorted((ROOT / "docs" / "results").rglob("*.json"))
+    assert paths
+    strings = [s for path in paths for s in strings_of(json.loads(path.read_text()))]
+    assert not [found[0] for s in strings for found in BRITISH.finditer(s)]
 
 
 def test_version_is_the_same_everywhere():

@@ -99,6 +99,6 @@ def test_a_slope_that_would_flatten_the_others_is_written_down(monkeypatch, tmp_
     STUDIES["sweep"](tmp_path)
     slope = drawn["sweep_coupling"].axes[1]
     (text,) = slope.texts
-    assert text.get_text() == "out of view:\ncnn at 32: -1.1 [-5.1, 0.97]"
+    assert text.get_text() == "out of view:\nCNN at 32: -1.1 [-5.1, 0.97]"
     assert 0 < slope.get_ylim()[0] < 0.73  # the smallest of all other bands
     assert drawn["sweep_mixing"].axes[0].get_ylim()[0] == 0  # no time is negative

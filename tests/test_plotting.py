@@ -149,6 +149,19 @@ def test_energies_are_those_after_each_interval():
     assert plotting.energies(records, axes()) is not None
 
 
+def test_energies_of_neighbors_and_the_order_of_eigenvalues_can_be_told():
+    first, second, _ = plotting.energies(lines(), axes()).lines
+    assert first.get_color() != second.get_color()
+    assert first.get_marker() != second.get_marker()
+    ax = plotting.eigenvalues(lines(), axes())
+    (bar,) = ax.child_axes
+    assert bar.get_ylabel() == "index $i$"
+    assert bar.get_ylim() == (2, 1)  # the largest, on top, is the first
+    largest, smallest = ax.lines
+    assert largest.get_ydata()[0] > smallest.get_ydata()[0]
+    np.testing.assert_allclose(smallest.get_color(), mpl.colormaps["viridis"](0))
+
+
 def vars_of(result):
     return {"energies": result.energies, "edges": result.shells.edges}
 

@@ -200,14 +200,19 @@ def test_figures_show_means_in_bands_over_seeds(tmp_path, monkeypatch):
     assert set(drawn) == {f"sweep_{name}" for name in names}
     axis = drawn["sweep_coupling"].axes[1]
     lines = {line.get_label(): line for line in axis.lines}
-    np.testing.assert_allclose(lines["resmlp, s = 0.1"].get_ydata(), [3, 5])
-    np.testing.assert_allclose(lines["mlp"].get_ydata(), [3.5, 5])
-    band = axis.collections[1].get_paths()[0].vertices
-    assert {2.0, 4.0, 6.0} <= set(band[:, 1])
+    np.testing.assert_allclose(lines["Residual MLP, s = 0.1"].get_ydata(), [3, 5])
+    np.testing.assert_allclose(lines["MLP"].get_ydata(), [3.5, 5])
+    bars = axis.collections[1].get_segments()
+    assert [bar[:, 1].tolist() for bar in bars] == [[2, 4], [4, 6]]
+    places = [bar[0, 0] for x in axis.collections for bar in x.get_segments()]
+    assert len(set(places)) == len(places)  # no bar covers another
+    memory = drawn["sweep_mixing"].axes[0]
+    band = memory.collections[1].get_paths()[0].vertices
+    assert {0.5, 0.7} <= set(band[:, 1])
     memory = drawn["sweep_scale"].axes[5]
     law = next(line for line in memory.lines if "log" in line.get_label())
     assert law.get_ydata()[0] == pytest.approx(2 / math.log(1.01))
-    (line,) = (line for line in memory.lines if line.get_label() == "resmlp")
+    (line,) = (line for line in memory.lines if line.get_label() == "Residual MLP")
     assert list(line.get_xdata()) == [0.1, 0.3]
     # Of the deepest networks alone: a row of depth 2 moves nothing.
     rows = fake_rows()
@@ -217,7 +222,7 @@ def test_figures_show_means_in_bands_over_seeds(tmp_path, monkeypatch):
     (again,) = (
         line
         for line in drawn["sweep_scale"].axes[5].lines
-        if line.get_label() == "resmlp"
+        if line.get_label() == "Residual MLP"
     )
     np.testing.assert_array_equal(again.get_ydata(), line.get_ydata())
     assert "resmlp, s = 0.3" in analyse.format_sweep(fake_rows())

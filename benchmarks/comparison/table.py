@@ -9,12 +9,25 @@ Record = dict[str, Any]
 
 _MODELS = {"resnet18": "ResNet-18", "mlp": "MLP"}
 _TASKS = {
-    "dense": "dense M",
-    "block": "M V, b = {}",
-    "derivative": "V^T Mdot V, b = {}",
+    "dense": "dense $M$",
+    "block": "$M V$, b = {}",
+    "derivative": r"$V^\top \dot{{M}} V$, b = {}",
     "eigenpairs": "20 eigenpairs",
     "measurement": "whole measurement",
 }
+_COLUMNS = (
+    "prepare s",
+    "call s (median)",
+    "of ours",
+    "compile s",
+    "first result s (cached)",
+    "peak MiB",
+    "error",
+    "columns",
+    "GPU call s",
+)
+#: Columns that a table leaves out where none of its rows has them.
+_OPTIONAL = ("first result s (cached)", "GPU call s")
 NOT_MEASURED = "not measured"
 
 
@@ -84,23 +97,33 @@ def _environment(results: Record) -> str:
 
 def _problem(name: str, results: Record) -> str:
     about = results["problems"][name]
+    rows = [row for row in results["rows"] if row["problem"] == name]
+    cells = []
+    for task in TASKS:
+        ours = best(rows, name, task, "grsd_jax")
+        cells += [
+            _cells(row, ours, rows)
+            for row in rows
+            if row["task"] == task and row["device"] == "cpu"
+        ]
+    kept = [
+        i
+        for i, column in enumerate(_COLUMNS, start=2)
+        if column not in _OPTIONAL or {row[i] for row in cells} - {"", NOT_MEASURED}
+    ]
+    header, *body = (
+        f"| {' | '.join(row[i] for i in (0, 1, *kept))} |"
+        for row in [["task", "peer", *_COLUMNS], *cells]
+    )
     lines = [
         f"### {problem_title(name)}",
         "",
         f"n = {about['dimension']}, P = {about['parameters']:,}.",
         "",
-        "| task | peer | prepare s | call s (median) | of ours | compile s "
-        "| first result s (cached) | peak MiB | error | columns | GPU call s |",
-        f"| :--- | :--- |{' ---: |' * 9}",
+        header,
+        f"| :--- | :--- |{' ---: |' * len(kept)}",
+        *body,
     ]
-    rows = [row for row in results["rows"] if row["problem"] == name]
-    for task in TASKS:
-        ours = best(rows, name, task, "grsd_jax")
-        lines += [
-            f"| {' | '.join(_cells(row, ours, rows))} |"
-            for row in rows
-            if row["task"] == task and row["device"] == "cpu"
-        ]
     return "\n".join(lines)
 
 

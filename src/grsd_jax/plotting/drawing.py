@@ -46,18 +46,17 @@ def say_empty(ax: "Axes", text: str) -> None:
     ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", color="0.4")
 
 
-def color_bar(ax: "Axes", mappable: Any, label: str) -> None:
-    """Draws a labeled color bar beside axes."""
+def color_bar(ax: "Axes", mappable: Any, label: str) -> Any:
+    """Draws a labeled color bar beside axes, and returns it."""
     figure: Any = ax.get_figure()
     # In axes of its own beside a square, layouts would cut off a label.
     bar = figure.colorbar(mappable, cax=ax.inset_axes((1.04, 0, 0.05, 1)))
     bar.set_label(label, fontsize="small")
     bar.outline.set_linewidth(0.6)
+    return bar
 
 
-def leave_room(
-    ax: "Axes", share: float = 0.45, *, heights: np.ndarray | None = None
-) -> None:
+def leave_room(ax: "Axes", share: float, *, heights: np.ndarray | None = None) -> None:
     """Leaves room for a legend above all lines, also where axes share their limits.
 
     Args:

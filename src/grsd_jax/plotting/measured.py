@@ -169,7 +169,7 @@ def diagonal(
     }
     guide = np.exp(np.mean(np.log(y)) - np.mean(np.log(x))) * ends
     legend["slope 1"] = (*ax.plot(ends, guide, ":", color="0.45", linewidth=1.0),)
-    leave_room(ax)
+    leave_room(ax, 0.3)
     place: Any = {"loc": "upper left", "borderaxespad": 0.1, "fontsize": LEGEND}
     place |= {"handlelength": 1.2, "handletextpad": 0.5}
     ax.legend(legend.values(), legend.keys(), **place)

@@ -34,11 +34,14 @@ TIME = r"effective time $\tau$"
 #: Results drawn over the edges at most, evenly over the records.
 _MOST = 6
 
+_MARKERS = "os^Dv*"
 _MARKS: dict[str, Any] = {"linewidth": 1.0, "markersize": 3.5}
 
 
 def energies(records: Sequence[Record], ax: "Axes | None" = None) -> "Axes":
     """Draws the energy of each shell over time, colored by its place in the spectrum.
+
+    Neighboring shells also have different markers.
 
     Args:
         records: The records of a probe, or the lines of its file.
@@ -62,10 +65,12 @@ def energies(records: Sequence[Record], ax: "Axes | None" = None) -> "Axes":
     ax.set_yscale("log")
     found = found[:, -1] if found.ndim == 3 else found  # before and after
     centers = _centers(edges[0], found.shape[1])
-    norm, colors = LogNorm(centers[0], centers[-1]), mpl.colormaps["turbo"]
-    for shell, center in enumerate(centers):
-        shown = np.where(found[:, shell] > 0, found[:, shell], np.nan)
-        ax.plot(time, shown, ".-", color=colors(norm(center)), markersize=3)
+    norm, colors = LogNorm(centers[0], centers[-1]), _colors()
+    shells = zip(found.T, centers, itertools.cycle(_MARKERS), strict=False)
+    for energy, center, marker in shells:
+        shown = np.where(energy > 0, energy, np.nan)
+        style: Any = _MARKS | {"color": colors(norm(center)), "marker": marker}
+        ax.plot(time, shown, **style)
     ax.plot(time, np.nansum(found, axis=1), "--", color=DARK, label="sum of the shells")
     leave_room(ax, 0.15)
     ax.legend(loc="upper left", fontsize=LEGEND)
@@ -83,12 +88,13 @@ def eigenvalues(records: Sequence[Record], ax: "Axes | None" = None) -> "Axes":
         ax: The axes; new ones if None.
 
     Returns:
-        The axes.
+        The axes, with a color bar of the order beside them.
 
     Raises:
         ImportError: If Matplotlib is not installed.
     """
     import matplotlib as mpl
+    from matplotlib.colors import Normalize
 
     ax = axes_of(ax)
     ax.set(xlabel=TIME, ylabel=r"eigenvalue $\lambda_i$")
@@ -97,13 +103,23 @@ def eigenvalues(records: Sequence[Record], ax: "Axes | None" = None) -> "Axes":
         say_empty(ax, "no record with a positive eigenvalue")
         return ax
     ax.set_yscale("log")
-    colors = mpl.colormaps["viridis"]
+    norm, colors = Normalize(1, max(values.shape[1], 2)), _colors().reversed()
     rounding = 10 * np.finfo(np.float32).eps * np.nanmax(values)
-    for index, track in enumerate(values.T):
+    for index, track in enumerate(values.T, start=1):
         shown = np.where(track > rounding, track, np.nan)
-        shade = colors(0.85 - 0.85 * index / max(values.shape[1] - 1, 1))
+        shade = colors(norm(index))
         ax.plot(time, shown, ".-", color=shade, linewidth=0.8, markersize=2)
+    bar = color_bar(ax, mpl.cm.ScalarMappable(norm, colors), "index $i$")
+    bar.ax.invert_yaxis()  # the largest eigenvalue is the first
     return ax
+
+
+def _colors() -> Any:
+    """Returns the color map of what has an order, without its palest yellow."""
+    import matplotlib as mpl
+    from matplotlib.colors import ListedColormap
+
+    return ListedColormap(mpl.colormaps["viridis"](np.linspace(0, 0.92, 256)))
 
 
 def flux(
@@ -206,15 +222,13 @@ def _styled(
     results: Any, labels: Sequence[str] | None
 ) -> Iterable[tuple[Any, dict[str, Any]]]:
     """Yields each result that holds something, with its color and its label."""
-    import matplotlib as mpl
-
     one = isinstance(results, Mapping | ExactBalance | ProbeRecord)
     several = [results] if one else list(results)
     kept = [k for k, x in enumerate(several) if _found(x, "flux") is not None]
     if labels is None and len(kept) > _MOST:
         kept = [kept[k] for k in np.linspace(0, len(kept) - 1, _MOST).astype(int)]
-    colors = mpl.colormaps["viridis"](np.linspace(0, 0.92, max(len(kept), 1)))
-    for k, color, marker in zip(kept, colors, itertools.cycle("os^Dv*"), strict=False):
+    colors = _colors()(np.linspace(0, 1, max(len(kept), 1)))
+    for k, color, marker in zip(kept, colors, itertools.cycle(_MARKERS), strict=False):
         label = labels[k] if labels is not None else _time_text(several[k])
         yield several[k], {"color": color, "marker": marker, "label": label}
 

@@ -1,6 +1,7 @@
 """The figure page of the conditions, from ``conditions.json`` alone."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,17 @@ _BLUE, _RED, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "0.5"
 
 #: Width of the page in inches: its text stays legible at the width of a column.
 _WIDTH = 4.8
+
+#: How the figure writes what the names of the checks spell out.
+_SYMBOLS = {
+    "Jdot": r"$\dot J$",
+    "J": "$J$",
+    "R^2": "$R^2$",
+    "log lambda": r"$\log\lambda$",
+    "<=": "≤",
+    ">=": "≥",
+    "+-": "±",
+}
 
 #: Numbers over thresholds beyond these are drawn at the edge.
 _RATIOS = (0.05, 20.0)
@@ -61,9 +73,7 @@ def _page(found: Any) -> Figure:
     last = found["condition1"]["points"][-1]
     _heat(rest, axes["influence"], last["influence"], r"$R_{lm}$")
     axes["influence"].set_title("1: influence, last point")
-    axes["influence"].set(
-        xlabel="block that moves, $m$", ylabel="block whose $J$ changes, $l$"
-    )
+    axes["influence"].set(xlabel="moving block, $m$", ylabel="changed block, $l$")
     _influence_shares(axes["shares"], found)
     coherence = found["condition2"]["coherence"]
     formula = r"$\Vert J_l^\top J_m\Vert\,/\,\Vert J_l\Vert\,\Vert J_m\Vert$"
@@ -92,14 +102,12 @@ def _verdicts(axis: Axes, found: Any) -> None:
         if ratio is not None:
             axis.plot(np.clip(ratio, *_RATIOS), row, "o", color=color, markersize=4.5)
         told = f"{number_with_error(check)} {check['relation']} "
-        told += f"{check['threshold']:.3g} "
-        told = told.replace("+-", "±").replace("<=", "≤").replace(">=", "≥")
-        told += outcome(check)
+        told = _typeset(f"{told}{check['threshold']:.3g} {outcome(check)}")
         axis.text(
             1.01, row, told, transform=axis.get_yaxis_transform(), va="center",
             fontsize="x-small",
         )  # fmt: skip
-    axis.set_yticks(rows, labels=list(checks), fontsize="small")
+    axis.set_yticks(rows, labels=[_typeset(name) for name in checks], fontsize="small")
     axis.axvspan(_RATIOS[0], 1, color=_GREEN, alpha=0.08, linewidth=0)
     axis.axvline(1, color=_GREY, linestyle=":", linewidth=0.9)
     axis.set(xscale="log", xlim=_RATIOS, ylim=(-0.7, len(checks) - 0.3))
@@ -110,6 +118,12 @@ def _verdicts(axis: Axes, found: Any) -> None:
         if found[name]["verdict"]["outcome"] == "holds"
     ]
     axis.set_title("conditions that hold: " + ("; ".join(held) or "none"))
+
+
+def _typeset(text: str) -> str:
+    """Returns a text with the symbols that it spells out."""
+    spelled = rf"(?<!\w)(?:{'|'.join(map(re.escape, _SYMBOLS))})(?!\w)"
+    return re.sub(spelled, lambda found: _SYMBOLS[found[0]], text)
 
 
 def _over_threshold(check: Any) -> float | None:
@@ -243,12 +257,14 @@ def _invariance(axis: Axes, found: Any) -> None:
         values = _numbers([point[name] for point in found["condition4"]["points"]])
         axis.plot(found["steps"], values, style, color=color, ms=3, label=label)
     off = thresholds["max_slope_error"]
-    axis.axhspan(1 - off, 1 + off, color=_RED, alpha=0.08, linewidth=0)
+    allowed: Any = {"color": _RED, "alpha": 0.08, "linewidth": 0}
+    axis.axhspan(1 - off, 1 + off, **allowed, label="slope allowed")
     for name, color in (("max_residual", _BLUE), ("min_r_squared", _GREEN)):
         axis.axhline(thresholds[name], color=color, linestyle=":", linewidth=0.9)
+    axis.plot([], [], ":", color=_GREY, linewidth=0.9, label="threshold")
     axis.set(xlabel="step", title="4: log-shift invariance")
     axis.set_ylim(bottom=0)
-    _legend_above(axis, 3)
+    _legend_above(axis, 2)
 
 
 def _layers(axis: Axes, found: Any) -> None:
@@ -261,11 +277,11 @@ def _layers(axis: Axes, found: Any) -> None:
         axis.plot(values, style, color=color, ms=3, label=label)
     average = float(_numbers(layers["depth_average"]["toeplitz_residual"]))
     axis.axhline(average, color=_BLUE, linewidth=0.9, label="depth average")
-    axis.axhline(1, color=_RED, linestyle=":", linewidth=0.9)
+    axis.axhline(1, color=_RED, linestyle=":", linewidth=0.9, label="slope 1")
     axis.set_title("additive structure, last point")
     names = [name.replace("_", " ") for name in found["blocks"]]
     ticks = range(0, len(names), max(1, len(names) // 8))
     labels = [f"{names[tick]}: {tick}" for tick in ticks]
     axis.set_xticks(ticks, labels, rotation=90, fontsize="x-small")
     axis.set_ylim(bottom=0)
-    _legend_above(axis, 3)
+    _legend_above(axis, 2)

@@ -1,8 +1,8 @@
 """The figures of a sweep, from the rows of ``sweep.csv`` alone.
 
 Every line is a network at one width, activation and branch scale; it goes through the
-mean over seeds, in a band from the smallest to the largest. What a cell could not
-measure is left out.
+mean over seeds. A band reaches from the smallest to the largest seed, or a bar where
+bands would cover each other. What a cell could not measure is left out.
 """
 
 import math
@@ -15,9 +15,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from grsd_jax.experiments.common import files
+from grsd_jax.experiments.common.config import TITLES
 from grsd_jax.experiments.common.plotting import (
     COLUMN_WIDTH,
-    PAGE_WIDTH,
     look_of,
     save_figures,
     shared_legend,
@@ -29,19 +29,22 @@ from grsd_jax.plotting.drawing import say_empty
 _DASHES = ("-", "--", ":", "-.")
 _FILLS = ("full", "none", "left", "top", "bottom")
 
-#: Titles of the panels, by the columns that they show.
+#: Width of figures of two columns in inches: legible at the width of a column too.
+_WIDTH = 4.8
+
+#: What the vertical axes say, by the columns that they show.
 _COUPLING = {
-    "toeplitz_residual": "Toeplitz residual, renormalized",
-    "slope": r"slope of $|\dot{M}_{ii}|$ against $\lambda_i$",
-    "r_squared": r"$R^2$ of that fit",
+    "toeplitz_residual": "Toeplitz residual,\nrenormalized",
+    "slope": "slope of $|\\dot{M}_{ii}|$\nagainst $\\lambda_i$",
+    "r_squared": "$R^2$ of that fit",
 }
 _INCREMENTS = {
-    "initial_increment_mean": "mean increment of the log-norm",
-    "initial_increment_variance": "variance of the increments",
+    "initial_increment_mean": "mean increment of\nthe log-norm",
+    "initial_increment_variance": "variance of the\nincrements",
     "initial_variance_of_mean": "variance of the mean\nover depth",
-    "initial_normal_distance": "KS distance of the sum\nto normal",
+    "initial_normal_distance": "KS distance of the\nsum to normal",
 }
-_MEMORY = {"initial_correlation_time": "correlation time of directions"}
+_MEMORY = {"initial_correlation_time": "correlation time of\ndirections, blocks"}
 _SCALE = {
     **_INCREMENTS,
     "initial_variance_ratio": r"$L\,$var(mean)$\,/\,$var",
@@ -108,9 +111,10 @@ def write_sweep_figures(rows: Sequence[Row], folder: files.PathLike) -> list[Pat
     Raises:
         UserError: If the folder cannot be written.
     """
-    by_depth = lines_of(rows)
+    by_depth = _titled(lines_of(rows))
     deepest = max(row["depth"] for row in rows)
-    by_scale = lines_of([r for r in rows if r["depth"] == deepest], by_scale=False)
+    at_depth = [row for row in rows if row["depth"] == deepest]
+    by_scale = _titled(lines_of(at_depth, by_scale=False))
     drawings: dict[str, Callable[[], Figure]] = {
         "sweep_coupling": lambda: _coupling(by_depth),
         "sweep_increments": lambda: _increments(by_depth),
@@ -118,6 +122,17 @@ def write_sweep_figures(rows: Sequence[Row], folder: files.PathLike) -> list[Pat
         "sweep_scale": lambda: _scale(by_scale, deepest),
     }
     return save_figures(drawings, folder)
+
+
+def _titled(lines: Sequence[Line]) -> list[Line]:
+    """Returns the lines with the network's title in the place of its name."""
+    return [
+        line._replace(
+            label=TITLES.get(line.model, line.model)
+            + line.label.removeprefix(line.model)
+        )
+        for line in lines
+    ]
 
 
 def _looks(lines: Sequence[Line]) -> dict[str, dict[str, Any]]:
@@ -149,20 +164,26 @@ def _ordered(values: Iterable[Any]) -> dict[Any, int]:
 
 
 def _panels(
-    axes: Iterable[Axes], lines: Sequence[Line], x: str, titles: Mapping[str, str]
+    axes: Iterable[Axes],
+    lines: Sequence[Line],
+    x: str,
+    names: Mapping[str, str],
+    *,
+    bars: bool = False,
 ) -> dict[str, Axes]:
     """Draws one column in each axis, and returns the axes by the columns."""
-    looks, panels = _looks(lines), dict(zip(titles, axes, strict=True))
+    looks, panels = _looks(lines), dict(zip(names, axes, strict=True))
     for column, axis in panels.items():
-        axis.set_title(titles[column])
-        for line in lines:
+        axis.set_ylabel(names[column])
+        for place, line in enumerate(lines):
             band, look = band_of(line, x, column), looks[line.label]
-            if len(band.at):
-                axis.plot(band.at, band.mean, label=line.label, **look)
-                axis.fill_between(
-                    band.at, band.low, band.high, color=look["color"], alpha=0.15,
-                    linewidth=0,
-                )  # fmt: skip
+            if not len(band.at):
+                continue
+            if bars:  # side by side
+                aside = 1.4 ** ((place + 0.5) / len(lines) - 0.5)
+                band = band._replace(at=band.at * aside)
+            axis.plot(band.at, band.mean, label=line.label, **look)
+            _draw_range(axis, band, look["color"], bars=bars)
         if not axis.lines:
             say_empty(axis, "not measured")
         if x == "depth":
@@ -176,17 +197,31 @@ def _panels(
     return panels
 
 
+def _draw_range(axis: Axes, band: Band, color: str, *, bars: bool) -> None:
+    """Draws the range over seeds, as a bar at each point or as a band."""
+    if bars:
+        axis.vlines(band.at, band.low, band.high, color=color, linewidth=0.7)
+    else:
+        shade: Any = {"color": color, "alpha": 0.15, "linewidth": 0}
+        axis.fill_between(band.at, band.low, band.high, **shade)
+
+
 def _legend(figure: Figure, panels: Mapping[str, Axes]) -> None:
     labels = [str(x.get_label()) for axis in panels.values() for x in axis.lines]
     entry = 0.5 + 0.054 * max(map(len, labels), default=0)  # inches, at most
     columns = max(int(figure.get_figwidth() / entry), 1)
     place = {"loc": "outside lower center", "ncols": columns, "handlelength": 2.6}
+    rows = math.ceil(len(set(labels)) / columns)
+    figure.set_figheight(figure.get_figheight() + 0.15 * rows)
     shared_legend(figure, panels.values(), **place)
 
 
 def _coupling(lines: Sequence[Line]) -> Figure:
-    figure = Figure(figsize=(PAGE_WIDTH, 2.9), layout="constrained")
-    panels = _panels(figure.subplots(1, 3), lines, "depth", _COUPLING)
+    figure = Figure(figsize=(COLUMN_WIDTH, 5.8), layout="constrained")
+    axes = figure.subplots(3, 1)
+    panels = _panels(axes, lines, "depth", _COUPLING, bars=True)
+    for name in ("toeplitz_residual", "r_squared"):
+        panels[name].set_ylim(bottom=0)
     slope = panels["slope"]
     slope.axhline(1, color="0.65", linewidth=0.8, linestyle=":", label="slope 1")
     _cut_outliers(slope, {x.label: band_of(x, "depth", "slope") for x in lines})
@@ -219,11 +254,11 @@ def _cut_outliers(axis: Axes, bands: Mapping[str, Band]) -> None:
         for k in np.flatnonzero(beyond)
     ]
     text = "\n".join(["out of view:", *told])
-    axis.text(0.03, 0.03, text, transform=axis.transAxes, fontsize="x-small")
+    axis.text(0.03, 0.03, text, transform=axis.transAxes, fontsize="small")
 
 
 def _increments(lines: Sequence[Line]) -> Figure:
-    figure = Figure(figsize=(PAGE_WIDTH, 4.9), layout="constrained")
+    figure = Figure(figsize=(_WIDTH, 3.9), layout="constrained")
     panels = _panels(figure.subplots(2, 2).flat, lines, "depth", _INCREMENTS)
     panels["initial_increment_variance"].set_yscale("log")
     averaged = panels["initial_variance_of_mean"]
@@ -239,20 +274,19 @@ def _increments(lines: Sequence[Line]) -> Figure:
 
 
 def _mixing(lines: Sequence[Line]) -> Figure:
-    figure = Figure(figsize=(COLUMN_WIDTH, 2.9), layout="constrained")
+    figure = Figure(figsize=(COLUMN_WIDTH, 2.4), layout="constrained")
     panels = _panels([figure.subplots()], lines, "depth", _MEMORY)
     for axis in panels.values():
         axis.set_yscale("symlog", linthresh=1)  # a plain net's is 0
         axis.set_ylim(0, 2 * max(axis.dataLim.y1, 1) if axis.lines else 1)
-        axis.set_ylabel("blocks")
     _legend(figure, panels)
     return figure
 
 
 def _scale(lines: Sequence[Line], depth: int) -> Figure:
     """Networks of one depth, since a short one cannot show a long memory."""
-    figure = Figure(figsize=(PAGE_WIDTH, 4.9), layout="constrained")
-    panels = _panels(figure.subplots(2, 3).flat, lines, "branch_scale", _SCALE)
+    figure = Figure(figsize=(_WIDTH, 5.9), layout="constrained")
+    panels = _panels(figure.subplots(3, 2).flat, lines, "branch_scale", _SCALE)
     scales = sorted(
         {row["branch_scale"] for line in lines for row in line.rows} - {None}
     )

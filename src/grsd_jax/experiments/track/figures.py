@@ -16,7 +16,6 @@ from grsd_jax.experiments.common import files
 from grsd_jax.experiments.common.config import TITLES, UserError
 from grsd_jax.experiments.common.plotting import (
     COLUMN_WIDTH,
-    PAGE_WIDTH,
     look_of,
     save_figures,
     shared_legend,
@@ -31,9 +30,13 @@ from grsd_jax.experiments.track.quantities import (
     usable_velocities,
     whole_intervals,
 )
+from grsd_jax.plotting.drawing import leave_room
 from grsd_jax.plotting.tracked import TIME
 
 Tracks = Mapping[str, Lines]
+
+#: Width of figures of two columns in inches: legible at the width of a column too.
+_WIDTH = 4.8
 
 
 def write_tracking_figures(tracks: Tracks, folder: files.PathLike) -> list[Path]:
@@ -100,34 +103,45 @@ def write_log_figures(lines: Lines, title: str, folder: files.PathLike) -> list[
     return save_figures(drawings, folder)
 
 
-def _panels(tracks: Tracks, rows: int, height: float) -> tuple[Figure, np.ndarray]:
-    figure = Figure(figsize=(PAGE_WIDTH, height * rows), layout="constrained")
-    axes = figure.subplots(rows, len(tracks), squeeze=False, sharex="row", sharey="row")
-    for place, name in enumerate(tracks):
-        axes[0, place].set_title(TITLES.get(name, name))
-        for axis in axes[:, place]:
-            axis.tick_params(labelbottom=True, labelleft=True)
-    return figure, axes
-
-
 def _each(draw: Callable[..., Axes], tracks: Tracks) -> Figure:
-    """One of the public figures, a panel for each network."""
-    figure, axes = _panels(tracks, 1, 2.7)
-    for axis, lines in zip(axes[0], tracks.values(), strict=True):
+    """One of the public figures, a panel for each network, one below the other."""
+    figure = Figure(figsize=(COLUMN_WIDTH, 2.4 * len(tracks)), layout="constrained")
+    axes = figure.subplots(len(tracks), 1, squeeze=False, sharex=True, sharey=True)
+    for axis, (name, lines) in zip(axes[:, 0], tracks.items(), strict=True):
+        axis.set_title(TITLES.get(name, name))
+        axis.tick_params(labelbottom=True)
         draw(lines, axis)
     return figure
 
 
 def _profiles(tracks: Tracks) -> Figure:
     """Flux with its error, and velocity beside its null, at several times."""
-    figure, axes = _panels(tracks, 2, 2.6)
+    figure = Figure(figsize=(_WIDTH, 4.8), layout="constrained")
+    axes = figure.subplots(2, len(tracks), squeeze=False, sharex="row", sharey="row")
     for row, name in zip(axes, ("flux", "velocity"), strict=True):
         values = [column(lines, name).ravel() for lines in tracks.values()]
         _spread(row[0], np.abs(np.concatenate(values)))
-    for place, lines in enumerate(tracks.values()):
-        plotting.flux(lines, axes[0, place])
-        plotting.velocity(lines, axes[1, place])
+    for (flux, velocity), (name, lines) in zip(axes.T, tracks.items(), strict=True):
+        flux.set_title(TITLES.get(name, name))
+        plotting.flux(lines, flux)
+        plotting.velocity(lines, velocity)
+        _legend_of_null(velocity)
+        for axis in (flux, velocity):
+            axis.label_outer(remove_inner_ticks=False)
+            axis.tick_params(labelbottom=True, labelleft=True)
     return figure
+
+
+def _legend_of_null(axis: Axes) -> None:
+    """Leaves the null alone in the legend: the panel above names the times."""
+    named = zip(*axis.get_legend_handles_labels(), strict=True)
+    null = [handle for handle, label in named if label.startswith("null")]
+    if (legend := axis.get_legend()) is not None:
+        legend.remove()
+    if null:
+        axis.relim()
+        leave_room(axis, 0.15)
+        axis.legend(handles=null, loc="upper left")
 
 
 def _spread(axis: Axes, sizes: np.ndarray) -> None:
