@@ -68,10 +68,10 @@ def write_figures(
 
 
 def _grid(
-    num_panels: int, height: float, *, share: bool = True
+    num_panels: int, height: float, *, share: bool = True, columns: int = 2
 ) -> tuple[Figure, list[Axes]]:
-    """Returns a page-wide figure with one panel for each measurement."""
-    columns = min(num_panels, 2)
+    """Returns a figure with one panel for each measurement, page-wide with columns."""
+    columns = min(num_panels, columns)
     rows = math.ceil(num_panels / columns)
     width = PAGE_WIDTH if columns > 1 else 0.58 * PAGE_WIDTH
     figure = Figure(figsize=(width, height * rows), layout="constrained")
@@ -85,8 +85,11 @@ def _grid(
 
 
 def _diagonal_scaling(panels: Sequence[_Panel]) -> Figure:
-    """Figure 1: ``|Mdot_ii|`` against ``lambda_i``, with fits and the slope 1."""
-    figure, axes = _grid(len(panels), 2.6)
+    """Figure 1: ``|Mdot_ii|`` against ``lambda_i``, with fits and the slope 1.
+
+    The panels are one below the other, to be legible at the width of a column.
+    """
+    figure, axes = _grid(len(panels), 2.5, columns=1)
     for axis, panel in zip(axes, panels, strict=True):
         axis.set_title(panel.label)
         plotting.diagonal(panel.measured, axis, color=panel.look.color)
