@@ -195,6 +195,10 @@ def test_one_trace_over_three_steps_of_a_users_loop(mlp):
         values.append(float(measured.values[0]))
     assert len(set(values)) == 3
     assert measured.solver == "lanczos"
+    # No NaN, which would stop a program under `jax_debug_nans`.
+    assert np.isinf(
+        [measured.secant_disagreement, measured.operator_disagreement]
+    ).all()
 
 
 def test_eager_calls_trace_the_error_function_no_more_after_the_first(mlp):

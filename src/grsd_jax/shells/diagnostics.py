@@ -115,11 +115,13 @@ class CouplingMeasurement(Result):
         secant_disagreement: [], ``|F - X|_F / |F|_F`` for the finite difference F and
             the exact derivative X, projected on the leading b pairs: for
             piecewise-linear activations it measures the effect of patterns that flip.
-            NaN if both vanish, or if no cross-check was asked for.
+            NaN if both vanish, or if no cross-check was asked for; then infinite
+            inside `jit`.
         operator_disagreement: [], the largest entry of ``|V^T M V - Lambda|`` over
             ``lambda_max`` for the leading b pairs, with M by plain differentiation. A
             value far above the precision means that the M that was measured is another.
-            NaN for a kernel that is zero, or if no cross-check was asked for.
+            NaN for a kernel that is zero, or if no cross-check was asked for; then
+            infinite inside `jit`.
         unresolved_share: [], the share of ``|e|^2`` that lies outside the resolved
             pairs, ``1 - |V^T e|^2 / |e|^2``, of all batches together. Where it is near
             1, the pairs say little about this error. NaN for an error that is zero.
@@ -259,7 +261,7 @@ def caveats(
 
 def _compared(disagreement: jax.Array) -> str:
     """Returns the number, or by which option it would have been made."""
-    if np.isnan(disagreement):
+    if not np.isfinite(disagreement):
         return "n/a, without Derivative(cross_checked=True)"
     return number(disagreement, 2)
 

@@ -351,7 +351,9 @@ def _cross_checks(
     window: Window,
 ) -> CrossChecks:
     """Returns what a measurement says of its own accuracy."""
-    secant, operator = np.full((2,), np.nan, pairs.values.dtype)
+    # A NaN that a program returns would stop it under `jax_debug_nans`.
+    unmade = np.inf if is_traced(coupling) else np.nan
+    secant, operator = np.full((2,), unmade, pairs.values.dtype)
     if derivative.cross_checked:
         secant = _secant_disagreement(point, pairs, coupling, derivative, width)
         leading, values = pairs.vectors[:, :width], pairs.values
