@@ -72,7 +72,7 @@ def test_cross_checks_change_nothing_else_and_are_made_if_asked_for(
     for name in compared:
         assert np.isfinite(getattr(checked, name))
         assert np.isnan(getattr(plainly, name))
-    assert "n/a, without Derivative(cross_checked=True)" in repr(plainly)
+    assert "n/a: undefined, or not cross-checked" in repr(plainly)
     chex.assert_trees_all_equal(
         dataclasses.replace(plainly, **compared),
         dataclasses.replace(checked, **compared),

@@ -740,9 +740,20 @@ def _classes(error_fn: Objective, params: PyTree, batch: PyTree) -> jax.Array:
     return jnp.zeros(error_fn.num_classes(params, batch) or 0)
 
 
+def misfits(point: Point) -> jax.Array:
+    """Counts the targets of all batches that fit no output, [] int32.
+
+    Values at hand were checked when the point was made: they need no program.
+    """
+    held = (point.error_fn, point.params, point.batches)
+    arrays = [leaf for leaf in jax.tree.leaves(held) if isinstance(leaf, jax.Array)]
+    if not is_traced(held) and all(array.is_fully_addressable for array in arrays):
+        return jnp.int32(0)
+    return _misfits(point.error_fn, point.params, point.parts)
+
+
 @jax.jit
-def misfits(error_fn: Objective, params: PyTree, parts: list[PyTree]) -> jax.Array:
-    """Counts the targets of all batches that fit no output, [] int32."""
+def _misfits(error_fn: Objective, params: PyTree, parts: list[PyTree]) -> jax.Array:
     return sum((error_fn.num_misfits(params, b) for b in parts), jnp.int32(0))
 
 

@@ -541,16 +541,13 @@ def _near(rng: np.random.Generator, leaf: Any, *, sign: float) -> Any:
     """
     if not _is_floating(leaf) or not leaf.size:
         return leaf
-    dtype = jnp.result_type(leaf)
-    noise = rng.normal(size=leaf.shape)
-    if isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1:
-        size = jnp.sqrt(jnp.mean(jnp.square(leaf)))
-        scale = jnp.where(size > 0, 0.3 * size, 0.1)
-        return (sign * leaf + scale * jnp.asarray(noise, dtype)).astype(dtype)
-    values = np.asarray(leaf, np.float64)
-    size = np.sqrt(np.mean(np.square(values)))
-    near = sign * values + (0.3 * size if size > 0 else 0.1) * noise
-    return jnp.asarray(near.astype(dtype))
+    spread = isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1
+    xp: Any = jnp if spread else np
+    values = leaf if spread else np.asarray(leaf, np.float64)
+    noise = xp.asarray(rng.normal(size=leaf.shape), values.dtype)
+    size = xp.sqrt(xp.mean(xp.square(values)))
+    near = sign * values + xp.where(size > 0, 0.3 * size, 0.1) * noise
+    return jnp.asarray(near.astype(jnp.result_type(leaf)))
 
 
 def _random_like(rng: np.random.Generator, leaf: Any) -> Any:

@@ -270,7 +270,7 @@ def _default_chunk(
     on_cpu = jax.default_backend() == "cpu"
     least, most = _CHUNK_RANGE if on_cpu else _LARGE_CHUNK_RANGE
     most = min(most, num_examples)
-    size = min(int(np.clip(num_examples // _CHUNKS, least, max(least, most))), most)
+    size = min(max(num_examples // _CHUNKS, least), most)
     one = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(
             (size, *np.shape(leaf)[2:]), jnp.result_type(leaf)

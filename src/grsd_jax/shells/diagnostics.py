@@ -260,9 +260,9 @@ def caveats(
 
 
 def _compared(disagreement: jax.Array) -> str:
-    """Returns the number, or by which option it would have been made."""
+    """Returns the number, or why there is none."""
     if not np.isfinite(disagreement):
-        return "n/a, without Derivative(cross_checked=True)"
+        return "n/a: undefined, or not cross-checked"
     return number(disagreement, 2)
 
 

@@ -91,7 +91,7 @@ def measure_layers(
     form = "plain" if plan_of(point) is None else "factored"
     matrices = layer_kernels(problem, params, direction, layer_of=layer_of)
 
-    num_misfits = misfits(point.error_fn, point.params, point.parts)
+    num_misfits = misfits(point)
 
     def measure(kernel: jax.Array, moved: jax.Array) -> CouplingMeasurement:
         pairs, coupling = diagonalize(

@@ -367,7 +367,7 @@ def _cross_checks(
         operator_disagreement=jnp.asarray(operator),
         unresolved_share=_unresolved_share(pairs, errors, stack=stack),
         num_missing=missing_pairs(pairs, point.dimension, window),
-        num_misfits=misfits(point.error_fn, point.params, point.parts),
+        num_misfits=misfits(point),
         finite=all_finite(numbers),
     )
 
