@@ -416,68 +416,71 @@ def _reference(part: Part, name: str, call: Callable[[], jax.Array]) -> None:
     part.results.measure(name, run, needs=20)
 
 
-def operations(part: Part) -> None:
-    """Counts the operations of every program, by XLA's account of its lowered form.
+def _count(part: Part, name: str, call: Callable[..., Any], *arguments: Any) -> None:
+    """Records the operations and bytes of a lowered program, by XLA's account."""
 
-    The dense kernel is counted with all examples in one chunk, which leaves out what
-    the symmetry of its tiles saves.
-    """
-
-    def counted(call: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
+    def counted() -> dict[str, Any]:
         found = jax.jit(call).lower(*arguments).cost_analysis() or {}
         return {
             "operations": found.get("flops"),
             "bytes_before_fusion": found.get("bytes accessed"),
         }
 
-    def count(name: str, call: Callable[..., Any], *arguments: Any) -> None:
-        part.results.measure(
-            f"operations_{name}", lambda: counted(call, *arguments), needs=5
-        )
+    part.results.measure(f"operations_{name}", counted, needs=5)
 
+
+def operations(part: Part) -> None:
+    """Counts the operations of every program.
+
+    The dense kernel is counted with all examples in one chunk, which leaves out what
+    the symmetry of its tiles saves.
+    """
     small = ResNet(part, 1, part.examples // 4, np.float32)
     whole = ResNet(part, 4, part.examples, np.float32)
-    one = jax.tree.map(lambda leaf: leaf[0], whole.problem.batches)
-    count(
-        f"{whole.name}_forward",
-        lambda p: whole.problem.error(p, one),
-        whole.params,
-    )
-    for width in part.widths[::-1]:
-        block = whole.block[:, :width]
-        kernel = jax.eval_shape(
-            lambda p: grsd.linearize_kernel(whole.problem, p), whole.params
-        )
-        count(
-            f"{whole.name}_block{width}_prepared",
-            lambda k, v: k.matmat(v),
-            kernel,
-            block,
-        )
-        count(
-            f"{whole.name}_block{width}_unprepared",
-            lambda p, v: grsd.kernel_matmat(whole.problem, p, v),
-            whole.params,
-            block,
-        )
+    _product_operations(part, whole)
     for model in (small, whole):
-        count(
+        _count(
+            part,
             f"{model.name}_dense",
             lambda p, m=model: grsd.kernel_dense(
                 m.problem, p, example_chunk=m.dimension, max_bytes=2**60
             ),
             model.params,
         )
-    width = part.widths[-1]
-    count(
-        f"{whole.name}_derivative{width}",
-        lambda p, d, v: grsd.kernel_derivative(whole.problem, p, d, v),
-        whole.params,
-        whole.direction,
-        whole.block[:, :width],
-    )
     parameters = sum(leaf.size for leaf in jax.tree.leaves(whole.params))
     part.results.measure("operations_parameters", lambda: {"operations": parameters})
+    _gpt_operations(part)
+
+
+def _product_operations(part: Part, model: ResNet) -> None:
+    """Counts the forward pass, block products, and the derivative of a block."""
+    problem, params = model.problem, model.params
+    one = jax.tree.map(lambda leaf: leaf[0], problem.batches)
+    _count(part, f"{model.name}_forward", lambda p: problem.error(p, one), params)
+    prepared = jax.eval_shape(lambda p: grsd.linearize_kernel(problem, p), params)
+    for width in part.widths[::-1]:
+        name, block = f"{model.name}_block{width}", model.block[:, :width]
+        _count(part, f"{name}_prepared", lambda k, v: k.matmat(v), prepared, block)
+        _count(
+            part,
+            f"{name}_unprepared",
+            lambda p, v: grsd.kernel_matmat(problem, p, v),
+            params,
+            block,
+        )
+    width = part.widths[-1]
+    _count(
+        part,
+        f"{model.name}_derivative{width}",
+        lambda p, d, v: grsd.kernel_derivative(problem, p, d, v),
+        params,
+        model.direction,
+        model.block[:, :width],
+    )
+
+
+def _gpt_operations(part: Part) -> None:
+    """Counts the gradient and a block product of each language model."""
     for name, size in gpt.SIZES.items():
         size = gpt.TINY if part.rehearse else size
         params = jax.eval_shape(lambda s=size: gpt.make_params(s))
@@ -485,8 +488,9 @@ def operations(part: Part) -> None:
         batch = jax.tree.map(lambda leaf: leaf[0], batches)
         problem = grsd.Problem(gpt.logits, batches, reduction="stack")
         block = jax.ShapeDtypeStruct((size.dimension, 8), jnp.float32)
-        count(f"{name}_gradient", gpt.gradient, params, batch)
-        count(
+        _count(part, f"{name}_gradient", gpt.gradient, params, batch)
+        _count(
+            part,
             f"{name}_block8",
             lambda p, v, q=problem: grsd.kernel_matmat(q, p, v),
             params,
