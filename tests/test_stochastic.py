@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 import scipy.special
 
-from grsd_jax import Problem, gradient_flow_direction, kernel_dense
+import sequence_networks
+from grsd_jax import Problem, gradient_flow_direction, kernel_dense, models
 from grsd_jax.shells import (
     Signs,
     SoftShells,
     measure_stochastic_coupling,
     stochastic_shell_coupling,
+    toeplitz_residual,
+    windowed_toeplitz_residual,
 )
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -95,21 +98,60 @@ def test_all_pairs_given_it_is_exact(shells, renormalize):
     assert np.max(found.lanczos_error) < 1e-6
 
 
+def test_all_pairs_given_the_residual_is_exact(shells):
+    case = planted(60, 0)
+    matrix = Dense(case[0], case[2], shells, renormalize=True).matrix
+    found = estimated(
+        case, shells, 60, jax.random.key(0), signs=Signs(2, 4), renormalize=True
+    ).toeplitz(3)
+    np.testing.assert_allclose(found.residual, toeplitz_residual(matrix), rtol=1e-6)
+    windows = windowed_toeplitz_residual(jnp.asarray(matrix), 3)
+    np.testing.assert_allclose(found.windows, windows, rtol=1e-5)
+    assert abs(found.residual_of_signs) < 1e-6
+    assert max(found.residual_error, *found.windows_error) < 1e-6
+    np.testing.assert_array_equal(found.degrees_of_freedom, [4, 4])
+
+
+def test_the_residual_is_within_its_error_and_free_of_the_signs_own_scatter():
+    shells = SoftShells(jnp.asarray(np.geomspace(3e-3, 0.3, 4)), 1 / 3)
+    case = planted(120, 1)
+    keys = jax.random.split(jax.random.key(3), 12)
+    found = estimated(case, shells, 10, keys, signs=Signs(8, 8), renormalize=True)
+    found = [one.toeplitz(4) for one in found]
+    residual, error, of_signs = (
+        np.array([getattr(one, name) for one in found])
+        for name in ("residual", "residual_error", "residual_of_signs")
+    )
+    matrix = Dense(case[0], case[2], shells, renormalize=True).matrix
+    off = residual - float(toeplitz_residual(matrix))
+    assert np.mean(np.abs(off) < 2.36 * error) > 0.8  # Student t at 7 degrees: 95%
+    assert np.std(off) / 2 < np.mean(error) < 2 * np.std(off)
+    assert np.abs(np.mean(off)) < np.abs(np.mean(off + of_signs))
+
+
+def covered(case, shells, num_pairs, num_keys, seed, **options):
+    """Returns whether each cell is inside of its interval, and its log error."""
+    inside, errors = [], []
+    renormalize = options["renormalize"]
+    dense = Dense(case[0], case[2], shells, renormalize=renormalize)
+    keys = jax.random.split(jax.random.key(seed), num_keys)
+    for found in estimated(case, shells, num_pairs, keys, **options):
+        assert found.mask.all()
+        assert np.max(found.lanczos_error) < 0.1
+        low, high = found.interval(0.95)
+        inside.append((low <= dense.matrix) & (dense.matrix <= high))
+        errors.append(np.log(found.matrix / dense.matrix))
+    return inside, errors
+
+
 def coverage(shells, num_pairs, num_keys, size, **options):
     """Returns the share of cells inside of their interval, and the log errors."""
-    inside, errors = [], []
-    for seed in range(2):
-        case = planted(size, seed)
-        renormalize = options["renormalize"]
-        dense = Dense(case[0], case[2], shells, renormalize=renormalize)
-        keys = jax.random.split(jax.random.key(seed), num_keys)
-        for found in estimated(case, shells, num_pairs, keys, **options):
-            assert found.mask.all()
-            assert np.max(found.lanczos_error) < 0.1
-            low, high = found.interval(0.95)
-            inside.append((low <= dense.matrix) & (dense.matrix <= high))
-            errors.append(np.log(found.matrix / dense.matrix))
-    return np.mean(inside), np.array(errors)
+    found = [
+        covered(planted(size, seed), shells, num_pairs, num_keys, seed, **options)
+        for seed in range(2)
+    ]
+    inside, errors = map(np.concatenate, zip(*found, strict=True))
+    return np.mean(inside), errors
 
 
 @pytest.mark.parametrize(("renormalize", "num_pairs"), [(False, 0), (True, 10)])
@@ -130,6 +172,72 @@ def test_coverage_is_within_90_and_98_percent(renormalize):
     )
     assert 0.90 < share < 0.98
     assert np.sqrt(np.mean(errors**2)) < 0.06
+
+
+def _teacher_batches(num_examples, shape, num_classes):
+    """Returns inputs, and the classes that a random linear map gives them."""
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=(num_examples, *shape))
+    teacher = rng.normal(size=(np.prod(shape), num_classes))
+    label = np.argmax(inputs.reshape(num_examples, -1) @ teacher, -1)
+    return jax.tree.map(jnp.asarray, {"x": inputs[None], "label": label[None]})
+
+
+def _mlp():
+    keys = jax.random.split(jax.random.key(0), 3)
+    sizes = [(10, 32), (32, 32), (32, 6)]
+    weights = [
+        jax.random.normal(key, size) / size[0] ** 0.5
+        for key, size in zip(keys, sizes, strict=True)
+    ]
+
+    def outputs_fn(params, batch):
+        x = batch["x"]
+        for weight in params[:-1]:
+            x = jnp.tanh(x @ weight)
+        return x @ params[-1]
+
+    return Problem(outputs_fn, _teacher_batches(60, (10,), 6)), weights
+
+
+def _resnet():
+    batches = _teacher_batches(60, (8, 8, 3), 6)
+    model = models.ResNet18(6, width=2, activation="gelu")
+    state = dict(jax.jit(model.init)(jax.random.key(0), batches["x"][0]))
+    state = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), state)
+    params = state.pop("params")
+    outputs = models.linen_outputs(model, state)
+    return Problem(lambda p, b: outputs(p, {"image": b["x"]}), batches), params
+
+
+def _gpt():
+    outputs_fn, params, _ = sequence_networks.gpt()
+    tokens = np.random.default_rng(0).integers(0, 3, (1, 30, 5))
+    # The next token follows from the two before it.
+    label = (tokens + np.roll(tokens, 1, -1)) % 3
+    return Problem(outputs_fn, {"x": tokens, "label": label}), params
+
+
+@pytest.mark.scheduled
+@pytest.mark.parametrize("make", [_mlp, _resnet, _gpt])
+def test_coverage_on_the_kernels_of_networks(make):
+    problem, params = make()
+    gradient = jax.jit(jax.grad(problem.loss))
+    for _ in range(40):
+        step = gradient(params)
+        params = jax.tree.map(lambda p, g: p - 0.1 * g, params, step)
+    direction = jax.tree.map(jnp.negative, gradient(params))
+    kernel, moved = map(np.asarray, kernel_dense(problem, params, direction))
+    values, vectors = np.linalg.eigh(kernel)
+    vectors = vectors[:, ::-1]
+    case = np.maximum(values[::-1], 0), vectors, vectors.T @ moved @ vectors
+    edges = values[-1] * np.exp(-1.0 - np.arange(6))[::-1]
+    shells = SoftShells(jnp.asarray(edges), 1 / 3)
+    inside, errors = covered(
+        case, shells, 20, 40, 0, signs=Signs(8, 20), renormalize=True
+    )
+    assert 0.90 < np.mean(inside) < 0.98
+    assert np.sqrt(np.mean(np.square(errors))) < 0.1
 
 
 @pytest.mark.parametrize(("renormalize", "scale"), [(True, 1e-12), (False, 1e12)])

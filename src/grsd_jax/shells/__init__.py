@@ -16,6 +16,7 @@ from grsd_jax.shells.soft_shells import SoftShells
 from grsd_jax.shells.stochastic import (
     Signs,
     StochasticCoupling,
+    ToeplitzEstimate,
     measure_stochastic_coupling,
     stochastic_shell_coupling,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "SoftShells",
     "StochasticCoupling",
     "ToeplitzDiagnostics",
+    "ToeplitzEstimate",
     "Window",
     "assign_shells",
     "centre_toeplitz_residual",

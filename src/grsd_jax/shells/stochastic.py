@@ -35,6 +35,11 @@ from grsd_jax.linalg.lanczos import LanczosResult, block_lanczos
 from grsd_jax.problem import Problem, point_at
 from grsd_jax.results import NamedResult, number, result, span
 from grsd_jax.shells.soft_shells import SoftShells
+from grsd_jax.shells.toeplitz import (
+    toeplitz_residual,
+    windowed_toeplitz_degrees_of_freedom,
+    windowed_toeplitz_residual,
+)
 
 #: Edges where none are given, columns of a block of the search for leading pairs, and
 #: the largest residual of such a pair, relative to its value.
@@ -64,6 +69,44 @@ class Signs:
         """Checks the options."""
         check_at_least("num_signs", self.num_signs, 2)
         check_at_least("num_steps", self.num_steps, 4)
+
+
+@result()
+class ToeplitzEstimate(NamedResult):
+    """How far an estimated coupling is from depending on ``a - b`` alone.
+
+    Each number is corrected for what the scatter of the signs adds to it, and has a
+    standard error, both by a jackknife over the signs.
+
+    Attributes:
+        residual: [], ``|A - Toep(A)|_F / |A|_F`` over the valid cells.
+        residual_error: [], its standard error.
+        residual_of_signs: [], what was taken off for the scatter of the signs.
+        windows: ``[S - w + 1]``, the residual of every run of w shells, from the
+            smallest lambda to the largest.
+        windows_error: ``[S - w + 1]``, their standard errors.
+        degrees_of_freedom: ``[S - w + 1]`` int32, those of each window's residual; with
+            0 the residual is zero by construction, or undefined.
+    """
+
+    residual: jax.Array
+    residual_error: jax.Array
+    residual_of_signs: jax.Array
+    windows: jax.Array
+    windows_error: jax.Array
+    degrees_of_freedom: jax.Array
+
+    def _headline(self) -> list[tuple[str, str]]:
+        free = np.asarray(self.degrees_of_freedom) > 0
+        windows = np.asarray(self.windows)[free]
+        residual, error, signs = (
+            number(value, 3)
+            for value in (self.residual, self.residual_error, self.residual_of_signs)
+        )
+        return [
+            ("residual", f"{residual} ± {error}, {signs} taken off for the signs"),
+            ("windows", f"{span(windows)}, {windows.size} of {free.size} defined"),
+        ]
 
 
 @result(
@@ -114,6 +157,35 @@ class StochasticCoupling(NamedResult):
         quantile = float(scipy.special.stdtrit(freedom, (1 + confidence) / 2))
         spread = jnp.exp(quantile * self.log_error)
         return self.matrix / spread, self.matrix * spread
+
+    def toeplitz(self, window: int = 5) -> ToeplitzEstimate:
+        """Returns how far the coupling is from depending on ``a - b`` alone.
+
+        Args:
+            window: w, the number of shells of a window, at most S.
+
+        Returns:
+            A `ToeplitzEstimate`; its residuals are NaN where no cell has a coupling.
+
+        Raises:
+            ValueError: If ``window`` is not an integer from 1 to S.
+
+        References:
+            Paper 7.4 and 7.5; the jackknife is ours.
+        """
+
+        def residuals(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return (
+                toeplitz_residual(matrix, self.mask),
+                windowed_toeplitz_residual(matrix, window, self.mask),
+            )
+
+        others = jax.vmap(residuals)(self.replicates)
+        (whole, bias, error), (windows, _, windows_error) = map(
+            _jackknife, residuals(self.matrix), others
+        )
+        free = windowed_toeplitz_degrees_of_freedom(self.mask, window)
+        return ToeplitzEstimate(whole, error, bias, windows, windows_error, free)
 
     def _headline(self) -> list[tuple[str, str]]:
         filled = np.asarray(self.mask)
@@ -416,7 +488,7 @@ def _estimated(
         matrix=jnp.where(mask, matrix, 0) * scale * scale,
         mask=mask,
         replicates=jnp.where(mask, replicates, 0) * scale * scale,
-        log_error=jnp.std(logs, 0) * (number - 1) ** 0.5,
+        log_error=_jackknife(logs[0], logs)[-1],
         lanczos_error=jnp.abs(change) / jnp.where(mask, first, jnp.inf),
         counts=counts,
         relative_drift=drift,
@@ -526,6 +598,15 @@ def _quadrature(
     """Returns ``x^T f_a(M) x`` of the columns x of a block, ``[S, c]``."""
     functions = _Functions.of(run, block, share)
     return matmul(estimate.weights(functions.values).T, functions.inside**2)
+
+
+def _jackknife(
+    value: jax.Array, replicates: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns a value without its bias, the bias, and the standard error."""
+    number = len(replicates)
+    bias = (number - 1) * (jnp.mean(replicates, 0) - value)
+    return value - bias, bias, jnp.std(replicates, 0) * (number - 1) ** 0.5
 
 
 def _symmetric(matrix: jax.Array) -> jax.Array:
