@@ -56,22 +56,27 @@ def planted(size, seed, scale=1.0):
     return scale * values, vectors, scale * coupling
 
 
+@functools.partial(jax.jit, static_argnames=("signs", "renormalize"))
+def estimate(kernel, moved, values, vectors, shells, key, **options):
+    return stochastic_shell_coupling(
+        lambda block: kernel @ block,
+        lambda block: moved @ block,
+        values,
+        vectors,
+        shells,
+        key=key,
+        **options,
+    )
+
+
 def estimated(case, shells, num_pairs, key, **options):
     values, vectors, coupling = case
     kernel = jnp.asarray((vectors * values) @ vectors.T)
     moved = jnp.asarray(vectors @ coupling @ vectors.T)
+    leading = jnp.asarray(values[:num_pairs]), jnp.asarray(vectors[:, :num_pairs])
 
-    @functools.partial(jax.jit)
     def run(key):
-        return stochastic_shell_coupling(
-            lambda block: kernel @ block,
-            lambda block: moved @ block,
-            jnp.asarray(values[:num_pairs]),
-            jnp.asarray(vectors[:, :num_pairs]),
-            shells,
-            key=key,
-            **options,
-        )
+        return estimate(kernel, moved, *leading, shells, key, **options)
 
     return run(key) if key.ndim == 0 else [run(one) for one in key]
 
