@@ -31,10 +31,10 @@ _OPTIONAL = ("first result s (cached)", "GPU call s")
 NOT_MEASURED = "not measured"
 _LEGEND = (
     "Times are in seconds.\n"
-    "*prepare* comes once before the calls, *call* is the fastest call, and *compile* is "
-    "how much longer the first one took.\n"
-    "*of ours* is the time over that of the fastest variant of grsd_jax, for a dense $M$ "
-    "with the preparation.\n"
+    "*prepare* comes once before the calls, *call* is the fastest call, and *compile* "
+    "is how much longer the first one took.\n"
+    "*of ours* is the time over that of the fastest variant of grsd_jax, for a dense "
+    "$M$ with the preparation.\n"
     "*error* is relative, and *columns* counts those that an eigensolver asked for."
 )
 

@@ -145,7 +145,8 @@ def list_entries(results: Any) -> list[Entry]:
         found.append((str(one.get("name", one.get("arrays", "model"))), one))
     models, protocols = results.get("models"), results.get("protocols")
     if isinstance(models, Mapping):
-        found += models.items()
+        order = {name: place for place, name in enumerate(TITLES)}
+        found += sorted(models.items(), key=lambda item: order.get(item[0], len(order)))
     if isinstance(protocols, Mapping):
         found += [("plainnet18", fields) for fields in protocols.values()]
     entries: dict[tuple[str, str], Entry] = {}
