@@ -68,7 +68,7 @@ class Settings:
     data_dir: str | None = setting(
         None, "Folder of the prepared TFDS data; default: TFDS_DATA_DIR, then TFDS's."
     )
-    workdir: str = setting("runs/default", "Folder for everything that is written.")
+    workdir: str = setting("runs/default", "Folder of the run, and of all it writes.")
     train_batch_size: int = setting(64, "Examples in one training step.", minimum=1)
     optimizer: str = setting(
         "sgd",
