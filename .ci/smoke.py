@@ -8,6 +8,8 @@ folder. The sdist is built and checked alone, since its extras are those of the 
 With names, such as `core tables`, the checks run in this environment.
 """
 
+import importlib.metadata
+import re
 import subprocess
 import sys
 import tempfile
@@ -40,8 +42,20 @@ def measured():
     return problem, params, result
 
 
+def check_long_description():
+    """Checks that the page on PyPI has neither a figure nor a link of the clone."""
+    text = importlib.metadata.metadata("grsd-jax")["Description"]
+    assert "# grsd_jax" in text
+    links = re.findall(r"\]\(([^)]*)\)", text)
+    assert links, "expected the link to the paper"
+    for link in links:
+        assert link.startswith("https://"), f"expected no relative link, got {link}"
+    assert "![" not in text, "expected no figure"
+    assert "<img" not in text, "expected no figure"
+
+
 def core():
-    """Products, the dense kernel, a measurement, and its file."""
+    """The metadata, products, the dense kernel, a measurement, and its file."""
     import importlib.util
 
     import jax
@@ -50,6 +64,7 @@ def core():
     import grsd_jax as grsd
 
     assert Path(grsd.__file__).is_relative_to(sys.prefix), grsd.__file__
+    check_long_description()
     for extra in ("flax", "optax", "matplotlib", "pandas"):
         if importlib.util.find_spec(extra):
             print(f"  {extra} is installed too")

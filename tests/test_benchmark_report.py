@@ -59,7 +59,7 @@ def test_the_fastest_variant_that_agrees_counts(seconds, met):
         make_row("torch_func", "dense", 0.1, status="disagrees"),
         make_row("torch_func", "dense", 0.1, device="gpu"),
     ]
-    outcome = outcome_of(rows, "dense", "torch_func")
+    outcome = outcome_of(rows, "dense", "torch.func")
     assert outcome.met is met
     assert outcome.measured == f"{seconds:.2f} times"
 
@@ -140,7 +140,9 @@ def test_table_tells_times_reasons_and_what_is_not_measured(results):
     assert "not counted: disagrees" in text
     assert "cannot: it has none" in text
     header = next(line for line in text.splitlines() if "call s (median)" in line)
-    widths = {line.count("|") for line in text.splitlines() if "torch.func" in line}
+    rows = [line for line in text.splitlines() if "| torch.func" in line]
+    widths = {line.count("|") for line in rows}
+    assert len(rows) == 3
     assert widths == {header.count("|")}
 
 

@@ -144,7 +144,8 @@ def test_figures_of_the_documentation_are_named_and_have_captions(page):
         assert not re.search(r"!\[", text)
     for name, body in re.findall(r"^```{figure} (.*?)\n(.*?)^```$", text, re.M | re.S):
         assert (page.parent / name).is_file()
-        assert re.match(r":name: [\w-]+\n:alt: \w.*\n\n[^:\s].*\.\n", body)
+        options = r":name: [\w-]+\n:width: \d+px\n:alt: \w.*\n"
+        assert re.match(rf"{options}\n[^:\s].*\.\n", body)
 
 
 def test_readme_documents_every_flag_with_its_default():

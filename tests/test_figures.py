@@ -60,7 +60,7 @@ def test_files_are_real_pngs_and_pdfs(tmp_path):
         if path.suffix == ".png":
             assert head.startswith(b"\x89PNG")
             width = int.from_bytes(head[16:20], "big")
-            assert width >= 3.9 * 300  # inches at 300 dpi
+            assert width in (990, 2070)  # of a column or a page, at 300 dpi
         else:
             assert head.startswith(b"%PDF")
             assert b"/Type3" not in head  # fonts as outlines that can be edited
@@ -127,10 +127,11 @@ def test_spectrum_shows_every_mode_but_noise(draw):
     np.testing.assert_array_equal(colored.get_xdata(), np.flatnonzero(resolved) + 1)
     assert len(grey.get_xdata()) == 32 - 10
     texts = [text.get_text() for text in axis.get_legend().get_texts()]
-    assert texts == ["unresolved (32, 10 of them below)", "resolved (128)"]
-    counts = [text.get_text() for text in axis.texts]
-    want = [str(count) for count in arrays["resnet18/shell_counts"]]
-    assert counts == [*want, "per shell"]
+    counts = arrays["resnet18/shell_counts"]
+    assert texts == [
+        "unresolved (32, 10 of them below)",
+        f"resolved (128, {counts.min()} to {counts.max()} a shell)",
+    ]
 
 
 def test_figure2_leaves_undefined_windows_out(draw):

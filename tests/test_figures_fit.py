@@ -5,11 +5,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
+import example_results
 from grsd_jax.experiments.claims import analyse, run
 from grsd_jax.experiments.claims.figures import write_claims_figure
 from grsd_jax.experiments.common import records
+from grsd_jax.experiments.common.plotting import COLUMN_WIDTH, PAGE_WIDTH
 from grsd_jax.experiments.conditions.figures import write_condition_page
+from grsd_jax.experiments.reproduce.figures import write_figures
 from grsd_jax.experiments.sweep.analyse import read_rows
 from grsd_jax.experiments.sweep.figures import write_sweep_figures
 from grsd_jax.experiments.track.figures import write_tracking_figures
@@ -48,6 +52,7 @@ STUDIES = {
         records.read_json(RESULTS / "conditions" / "conditions.json"), folder
     ),
     "claims": claims,
+    "reproduce": lambda folder: write_figures(*example_results.one_model(), folder),
 }
 
 
@@ -58,6 +63,7 @@ def test_everything_is_in_view_and_named(study, monkeypatch, tmp_path):
         if format == "png":
             figure.draw_without_rendering()
             check_inside(figure)
+            check_text(figure)
             for ax in figure.axes:
                 check_legend(ax)
                 if "colorbar" in ax.get_label():
@@ -73,6 +79,15 @@ def check_inside(figure):
     assert min(box.x0, box.y0) > -0.03
     assert box.x1 < width + 0.03
     assert box.y1 < height + 0.03
+
+
+def check_text(figure):
+    """Text is legible at the width of a column, or of a page for which it is drawn."""
+    width = figure.get_figwidth()
+    shrunk = 1.0 if width == PAGE_WIDTH else min(COLUMN_WIDTH / width, 1.0)
+    for text in figure.findobj(Text):
+        if text.get_visible() and text.get_text():
+            assert round(text.get_fontsize() * shrunk, 6) >= 5.5, text
 
 
 def check_legend(ax):

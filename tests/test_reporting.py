@@ -117,10 +117,10 @@ def test_a_section_says_how_it_was_made_then_the_numbers_then_the_figures(workdi
         "Written on ",
         "<code>grsd reproduce --seed=7</code>",
         "Slope of the diagonal, which the theory predicts to be 1: ",
-        "<th>slope +- stderr [interval]</th>",
+        ">slope ± stderr [interval]</th>",
         "Pairs: those that are resolved",
         "91% of the error&#39;s energy lies outside",
-        "Figure 1. The diagonal of the projected derivative",
+        "<figcaption>The diagonal of the projected derivative",
         "Settings other than the defaults",
         "All of config",
     ]
@@ -179,6 +179,22 @@ def test_tables_have_no_long_fractions(workdir):
     cells = Page((workdir / "report.html").read_text()).cells
     assert "0.1235" in cells
     assert not any(re.search(r"\d\.\d{9}", cell) for cell in cells)
+
+
+def test_symbols_are_typeset(workdir):
+    text = (workdir / "report.html").read_text()
+    assert "±" in text
+    assert "→" in text
+    for cell in Page(text).cells:
+        assert not re.search(r"\+-|->|\^2", cell)
+
+
+def test_figures_are_shown_in_proportion_to_their_width_on_paper(tmp_path):
+    for inches in (3.3, 6.9):
+        figure = Figure(figsize=(inches, 1))
+        save_figures({"wide": lambda figure=figure: figure}, tmp_path)
+        shown = reporting._figure(tmp_path / "wide.png").width
+        assert shown == pytest.approx(144 * inches, abs=1)
 
 
 def test_page_asks_for_nothing_from_elsewhere(workdir):

@@ -141,6 +141,15 @@ def test_options_are_shown_with_their_values():
     assert re.search(rf"^  window +{re.escape(repr(window))}$", text, re.M)
 
 
+def test_a_caveat_is_not_cut():
+    result = random_result(CLASSES["CouplingMeasurement"], 0)
+    result = dataclasses.replace(result, unresolved_share=jnp.float32(0.91))
+    (caveat,) = [x for x in result.caveats if "91% of the error's energy" in x]
+    assert len(caveat) > 100
+    for text in (repr(result), result.summary()):
+        assert caveat in " ".join(text.split())
+
+
 def test_masked_placeholders_are_not_shown():
     matrix = jnp.asarray([[0.0, 3.0], [3.0, 5.0]])
     mask = matrix > 0

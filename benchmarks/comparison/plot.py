@@ -16,8 +16,8 @@ from comparison.targets import best, cost
 
 Record = dict[str, Any]
 
-#: Width of the figure in inches, legible in a column and on a page.
-WIDTH = 4.8
+#: Width of the figure in inches: its text is legible in a column and on a page.
+WIDTH = 4.2
 
 #: Colors (Okabe and Ito's palette) and markers of the peers.
 LOOKS = (

@@ -29,6 +29,14 @@ _COLUMNS = (
 #: Columns that a table leaves out where none of its rows has them.
 _OPTIONAL = ("first result s (cached)", "GPU call s")
 NOT_MEASURED = "not measured"
+_LEGEND = (
+    "Times are in seconds.\n"
+    "*prepare* comes once before the calls, *call* is the fastest call, and *compile* "
+    "is how much longer the first one took.\n"
+    "*of ours* is the time over that of the fastest variant of grsd_jax, for a dense "
+    "$M$ with the preparation.\n"
+    "*error* is relative, and *columns* counts those that an eigensolver asked for."
+)
 
 
 def task_title(task: str) -> str:
@@ -123,6 +131,8 @@ def _problem(name: str, results: Record) -> str:
         header,
         f"| :--- | :--- |{' ---: |' * len(kept)}",
         *body,
+        "",
+        _LEGEND,
     ]
     return "\n".join(lines)
 

@@ -2,6 +2,8 @@
 
 from typing import Any, NamedTuple
 
+from comparison.grid import PEERS
+
 Record = dict[str, Any]
 
 #: Times faster than a peer: problem, task, peer, ratio.
@@ -99,7 +101,7 @@ def outcomes(rows: list[Record]) -> list[Outcome]:
 def _faster(
     rows: list[Record], problem: str, task: str, peer: str, ratio: float
 ) -> Outcome:
-    goal = f"at least {ratio:g} times as fast as {peer}"
+    goal = f"at least {ratio:g} times as fast as {PEERS[peer].title}"
     ours = best(rows, problem, task, "grsd_jax")
     theirs = best(rows, problem, task, peer)
     if ours is None or theirs is None:

@@ -14,10 +14,10 @@ DARK, GRAY, LIGHT = "0.15", "0.55", "0.94"
 #: Blue of Okabe and Ito's palette.
 COLOR = "#0072B2"
 
-#: Size of new axes, in inches; of the text in legends and beside shells, in points,
-#: which fits in one column of a page.
-_SIZE = (4.5, 3.2)
-LEGEND, SMALL = 7, 6
+#: Size of new axes, in inches, and of the text in legends and beside shells, in points:
+#: it stays legible in one column of a page.
+_SIZE = (4.2, 3.0)
+LEGEND = 7
 
 
 def axes_of(ax: "Axes | None") -> "Axes":

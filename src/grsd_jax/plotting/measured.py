@@ -12,7 +12,6 @@ from grsd_jax.plotting.drawing import (
     GRAY,
     LEGEND,
     LIGHT,
-    SMALL,
     axes_of,
     color_bar,
     leave_room,
@@ -22,7 +21,6 @@ from grsd_jax.plotting.drawing import (
 from grsd_jax.shells import (
     CouplingMeasurement,
     PowerLawFit,
-    Shells,
     StochasticCoupling,
     ToeplitzDiagnostics,
 )
@@ -43,9 +41,6 @@ FORMULAS = {
     ),
 }
 
-#: With more shells than this the counts beside them would overlap.
-_MOST_COUNTS = 16
-
 
 def spectrum(
     measured: CouplingMeasurement,
@@ -55,6 +50,8 @@ def spectrum(
     bottom: float | None = None,
 ) -> "Axes":
     """Draws the eigenvalues against their index, with the shells shaded.
+
+    The legend says how many values the shells hold, from the fewest to the most.
 
     Args:
         measured: The measurement.
@@ -81,8 +78,11 @@ def spectrum(
         return ax
     if bottom is None:
         bottom = smallest_drawn(measured)
+    in_shells = ""
     if resolved.any():
-        _shade_shells(ax, measured.shells)
+        _shade_shells(ax, measured.shells.edges)
+        counts = np.asarray(measured.shells.counts)
+        in_shells = f", {counts.min()} to {counts.max()} a shell"
     for name, chosen, shade in (
         ("unresolved", ~resolved, GRAY),
         ("resolved", resolved, color),
@@ -90,7 +90,8 @@ def spectrum(
         x, y = positive(index, values, chosen=chosen & (values >= bottom))
         hidden = int(chosen.sum()) - x.size
         below = f", {hidden} of them below" if hidden else ""
-        label = f"{name} ({int(chosen.sum())}{below})"
+        more = in_shells if name == "resolved" else ""
+        label = f"{name} ({int(chosen.sum())}{below}{more})"
         ax.plot(x, y, ".", color=shade, markersize=3.5, label=label)
     ax.legend(loc="lower left", fontsize=LEGEND)
     return ax
@@ -102,20 +103,11 @@ def smallest_drawn(measured: CouplingMeasurement) -> float:
     return float(found.min()) / 100 if found.size else 0.0
 
 
-def _shade_shells(ax: "Axes", shells: Shells) -> None:
-    """Shades every other shell, and writes beside each how many values it holds."""
-    edges, counts = np.asarray(shells.edges), np.asarray(shells.counts)
-    small: Any = {"fontsize": SMALL, "color": "0.4", "annotation_clip": False}
-    for shell, count in enumerate(counts):
-        low, high = edges[shell : shell + 2]
-        if shell % 2 == 0:
-            ax.axhspan(low, high, color=LIGHT, zorder=0)
-        if len(counts) <= _MOST_COUNTS:
-            place: Any = {"xycoords": ("axes fraction", "data"), "va": "center"}
-            ax.annotate(str(count), (1.01, np.sqrt(low * high)), **place, **small)
-    if len(counts) <= _MOST_COUNTS:
-        place = {"xycoords": "axes fraction", "va": "bottom", "ha": "center"}
-        ax.annotate("per shell", (1.01, 1.0), **place, **small)
+def _shade_shells(ax: "Axes", edges: Any) -> None:
+    """Shades every other shell."""
+    edges = np.asarray(edges)
+    for low, high in zip(edges[:-1:2], edges[1::2], strict=True):
+        ax.axhspan(low, high, color=LIGHT, zorder=0)
 
 
 def diagonal(
@@ -169,7 +161,7 @@ def diagonal(
     }
     guide = np.exp(np.mean(np.log(y)) - np.mean(np.log(x))) * ends
     legend["slope 1"] = (*ax.plot(ends, guide, ":", color="0.45", linewidth=1.0),)
-    leave_room(ax, 0.3)
+    leave_room(ax, 0.4)
     place: Any = {"loc": "upper left", "borderaxespad": 0.1, "fontsize": LEGEND}
     place |= {"handlelength": 1.2, "handletextpad": 0.5}
     ax.legend(legend.values(), legend.keys(), **place)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import html
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -137,16 +138,27 @@ def _screenful(result: Any, *, arrays: bool = True) -> tuple[str, list[Row], str
     title = f"{title}: {', '.join(texts)}" if texts else title
     fields = [field for field in fields if not isinstance(field.value, str)]
     rows = headline(result)
-    numbers = len(rows)
     labels = [label for label, _ in rows]
     others = [f for f in fields if not _is_number(f) and f.name not in labels]
-    rows += [_row(result, field) for field in others] if arrays else []
+    more = [_row(result, field) for field in others] if arrays else []
+    width = max((len(label) for label, _ in [*rows, *more]), default=0)
+    rows = [line for row in rows for line in _lines(row, _WIDTH - width - 4)]
+    numbers = len(rows)
+    rows += more
     if len(rows) <= _LINES - 2:
         return title, rows, ""
     shown, hidden = rows[: _LINES - 2], rows[_LINES - 2 :]
-    kind = "numbers" if len(shown) < numbers else "fields"
-    names = ", ".join(label for label, _ in hidden)
-    return title, shown, f"  left out: {len(hidden)} {kind} ({names})"
+    names = [label for label, _ in hidden if label]
+    kind = "number" if len(shown) < numbers else "field"
+    kind += "" if len(names) == 1 else "s"
+    return title, shown, f"  left out: {len(names)} {kind} ({', '.join(names)})"
+
+
+def _lines(row: Row, width: int) -> list[Row]:
+    """Returns a row as several, none of whose texts is cut."""
+    label, text = row
+    first, *rest = textwrap.wrap(text, width) or [""]
+    return [(label, first), *(("", line) for line in rest)]
 
 
 def _is_number(field: Field) -> bool:

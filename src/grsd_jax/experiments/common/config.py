@@ -33,6 +33,9 @@ TITLES = {
 }
 MODELS = tuple(TITLES)
 
+#: Where the weights of the plain twin can come from.
+PROTOCOLS = ("shared", "recalibrated", "own")
+
 #: The networks of any depth, and those of them that take a ``branch_scale``.
 CHAINS = MODELS[2:]
 RESIDUAL = ("resmlp", "rescnn", "transformer")
@@ -65,7 +68,7 @@ class Settings:
     data_dir: str | None = setting(
         None, "Folder of the prepared TFDS data; default: TFDS_DATA_DIR, then TFDS's."
     )
-    workdir: str = setting("runs/default", "Folder for everything that is written.")
+    workdir: str = setting("runs/default", "Folder of the run, and of all it writes.")
     train_batch_size: int = setting(64, "Examples in one training step.", minimum=1)
     optimizer: str = setting(
         "sgd",
@@ -173,10 +176,10 @@ class Config(Settings):
         choices=("mean", "stack"),
     )
     protocol: tuple[str, ...] = setting(
-        ("shared", "recalibrated", "own"),
+        PROTOCOLS,
         "Where the weights of plainnet18 come from: resnet18 (shared), resnet18 with "
         "BatchNorm statistics gathered again (recalibrated), its own training (own).",
-        each=("shared", "recalibrated", "own"),
+        each=PROTOCOLS,
     )
 
 

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from grsd_jax.experiments.common import files
 
 _STYLE = {
-    "font.size": 8,
+    "font.size": 8.5,
     "axes.titlesize": 8.5,
     "axes.labelsize": 8.5,
     "axes.linewidth": 0.6,
@@ -38,8 +38,9 @@ _STYLE = {
     "savefig.dpi": 300,
 }
 
-#: Widths of a page's text and of one of its two columns, in inches.
-PAGE_WIDTH, COLUMN_WIDTH = 6.9, 3.3
+#: Widths in inches of a page's text, of one of its two columns, and of two panels that
+#: fit in a column too: text of 7 points becomes one of 5.5 there, and none is smaller.
+PAGE_WIDTH, COLUMN_WIDTH, PANELS_WIDTH = 6.9, 3.3, 4.2
 
 
 class Look(NamedTuple):

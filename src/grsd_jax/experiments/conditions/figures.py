@@ -12,7 +12,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from grsd_jax.experiments.common import files
-from grsd_jax.experiments.common.plotting import save_figures
+from grsd_jax.experiments.common.plotting import PANELS_WIDTH, save_figures
 from grsd_jax.experiments.common.tables import finite
 from grsd_jax.experiments.conditions.analyse import (
     TITLES,
@@ -22,9 +22,6 @@ from grsd_jax.experiments.conditions.analyse import (
 )
 
 _BLUE, _RED, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "0.5"
-
-#: Width of the page in inches: its text stays legible at the width of a column.
-_WIDTH = 4.8
 
 #: How the figure writes what the names of the checks spell out.
 _SYMBOLS = {
@@ -58,8 +55,8 @@ def write_condition_page(found: Any, folder: files.PathLike) -> list[Path]:
 
 
 def _page(found: Any) -> Figure:
-    figure = Figure(figsize=(_WIDTH, 10.2), layout="constrained")
-    parts: Any = figure.subfigures(2, 1, height_ratios=(1, 3.7))
+    figure = Figure(figsize=(PANELS_WIDTH, 11.2), layout="constrained")
+    parts: Any = figure.subfigures(2, 1, height_ratios=(1, 2.2))
     top, rest = parts
     _verdicts(top.subplots(), found)
     axes = rest.subplot_mosaic(
@@ -96,22 +93,20 @@ def _verdicts(axis: Axes, found: Any) -> None:
         for check in found[name]["verdict"]["checks"]
     }
     rows = np.arange(len(checks))[::-1]
-    for row, check in zip(rows.tolist(), checks.values(), strict=True):
+    labels = []
+    for row, (name, check) in zip(rows.tolist(), checks.items(), strict=True):
         color = {"holds": _GREEN, "fails": _RED}.get(check["outcome"], _GREY)
         ratio = _over_threshold(check)
         if ratio is not None:
             axis.plot(np.clip(ratio, *_RATIOS), row, "o", color=color, markersize=4.5)
         told = f"{number_with_error(check)} {check['relation']} "
-        told = _typeset(f"{told}{check['threshold']:.3g} {outcome(check)}")
-        axis.text(
-            1.01, row, told, transform=axis.get_yaxis_transform(), va="center",
-            fontsize="x-small",
-        )  # fmt: skip
-    axis.set_yticks(rows, labels=[_typeset(name) for name in checks], fontsize="small")
+        told += f"{check['threshold']:.3g} {outcome(check)}"
+        labels.append(_typeset(f"{name}\n{told}"))
+    axis.set_yticks(rows, labels, fontsize="small")
     axis.axvspan(_RATIOS[0], 1, color=_GREEN, alpha=0.08, linewidth=0)
     axis.axvline(1, color=_GREY, linestyle=":", linewidth=0.9)
     axis.set(xscale="log", xlim=_RATIOS, ylim=(-0.7, len(checks) - 0.3))
-    axis.set_xlabel("number over threshold (≥: threshold over number)")
+    axis.set_xlabel("number over threshold\n(≥: threshold over number)")
     held = [
         title
         for name, title in TITLES.items()
@@ -229,7 +224,7 @@ def _norms(axis: Axes, found: Any) -> None:
         thresholds["max_lipschitz"], color=_GREEN, linestyle=":", linewidth=0.9
     )
     axis.set(yscale="log", xlabel="step")
-    axis.set_title("3: stability (dotted: thresholds)")
+    axis.set_title("3: norms (dotted: allowed)")
     _legend_above(axis, 3)
 
 
@@ -282,6 +277,6 @@ def _layers(axis: Axes, found: Any) -> None:
     names = [name.replace("_", " ") for name in found["blocks"]]
     ticks = range(0, len(names), max(1, len(names) // 8))
     labels = [f"{names[tick]}: {tick}" for tick in ticks]
-    axis.set_xticks(ticks, labels, rotation=90, fontsize="x-small")
+    axis.set_xticks(ticks, labels, rotation=90, fontsize="small")
     axis.set_ylim(bottom=0)
     _legend_above(axis, 2)

@@ -37,18 +37,27 @@ _MOST_ROWS = 200
 #: Characters of a number that is shown as it stands in a table.
 _LONGEST = 8
 
+#: Scale of the figures on the page, and the dots per inch of a figure without any.
+_PIXELS_PER_INCH, _DPI = 144, 300
+
+#: Symbols that the terminal spells out.
+_SYMBOLS = {"+-": "±", "->": "→", "<=": "≤", ">=": "≥", "^2": "²"}
+
 #: What the figures show, by the beginning of their file's name; the longest counts.
 _CAPTIONS = {
-    "figure1": "Figure 1. The diagonal of the projected derivative against the "
-    "eigenvalue, mode by mode, with its power law. The theory predicts slope 1.",
-    "figure2": "Figure 2. Toeplitz residual of sliding windows of shells, from the "
-    "spectral edge to the center, for the literal and the renormalized coupling.",
+    "figure1": "The diagonal of the projected derivative against the eigenvalue, "
+    "mode by mode, with its power law, as in the paper's Figure 1. The theory predicts "
+    "slope 1.",
+    "figure2": "Toeplitz residual of sliding windows of shells, from the spectral edge "
+    "to the center, for the literal and the renormalized coupling, as in the paper's "
+    "Figure 2.",
     "spectrum": "Eigenvalues of the kernel in descending order, and the shells that "
     "cut their logarithm into equal widths.",
     "coupling_literal": "Shell coupling: mean square of the projected derivative "
     "between two shells.",
-    "coupling_renormalized": "The same, each entry divided by both eigenvalues. The "
-    "theory predicts equal values along each diagonal.",
+    "coupling_renormalized": "Renormalized shell coupling: the mean square of the "
+    "projected derivative over both eigenvalues. The theory predicts equal values "
+    "along each diagonal.",
     "track_energies": "Energy of the error in each shell along the training.",
     "track_amounts": "What moved between shells from one record to the next, and what "
     "was lost, as shares of the energy.",
@@ -89,10 +98,13 @@ class Figure(NamedTuple):
     Attributes:
         name: What it shows, or its file's name in words.
         source: A ``data:`` address that holds the picture itself.
+        width: How wide the page shows it, in CSS pixels; text of 7 points becomes one
+            of 14 pixels.
     """
 
     name: str
     source: str
+    width: int
 
 
 class Section(NamedTuple):
@@ -198,9 +210,17 @@ def render(title: str, sections: list[Section]) -> str:
         HTML.
     """
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment.filters["typeset"] = _typeset
     template = resources.files("grsd_jax.experiments.report") / "page.html.jinja"
     source = template.read_text(encoding="utf-8")
     return environment.from_string(source).render(title=title, sections=sections)
+
+
+def _typeset(text: str) -> str:
+    """Returns a text with the symbols that it spells out."""
+    for spelled, symbol in _SYMBOLS.items():
+        text = text.replace(spelled, symbol)
+    return text
 
 
 def _section(path: Path, results: Mapping[str, Any], workdir: Path) -> Section:
@@ -259,9 +279,11 @@ def _figure(path: Path) -> Figure:
     with files.reading(path, "a PNG figure"):
         picture = path.read_bytes()
         with Image.open(io.BytesIO(picture), formats=["PNG"]) as opened:
+            inches = opened.width / opened.info.get("dpi", (_DPI, _DPI))[0]
             opened.verify()  # the checksums in it
         data = base64.b64encode(picture).decode("ascii")
-    return Figure(_caption(path.stem), f"data:image/png;base64,{data}")
+    source = f"data:image/png;base64,{data}"
+    return Figure(_caption(path.stem), source, round(_PIXELS_PER_INCH * inches))
 
 
 def _caption(stem: str) -> str:

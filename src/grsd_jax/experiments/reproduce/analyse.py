@@ -6,7 +6,7 @@ null there, and None here.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from grsd_jax.experiments.common import files, records
-from grsd_jax.experiments.common.config import TITLES, UserError
+from grsd_jax.experiments.common.config import (
+    MODELS,
+    PROTOCOLS,
+    TITLES,
+    UserError,
+)
 from grsd_jax.experiments.common.quantities import edge_residual
 from grsd_jax.experiments.common.tables import (
     MISSING,
@@ -133,7 +138,8 @@ def list_entries(results: Any) -> list[Entry]:
         results: The contents of ``results.json``, of one measurement or of several.
 
     Returns:
-        The networks in order, then the further protocols.
+        The networks in the order of `MODELS`, each in that of `PROTOCOLS`, however the
+        file is sorted.
 
     Raises:
         UserError: If there is no measurement in it.
@@ -157,7 +163,15 @@ def list_entries(results: Any) -> list[Entry]:
         raise UserError(
             "results.json: expected measurements under 'model' or 'models', got none."
         )
-    return list(entries.values())
+    return sorted(
+        entries.values(),
+        key=lambda x: (_place(x.name, MODELS), _place(x.protocol, PROTOCOLS)),
+    )
+
+
+def _place(name: str, order: Sequence[str]) -> int:
+    """Returns where a name stands in an order, after all others if it does not."""
+    return order.index(name) if name in order else len(order)
 
 
 def entry_arrays(

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from grsd_jax import plotting
 from grsd_jax.experiments.common import files
 from grsd_jax.experiments.common.plotting import (
+    COLUMN_WIDTH,
     PAGE_WIDTH,
     Look,
     look_of,
@@ -73,7 +74,7 @@ def _grid(
     """Returns a figure with one panel for each measurement, page-wide with columns."""
     columns = min(num_panels, columns)
     rows = math.ceil(num_panels / columns)
-    width = PAGE_WIDTH if columns > 1 else 0.58 * PAGE_WIDTH
+    width = PAGE_WIDTH if columns > 1 else COLUMN_WIDTH
     figure = Figure(figsize=(width, height * rows), layout="constrained")
     axes = figure.subplots(rows, columns, sharex=share, sharey=share, squeeze=False)
     flat = list(axes.flat)
@@ -98,8 +99,8 @@ def _diagonal_scaling(panels: Sequence[_Panel]) -> Figure:
 
 def _toeplitz_residual(panels: Sequence[_Panel]) -> Figure:
     """Figure 2: the Toeplitz residual of each window against its position."""
-    figure = Figure(figsize=(PAGE_WIDTH, 2.8), layout="constrained")
-    axes = figure.subplots(1, 2, sharex=True, sharey=True)
+    figure = Figure(figsize=(COLUMN_WIDTH, 4.6), layout="constrained")
+    axes = figure.subplots(2, 1, sharex=True, sharey=True)
     for axis, kind in zip(axes, KINDS, strict=True):
         axis.set_title(_title(kind))
         for panel in panels:
@@ -112,8 +113,7 @@ def _toeplitz_residual(panels: Sequence[_Panel]) -> Figure:
                 **panel.look._asdict(),
             )
         axis.label_outer()
-        axis.tick_params(labelleft=True)
-    shared_legend(figure, axes, loc="outside upper center")
+    shared_legend(figure, axes, loc="outside upper center", ncols=2)
     return figure
 
 
@@ -124,7 +124,7 @@ def _title(kind: Kind) -> str:
 def _coupling(panels: Sequence[_Panel], kind: Kind) -> Figure:
     """Heat maps over pairs of shells; gray hatching where there is no value."""
     figure, axes = _grid(len(panels), 2.85, share=False)
-    figure.suptitle(_title(kind), fontsize=8.5)
+    figure.suptitle(_title(kind), fontsize="medium")
     limits = plotting.coupling_limits([panel.measured for panel in panels], kind)
     for axis, panel in zip(axes, panels, strict=True):
         axis.set_title(panel.label)
@@ -135,7 +135,6 @@ def _coupling(panels: Sequence[_Panel], kind: Kind) -> Figure:
 def _spectrum(panels: Sequence[_Panel]) -> Figure:
     """Eigenvalues against their index, with the shells shaded, from one value up."""
     figure, axes = _grid(len(panels), 2.7)
-    figure.set_layout_engine("constrained", w_pad=0.12)  # the margin holds the counts
     bottoms = [smallest_drawn(panel.measured) for panel in panels]
     bottom = min((x for x in bottoms if x > 0), default=0.0)
     for axis, panel in zip(axes, panels, strict=True):

@@ -15,7 +15,7 @@ from grsd_jax.models import ACTIVATIONS
 class SweepConfig(Settings):
     """All settings of one sweep, beside those of `Settings`."""
 
-    workdir: str = setting("runs/sweep", "Folder for everything that is written.")
+    workdir: str = setting("runs/sweep", "Folder of the run, and of all it writes.")
     models: tuple[str, ...] = setting(
         ("mlp", "resmlp", "cnn", "rescnn"),
         f"Networks, out of {', '.join(CHAINS)}.",

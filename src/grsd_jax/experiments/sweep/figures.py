@@ -18,6 +18,7 @@ from grsd_jax.experiments.common import files
 from grsd_jax.experiments.common.config import TITLES
 from grsd_jax.experiments.common.plotting import (
     COLUMN_WIDTH,
+    PANELS_WIDTH,
     look_of,
     save_figures,
     shared_legend,
@@ -28,9 +29,6 @@ from grsd_jax.plotting.drawing import say_empty
 
 _DASHES = ("-", "--", ":", "-.")
 _FILLS = ("full", "none", "left", "top", "bottom")
-
-#: Width of figures of two columns in inches: legible at the width of a column too.
-_WIDTH = 4.8
 
 #: What the vertical axes say, by the columns that they show.
 _COUPLING = {
@@ -258,7 +256,7 @@ def _cut_outliers(axis: Axes, bands: Mapping[str, Band]) -> None:
 
 
 def _increments(lines: Sequence[Line]) -> Figure:
-    figure = Figure(figsize=(_WIDTH, 3.9), layout="constrained")
+    figure = Figure(figsize=(PANELS_WIDTH, 3.9), layout="constrained")
     panels = _panels(figure.subplots(2, 2).flat, lines, "depth", _INCREMENTS)
     panels["initial_increment_variance"].set_yscale("log")
     averaged = panels["initial_variance_of_mean"]
@@ -285,7 +283,7 @@ def _mixing(lines: Sequence[Line]) -> Figure:
 
 def _scale(lines: Sequence[Line], depth: int) -> Figure:
     """Networks of one depth, since a short one cannot show a long memory."""
-    figure = Figure(figsize=(_WIDTH, 5.9), layout="constrained")
+    figure = Figure(figsize=(PANELS_WIDTH, 5.9), layout="constrained")
     panels = _panels(figure.subplots(3, 2).flat, lines, "branch_scale", _SCALE)
     scales = sorted(
         {row["branch_scale"] for line in lines for row in line.rows} - {None}

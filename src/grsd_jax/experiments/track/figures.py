@@ -16,6 +16,7 @@ from grsd_jax.experiments.common import files
 from grsd_jax.experiments.common.config import TITLES, UserError
 from grsd_jax.experiments.common.plotting import (
     COLUMN_WIDTH,
+    PANELS_WIDTH,
     look_of,
     save_figures,
     shared_legend,
@@ -34,9 +35,6 @@ from grsd_jax.plotting.drawing import leave_room
 from grsd_jax.plotting.tracked import TIME
 
 Tracks = Mapping[str, Lines]
-
-#: Width of figures of two columns in inches: legible at the width of a column too.
-_WIDTH = 4.8
 
 
 def write_tracking_figures(tracks: Tracks, folder: files.PathLike) -> list[Path]:
@@ -116,7 +114,7 @@ def _each(draw: Callable[..., Axes], tracks: Tracks) -> Figure:
 
 def _profiles(tracks: Tracks) -> Figure:
     """Flux with its error, and velocity beside its null, at several times."""
-    figure = Figure(figsize=(_WIDTH, 4.8), layout="constrained")
+    figure = Figure(figsize=(PANELS_WIDTH, 4.8), layout="constrained")
     axes = figure.subplots(2, len(tracks), squeeze=False, sharex="row", sharey="row")
     for row, name in zip(axes, ("flux", "velocity"), strict=True):
         values = [column(lines, name).ravel() for lines in tracks.values()]

@@ -46,6 +46,9 @@ _LOOKS = {
 
 _SEEDS = "means over seeds with their 95% intervals"
 
+#: How far the second network is drawn beside the first, so that no bar hides another.
+_ASIDE = 1.06
+
 
 def write_transport_figures(
     results: Mapping[str, Any], folder: files.PathLike
@@ -147,16 +150,19 @@ def _law(runs: Mapping[str, Runs]) -> Figure:
     axes = figure.subplots(1, 2)
     for axis, quantity, null in zip(axes, ("exponents", "means"), (1, 0), strict=True):
         axis.axhline(null, color="0.8", linewidth=0.6, zorder=0)
-        for network, each in runs.items():
+        axis.set(xscale="log", xlabel="effective time $\\tau$")
+        axis.minorticks_off()
+        for place, (network, each) in enumerate(runs.items()):
             readings = [reading_of(run) for run in each]
             times = np.array(readings[0]["times"], np.float64)
             values = np.array([x[quantity] for x in readings], np.float64)
             look = look_of(network)
+            axis.set_xticks(times, [f"{time:.2g}" for time in times])
+            beside = times * _ASIDE**place
             _with_bars(
-                axis, times, values, color=look.color, marker=look.marker,
+                axis, beside, values, color=look.color, marker=look.marker,
                 label=TITLES[network],
             )  # fmt: skip
-        axis.set(xscale="log", xlabel="effective time $\\tau$")
     axes[0].set_ylabel("exponent $p$ of $v - v^N$")
     axes[1].set_ylabel("$c\\,\\tau$")
     shared_legend(figure, axes, loc="outside upper center")
@@ -168,12 +174,13 @@ def _resolution(runs: Mapping[str, Runs]) -> Figure:
     figure = Figure(figsize=(PAGE_WIDTH, 2.5), layout="constrained")
     axes = figure.subplots(1, len(_LOOKS))
     for axis, (quantity, label) in zip(axes, _LOOKS.items(), strict=True):
-        for network, each in runs.items():
+        for place, (network, each) in enumerate(runs.items()):
             lengths = sorted({x["length"] for x in each[0]["resolution"]})
             values = np.array([_over_starts(run, quantity, lengths) for run in each])
             look = look_of(network)
+            beside = np.array(lengths) * _ASIDE**place
             _with_bars(
-                axis, np.array(lengths), values, color=look.color, marker=look.marker,
+                axis, beside, values, color=look.color, marker=look.marker,
                 label=TITLES[network],
             )  # fmt: skip
             axis.set_xscale("log", base=2)
