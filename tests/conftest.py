@@ -49,8 +49,21 @@ def pytest_configure(config):
         jax.config.update(name, value)
 
 
+#: The tests that a default run leaves to the gate; CONTRIBUTING.md says how it is made.
+_SLOW = frozenset(
+    (Path(__file__).parent / "slow.txt").read_text(encoding="utf-8").splitlines()
+)
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` reads the marks
 def pytest_collection_modifyitems(config, items):
-    """Keeps the tests that run in the mode: its files, without those it contradicts."""
+    """Marks the slow tests, and keeps those of the mode.
+
+    These are all of its files, without those that it contradicts.
+    """
+    for item in items:
+        if item.nodeid in _SLOW:
+            item.add_marker(pytest.mark.slow)
     mode = config.getoption("--mode")
     if mode is None:
         return

@@ -1,4 +1,4 @@
-"""The part of the tests that runs in every mode touches every public name."""
+"""Which tests run where: every public name in every mode, no slow test by default."""
 
 import importlib
 import inspect
@@ -41,3 +41,15 @@ def test_the_scheduled_job_runs_every_mode():
     workflow = (TESTS.parent / ".github" / "workflows" / "ci.yml").read_text()
     (listed,) = re.findall(r"mode: \[(.*)\]", workflow)
     assert set(listed.split(", ")) == set(modes.MODES)
+
+
+def test_the_slow_tests_exist():
+    lines = (TESTS / "slow.txt").read_text().splitlines()
+    assert lines == sorted(set(lines))
+    named = {line.split("[")[0] for line in lines}
+    found = {
+        f"tests/{path.name}::{name}"
+        for path in TESTS.glob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)
+    }
+    assert sorted(named - found) == []

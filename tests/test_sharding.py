@@ -2,13 +2,14 @@
 
 import dataclasses
 import re
+from functools import partial
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from grsd_jax import (
     Binning,
@@ -253,6 +254,59 @@ def test_the_whole_measurement_equals_one_device(mlp, monkeypatch, reduction, ro
     assert many.vectors.sharding.is_equivalent_to(rows, 2)
     rest = dataclasses.replace(many, vectors=many.values)
     assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(rest))
+
+
+def deep(params, batch):
+    hidden = batch["image"]
+    for weight in params[:-1]:
+        hidden = jnp.tanh(hidden @ weight)
+    return hidden @ params[-1]
+
+
+@pytest.fixture(scope="module")
+def spread():
+    """A problem, its parameters on one device and spread over four, and columns."""
+    keys = jax.random.split(jax.random.key(0), 5)
+    sizes = [(4, 64), (64, 64), (64, 64), (64, 4)]
+    one = [
+        jax.random.normal(key, size) / size[0] ** 0.5
+        for key, size in zip(keys, sizes, strict=False)
+    ]
+    mesh = make_mesh(4, ("parameters",))
+    widths = [PartitionSpec(None, "parameters")] * 3 + [PartitionSpec("parameters")]
+    many = [
+        jax.device_put(leaf, NamedSharding(mesh, spec))
+        for leaf, spec in zip(one, widths, strict=True)
+    ]
+    problem = Problem(deep, random_batches(2, 4, (4,), 4))
+    columns = jax.random.normal(keys[-1], (problem.dimension(one), COLUMNS))
+    return problem, one, many, columns
+
+
+SPREAD = {
+    "product": kernel_matmat,
+    "linearized": lambda q, p, v: linearize_kernel(q, p).matmat(v),
+    "derivative": lambda q, p, v: kernel_derivative(
+        q, p, gradient_flow_direction(q, p), v
+    ),
+    "dense": lambda q, p, v: kernel_dense(q, p),
+}
+
+
+@pytest.mark.parametrize("name", SPREAD)
+def test_devices_may_share_the_parameters(spread, name):
+    problem, one, many, columns = spread
+    call = partial(SPREAD[name], problem)
+    assert relative_error(call(many, columns), call(one, columns)) < 1e-5
+    (_, alone, held_alone), (compiled, shared, held) = (
+        analysis(call, params, columns) for params in (one, many)
+    )
+    assert relative_error(compiled(many, columns), call(one, columns)) < 1e-5
+    # A softmax and what joins the batches are on every device.
+    assert shared["flops"] < 1.15 * alone["flops"] / 4
+    assert held.argument_size_in_bytes < 0.3 * held_alone.argument_size_in_bytes
+    if name != "dense":  # whose n^2 are on every device
+        assert held.temp_size_in_bytes < 0.5 * held_alone.temp_size_in_bytes
 
 
 @pytest.fixture
