@@ -34,6 +34,7 @@ pytest.register_assert_rewrite(*_HELPERS)
 
 from modes import FILES, MODES  # noqa: E402
 
+jax.config.update("jax_include_full_tracebacks_in_locations", False)  # to lower faster
 jax.config.update("jax_num_cpu_devices", 8)  # for meshes; arrays stay on the first
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -88,7 +88,7 @@ def test_a_central_difference_takes_the_default_step():
 
 networks = [
     pytest.param("resnet18", marks=pytest.mark.slow),
-    pytest.param("plainnet18", marks=pytest.mark.slow),
+    pytest.param("plainnet18", marks=pytest.mark.scheduled),
 ]
 
 

@@ -50,8 +50,15 @@ def test_fences_of_python_name_known_packages(page):
     assert set(named) <= {"", *OPTIONAL}
 
 
-#: Pages whose code is among the default tests; that of all is in the slow ones.
+#: Pages whose code is among the default tests, and pages that a scheduled job runs.
 FIRST = ("README.md", "quickstart.md", "use_in_your_loop.md")
+LATER = (
+    "architectures_and_depth.md",
+    "conditions.md",
+    "devices.md",
+    "shell_dynamics.md",
+    "what_moved.md",
+)
 
 RUNNABLE = [page for page in PAGES if python_source(page.read_text()).strip()]
 
@@ -65,7 +72,10 @@ def marks(page: Path) -> list[pytest.MarkDecorator]:
     """Returns how a page is run: a notebook only where no build of the docs runs it."""
     built = importlib.util.find_spec("myst_nb") and page in NOTEBOOKS
     skip = pytest.mark.skipif(bool(built), reason="the build of the docs runs it")
-    return [skip, *([] if page.name in FIRST else [pytest.mark.slow])]
+    if page.name in FIRST:
+        return [skip]
+    later = page.name in LATER
+    return [skip, pytest.mark.scheduled if later else pytest.mark.slow]
 
 
 @pytest.fixture
@@ -87,7 +97,7 @@ def test_code_blocks_run(page, tmp_path, monkeypatch):
     run_blocks(page)
 
 
-@pytest.mark.slow
+@pytest.mark.scheduled
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
     ("page", "package"),

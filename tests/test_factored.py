@@ -188,8 +188,10 @@ def test_every_leaf_is_factored(name):
 
 
 def marks_of(name, reduction):
-    # The reductions differ in how batches are joined, not in a network's factors.
-    if reduction == "mean" and name not in ("conv", "mlp"):
+    # The reductions differ in how batches are joined, not in a network's factors; and
+    # those of "plain" and "tied" are among the others' and the networks of users.
+    joined = reduction == "mean" and name not in ("conv", "mlp")
+    if joined or name in ("plain", "tied"):
         return [pytest.mark.scheduled]
     return [] if name in QUICK else [pytest.mark.slow]
 

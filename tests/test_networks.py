@@ -87,7 +87,14 @@ def test_sizes_that_a_network_cannot_have_are_named():
         make_model("ssm", 10, still)
 
 
-@pytest.mark.parametrize("name", CHAINS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        # The residual twins of these two run the same code, and more.
+        pytest.param(name, marks=[pytest.mark.scheduled] * (name in ("mlp", "cnn")))
+        for name in CHAINS
+    ],
+)
 def test_every_network_is_trained_and_measured(name, tmp_path):
     dataset = small_textures()
     config = dataclasses.replace(TINY, model=name, workdir=str(tmp_path))

@@ -10,7 +10,7 @@ from grsd_jax.jacobian import plan
 from oracles import relative_error
 from random_programs import AROUND, SIMPLE, names, network, programs, used
 
-QUICK = settings(max_examples=15, derandomize=True, deadline=None, database=None)
+QUICK = settings(max_examples=8, derandomize=True, deadline=None, database=None)
 LONG = settings(QUICK, max_examples=250)
 
 

@@ -358,7 +358,7 @@ def test_an_explicit_mesh_equals_one_device(mlp, explicit, reduction):
     assert placed.explain(spread).num_factored == 4
 
 
-@pytest.mark.slow
+@pytest.mark.scheduled
 def test_measurement_and_probe_on_an_explicit_mesh_equal_one_device(mlp, explicit):
     problem, params, _ = mlp
     options = {

@@ -73,7 +73,11 @@ def measure(problem, params, solver, window=WINDOW):
 
 @pytest.mark.parametrize(
     ("network", "reduction"),
-    [(dense_layers, "stack"), (convolution, "stack"), (attention, "mean")],
+    [
+        pytest.param(dense_layers, "stack", marks=pytest.mark.scheduled),
+        (convolution, "stack"),
+        (attention, "mean"),
+    ],
 )
 def test_solvers_agree_on_the_window(network, reduction):
     problem, params = problem_of(network, reduction)

@@ -18,6 +18,7 @@ from grsd_jax.shells import (
     toeplitz_residual,
     windowed_toeplitz_residual,
 )
+from oracles import cast
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -208,8 +209,8 @@ def _mlp():
 def _resnet():
     batches = _teacher_batches(60, (8, 8, 3), 6)
     model = models.ResNet18(6, width=2, activation="gelu")
-    state = dict(jax.jit(model.init)(jax.random.key(0), batches["x"][0]))
-    state = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), state)
+    images = batches["x"][0].astype(jnp.float32)
+    state = cast(dict(jax.jit(model.init)(jax.random.key(0), images)), jnp.float64)
     params = state.pop("params")
     outputs = models.linen_outputs(model, state)
     return Problem(lambda p, b: outputs(p, {"image": b["x"]}), batches), params
@@ -223,7 +224,15 @@ def _gpt():
     return Problem(outputs_fn, {"x": tokens, "label": label}), params
 
 
+@pytest.fixture
+def lax_promotion():
+    """Networks keep the habits of those who wrote them."""
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield
+
+
 @pytest.mark.scheduled
+@pytest.mark.usefixtures("lax_promotion")
 @pytest.mark.parametrize("make", [_mlp, _resnet, _gpt])
 def test_coverage_on_the_kernels_of_networks(make):
     problem, params = make()

@@ -149,9 +149,9 @@ def linen_problem(model, batches=BATCHES):
     "model",
     [
         SharedWithQueries(),
-        PlusAndMinus(),
+        pytest.param(PlusAndMinus(), marks=pytest.mark.scheduled),
         Sobolev(),
-        Switched(),
+        pytest.param(Switched(), marks=pytest.mark.scheduled),
         ScannedByHand(),
         Partitioned(),
         ByPosition(),

@@ -105,7 +105,9 @@ def turned(shift):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("exponent", [0.0, 0.2, -0.3])
+@pytest.mark.parametrize(
+    "exponent", [0.0, 0.2, pytest.param(-0.3, marks=pytest.mark.scheduled)]
+)
 def test_planted_laws_are_recovered(exponent):
     rate = 0.02  # (v - v^N) tau = rate * lambda^exponent
     chain = {step: turned(rate * VALUES**exponent * np.log(step / 8)) for step in ENDS}
