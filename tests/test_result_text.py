@@ -127,7 +127,6 @@ def test_a_fit_shows_its_interval_or_its_error():
     assert "0.780 [0.726, 0.831]" in repr(fit(0.78)._replace(interval=interval))
 
 
-@pytest.mark.not_in_mode("debug_nans")
 def test_an_undefined_fit_says_why():
     few = shells.fit_power_law(jnp.ones(1), jnp.ones(1))
     assert "n/a (fewer than 2 points, or a single x)" in repr(few)

@@ -59,7 +59,8 @@ class Description:
     Attributes:
         axes: Names of axes, by their letters, where they are not the usual ones.
         masks: The field or property that says where another one is defined, by name;
-            of a result inside this one, whether it is.
+            of a result inside this one, whether it is. It is boolean, or numbers that
+            are finite where they are defined, such as those of the field itself.
         units: Units, by the name of the field.
         derived: Properties that count as fields.
 
@@ -135,6 +136,8 @@ def defined(result: Any, field: Field) -> np.ndarray | None:
     mask = on_host(getattr(result, name))
     if mask is None:
         return array
+    if _is_floating(mask):
+        mask = np.isfinite(mask)
     axes = _named(result, name).axes
     batch = 0 if axes is None else mask.ndim - len(axes)  # None under python -OO
     ones = (1,) * (array.ndim - mask.ndim)
@@ -156,9 +159,9 @@ def reads_nan(function: _Function) -> _Function:
 def with_undefined(result: Any) -> Any:
     """Returns a result with NaN where its masks say that it is undefined.
 
-    Compiled functions leave zeros there, since a NaN that is computed stops a run under
-    `jax_debug_nans`. Results inside it are treated alike; a mask of one of them holds
-    for all of its numbers. What is not at hand stays as it is.
+    Compiled functions leave zeros or infinities there, since a NaN that is computed
+    stops a run under `jax_debug_nans`. Results inside it are treated alike; a mask of
+    one of them holds for all of its numbers. What is not at hand stays as it is.
     """
     described = description_of(result)
     if described is None:
