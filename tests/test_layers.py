@@ -15,6 +15,7 @@ from grsd_jax import (
 )
 from grsd_jax.conditions import partition_by_prefix
 from grsd_jax.shells import measure_layers, toeplitz_residual
+from modes import no_nan
 from oracles import network_problem, plain, relative_error
 
 KEY = jax.random.key(0)
@@ -122,7 +123,7 @@ def with_few(mlp):
     def measure(params):
         return measure_layers(problem, params, key=KEY, shells=shells)
 
-    with jax.debug_nans(True):
+    with no_nan():
         return measure(params), measure
 
 
@@ -136,7 +137,7 @@ def test_windows_without_coupling_are_undefined(with_few):
 @pytest.mark.scheduled
 def test_layers_measured_in_a_program_make_no_nan(mlp, with_few):
     outside, measure = with_few
-    with jax.debug_nans(True):
+    with no_nan():
         inside = jax.jit(measure)(mlp[1])
     assert not any(np.isnan(leaf).any() for leaf in jax.tree.leaves(inside))
     for part in (lambda found: found.average, lambda found: found.total.literal):

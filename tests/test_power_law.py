@@ -7,6 +7,7 @@ import pytest
 
 from grsd_jax.results import with_undefined
 from grsd_jax.shells import power_law
+from modes import no_nan
 
 compiled = jax.jit(
     power_law.fit_power_law, static_argnames=("num_bootstrap", "confidence")
@@ -187,7 +188,7 @@ def test_degenerate_resamples_do_not_poison_the_interval():
 def test_nothing_is_nan_on_the_way():
     x, y = np.float32([0, -1, 1, 10, 100]), np.float32([1, 1, 1, 11, 98])
     key = jax.random.key(0)
-    with jax.debug_nans(True):
+    with no_nan():
         power_law.fit_power_law(x, y, num_bootstrap=30, key=key)
         compiled(x, y, num_bootstrap=30, key=key)
 
@@ -208,7 +209,7 @@ def test_nothing_is_nan_on_the_way():
 def test_what_is_undefined_is_infinite_in_programs_and_nan_outside(x, y, finite):
     x, y = np.float32(x), np.float32(y)
     options = {"num_bootstrap": 30, "key": jax.random.key(0)}
-    with jax.debug_nans(True):
+    with no_nan():
         inside = compiled(x, y, **options)
         outside = power_law.fit_power_law(x, y, **options)
     read = with_undefined(inside)

@@ -7,6 +7,7 @@ import pytest
 
 from grsd_jax import dynamics
 from grsd_jax.results import with_undefined
+from modes import no_nan
 
 compiled = jax.jit(dynamics.velocity_fit, static_argnames="num_bootstrap")
 
@@ -131,7 +132,7 @@ def test_points_that_say_nothing_are_left_out():
 
 def test_what_is_undefined_is_infinite_in_programs_and_nan_outside():
     edges = jnp.asarray(EDGES[:3], jnp.float32)
-    with jax.debug_nans(True):
+    with no_nan():
         inside = compiled(edges, 2 * edges)
         outside = dynamics.velocity_fit(edges, 2 * edges)
     for name in ("curvature", "curvature_stderr", "p_value"):

@@ -9,6 +9,7 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
@@ -148,10 +149,19 @@ def defined(result: Any, field: Field) -> np.ndarray | None:
 def reads_nan(function: _Function) -> _Function:
     """Returns a function that makes text or tables, in which NaN is no error."""
 
+    def quietly(x64: bool, args: Any, options: Any) -> Any:
+        with jax.debug_nans(False), jax.enable_x64(x64):
+            return function(*args, **options)
+
     @functools.wraps(function)
     def reading(*args: Any, **options: Any) -> Any:
-        with jax.debug_nans(False):
+        if not jax.config.jax_debug_nans:  # pyrefly: ignore[missing-attribute]
             return function(*args, **options)
+        # In a thread of its own: in one that has left `jax.debug_nans`, JAX looks for
+        # NaN only at the first call of a compiled function.
+        x64 = jnp.result_type(float) == jnp.float64
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(quietly, x64, args, options).result()
 
     return cast(_Function, reading)
 
