@@ -155,7 +155,7 @@ def reads_nan(function: _Function) -> _Function:
 
     @functools.wraps(function)
     def reading(*args: Any, **options: Any) -> Any:
-        if not jax.config.jax_debug_nans:  # pyrefly: ignore[missing-attribute]
+        if not jax.debug_nans.value:
             return function(*args, **options)
         # In a thread of its own: in one that has left `jax.debug_nans`, JAX looks for
         # NaN only at the first call of a compiled function.
