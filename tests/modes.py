@@ -4,6 +4,10 @@
 errors, are on in every run.
 """
 
+import contextlib
+
+import jax
+
 #: What each mode sets of `jax.config`; `optimized` is run with ``PYTHONOPTIMIZE=1``.
 MODES = {
     "debug_nans": {"jax_debug_nans": True},
@@ -48,3 +52,15 @@ FILES = (
     "test_velocity_law",
     "test_writers",
 )
+
+
+@contextlib.contextmanager
+def no_nan():
+    """Sets `jax_debug_nans`, where the mode does not.
+
+    In a thread that has left `jax.debug_nans`, whatever is set for all threads, JAX
+    looks for NaN only at the first call of a compiled function.
+    """
+    on = jax.config.jax_debug_nans
+    with contextlib.nullcontext() if on else jax.debug_nans(True):
+        yield

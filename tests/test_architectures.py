@@ -229,6 +229,16 @@ def test_coupled_or_random_examples_are_refused(layer, message, layers_known):
             gradient_flow_direction(problem, params)
 
 
+def test_what_a_problem_refuses_passes_elsewhere():
+    x = jax.random.normal(jax.random.key(0), (N, 4), jnp.float32)
+    drawing, key = nn.Dropout(0.5, deterministic=False), jax.random.key(1)
+    outputs = models.linen_outputs(drawing, {})
+    for _ in range(3):
+        with pytest.raises(ValueError, match="expected dropout with deterministic"):
+            outputs({}, {"image": x})
+        assert (drawing.apply({}, x, rngs={"dropout": key}) == 0).any()
+
+
 class Attention(nn.Module):
     """Attention whose dropout is told by position not to draw."""
 

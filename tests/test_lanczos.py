@@ -16,6 +16,7 @@ from grsd_jax.linalg import (
     lanczos_step,
 )
 from lanczos_runs import run, scanned
+from modes import no_nan
 from oracles import symmetric_with_spectrum
 
 ritz_pairs = jax.jit(linalg.ritz_pairs)
@@ -101,7 +102,7 @@ def test_scan_and_host_loop_agree(name):
 
 
 def test_under_debug_nans():
-    with jax.debug_nans(True):
+    with no_nan():
         for spectrum in SPECTRA.values():
             dense, _ = symmetric_with_spectrum(spectrum)
             check(scanned(jnp.asarray(dense, jnp.float32), 3, 50), dense, spectrum)

@@ -15,6 +15,7 @@ from grsd_jax import (
 )
 from grsd_jax.conditions import partition_by_prefix
 from grsd_jax.shells import measure_layers, toeplitz_residual
+from modes import no_nan
 from oracles import network_problem, plain, relative_error
 
 KEY = jax.random.key(0)
@@ -111,6 +112,37 @@ def test_total_is_the_measurement_of_the_whole(mlp, measured):
         assert np.isnan(layer.operator_disagreement)
     assert total.operator_disagreement < 1e-5
     assert total.reduction == mlp[0].reduction
+
+
+@pytest.fixture(scope="module")
+def with_few(mlp):
+    """Returns a measurement with windows that hold no coupling, and how it is taken."""
+    problem, params, _ = mlp
+    shells = Binning(num_shells=7, window=3, num_bootstrap=0, min_count=3)
+
+    def measure(params):
+        return measure_layers(problem, params, key=KEY, shells=shells)
+
+    with no_nan():
+        return measure(params), measure
+
+
+def test_windows_without_coupling_are_undefined(with_few):
+    for part in (with_few[0].average, with_few[0].total.literal):
+        undefined = np.isnan(part.windows)
+        assert undefined.any()
+        assert (part.degrees_of_freedom[undefined] == 0).all()
+
+
+@pytest.mark.scheduled
+def test_layers_measured_in_a_program_make_no_nan(mlp, with_few):
+    outside, measure = with_few
+    with no_nan():
+        inside = jax.jit(measure)(mlp[1])
+    assert not any(np.isnan(leaf).any() for leaf in jax.tree.leaves(inside))
+    for part in (lambda found: found.average, lambda found: found.total.literal):
+        infinite, undefined = part(inside).windows, part(outside).windows
+        np.testing.assert_array_equal(np.isinf(infinite), np.isnan(undefined))
 
 
 def test_layers_have_their_own_spectra(measured, kernels):

@@ -5,11 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from grsd_jax.results import with_undefined
 from grsd_jax.shells import power_law
+from modes import no_nan
 
-fit_power_law = jax.jit(
+compiled = jax.jit(
     power_law.fit_power_law, static_argnames=("num_bootstrap", "confidence")
 )
+
+
+def fit_power_law(*points, **options):
+    return with_undefined(compiled(*points, **options))
 
 
 def planted(exponent, prefactor, noise, size=40, seed=0, dtype=np.float32):
@@ -101,7 +107,6 @@ def test_unusable_points_are_left_out():
     np.testing.assert_allclose(fit.interval, want.interval, atol=0.02)
 
 
-@pytest.mark.not_in_mode("debug_nans")
 @pytest.mark.parametrize("size", [0, 1])
 def test_too_few_points(size):
     x, y = planted(1.0, 1.0, 0.1, size=5)
@@ -113,7 +118,6 @@ def test_too_few_points(size):
     assert np.isnan(fit.interval).all()
 
 
-@pytest.mark.not_in_mode("debug_nans")
 def test_two_points_have_a_slope_but_no_error():
     x, y = np.float32([1, 10]), np.float32([2, 200])
     fit = fit_power_law(x, y, num_bootstrap=20, key=jax.random.key(0))
@@ -123,7 +127,6 @@ def test_two_points_have_a_slope_but_no_error():
     assert np.isnan(fit.interval).all()
 
 
-@pytest.mark.not_in_mode("debug_nans")
 @pytest.mark.parametrize("size", [2, 7, 33])
 @pytest.mark.parametrize("value", [1e-7, 0.3, 12345.678])
 def test_no_spread(size, value):
@@ -185,8 +188,40 @@ def test_degenerate_resamples_do_not_poison_the_interval():
 def test_nothing_is_nan_on_the_way():
     x, y = np.float32([0, -1, 1, 10, 100]), np.float32([1, 1, 1, 11, 98])
     key = jax.random.key(0)
-    with jax.debug_nans(True):
+    with no_nan():
         power_law.fit_power_law(x, y, num_bootstrap=30, key=key)
+        compiled(x, y, num_bootstrap=30, key=key)
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "finite"),
+    [
+        ([1], [2], ()),
+        ([3, 3, 3], [1, 2, 4], ()),
+        ([1, 10], [2, 200], ("exponent", "prefactor", "r_squared")),
+        (
+            [1, 10, 100],
+            [3, 3, 3],
+            ("exponent", "prefactor", "exponent_stderr", "interval"),
+        ),
+    ],
+)
+def test_what_is_undefined_is_infinite_in_programs_and_nan_outside(x, y, finite):
+    x, y = np.float32(x), np.float32(y)
+    options = {"num_bootstrap": 30, "key": jax.random.key(0)}
+    with no_nan():
+        inside = compiled(x, y, **options)
+        outside = power_law.fit_power_law(x, y, **options)
+    read = with_undefined(inside)
+    for name in set(inside._fields) - {"num_points"}:
+        got, expected = (np.asarray(getattr(f, name)) for f in (inside, outside))
+        np.testing.assert_array_equal(getattr(read, name), expected)
+        if name in finite:
+            np.testing.assert_array_equal(got, expected)
+            assert np.isfinite(got).all(), name
+        else:
+            assert np.isinf(got).all(), name
+            assert np.isnan(expected).all(), name
 
 
 def test_vmap_and_jit():

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import typing
+from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 
 import jax
@@ -127,7 +128,6 @@ def test_a_fit_shows_its_interval_or_its_error():
     assert "0.780 [0.726, 0.831]" in repr(fit(0.78)._replace(interval=interval))
 
 
-@pytest.mark.not_in_mode("debug_nans")
 def test_an_undefined_fit_says_why():
     few = shells.fit_power_law(jnp.ones(1), jnp.ones(1))
     assert "n/a (fewer than 2 points, or a single x)" in repr(few)
@@ -195,6 +195,26 @@ def test_a_summary_has_the_tables_of_what_is_inside():
 
 def test_the_reason_for_na_comes_from_the_docstring():
     result = random_result(CLASSES["IncrementStatistics"])
-    text = repr(result._replace(normal_distance=jnp.float32(jnp.nan)))
+    nan = jax.device_put(np.float32(np.nan))
+    text = repr(result._replace(normal_distance=nan))
     assert "n/a (where the sums do not vary)" in text
     assert "`" not in text
+
+
+def test_reading_a_result_leaves_the_search_for_nan_on():
+    result, log = random_result(CLASSES["ExactBalance"], 0), jax.jit(jnp.log)
+
+    def read():
+        for _ in range(3):
+            log(jnp.ones(2))
+        repr(result)
+        with pytest.raises(FloatingPointError):
+            log(-jnp.ones(2))
+
+    before = jax.config.jax_debug_nans
+    jax.config.update("jax_debug_nans", True)
+    try:
+        with ThreadPoolExecutor(1) as thread:  # others may have left `jax.debug_nans`
+            thread.submit(read).result()
+    finally:
+        jax.config.update("jax_debug_nans", before)

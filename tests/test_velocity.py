@@ -6,8 +6,15 @@ import numpy as np
 import pytest
 
 from grsd_jax import dynamics
+from grsd_jax.results import with_undefined
+from modes import no_nan
 
-velocity_fit = jax.jit(dynamics.velocity_fit, static_argnames="num_bootstrap")
+compiled = jax.jit(dynamics.velocity_fit, static_argnames="num_bootstrap")
+
+
+def velocity_fit(*points, **options):
+    return with_undefined(compiled(*points, **options))
+
 
 EDGES = np.geomspace(1e-3, 10, 17)
 
@@ -121,6 +128,17 @@ def test_points_that_say_nothing_are_left_out():
     assert np.isnan(nothing.p_value)
     same = velocity_fit(jnp.ones(6), velocity[:6])
     assert np.isnan(same.curvature)
+
+
+def test_what_is_undefined_is_infinite_in_programs_and_nan_outside():
+    edges = jnp.asarray(EDGES[:3], jnp.float32)
+    with no_nan():
+        inside = compiled(edges, 2 * edges)
+        outside = dynamics.velocity_fit(edges, 2 * edges)
+    for name in ("curvature", "curvature_stderr", "p_value"):
+        assert np.isposinf(getattr(inside, name))
+        assert np.isnan(getattr(outside, name))
+    np.testing.assert_array_equal(inside.fit.exponent, outside.fit.exponent)
 
 
 def test_fits_map_over_time():

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from grsd_jax.dynamics import SpectralSnapshot, exact_balance, velocity_law
+from grsd_jax.results import with_undefined
 from grsd_jax.shells import SoftShells
+from modes import no_nan
 
 VALUES = np.geomspace(1e-6, 1e3, 250)
 EDGES = np.geomspace(1e-3, 1, 8)
@@ -131,6 +133,24 @@ def test_balances_without_a_time_or_a_start_are_left_out():
     np.testing.assert_array_equal(law.num_edges, [8, 0, 8])
     np.testing.assert_array_equal(np.isnan(law.rates), [False, True, False])
     np.testing.assert_array_equal(np.isnan(law.products), [False, True, True])
+    np.testing.assert_array_equal(np.isnan(law.times), [False, True, True])
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_law_in_a_program_makes_no_nan():
+    ends = drifting(ENERGIES["flat"], 0.01)
+    balances = [between(ends, elapsed) for elapsed in (0.01, np.nan)]
+    starts = jnp.ones(2)
+    with no_nan():
+        outside = velocity_law(balances, starts)
+        inside = jax.jit(velocity_law)(balances, starts)
+    assert not any(np.isnan(leaf).any() for leaf in jax.tree.leaves(inside))
+    assert np.isinf(inside.rates[1])
+    assert np.isnan(outside.rates[1])
+    read = with_undefined(inside)
+    assert read.decay.num_points == 1
+    for got, expected in zip(*map(jax.tree.leaves, (read, outside)), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-9)
 
 
 def test_bad_laws_are_told():
@@ -145,3 +165,14 @@ def test_bad_laws_are_told():
         uncounted = dataclasses.replace(balance, counting=None)
         with pytest.raises(ValueError, match="balances: expected counts"):
             velocity_law([uncounted], jnp.ones(1), velocity="excess")
+
+
+@pytest.mark.usefixtures("x64")
+def test_an_edge_that_has_not_converged_has_an_infinite_error():
+    balance = between(drifting(ENERGIES["flat"], 0.01), 0.01)
+    unknown = jnp.full_like(balance.flux, jnp.inf)
+    still = dataclasses.replace(
+        balance, flux=jnp.zeros_like(unknown), flux_error=unknown, density_error=unknown
+    )
+    with no_nan():
+        assert np.isposinf(still.velocity_error).all()

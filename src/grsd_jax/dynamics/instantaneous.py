@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from grsd_jax._arrays import all_finite, matmul, ratio
 from grsd_jax._checks import check_at_least, check_positive, check_type
@@ -181,16 +182,15 @@ def measure_instant(
     if small is None:
         small = float(_straight_step(spectrum, point.params, point.direction))
     measured = central_difference(energies, point.params, point.direction, step=small)
-    with jax.debug_nans(False):  # what is undefined is NaN by contract
-        record = _transport_record(
-            spectrum,
-            edges,
-            (earlier["values"], earlier["resolved"]),
-            measured,
-            bootstrap_key,
-            num_values=min(_NUM_VALUES, size),
-            num_bootstrap=options.num_bootstrap,
-        )
+    record = _transport_record(
+        spectrum,
+        edges,
+        (earlier["values"], earlier["resolved"]),
+        measured,
+        bootstrap_key,
+        num_values=min(_NUM_VALUES, size),
+        num_bootstrap=options.num_bootstrap,
+    )
     left = {
         "values": spectrum.pairs.values[:size],
         "resolved": spectrum.pairs.resolved[:size],
@@ -307,11 +307,12 @@ def _transport_record(
     )
     before, was_resolved = earlier
     followed = slice(0, len(before))
+    largest = jnp.finfo(edges.dtype).max
     crossings = edge_crossings(
         before,
         pairs.values[followed],
         projections[followed],
-        edges.at[0].set(-jnp.inf).at[-1].set(jnp.inf),  # the shells' ends are open
+        edges.at[0].set(-largest).at[-1].set(largest),  # the shells' ends are open
         mask=was_resolved & pairs.resolved[followed],
     )
     crossings = jax.tree.map(lambda counted: counted[1:-1], crossings)
@@ -342,7 +343,7 @@ def empty_record(
     Returns:
         The record, of the shapes and dtypes of any other.
     """
-    square = jnp.full((num_pairs, num_pairs), jnp.nan, edges.dtype)
+    square = jnp.zeros((num_pairs, num_pairs), edges.dtype)
     column, mask = square[0], jnp.zeros(num_pairs, bool)
     pairs = RitzPairs(column, square, column, mask)
     shapes = _transport_record.eval_shape(
@@ -357,7 +358,9 @@ def empty_record(
 
     def unknown(shape: jax.ShapeDtypeStruct) -> jax.Array:
         floating = jnp.issubdtype(shape.dtype, jnp.floating)
-        return jnp.full(shape.shape, jnp.nan if floating else 0, shape.dtype)
+        # From the host: computed, a NaN would stop a run under `jax_debug_nans`.
+        numbers = np.full(shape.shape, np.nan if floating else 0, shape.dtype)
+        return jax.device_put(numbers)
 
     blank = jax.tree.map(unknown, shapes)._replace(num_columns=0)
     return blank._replace(shells=blank.shells._replace(edges=edges))

@@ -10,17 +10,22 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from grsd_jax._arrays import as_floating
+from grsd_jax._arrays import as_floating, divisor
 from grsd_jax._checks import check_at_least, check_choice
 from grsd_jax.dynamics.transport import ExactBalance
 from grsd_jax.dynamics.velocity import VelocityFit, velocity_fit
-from grsd_jax.results import NamedResult, result
+from grsd_jax.results import NamedResult, result, with_undefined
 from grsd_jax.shells.power_law import PowerLawFit, fit_power_law
 
 VELOCITIES = ("flux", "shift", "excess")
 
 
-@result()
+@result(
+    masks={
+        **{name: name for name in ("times", "exponent_error", "rates", "products")},
+        "rate_stderr": "has_scatter",
+    }
+)
 class VelocityLaw(NamedResult):
     """How the velocities of B balances depend on lambda and on time.
 
@@ -39,6 +44,8 @@ class VelocityLaw(NamedResult):
         decay: The fit of ``c`` against tau: an exponent of -1 if ``c tau`` is constant.
             Of the rates above 0.
         num_edges: [B] int32, the usable edges.
+
+    Inside `jit` no NaN is made: what is undefined is infinite there.
     """
 
     times: jax.Array
@@ -49,6 +56,11 @@ class VelocityLaw(NamedResult):
     products: jax.Array
     decay: PowerLawFit
     num_edges: jax.Array
+
+    @property
+    def has_scatter(self) -> jax.Array:
+        """Whether there are edges enough for the error of the rate, [B] bool."""
+        return self.num_edges > 1
 
 
 def velocity_law(
@@ -84,15 +96,16 @@ def velocity_law(
     check_at_least("len(balances)", len(balances), 1)
     check_choice("velocity", velocity, VELOCITIES)
     starts = as_floating("starts", starts, [len(balances)])
-    with jax.debug_nans(False):  # what is undefined is NaN by contract
-        forms = [_forms(balance, velocity) for balance in balances]
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *forms)
-        elapsed = jnp.stack([balance.elapsed for balance in balances])
-        return _law(stacked, starts.astype(elapsed.dtype), elapsed)
+    forms = [_forms(balance, velocity) for balance in balances]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *forms)
+    return with_undefined(_law(stacked, starts.astype(stacked.elapsed.dtype)))
 
 
 class _Forms(NamedTuple):
-    """The velocities of one balance, in the form asked for and in the other one."""
+    """The velocities of one balance, in the form asked for and in the other one.
+
+    Zeros where they are masked or undefined, and for a time that is unknown.
+    """
 
     velocity: jax.Array
     other: jax.Array
@@ -100,28 +113,38 @@ class _Forms(NamedTuple):
     effective_edges: jax.Array
     edges: jax.Array
     mask: jax.Array
+    elapsed: jax.Array
 
 
 def _forms(balance: ExactBalance, velocity: str) -> _Forms:
-    flux, shift, error = (
-        balance.velocity,
-        balance.shift_velocity,
-        balance.velocity_error,
-    )
+    elapsed = jnp.where(balance.timed, balance.elapsed, 0)
+    counted = stderr = jnp.zeros_like(balance.flux)
     if velocity == "excess":
-        counted = balance.counting_velocity
-        if counted is None or balance.counting is None:
+        if balance.counting is None or balance.counting_velocity is None:
             raise ValueError("balances: expected counts for the excess, got none.")
-        flux, shift = flux - counted, shift - counted
-        error = error + balance.counting.stderr / balance.elapsed
-    first, second = (shift, flux) if velocity == "shift" else (flux, shift)
-    edges, mask = balance.effective_edges, balance.velocity_mask & jnp.isfinite(first)
-    return _Forms(first, second, error, edges, balance.shells.edges, mask)
+        counted = balance.counting_velocity
+        stderr = balance.counting.stderr / divisor(elapsed)
+
+    def form(values: jax.Array) -> tuple[jax.Array, jax.Array]:
+        known = jnp.isfinite(values) & jnp.isfinite(counted) & balance.velocity_mask
+        return jnp.where(known, values, 0) - jnp.where(known, counted, 0), known
+
+    forms = form(balance.velocity), form(balance.shift_velocity)
+    (first, mask), (second, _) = forms[::-1] if velocity == "shift" else forms
+    return _Forms(
+        velocity=first,
+        other=second,
+        error=jnp.where(mask, balance.velocity_error, 0) + stderr,
+        effective_edges=jnp.where(mask, balance.effective_edges, 0),
+        edges=balance.shells.edges,
+        mask=mask,
+        elapsed=elapsed,
+    )
 
 
 @jax.jit
-def _law(forms: _Forms, starts: jax.Array, elapsed: jax.Array) -> VelocityLaw:
-    velocities, masks = forms.velocity, forms.mask
+def _law(forms: _Forms, starts: jax.Array) -> VelocityLaw:
+    velocities, masks, elapsed = forms.velocity, forms.mask, forms.elapsed
     number = jnp.sum(masks, axis=1, dtype=jnp.int32)
     total = jnp.maximum(number, 1).astype(velocities.dtype)
 
@@ -135,23 +158,32 @@ def _law(forms: _Forms, starts: jax.Array, elapsed: jax.Array) -> VelocityLaw:
     at_edges = fitted(forms.edges, velocities).fit.exponent
     otherwise = fitted(forms.effective_edges, forms.other).fit.exponent
     found, stderr = fits.fit.exponent, fits.fit.exponent_stderr
-    error = 2 * stderr + jnp.abs(at_edges - found)
     # Sharp shells have no shift.
-    apart = jnp.abs(otherwise - found)
-    error = error + 2 * jnp.where(jnp.isnan(apart), 0, apart)
+    apart = _apart(otherwise, found)
+    apart = jnp.where(jnp.isfinite(apart), apart, 0)
 
-    rates = jnp.where(number > 0, mean(velocities), jnp.nan)
-    scatter = mean(jnp.square(velocities - rates[:, None])) / jnp.maximum(total - 1, 1)
+    rate = mean(velocities)
+    scatter = mean(jnp.square(velocities - rate[:, None])) / jnp.maximum(total - 1, 1)
     rate_error = jnp.sqrt(scatter + mean(jnp.square(forms.error)) / total)
+    moves, timed = number > 0, (elapsed > 0) & (starts > 0)
     # log((start + elapsed) / start) without cancellation.
-    times = elapsed / jnp.log1p(elapsed / jnp.where(starts > 0, starts, jnp.nan))
+    logs = jnp.log1p(elapsed / divisor(starts))
+    times = jnp.where(timed, elapsed / jnp.where(timed, logs, 1), jnp.inf)
+    rates = jnp.where(moves, rate, jnp.inf)
     return VelocityLaw(
         times=times,
         fits=fits,
-        exponent_error=error,
+        exponent_error=2 * stderr + _apart(at_edges, found) + 2 * apart,
         rates=rates,
-        rate_stderr=jnp.where(number > 1, rate_error, jnp.nan),
-        products=rates * times,
-        decay=fit_power_law(times, rates, jnp.isfinite(times) & (number > 0)),
+        rate_stderr=jnp.where(number > 1, rate_error, jnp.inf),
+        products=jnp.where(moves & timed, rate * times, jnp.inf),
+        decay=fit_power_law(times, rates, moves & timed),
         num_edges=number,
     )
+
+
+def _apart(first: jax.Array, second: jax.Array) -> jax.Array:
+    """Returns how far exponents lie apart, infinity where one is undefined."""
+    known = jnp.isfinite(first) & jnp.isfinite(second)
+    distance = jnp.abs(jnp.where(known, first, 0) - jnp.where(known, second, 0))
+    return jnp.where(known, distance, jnp.inf)

@@ -480,10 +480,9 @@ class Probe:
         else:
             left = state.instant
             num_pairs = len(left["values"])
-            with jax.debug_nans(False):
-                instant = empty_record(
-                    edges, num_pairs=num_pairs, num_bootstrap=options.num_bootstrap
-                )
+            instant = empty_record(
+                edges, num_pairs=num_pairs, num_bootstrap=options.num_bootstrap
+            )
         record = record._replace(
             instantaneous=instant, finite=record.finite & instant.finite
         )

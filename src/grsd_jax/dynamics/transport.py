@@ -238,7 +238,8 @@ class ExactBalance(Result):
     def velocity_error(self) -> jax.Array:
         """The error of `velocity`, [q], from those of flux and density."""
         shift = jnp.abs(ratio(self.flux, self.density))
-        error = self.flux_error + shift * self.density_error
+        # Both errors are infinite where an edge has not converged.
+        error = self.flux_error + shift * jnp.where(shift > 0, self.density_error, 0)
         return _over(error, self.density, self._time)
 
     @property
@@ -296,7 +297,7 @@ class ExactBalance(Result):
 
     @property
     def _time(self) -> jax.Array:
-        return self.elapsed[..., None]
+        return jnp.where(jnp.isnan(self.elapsed), 0, self.elapsed)[..., None]
 
     def _headline(self) -> list[tuple[str, str]]:
         totals = [number(total) for total in np.sum(self.energies, axis=1)]

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from grsd_jax._arrays import as_floating, as_mask, divisor
-from grsd_jax.results import NamedResult, headline, number, result
+from grsd_jax.results import NamedResult, headline, number, result, with_undefined
 from grsd_jax.shells.power_law import PowerLawFit, fit_power_law, logs_and_unit
 
 
-@result()
+@result(masks=dict.fromkeys(("curvature", "curvature_stderr", "p_value"), "curvature"))
 class VelocityFit(NamedResult):
     """A power law of the velocity, and the evidence against it.
 
@@ -32,6 +32,8 @@ class VelocityFit(NamedResult):
             the errors of ``log |v|`` are independent and Gaussian: Student's t with
             ``num_points - 3`` degrees of freedom. Small: not a power law. NaN with the
             curvature.
+
+    Inside `jit` no NaN is made: what is undefined is infinite there.
     """
 
     fit: PowerLawFit
@@ -112,13 +114,17 @@ def velocity_fit(
     )
     share = fit.num_points.astype(dtype) / jnp.maximum(number, 1).astype(dtype)
     curvature, stderr, p_value = _curvature(edges, jnp.abs(velocity), used)
-    return VelocityFit(fit, sign, share, curvature, stderr, p_value)
+    found = VelocityFit(fit, sign, share, curvature, stderr, p_value)
+    return with_undefined(found)
 
 
 def _curvature(
     x: jax.Array, y: jax.Array, used: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the quadratic term of log y over log x, its error and its p-value."""
+    """Returns the quadratic term of log y over log x, its error and its p-value.
+
+    Infinities if they are undefined.
+    """
     dtype, eps = x.dtype, float(jnp.finfo(x.dtype).eps)
     weights = used.astype(dtype)
     number = jnp.sum(weights)
@@ -150,9 +156,8 @@ def _curvature(
     p_value = jax.scipy.special.betainc(
         freedom / 2, jnp.full_like(freedom, 0.5), freedom / (freedom + statistic)
     )
-    nan = jnp.asarray(jnp.nan, dtype)
     return (
-        jnp.where(defined, curvature, nan),
-        jnp.where(defined, jnp.sqrt(variance), nan),
-        jnp.where(defined, p_value, nan),
+        jnp.where(defined, curvature, jnp.inf),
+        jnp.where(defined, jnp.sqrt(variance), jnp.inf),
+        jnp.where(defined, p_value, jnp.inf),
     )

@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from grsd_jax._typing import PyTree
 from grsd_jax.models.inputs import Inputs, as_data, check_inputs, inputs_of
-from grsd_jax.models.linen_checks import refuse_coupled_examples
+from grsd_jax.models.linen_checks import coupled_examples_refused
 from grsd_jax.parameter_blocks import ParameterBlocks, partition_by_prefix
 
 
@@ -77,7 +77,7 @@ class LinenOutputs:
         if "train" in inspect.signature(type(self.model).__call__).parameters:
             options["train"] = False
         variables = {**self.state, "params": params}
-        with nn.intercept_methods(refuse_coupled_examples):
+        with coupled_examples_refused():
             inputs = inputs_of(batch, self.inputs)
             outputs: Any = self.model.apply(variables, inputs, **options)
         return outputs

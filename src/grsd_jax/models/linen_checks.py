@@ -5,7 +5,10 @@ and every path evaluates the error more than once. A layer that mixes examples, 
 draws random numbers, makes their answers wrong without a sign; it is refused instead.
 """
 
+import contextlib
 import inspect
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -18,24 +21,44 @@ _SLICED_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 _ATTENTION = nn.MultiHeadDotProductAttention
 
 
-def refuse_coupled_examples(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
-    """Lets a layer's call pass, for `flax.linen.intercept_methods`, or refuses it.
+class _Thread(threading.local):
+    """What a thread does: whether it refuses layers, and whether it always looks."""
 
-    Args:
-        next_fun: The call.
-        args: Its arguments.
-        kwargs: Its keyword arguments.
-        context: Which module and method.
+    refuses = False
+    looks = False
 
-    Returns:
-        What the call returns.
+
+_thread = _Thread()
+
+
+@contextlib.contextmanager
+def coupled_examples_refused() -> Iterator[None]:
+    """Refuses layers that are called inside and that mix examples or draw.
 
     Raises:
-        ValueError: If the layer is a dropout that draws, a BatchNorm on the batch's own
+        ValueError: If a layer is a dropout that draws, a BatchNorm on the batch's own
             statistics, or a normalization over the axis of the examples.
     """
+    # Flax removes interceptors in an assert, which ``python -O`` leaves out. There one
+    # stays, and lets pass what is called elsewhere.
+    looking = contextlib.nullcontext()
+    if not _thread.looks:
+        looking = nn.intercept_methods(_refuse_coupled_examples)
+        _thread.looks = not __debug__
+    before, _thread.refuses = _thread.refuses, True
+    try:
+        with looking:
+            yield
+    finally:
+        _thread.refuses = before
+
+
+def _refuse_coupled_examples(
+    next_fun: Any, args: Any, kwargs: Any, context: Any
+) -> Any:
+    """Lets a layer's call pass, or refuses it; the interceptor."""
     module = context.module
-    if context.method_name == "__call__":
+    if _thread.refuses and context.method_name == "__call__":
         call = inspect.signature(type(module).__call__)
         given = call.bind_partial(module, *args, **kwargs).arguments
         if isinstance(module, nn.Dropout):

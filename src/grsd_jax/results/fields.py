@@ -9,6 +9,7 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
@@ -59,7 +60,8 @@ class Description:
     Attributes:
         axes: Names of axes, by their letters, where they are not the usual ones.
         masks: The field or property that says where another one is defined, by name;
-            of a result inside this one, whether it is.
+            of a result inside this one, whether it is. It is boolean, or numbers that
+            are finite where they are defined, such as those of the field itself.
         units: Units, by the name of the field.
         derived: Properties that count as fields.
 
@@ -135,6 +137,8 @@ def defined(result: Any, field: Field) -> np.ndarray | None:
     mask = on_host(getattr(result, name))
     if mask is None:
         return array
+    if _is_floating(mask):
+        mask = np.isfinite(mask)
     axes = _named(result, name).axes
     batch = 0 if axes is None else mask.ndim - len(axes)  # None under python -OO
     ones = (1,) * (array.ndim - mask.ndim)
@@ -145,10 +149,19 @@ def defined(result: Any, field: Field) -> np.ndarray | None:
 def reads_nan(function: _Function) -> _Function:
     """Returns a function that makes text or tables, in which NaN is no error."""
 
+    def quietly(x64: bool, args: Any, options: Any) -> Any:
+        with jax.debug_nans(False), jax.enable_x64(x64):
+            return function(*args, **options)
+
     @functools.wraps(function)
     def reading(*args: Any, **options: Any) -> Any:
-        with jax.debug_nans(False):
+        if not jax.debug_nans.value:
             return function(*args, **options)
+        # In a thread of its own: in one that has left `jax.debug_nans`, JAX looks for
+        # NaN only at the first call of a compiled function.
+        x64 = jnp.result_type(float) == jnp.float64
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(quietly, x64, args, options).result()
 
     return cast(_Function, reading)
 
@@ -156,9 +169,9 @@ def reads_nan(function: _Function) -> _Function:
 def with_undefined(result: Any) -> Any:
     """Returns a result with NaN where its masks say that it is undefined.
 
-    Compiled functions leave zeros there, since a NaN that is computed stops a run under
-    `jax_debug_nans`. Results inside it are treated alike; a mask of one of them holds
-    for all of its numbers. What is not at hand stays as it is.
+    Compiled functions leave zeros or infinities there, since a NaN that is computed
+    stops a run under `jax_debug_nans`. Results inside it are treated alike; a mask of
+    one of them holds for all of its numbers. What is not at hand stays as it is.
     """
     described = description_of(result)
     if described is None:

@@ -14,7 +14,15 @@ import numpy as np
 
 from grsd_jax._arrays import magnitude
 from grsd_jax.linalg.ritz import RitzPairs
-from grsd_jax.results import NamedResult, Result, headline, number, result, span
+from grsd_jax.results import (
+    NamedResult,
+    Result,
+    headline,
+    number,
+    result,
+    span,
+    with_undefined,
+)
 from grsd_jax.shells.binning import (
     ShellCoupling,
     Shells,
@@ -35,7 +43,7 @@ from grsd_jax.shells.toeplitz import (
 _MOST = 0.5
 
 
-@result()
+@result(masks={"residual": "residual", "windows": "windows"})
 class ToeplitzDiagnostics(NamedResult):
     """How far a coupling between shells is from depending on ``a - b`` alone.
 
@@ -49,7 +57,8 @@ class ToeplitzDiagnostics(NamedResult):
             0 the residual is zero by construction, or undefined.
 
     Residuals do not depend on units: they are right for means that leave the range of
-    the dtype and are masked in ``coupling``.
+    the dtype and are masked in ``coupling``. Inside `jit` no NaN is made: a residual
+    that is undefined is infinite there.
     """
 
     coupling: ShellCoupling
@@ -304,8 +313,11 @@ def diagnose(
 ) -> CouplingMeasurement:
     """Returns the measurement: the coupling, binned, with every diagnostic."""
     # The labels stay outside, so that one program serves every solver and window.
-    with jax.debug_nans(False):  # what is undefined is NaN by contract
-        fields = _fields(pairs, coupling, checks.finite, key, binning=binning)
+    fields = _fields(pairs, coupling, checks.finite, key, binning=binning)
+    for name in ("literal", "renormalized"):
+        fields[name] = without_infinity(fields[name])
+    for name in ("diagonal_fit", "shell_fit"):
+        fields[name] = with_undefined(fields[name])
     return CouplingMeasurement(
         values=pairs.values,
         vectors=pairs.vectors,
@@ -374,5 +386,11 @@ def toeplitz_diagnostics(
         coupling=mean_squares(root, mask),
         residual=toeplitz_residual(squares, mask),
         windows=windows,
-        degrees_of_freedom=jnp.where(jnp.isnan(windows), 0, freedom),
+        degrees_of_freedom=jnp.where(jnp.isfinite(windows), freedom, 0),
     )
+
+
+def without_infinity(diagnostics: ToeplitzDiagnostics) -> ToeplitzDiagnostics:
+    """Returns diagnostics with NaN for residuals that are undefined, outside `jit`."""
+    # Masked entries of the coupling keep their zeros.
+    return with_undefined(diagnostics)._replace(coupling=diagnostics.coupling)

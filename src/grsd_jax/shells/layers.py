@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grsd_jax._arrays import all_finite, divisor, matmul, norm
+from grsd_jax._arrays import all_finite, divisor, is_traced, matmul, norm
 from grsd_jax._checks import check_key
 from grsd_jax._typing import PyTree
 from grsd_jax.jacobian.plan import plan_of
@@ -30,6 +30,7 @@ from grsd_jax.shells.diagnostics import (
     ToeplitzDiagnostics,
     diagnose,
     toeplitz_diagnostics,
+    without_infinity,
 )
 from grsd_jax.shells.measurement import diagonalize, leading_pairs, missing_pairs
 from grsd_jax.shells.options import Binning, Window
@@ -76,7 +77,7 @@ def measure_layers(
     Returns:
         `LayerMeasurements`. Of the cross-checks of `measure_coupling` only the total's
         ``operator_disagreement`` is made, with its leading eigenvector; the other
-        disagreements, and the unresolved energies, are NaN.
+        disagreements, and the unresolved energies, are NaN; inside `jit`, infinite.
 
     Raises:
         ValueError: If a shape, tree, dtype, leading axis or choice does not fit.
@@ -114,8 +115,9 @@ def measure_layers(
             labels=Labels("dense", form, "exact", point.reduction, False, window),
             binning=shells,
         )
-        # NaN from the host: computed, it would stop a run under `jax_debug_nans`.
-        unknown = jax.device_put(np.full((), np.nan, kernel.dtype))
+        # A NaN that a program returns would stop it under `jax_debug_nans`.
+        unmade = np.inf if is_traced(kernel) else np.nan
+        unknown = jax.device_put(np.full((), unmade, kernel.dtype))
         return dataclasses.replace(
             measured,
             secant_disagreement=unknown,
@@ -129,12 +131,9 @@ def measure_layers(
     apart = jnp.abs(project_kernel(point, leading)[0, 0] - total.values[0])
     disagreement = apart / divisor(total.values[0])
     total = dataclasses.replace(total, operator_disagreement=disagreement)
-    with jax.debug_nans(False):  # what is undefined is NaN by contract
-        average = _average(
-            moved, total.vectors, total.values, total.shells, binning=shells
-        )
+    average = _average(moved, total.vectors, total.values, total.shells, binning=shells)
     layers = {name: measure(*pair) for name, pair in matrices.items()}
-    return LayerMeasurements(layers, total, average)
+    return LayerMeasurements(layers, total, without_infinity(average))
 
 
 @partial(jax.jit, static_argnames="binning")

@@ -11,10 +11,21 @@ import jax.numpy as jnp
 
 from grsd_jax._arrays import as_floating, as_mask, magnitude
 from grsd_jax._checks import check_at_least, check_key
-from grsd_jax.results import NamedResult, number, result, with_interval
+from grsd_jax.results import (
+    NamedResult,
+    number,
+    result,
+    with_interval,
+    with_undefined,
+)
+
+_DEFINED = ("exponent", "r_squared", "exponent_stderr", "interval")
 
 
-@result(axes={"2": "bound"})
+@result(
+    axes={"2": "bound"},
+    masks={**{name: name for name in _DEFINED}, "prefactor": "exponent"},
+)
 class PowerLawFit(NamedResult):
     """A least-squares fit of ``log y = log c + p log x``.
 
@@ -29,6 +40,8 @@ class PowerLawFit(NamedResult):
         num_points: [] int32, the points used.
         interval: [2], the bootstrap interval of the exponent, NaN where the standard
             error is; None unless asked for.
+
+    Inside `jit` no NaN is made: what is undefined is infinite there.
     """
 
     exponent: jax.Array
@@ -92,7 +105,7 @@ def fit_power_law(
         confidence: The nominal coverage of ``interval``, between 0 and 1.
 
     Returns:
-        The fit; ``num_points`` explains any NaN in it.
+        The fit; ``num_points`` explains what is undefined in it.
 
     Raises:
         ValueError: If the shapes differ or are not [r], ``x`` or ``y`` is not floating,
@@ -126,15 +139,16 @@ def fit_power_law(
     interval = None
     if num_bootstrap and key is not None:
         interval = _bootstrap(log_x, log_y, used, num_bootstrap, key, confidence)
-        interval = jnp.where(enough, interval, jnp.nan)
-    return PowerLawFit(
-        exponent=jnp.where(line.defined, line.slope, jnp.nan),
-        prefactor=jnp.where(line.defined, jnp.exp(intercept), jnp.nan),
-        r_squared=jnp.where(varies, jnp.maximum(1 - rest, 0), jnp.nan),
-        exponent_stderr=jnp.where(enough, stderr, jnp.nan),
+        interval = jnp.where(enough, interval, jnp.inf)
+    fit = PowerLawFit(
+        exponent=jnp.where(line.defined, line.slope, jnp.inf),
+        prefactor=jnp.where(line.defined, jnp.exp(intercept), jnp.inf),
+        r_squared=jnp.where(varies, jnp.maximum(1 - rest, 0), jnp.inf),
+        exponent_stderr=jnp.where(enough, stderr, jnp.inf),
         num_points=num_points,
         interval=interval,
     )
+    return with_undefined(fit)
 
 
 def logs_and_unit(values: jax.Array, used: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -224,7 +238,7 @@ def _bootstrap(
     slopes, defined = jax.vmap(slope)(draws)
     tail = (1 - confidence) / 2
     levels = jnp.asarray([tail, 1 - tail], slopes.dtype)
-    return jnp.where(jnp.any(defined), _quantiles(slopes, defined, levels), jnp.nan)
+    return jnp.where(jnp.any(defined), _quantiles(slopes, defined, levels), jnp.inf)
 
 
 def _quantiles(samples: jax.Array, defined: jax.Array, levels: jax.Array) -> jax.Array:

@@ -11,7 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grsd_jax._arrays import as_mask, as_square, magnitude, norm
+from grsd_jax._arrays import (
+    as_mask,
+    as_square,
+    is_traced,
+    magnitude,
+    norm,
+    where_defined,
+)
 from grsd_jax._checks import check_at_least
 
 
@@ -61,7 +68,8 @@ def toeplitz_residual(
         mask: [S, S] bool, the valid entries. Default: all.
 
     Returns:
-        [], NaN if no valid entry differs from zero, since nothing has no shape. When as
+        [], NaN if no valid entry differs from zero, since nothing has no shape; inside
+        `jit`, where a NaN would stop a run under `jax_debug_nans`, infinity. When as
         many diagonals as entries are valid it is 0 by construction: see
         :func:`toeplitz_degrees_of_freedom`.
 
@@ -78,7 +86,8 @@ def toeplitz_residual(
     scaled = matrix / magnitude(matrix)
     rest = jnp.where(mask, scaled - toeplitz_approximation(scaled, mask), 0)
     whole = norm(scaled)
-    return jnp.where(whole == 0, jnp.nan, norm(rest) / jnp.where(whole == 0, 1, whole))
+    residual = norm(rest) / jnp.where(whole == 0, 1, whole)
+    return _or_nan(jnp.where(whole == 0, jnp.inf, residual))
 
 
 def windowed_toeplitz_residual(
@@ -97,7 +106,8 @@ def windowed_toeplitz_residual(
         mask: [S, S] bool, the valid entries. Default: all.
 
     Returns:
-        [S - window + 1], NaN where no valid entry of a window differs from zero.
+        [S - window + 1], NaN where no valid entry of a window differs from zero; inside
+        `jit`, infinity.
 
     Raises:
         ValueError: If ``window`` is not an integer from 1 to S, ``matrix`` is not a
@@ -108,7 +118,8 @@ def windowed_toeplitz_residual(
     """
     matrix, mask = _matrix_and_mask(matrix, mask)
     _check_window(window, matrix.shape[0])
-    return jax.vmap(toeplitz_residual)(_windows(matrix, window), _windows(mask, window))
+    blocks, masks = _windows(matrix, window), _windows(mask, window)
+    return _or_nan(jax.vmap(toeplitz_residual)(blocks, masks))
 
 
 def centre_toeplitz_residual(
@@ -186,6 +197,13 @@ def windowed_toeplitz_degrees_of_freedom(
     mask = _square_mask(mask)
     _check_window(window, mask.shape[0])
     return jax.vmap(toeplitz_degrees_of_freedom)(_windows(mask, window))
+
+
+def _or_nan(residuals: jax.Array) -> jax.Array:
+    """Returns residuals, NaN where they are infinite; as they are inside `jit`."""
+    if is_traced(residuals):
+        return residuals
+    return where_defined(jnp.isfinite(residuals), residuals)
 
 
 def _matrix_and_mask(
