@@ -1,6 +1,9 @@
 """Couplings by random signs, against the same sums over all pairs in float64."""
 
 import functools
+import importlib
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +11,6 @@ import numpy as np
 import pytest
 import scipy.special
 
-import sequence_networks
 from grsd_jax import Problem, gradient_flow_direction, kernel_dense, models
 from grsd_jax.shells import (
     Signs,
@@ -19,6 +21,9 @@ from grsd_jax.shells import (
     windowed_toeplitz_residual,
 )
 from oracles import cast
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+gpt = importlib.import_module("gpu.gpt")
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -217,11 +222,12 @@ def _resnet():
 
 
 def _gpt():
-    outputs_fn, params, _ = sequence_networks.gpt()
-    tokens = np.random.default_rng(0).integers(0, 3, (1, 30, 5))
+    size = gpt.Size(layers=2, width=16, vocabulary=6, positions=6, examples=10)
+    tokens = np.random.default_rng(0).integers(0, 6, (1, 10, 6))
     # The next token follows from the two before it.
-    label = (tokens + np.roll(tokens, 1, -1)) % 3
-    return Problem(outputs_fn, {"x": tokens, "label": label}), params
+    label = (tokens + np.roll(tokens, 1, -1)) % 6
+    problem = Problem(gpt.logits, {"tokens": tokens, "label": label})
+    return problem, cast(gpt.make_params(size), jnp.float64)
 
 
 @pytest.fixture
@@ -278,6 +284,10 @@ def test_empty_shells_are_masked():
     found = estimated(case, shells, 5, jax.random.key(0), signs=Signs(4, 6))
     assert found.mask.sum() == 4
     assert not found.mask[-1].any()
+    windows = found.toeplitz(1)
+    assert np.isfinite(windows.residual)
+    assert list(np.isfinite(windows.windows)) == [True, True, False]
+    assert list(np.isfinite(windows.windows_error)) == [True, True, False]
     assert np.all(np.where(found.mask, 0, found.matrix) == 0)
     assert bool(found.finite)
 

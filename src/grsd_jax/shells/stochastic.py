@@ -33,7 +33,7 @@ from grsd_jax.kernel.products import held_products
 from grsd_jax.linalg.eigenpairs import leading_eigenpairs
 from grsd_jax.linalg.lanczos import LanczosResult, block_lanczos
 from grsd_jax.problem import Problem, point_at
-from grsd_jax.results import NamedResult, number, result, span
+from grsd_jax.results import NamedResult, number, result, span, with_undefined
 from grsd_jax.shells.soft_shells import SoftShells
 from grsd_jax.shells.toeplitz import (
     toeplitz_residual,
@@ -71,7 +71,18 @@ class Signs:
         check_at_least("num_steps", self.num_steps, 4)
 
 
-@result()
+@result(
+    masks={
+        name: name
+        for name in (
+            "residual",
+            "residual_error",
+            "residual_of_signs",
+            "windows",
+            "windows_error",
+        )
+    }
+)
 class ToeplitzEstimate(NamedResult):
     """How far an estimated coupling is from depending on ``a - b`` alone.
 
@@ -87,6 +98,8 @@ class ToeplitzEstimate(NamedResult):
         windows_error: ``[S - w + 1]``, their standard errors.
         degrees_of_freedom: ``[S - w + 1]`` int32, those of each window's residual; with
             0 the residual is zero by construction, or undefined.
+
+    Inside `jit` no NaN is made: what is undefined is infinite there.
     """
 
     residual: jax.Array
@@ -165,7 +178,7 @@ class StochasticCoupling(NamedResult):
             window: w, the number of shells of a window, at most S.
 
         Returns:
-            A `ToeplitzEstimate`; its residuals are NaN where no cell has a coupling.
+            A `ToeplitzEstimate`; NaN where no cell has a coupling.
 
         Raises:
             ValueError: If ``window`` is not an integer from 1 to S.
@@ -185,7 +198,9 @@ class StochasticCoupling(NamedResult):
             _jackknife, residuals(self.matrix), others
         )
         free = windowed_toeplitz_degrees_of_freedom(self.mask, window)
-        return ToeplitzEstimate(whole, error, bias, windows, windows_error, free)
+        return with_undefined(
+            ToeplitzEstimate(whole, error, bias, windows, windows_error, free)
+        )
 
     def _headline(self) -> list[tuple[str, str]]:
         filled = np.asarray(self.mask)
@@ -603,10 +618,20 @@ def _quadrature(
 def _jackknife(
     value: jax.Array, replicates: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns a value without its bias, the bias, and the standard error."""
+    """Returns a value without its bias, the bias, and the standard error.
+
+    Infinities where the value, or one of the replicates, is not finite.
+    """
     number = len(replicates)
+    known = jnp.isfinite(value) & jnp.all(jnp.isfinite(replicates), 0)
+    value, replicates = (jnp.where(known, x, 0) for x in (value, replicates))
     bias = (number - 1) * (jnp.mean(replicates, 0) - value)
-    return value - bias, bias, jnp.std(replicates, 0) * (number - 1) ** 0.5
+    error = jnp.std(replicates, 0) * (number - 1) ** 0.5
+
+    def where_known(found: jax.Array) -> jax.Array:
+        return jnp.where(known, found, jnp.inf)
+
+    return where_known(value - bias), where_known(bias), where_known(error)
 
 
 def _symmetric(matrix: jax.Array) -> jax.Array:
