@@ -1,6 +1,11 @@
 """Strict JAX for every test: nothing may lean on silent promotion or on 64 bits."""
 
 import os
+import signal
+
+# A shell makes what runs in its background deaf to the Ctrl-C that some tests send.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Threads of OpenBLAS spin between their short turns, and take a core from the others.
