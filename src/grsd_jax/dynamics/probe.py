@@ -12,7 +12,7 @@ import operator
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -91,6 +91,30 @@ _WIDTH = 1 / 2
 
 #: Leading eigenvalues that a record holds.
 _NUM_VALUES = 32
+
+
+class _Look(NamedTuple):
+    """What a probe sees at a step.
+
+    Attributes:
+        state: What it remembers.
+        point: The problem at the parameters.
+        flow: The direction of the gradient flow there, None if time is not measured.
+        data: The fingerprint of the batches.
+        step: [] int32, the training step.
+    """
+
+    state: ProbeState
+    point: Point
+    flow: PyTree | None
+    data: jax.Array
+    step: jax.Array
+
+    @property
+    def key(self) -> jax.Array:
+        """The key of all that is random at this step."""
+        key = jax.random.wrap_key_data(self.state.key_data, impl="threefry2x32")
+        return jax.random.split(jax.random.fold_in(key, self.step))[0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -199,20 +223,18 @@ class Probe:
         data = fingerprint(problem or self.problem)
         step = jnp.asarray(step, jnp.int32)
 
-        def taken(
-            state: ProbeState, point: Point, data: jax.Array, step: jax.Array
-        ) -> tuple[ProbeState, ProbeRecord]:
+        def taken(look: _Look) -> tuple[ProbeState, ProbeRecord]:
             measures = self.schedule is None and _has_loss(self.problem)
-            flow = flow_at(point) if measures else None
-            return self._measure(state, point, flow, data, step)
+            flow = flow_at(look.point) if measures else None
+            return self._measure(look._replace(flow=flow))
 
-        def passed(state: ProbeState, *_: Any) -> tuple[ProbeState, ProbeRecord]:
-            return state, blank_like(shapes)
+        def passed(look: _Look) -> tuple[ProbeState, ProbeRecord]:
+            return look.state, blank_like(shapes)
 
-        arguments = (state, point, data, step)
-        _, shapes = jax.eval_shape(taken, *arguments)
+        look = _Look(state, point, None, data, step)
+        _, shapes = jax.eval_shape(taken, look)
         due = self._is_due(state.last_step, state.start_step, step) & state.active
-        return jax.lax.cond(due, taken, passed, *arguments)
+        return jax.lax.cond(due, taken, passed, look)
 
     def update(
         self,
@@ -272,7 +294,8 @@ class Probe:
         needs_flow = self.instantaneous is not None and direction is None
         flow, gradient_seconds = _timed_flow(problem, point, needs_flow)
         first = steps[1] < 0
-        later, record = self._measure_on_host(state, point, flow, data, step)
+        look = _Look(state, point, flow, data, jnp.int32(step))
+        later, record = self._measure_on_host(look)
         if self.instantaneous is not None:
             moving = point_at(problem, params, flow if direction is None else direction)
             later, record = self._with_instant(state, later, record, moving)
@@ -332,89 +355,60 @@ class Probe:
         kept = None if solver == "dense" else num_pairs
         return first_state(size, point.error.dtype, kept)
 
-    def _measure_on_host(
-        self,
-        state: ProbeState,
-        point: Point,
-        flow: PyTree | None,
-        data: jax.Array,
-        step: int,
-    ) -> tuple[ProbeState, ProbeRecord]:
+    def _measure_on_host(self, look: _Look) -> tuple[ProbeState, ProbeRecord]:
         """Takes a record in the form that suits the backend, or says why it cannot."""
-        arguments = (state, point, flow, data, jnp.int32(step))
-        if not bool(all_finite(point.params)):
-            _, shapes = jax.eval_shape(self._measure, *arguments)
-            record = blank_like(shapes)._replace(start_step=state.start_step)
-            return stopped(state, arguments[-1]), record
+        if not bool(all_finite(look.point.params)):
+            _, shapes = jax.eval_shape(self._measure, look)
+            record = blank_like(shapes)._replace(start_step=look.state.start_step)
+            return stopped(look.state, look.step), record
         if _scans_are_fast():
-            return _measured(self, *arguments)
-        if int(state.start_step) < 0:
-            return self._begin(*arguments)
-        return self._measure(*arguments)
+            return _measured(self, look)
+        if int(look.state.start_step) < 0:
+            return self._begin(look)
+        return self._measure(look)
 
-    def _begin(
-        self,
-        state: ProbeState,
-        point: Point,
-        flow: PyTree | None,
-        data: jax.Array,
-        step: jax.Array,
-    ) -> tuple[ProbeState, ProbeRecord]:
+    def _begin(self, look: _Look) -> tuple[ProbeState, ProbeRecord]:
         """Takes the first look, from the host, where nothing lies before it.
 
         A program that is compiled as a whole takes the balance of the point with itself
         in its place: a second form of it would take longer to compile.
         """
-        elapsed = self._elapsed(state, point, point, flow, step)
-        if flow is not None and not self.schedule:  # there was no motion
+        state, point = look.state, look.point
+        elapsed = self._elapsed(look, point)
+        if look.flow is not None and not self.schedule:  # there was no motion
             elapsed = Elapsed(jnp.zeros_like(elapsed.time), jnp.bool_(True), None)
         number = min(_NUM_VALUES, point.dimension)
         snapshot: PyTree = {}
         if state.snapshot:
-            snapshot = dense_snapshot(point, data)
+            snapshot = dense_snapshot(point, look.data)
             values = snapshot.values[:number]
         else:
-            error, key = errors_at(point), self._key(state, step)
-            run = krylov_space(point, error, self._steps, key)
+            run = krylov_space(point, errors_at(point), self._steps, look.key)
             values = leading_ritz_values(run, number=number)
         edges = self._shells(state, values[0]).edges
-        return concluded(
-            state,
-            contents_of(point),
-            Found(None, snapshot, edges, values),
-            elapsed,
-            step,
-            every=self.every,
-        )
+        return self._concluded(look, Found(None, snapshot, edges, values), elapsed)
 
-    def _measure(
-        self,
-        state: ProbeState,
-        point: Point,
-        flow: PyTree | None,
-        data: jax.Array,
-        step: jax.Array,
-    ) -> tuple[ProbeState, ProbeRecord]:
+    def _measure(self, look: _Look) -> tuple[ProbeState, ProbeRecord]:
         """Takes a record, with the flow at the point if time is measured by it."""
-        start = point_of(state.start, point)
-        elapsed = self._elapsed(state, start, point, flow, step)
-        found = self._balance(state, (start, point), data, elapsed.time, step)
+        start = point_of(look.state.start, look.point)
+        elapsed = self._elapsed(look, start)
+        return self._concluded(look, self._balance(look, start, elapsed.time), elapsed)
+
+    def _concluded(
+        self, look: _Look, found: Found, elapsed: Elapsed
+    ) -> tuple[ProbeState, ProbeRecord]:
+        """Returns the state after a look, and its record."""
+        contents = contents_of(look.point)
         return concluded(
-            state, contents_of(point), found, elapsed, step, every=self.every
+            look.state, contents, found, elapsed, look.step, every=self.every
         )
 
-    def _balance(
-        self,
-        state: ProbeState,
-        points: tuple[Point, Point],
-        data: jax.Array,
-        elapsed: jax.Array,
-        step: jax.Array,
-    ) -> Found:
+    def _balance(self, look: _Look, start: Point, elapsed: jax.Array) -> Found:
         """Finds both kernels' spectra, and the balance between them."""
-        number = min(_NUM_VALUES, points[1].dimension)
+        state, points = look.state, (start, look.point)
+        number = min(_NUM_VALUES, look.point.dimension)
         if state.snapshot:
-            now = dense_snapshot(points[1], data)
+            now = dense_snapshot(look.point, look.data)
             shells = self._shells(state, now.values[0])
             balance = balance_snapshots(
                 state.snapshot,
@@ -424,17 +418,12 @@ class Probe:
                 snapshot_rounding(points, (state.snapshot, now)),
             )
             return Found(balance, now, shells.edges, now.values[:number])
-        spaces = krylov_spaces(points, self._steps, self._key(state, step))
+        spaces = krylov_spaces(points, self._steps, look.key)
         values = leading_ritz_values(spaces.after, number=number)
         shells = self._shells(state, values[0])
-        same = jnp.all(state.fingerprint == data)
+        same = jnp.all(state.fingerprint == look.data)
         balance = balance_spaces(spaces, shells, elapsed, same, steps=self._steps)
         return Found(balance, {}, shells.edges, values)
-
-    def _key(self, state: ProbeState, step: jax.Array) -> jax.Array:
-        """Returns the key of the balance at a step."""
-        key = jax.random.wrap_key_data(state.key_data, impl="threefry2x32")
-        return jax.random.split(jax.random.fold_in(key, step))[0]
 
     def _shells(self, state: ProbeState, largest: jax.Array) -> SoftShells:
         """Returns the shells, made from the largest eigenvalue at the first record."""
@@ -443,23 +432,16 @@ class Probe:
             edges = _edges_from(state, largest)
         return SoftShells(edges, width=self._width)
 
-    def _elapsed(
-        self,
-        state: ProbeState,
-        start: Point,
-        point: Point,
-        flow: PyTree | None,
-        step: jax.Array,
-    ) -> Elapsed:
+    def _elapsed(self, look: _Look, start: Point) -> Elapsed:
         """Returns the time since the start."""
-        dtype = point.error.dtype
+        dtype = look.point.error.dtype
         if self.schedule is not None:
-            time = _scheduled(state, step, schedule=self.schedule).astype(dtype)
-            return Elapsed(time, jnp.bool_(True), None)
-        if flow is None:
+            time = _scheduled(look.state, look.step, schedule=self.schedule)
+            return Elapsed(time.astype(dtype), jnp.bool_(True), None)
+        if look.flow is None:
             return Elapsed(jnp.zeros((), dtype), jnp.bool_(False), None)
-        ends = [start.params, point.params]
-        measured = time_between(ends, [flow_at(start), flow])
+        ends = [start.params, look.point.params]
+        measured = time_between(ends, [flow_at(start), look.flow])
         time = time_or_zero(measured).astype(dtype)
         return Elapsed(time, measured.meaningful, measured)
 
@@ -579,15 +561,8 @@ def make_probe(
 
 
 @partial(jax.jit, static_argnames="probe")
-def _measured(
-    probe: Probe,
-    state: ProbeState,
-    point: Point,
-    flow: PyTree | None,
-    data: jax.Array,
-    step: jax.Array,
-) -> tuple[ProbeState, ProbeRecord]:
-    return probe._measure(state, point, flow, data, step)
+def _measured(probe: Probe, look: _Look) -> tuple[ProbeState, ProbeRecord]:
+    return probe._measure(look)
 
 
 @partial(jax.jit, static_argnames="schedule")
