@@ -238,4 +238,4 @@ def test_the_script_draws_from_the_two_files_alone(tmp_path, monkeypatch):
     assert (missing.code, missing.out) == (1, "")
     (line,) = missing.err.splitlines()
     assert line.startswith("error: ")
-    assert "results.json': expected a JSON file, got: No such file" in line
+    assert "--workdir: expected a folder with results.json or records.jsonl" in line
