@@ -1,5 +1,6 @@
 """Public figures: what they show, on whose axes, legible at the width of a column."""
 
+import dataclasses
 import sys
 import warnings
 
@@ -115,6 +116,13 @@ def test_without_matplotlib_it_says_what_to_install(measured, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"pip install 'grsd-jax\[plots\]'"):
         plotting.spectrum(measured)
+
+
+@pytest.mark.parametrize(("share", "told"), [(0.74, True), (0.3, False)])
+def test_a_slope_of_little_of_the_error_says_so(measured, share, told):
+    little = dataclasses.replace(measured, unresolved_share=np.float32(share))
+    texts = [x.get_text() for x in plotting.diagonal(little, axes()).legend_.texts]
+    assert (r"the modes hold only 26% of $|e\,|^2$" in texts) == told
 
 
 def test_one_color_bar_for_several(measured):

@@ -25,6 +25,7 @@ from grsd_jax.shells import (
     StochasticCoupling,
     ToeplitzDiagnostics,
 )
+from grsd_jax.shells.diagnostics import mostly_unresolved
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -126,7 +127,8 @@ def diagonal(
         color: Of the modes and their fit; the shells are dark.
 
     Returns:
-        The axes, with a legend that holds the slopes.
+        The axes, with a legend that holds the slopes, and the share of the error's
+        energy in these modes if it is less than half.
 
     Raises:
         ImportError: If Matplotlib is not installed.
@@ -166,7 +168,11 @@ def diagonal(
     }
     guide = np.exp(np.mean(np.log(y)) - np.mean(np.log(x))) * ends
     legend["slope 1"] = (*ax.plot(ends, guide, ":", color="0.45", linewidth=1.0),)
-    leave_room(ax, 0.4)
+    share = float(measured.unresolved_share)
+    if mostly_unresolved(share):
+        held = rf"the modes hold only {1 - share:.0%} of $|e\,|^2$"
+        legend[held] = (*ax.plot([], [], linestyle="none"),)
+    leave_room(ax, 0.1 + 0.1 * len(legend))
     place: Any = {"loc": "upper left", "borderaxespad": 0.1, "fontsize": LEGEND}
     place |= {"handlelength": 1.2, "handletextpad": 0.5}
     ax.legend(legend.values(), legend.keys(), **place)

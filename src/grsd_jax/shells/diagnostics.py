@@ -260,13 +260,18 @@ def caveats(
         missing = "1 pair" if num_missing == 1 else f"{num_missing} pairs"
         are = "is" if num_missing == 1 else "are"
         found.append(f"At least {missing} of the spectral window {are} not resolved.")
-    if unresolved_share > _MOST:
+    if mostly_unresolved(unresolved_share):
         found.append(
             f"Ask for more pairs: {unresolved_share:.0%} of the error's energy lies "
             "outside the measured ones, and exponents and residuals describe only the "
             "rest."
         )
     return tuple(found)
+
+
+def mostly_unresolved(share: float) -> bool:
+    """Returns whether exponents describe a small part of the error, given the rest."""
+    return share > _MOST
 
 
 def _compared(disagreement: jax.Array) -> str:
