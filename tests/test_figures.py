@@ -180,7 +180,8 @@ def test_nothing_resolved_and_everything_undefined(draw):
     arrays["plainnet18.own/values"][:] = np.nan
     drawn = draw(results, arrays)
     said = {t.get_text() for f in drawn.values() for a in f.axes for t in a.texts}
-    assert {"no resolved mode", "no pair of shells", "no positive eigenvalue"} <= said
+    assert "no resolved mode with a coupling above 0" in said
+    assert {"no coupling above 0", "no positive eigenvalue"} <= said
     # And when there is nothing else in the figure.
     del results["models"]["resnet18"]
     drawn = draw(results, arrays, layout=True)
@@ -237,4 +238,4 @@ def test_the_script_draws_from_the_two_files_alone(tmp_path, monkeypatch):
     assert (missing.code, missing.out) == (1, "")
     (line,) = missing.err.splitlines()
     assert line.startswith("error: ")
-    assert "results.json': expected a JSON file, got: No such file" in line
+    assert "--workdir: expected a folder with results.json or records.jsonl" in line

@@ -152,7 +152,7 @@ def test_a_bad_value_is_a_usage_error_that_names_the_flag(argument):
 def run(monkeypatch):
     """Runs a body as `run_main` does, without absl's own frame around it."""
     before = jax.config.jax_default_matmul_precision
-    monkeypatch.setattr(flags.app, "run", lambda main: main(["script"]))
+    monkeypatch.setattr(flags.app, "run", lambda main, **_: main(["script"]))
     monkeypatch.setattr(
         flags, "config_from_flags", lambda *, settings, reads_run: settings()
     )
@@ -194,7 +194,61 @@ def test_run_main_keeps_the_traceback_of_a_bug(run):
 
 
 def test_run_main_refuses_what_is_not_a_flag(run, monkeypatch, capsys):
-    monkeypatch.setattr(flags.app, "run", lambda main: main(["script", "width"]))
+    run_body = lambda main, **_: main(["script", "width"])  # noqa: E731
+    monkeypatch.setattr(flags.app, "run", run_body)
     with pytest.raises(SystemExit):
         run(lambda config: None)
     assert "expected only --flags, got 'width'" in capsys.readouterr().err
+
+
+@pytest.fixture
+def parsed(monkeypatch):
+    """Parses a command line as `run_main` does, with flags of its own."""
+
+    def parse_line(*arguments):
+        values = absl_flags.FlagValues()
+        monkeypatch.setattr(flags.flags, "FLAGS", values)
+        flags.define_flags(only=["workdir", "num_shells"], flag_values=values)
+        flags.flags.DEFINE_bool("redo", False, "Again.", flag_values=values)
+        return flags._parse("workdir", ["script", *arguments]), values
+
+    return parse_line
+
+
+@pytest.mark.parametrize(
+    ("argument", "told"),
+    [
+        ("--num_shells=1.5", "--num_shells: expected an integer, got '1.5'."),
+        ("--num_shells=0", "--num_shells: expected an integer >= 2, got 0."),
+        ("--momentum=x", "--momentum: expected a number, got 'x'."),
+        ("--solver=magic", "--solver: expected one of auto, dense, lanczos, got "),
+        ("--redo=maybe", "--redo: expected true or false, got 'maybe'."),
+        ("--noredo=3", "--noredo=3 does not take an argument. --help lists"),
+        ("--num_shell=3", "'num_shell'. Did you mean: num_shells? --help lists"),
+        ('--schedule_args={"a": x', "--schedule_args: expected a JSON object, got '{"),
+        ("", "--workdir: expected the name of a folder, got ''."),
+    ],
+)
+def test_a_wrong_flag_is_one_sentence(parsed, argument, told, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parsed(argument)
+    error = capsys.readouterr().err
+    assert caught.value.code == 1
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert told in error
+
+
+def test_the_positional_setting_is_given_once(parsed):
+    rest, values = parsed("runs/a")
+    assert rest == ["script"]
+    assert values["workdir"].value == "runs/a"
+    assert parsed("runs/a", "runs/b")[0] == ["script", "runs/b"]
+    assert parsed("--workdir=runs/a", "runs/b")[0] == ["script", "runs/b"]
+
+
+def test_a_flag_of_other_commands_is_told(parsed, capsys):
+    parsed("--num_shells=3", "--epochs=3")
+    flags._say_without_effect()
+    told = capsys.readouterr().err
+    assert told == "note: --epochs has no effect on this command.\n"

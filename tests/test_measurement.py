@@ -274,6 +274,12 @@ def test_one_missing_pair_is_one():
     ]
 
 
+def test_what_is_not_finite_is_a_caveat():
+    assert caveats(num_missing=0, unresolved_share=0.0) == ()
+    (said,) = caveats(num_missing=0, unresolved_share=np.nan, finite=False)
+    assert "not finite" in said
+
+
 def test_bad_input_is_named(mlp):
     problem, params, _ = mlp
     with pytest.raises(ValueError, match=r"block_size: expected at most .* n = 60"):

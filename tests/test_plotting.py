@@ -1,5 +1,6 @@
 """Public figures: what they show, on whose axes, legible at the width of a column."""
 
+import dataclasses
 import sys
 import warnings
 
@@ -117,6 +118,13 @@ def test_without_matplotlib_it_says_what_to_install(measured, monkeypatch):
         plotting.spectrum(measured)
 
 
+@pytest.mark.parametrize(("share", "told"), [(0.74, True), (0.3, False)])
+def test_a_slope_of_little_of_the_error_says_so(measured, share, told):
+    little = dataclasses.replace(measured, unresolved_share=np.float32(share))
+    texts = [x.get_text() for x in plotting.diagonal(little, axes()).legend_.texts]
+    assert (r"the modes hold only 26% of $|e\,|^2$" in texts) == told
+
+
 def test_one_color_bar_for_several(measured):
     low, high = plotting.coupling_limits([measured, measured], "literal")
     pairs = measured.literal.coupling
@@ -193,6 +201,44 @@ def test_a_velocity_that_cannot_be_used_does_not_squeeze_the_others():
     assert 2.1 < high < 4  # with the room for the legend
     line["velocity_mask"] = [True, True, True]
     assert plotting.velocity(line, axes()).get_ylim()[1] > 140
+    line["velocity_mask"] = [False, False, False]
+    assert plotting.velocity(line, axes()).get_ylim()[1] > 50
+
+
+def test_a_legend_hides_no_velocity_that_is_near():
+    line = {
+        "edges": [1.0, 10.0, 100.0],
+        "flux": [1.0, 1.0, 1.0],
+        "velocity": [3.0, 1.0, 2.0],
+        "velocity_mask": [False, True, True],
+    }
+    times = [line | {"effective_time": float(t)} for t in range(6)]
+    ax = plotting.velocity(times, axes())
+    ax.figure.draw_without_rendering()
+    bottom = ax.get_legend().get_window_extent().y0
+    assert bottom > ax.transData.transform((1.0, 3.0))[1]
+
+
+@pytest.mark.parametrize(
+    "draw", [plotting.spectrum, plotting.diagonal, plotting.coupling, plotting.windows]
+)
+def test_what_is_no_measurement_is_named(draw):
+    with pytest.raises(ValueError, match=r"measured: expected a CouplingMeas.* a dict"):
+        draw({}, axes())
+
+
+@pytest.mark.parametrize(
+    "draw", [plotting.energies, plotting.eigenvalues, plotting.flux, plotting.velocity]
+)
+@pytest.mark.parametrize("wrong", ["log.jsonl", 3, None, [None]])
+def test_what_is_no_record_is_named(draw, wrong):
+    with pytest.raises(ValueError, match=r"expected records of a probe.*, got a "):
+        draw(wrong, axes())
+
+
+def test_every_result_has_a_label_or_none_has():
+    with pytest.raises(ValueError, match=r"labels: expected 2.*, got 1"):
+        plotting.flux([{}, {}], axes(), labels=["a"])
 
 
 @pytest.mark.parametrize("nothing", [[], [{}], [{"effective_time": 1.0}]])

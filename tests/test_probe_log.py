@@ -10,11 +10,12 @@ from matplotlib.figure import Figure
 
 import grsd_jax as grsd
 import oracles
+from grsd_jax.dynamics import ProbeRecord
 from grsd_jax.experiments.common import records
 from grsd_jax.experiments.common.config import UserError
 from grsd_jax.experiments.report.page import find_sections
 from grsd_jax.experiments.track import analyse
-from grsd_jax.experiments.track.log import ProbeLog
+from grsd_jax.experiments.track.log import ProbeLog, read_log
 from running import run_script
 
 CLOCK = ("seconds", "gradient_seconds", "cost")
@@ -116,6 +117,32 @@ def test_a_log_that_is_not_one_is_named(tmp_path):
     assert path.read_text() == "something else\n"
 
 
+def test_an_append_that_would_lie_is_refused(training, tmp_path):
+    train, start = training
+    path = tmp_path / "new" / "folder" / "lines"
+    log = ProbeLog(path)
+    with pytest.raises(ValueError, match="record: expected a ProbeRecord, got None"):
+        log.append(None)
+    assert not path.parent.exists()
+    train(log, start, 4)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"more: expected other names .* got 'step'"):
+        log.append(ProbeRecord(*[None] * len(ProbeRecord._fields)), step=99)
+    assert path.read_bytes() == before
+
+
+def test_two_runs_in_one_file_are_told(training, tmp_path):
+    train, start = training
+    log = ProbeLog(tmp_path / "lines")
+    train(log, start, 4)
+    lines = read_log(log.path)
+    for line in lines:
+        records.append_jsonl(log.path, line)
+    number = len(lines) + 1
+    with pytest.raises(UserError, match=f"line {number} at an earlier step"):
+        read_log(log.path)
+
+
 @pytest.fixture(scope="module")
 def own_run(training, tmp_path_factory):
     """A folder with nothing but the records of a loop of one's own."""
@@ -141,7 +168,7 @@ def test_plot_draws_the_records_of_any_loop(own_run, monkeypatch, place):
     done = run_script("plot.py", own_run / place)
     assert done.code == 0, done.err
     *listed, following = done.out.splitlines()
-    assert following == f"next: grsd report {own_run / place}"
+    assert following == f"next: grsd report '{own_run / place}'"
     kinds = ("png", "pdf")
     names = [f"records_{name}.{kind}" for name in NAMES for kind in kinds]
     assert listed == [str(own_run / "figures" / name) for name in names]
@@ -179,6 +206,30 @@ def test_records_that_a_results_file_speaks_of_have_no_section_of_their_own(own_
     assert list(section.tables) == [analyse.track_rows(results["tracks"])]
     (section,) = find_sections(own_run.parent)
     assert section.title == f"{own_run.name}/records.jsonl"
+
+
+def test_a_folder_may_have_any_name(own_run, tmp_path):
+    folder = tmp_path / "a$x_{$b & <c> 100% é"
+    folder.mkdir()
+    log = folder / "records.jsonl"
+    log.write_bytes((own_run / "records.jsonl").read_bytes())
+    done = run_script("plot.py", folder)
+    assert done.code == 0, done.err
+    (section,) = find_sections(folder)
+    assert len(section.figures) == len(NAMES)
+
+
+def test_a_folder_without_results_is_told_with_the_one_inside(own_run, tmp_path):
+    for place, told in [
+        (own_run.parent, f"got '{own_run.parent}'; did you mean '{own_run}'?"),
+        (tmp_path, f"got '{tmp_path}'."),
+        (tmp_path / "none", "which does not exist."),
+    ]:
+        done = run_script("plot.py", place)
+        assert (done.code, done.out) == (1, "")
+        (sentence,) = done.err.splitlines()
+        assert sentence.startswith("error: --workdir: expected a folder")
+        assert sentence.endswith(told)
 
 
 @pytest.mark.parametrize("script", ["plot.py", "report.py"])

@@ -21,6 +21,7 @@ from grsd_jax.experiments.common import records
 from grsd_jax.experiments.common.config import UserError
 from grsd_jax.experiments.common.plotting import save_figures
 from grsd_jax.experiments.report import page as reporting
+from grsd_jax.experiments.report.contents import contents_of
 from grsd_jax.experiments.reproduce import figures as reproduce_figures
 from grsd_jax.experiments.reproduce.figures import write_figures
 from grsd_jax.experiments.sweep.figures import write_sweep_figures
@@ -283,3 +284,12 @@ def browse(folder, *arguments):
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+@pytest.mark.parametrize("share", [0.74, 0.3])
+def test_a_slope_of_little_of_the_error_says_so_in_the_summary(share):
+    results = several_models(("own",))[0]
+    for entry in results["models"].values():
+        entry["unresolved_share"] = share
+    said = contents_of(Path("results.json"), results).summary
+    assert ("(of 26% of the energy)" in said) == (share > 0.5)

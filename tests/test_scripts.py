@@ -114,7 +114,7 @@ def test_help_says_what_a_script_does_and_how(script, words):
         (
             "plot.py",
             "--workdir=missing",
-            "results.json': expected a JSON file, got: No",
+            "got 'missing', which does not exist.",
         ),
     ],
 )
@@ -133,6 +133,11 @@ def test_every_command_ends_with_places_and_the_next_one(name):
     assert getattr(called, "id", getattr(called, "attr", None)) == "say_end"
     assert [keyword.arg for keyword in last.value.keywords] == ["then"]
     assert last.value.args
+
+
+def test_the_next_command_can_be_pasted(capsys):
+    commands.say_end("a b", then=("grsd", "report", "a b"))
+    assert capsys.readouterr().out == "a b\nnext: grsd report 'a b'\n"
 
 
 def test_a_reader_may_leave(monkeypatch):

@@ -89,3 +89,9 @@ def test_a_missing_tensorboard_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(ImportError, match=r"pip install 'grsd-jax\[tensorboard\]'"):
         writers.TensorBoardWriter(tmp_path)
+
+
+@pytest.mark.parametrize("wrong", [None, "record", {"step": 1}])
+def test_what_is_no_result_has_no_scalars(wrong):
+    with pytest.raises(ValueError, match="record: expected a result, got a "):
+        writers.scalars(wrong)

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from grsd_jax._files import PathLike
+from grsd_jax.results.fields import description_of
 from grsd_jax.results.flat import variables_of
 from grsd_jax.results.tables import needed
 
@@ -42,8 +43,10 @@ def scalars(record: Any, prefix: str = "grsd") -> dict[str, float]:
         the order of the fields. Truths are 0 or 1.
 
     Raises:
-        ValueError: If the record is traced.
+        ValueError: If it is no result, or is traced.
     """
+    if description_of(record) is None:
+        raise ValueError(f"record: expected a result, got a {type(record).__name__}.")
     found: dict[str, float] = {}
     for variable in variables_of(record):
         name = f"{prefix}/{variable.name}"

@@ -34,6 +34,14 @@ def axes_of(ax: "Axes | None") -> "Axes":
     return ax
 
 
+def check_result(name: str, value: Any, *kinds: type) -> None:
+    """Raises ValueError unless a value is a result of one of the kinds."""
+    if not isinstance(value, kinds):
+        wanted = " or ".join(kind.__name__ for kind in kinds)
+        got = type(value).__name__
+        raise ValueError(f"{name}: expected a {wanted}, got a {got}.")
+
+
 def positive(*coordinates: Any, chosen: Any) -> tuple[np.ndarray, ...]:
     """Returns the chosen points that a log-log plot can show, in float64."""
     stacked = np.stack([np.asarray(x, np.float64) for x in coordinates])

@@ -13,6 +13,7 @@ from grsd_jax.plotting.drawing import (
     LEGEND,
     LIGHT,
     axes_of,
+    check_result,
     color_bar,
     leave_room,
     positive,
@@ -24,6 +25,7 @@ from grsd_jax.shells import (
     StochasticCoupling,
     ToeplitzDiagnostics,
 )
+from grsd_jax.shells.diagnostics import mostly_unresolved
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,7 +68,9 @@ def spectrum(
 
     Raises:
         ImportError: If Matplotlib is not installed.
+        ValueError: If it is no measurement.
     """
+    check_result("measured", measured, CouplingMeasurement)
     ax = axes_of(ax)
     ax.set(xscale="log", yscale="log")
     ax.set(xlabel=r"index $i$", ylabel=r"eigenvalue $\lambda_i$")
@@ -123,14 +127,17 @@ def diagonal(
         color: Of the modes and their fit; the shells are dark.
 
     Returns:
-        The axes, with a legend that holds the slopes.
+        The axes, with a legend that holds the slopes, and the share of the error's
+        energy in these modes if it is less than half.
 
     Raises:
         ImportError: If Matplotlib is not installed.
+        ValueError: If it is no measurement.
 
     References:
         Paper 7.3, Figure 1.
     """
+    check_result("measured", measured, CouplingMeasurement)
     ax = axes_of(ax)
     ax.set(xscale="log", yscale="log")
     ax.set_xlabel(r"eigenvalue $\lambda_i$")
@@ -143,7 +150,7 @@ def diagonal(
         measured.shells.centers, root, chosen=np.diagonal(literal.mask)
     )
     if not x.size:
-        say_empty(ax, "no resolved mode")
+        say_empty(ax, "no resolved mode with a coupling above 0")
         return ax
     ends = np.array([x.min(), x.max()])
     modes: Any = dict(color=color, alpha=0.45, markersize=4.5, markeredgewidth=0)
@@ -161,7 +168,11 @@ def diagonal(
     }
     guide = np.exp(np.mean(np.log(y)) - np.mean(np.log(x))) * ends
     legend["slope 1"] = (*ax.plot(ends, guide, ":", color="0.45", linewidth=1.0),)
-    leave_room(ax, 0.4)
+    share = float(measured.unresolved_share)
+    if mostly_unresolved(share):
+        held = rf"the modes hold only {1 - share:.0%} of $|e\,|^2$"
+        legend[held] = (*ax.plot([], [], linestyle="none"),)
+    leave_room(ax, 0.1 + 0.1 * len(legend))
     place: Any = {"loc": "upper left", "borderaxespad": 0.1, "fontsize": LEGEND}
     place |= {"handlelength": 1.2, "handletextpad": 0.5}
     ax.legend(legend.values(), legend.keys(), **place)
@@ -213,9 +224,10 @@ def coupling(
 
     Raises:
         ImportError: If Matplotlib is not installed.
-        ValueError: If the kind is none of both.
+        ValueError: If the kind is none of both, or it is no measurement.
     """
     check_choice("kind", kind, KINDS)
+    check_result("measured", measured, CouplingMeasurement, StochasticCoupling)
     ax = axes_of(ax)
     label = FORMULAS[kind]
     if isinstance(measured, StochasticCoupling):
@@ -281,7 +293,7 @@ def _heat_map(
     edges = np.asarray(edges, np.float64)
     mesh = ax.pcolormesh(edges, edges, shown, norm=norm, rasterized=True)
     if not (matrix.compressed() > 0).any():
-        say_empty(ax, "no pair of shells")
+        say_empty(ax, "no coupling above 0")
     color_bar(ax, mesh, label)
 
 
@@ -311,12 +323,13 @@ def windows(
 
     Raises:
         ImportError: If Matplotlib is not installed.
-        ValueError: If the kind is none of both.
+        ValueError: If the kind is none of both, or it is no measurement.
 
     References:
         Paper 7.5, Figure 2; the noise floor is ours.
     """
     check_choice("kind", kind, KINDS)
+    check_result("measured", measured, CouplingMeasurement)
     ax = axes_of(ax)
     diagnostics: ToeplitzDiagnostics = getattr(measured, kind)
     free = np.asarray(diagnostics.degrees_of_freedom) > 0

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from grsd_jax.dynamics import ExactBalance, ProbeRecord
+from grsd_jax.dynamics import ProbeRecord
 from grsd_jax.plotting.drawing import (
     DARK,
     GRAY,
@@ -52,6 +52,7 @@ def energies(records: Sequence[Record], ax: "Axes | None" = None) -> "Axes":
 
     Raises:
         ImportError: If Matplotlib is not installed.
+        ValueError: If something else is given.
     """
     import matplotlib as mpl
     from matplotlib.colors import LogNorm
@@ -92,6 +93,7 @@ def eigenvalues(records: Sequence[Record], ax: "Axes | None" = None) -> "Axes":
 
     Raises:
         ImportError: If Matplotlib is not installed.
+        ValueError: If something else is given.
     """
     import matplotlib as mpl
     from matplotlib.colors import Normalize
@@ -138,6 +140,7 @@ def flux(
 
     Raises:
         ImportError: If Matplotlib is not installed.
+        ValueError: If something else is given, or not as many labels as results.
     """
     ax = _edge_axes(ax, r"flux $F_k$ upward")
     for result, style in _styled(results, labels):
@@ -163,10 +166,11 @@ def velocity(
 
     Returns:
         The axes; a band is the error, where it is known. Hollow points are edges whose
-        velocity cannot be used; they set no limits of a linear axis.
+        velocity cannot be used; far ones set no limits of a linear axis.
 
     Raises:
         ImportError: If Matplotlib is not installed.
+        ValueError: If something else is given, or not as many labels as results.
     """
     ax = _edge_axes(ax, r"velocity $v_k$")
     seen = [
@@ -174,10 +178,21 @@ def velocity(
     ]
     if any(line.get_linestyle() == "--" for line in ax.lines):
         ax.plot([], [], "--", color=GRAY, label="null: growth alone")
-    # On a linear axis what cannot be used must not squeeze what can.
     linear = ax.get_yscale() == "linear"
-    _legend(ax, np.concatenate([*seen, [0.0]]) if linear else None)
+    _legend(ax, _with_near(ax, np.concatenate([*seen, [0.0]])) if linear else None)
     return ax
+
+
+def _with_near(ax: "Axes", seen: np.ndarray) -> np.ndarray:
+    """Adds what lies at most their own span beyond the heights that must be seen.
+
+    What cannot be used must not squeeze what can, nor hide behind the legend.
+    """
+    drawn = np.concatenate([np.asarray(x.get_ydata(), float) for x in ax.lines])
+    low, high = np.nanmin(seen), np.nanmax(seen)
+    span = high - low if high > low else np.inf
+    near = (drawn >= low - span) & (drawn <= high + span)
+    return np.concatenate([seen, drawn[near]])
 
 
 def _draw_velocity(ax: "Axes", result: Any, style: dict[str, Any]) -> np.ndarray:
@@ -222,8 +237,11 @@ def _styled(
     results: Any, labels: Sequence[str] | None
 ) -> Iterable[tuple[Any, dict[str, Any]]]:
     """Yields each result that holds something, with its color and its label."""
-    one = isinstance(results, Mapping | ExactBalance | ProbeRecord)
-    several = [results] if one else list(results)
+    several = _several("results", results)
+    if labels is not None and len(labels) != len(several):
+        raise ValueError(
+            f"labels: expected {len(several)}, one for each result, got {len(labels)}."
+        )
     kept = [k for k, x in enumerate(several) if _found(x, "flux") is not None]
     if labels is None and len(kept) > _MOST:
         kept = [kept[k] for k in np.linspace(0, len(kept) - 1, _MOST).astype(int)]
@@ -231,6 +249,23 @@ def _styled(
     for k, color, marker in zip(kept, colors, itertools.cycle(_MARKERS), strict=False):
         label = labels[k] if labels is not None else _time_text(several[k])
         yield several[k], {"color": color, "marker": marker, "label": label}
+
+
+def _several(name: str, results: Any) -> list[Any]:
+    """Returns one result, or each of a sequence, after checking what they are."""
+    one = _is_result(results) or not isinstance(results, Iterable)
+    several = [results] if one or isinstance(results, str) else list(results)
+    for result in several:
+        if not _is_result(result):
+            raise ValueError(
+                f"{name}: expected records of a probe, lines of its file or balances, "
+                f"got a {type(result).__name__}."
+            )
+    return several
+
+
+def _is_result(value: Any) -> bool:
+    return isinstance(value, Mapping) or description_of(value) is not None
 
 
 def _time_text(result: Any) -> str | None:
@@ -243,14 +278,17 @@ def _legend(ax: "Axes", heights: np.ndarray | None = None) -> None:
         rows = math.ceil(len(names) / 2)
         leave_room(ax, 0.07 + 0.14 * rows, heights=heights)
         narrow: Any = {"handlelength": 1.4, "columnspacing": 1.0}
-        ax.legend(loc="upper left", ncols=2, fontsize=LEGEND, **narrow)
+        # Points that set no limits may lie behind it: its text must stay legible.
+        opaque: Any = {"frameon": True, "framealpha": 1.0, "edgecolor": "white"}
+        ax.legend(loc="upper left", ncols=2, fontsize=LEGEND, **narrow, **opaque)
     if not ax.lines[1:]:
         say_empty(ax, "nothing was recorded")
 
 
 def _columns(records: Sequence[Record], *names: str) -> list[np.ndarray]:
     """Returns fields of all records that have all of them, ``[records, ...]``."""
-    rows = [[_found(record, name) for name in names] for record in records]
+    several = _several("records", records)
+    rows = [[_found(record, name) for name in names] for record in several]
     rows = [row for row in rows if all(value is not None for value in row)]
     columns = zip(*rows, strict=True) if rows else [[] for _ in names]
     return [np.array([np.asarray(x, np.float64) for x in column]) for column in columns]

@@ -179,6 +179,7 @@ class CouplingMeasurement(Result):
             num_missing=int(self.num_missing),
             num_misfits=int(self.num_misfits),
             unresolved_share=float(self.unresolved_share),
+            finite=bool(self.finite),
         )
 
     def _headline(self) -> list[tuple[str, str]]:
@@ -237,7 +238,11 @@ class CouplingMeasurement(Result):
 
 
 def caveats(
-    *, num_missing: int, unresolved_share: float, num_misfits: int = 0
+    *,
+    num_missing: int,
+    unresolved_share: float,
+    num_misfits: int = 0,
+    finite: bool = True,
 ) -> tuple[str, ...]:
     """Returns what a reader of a measurement's exponents must know.
 
@@ -245,27 +250,37 @@ def caveats(
         num_missing: As in `CouplingMeasurement`.
         unresolved_share: As there; NaN if it is not known.
         num_misfits: As there.
+        finite: As there.
 
     Returns:
-        Sentences, none if all targets fit, and all pairs of the window are resolved and
-        hold most of the error.
+        Sentences, none if all targets fit, all numbers are finite, and all pairs of the
+        window are resolved and hold most of the error.
     """
     found = []
     if num_misfits:
         found.append(
             f"Targets that fit no output, such as classes out of range: {num_misfits}."
         )
+    if not finite:
+        found.append(
+            "Nothing was measured: the error, the direction or a product is not finite."
+        )
     if num_missing:
         missing = "1 pair" if num_missing == 1 else f"{num_missing} pairs"
         are = "is" if num_missing == 1 else "are"
         found.append(f"At least {missing} of the spectral window {are} not resolved.")
-    if unresolved_share > _MOST:
+    if mostly_unresolved(unresolved_share):
         found.append(
             f"Ask for more pairs: {unresolved_share:.0%} of the error's energy lies "
             "outside the measured ones, and exponents and residuals describe only the "
             "rest."
         )
     return tuple(found)
+
+
+def mostly_unresolved(share: float) -> bool:
+    """Returns whether exponents describe a small part of the error, given the rest."""
+    return share > _MOST
 
 
 def _compared(disagreement: jax.Array) -> str:

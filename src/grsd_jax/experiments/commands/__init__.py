@@ -9,8 +9,9 @@ config.json.
 import contextlib
 import importlib
 import os
+import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -98,13 +99,18 @@ def main() -> None:
         sys.exit(1)
 
 
-def say_end(*places: str | os.PathLike[str], then: str) -> None:
+def say_end(
+    *places: str | os.PathLike[str], then: str | Sequence[str | os.PathLike[str]]
+) -> None:
     """Prints what every command ends with: where things are, and what comes next.
 
     Args:
         *places: Files and folders, a line each.
-        then: The next command.
+        then: What comes next: a text, or the words of a command, which are quoted so
+            that a shell takes them as they are.
     """
+    if not isinstance(then, str):
+        then = shlex.join([os.fspath(word) for word in then])
     print(*places, f"next: {then}", sep="\n")
 
 

@@ -62,7 +62,7 @@ def main(config: Config) -> None:
             {"config": settings, "environment": made_on, "rows": rows},
         )
     print(format_benchmark(rows))
-    commands.say_end(folder / "benchmark.json", then=f"grsd report {folder}")
+    commands.say_end(folder / "benchmark.json", then=("grsd", "report", folder))
 
 
 def define() -> None:

@@ -51,7 +51,7 @@ def main(config: Config) -> None:
     print(format_conditions(found))
     print(f"{found['seconds']:.0f} s")
     places = folder / "conditions.json", folder / "figures"
-    say_end(*places, then=f"grsd report {folder}")
+    say_end(*places, then=("grsd", "report", folder))
 
 
 def define() -> None:

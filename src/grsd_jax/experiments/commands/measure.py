@@ -64,7 +64,7 @@ def main(config: Config) -> None:
         write_results(folder, results, arrays)
     print(format_table(results))
     places = folder / "results.json", folder / "arrays.npz"
-    say_end(*places, then=f"grsd plot {folder}")
+    say_end(*places, then=("grsd", "plot", folder))
 
 
 def define() -> None:

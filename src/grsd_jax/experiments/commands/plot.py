@@ -19,7 +19,7 @@ from pathlib import Path
 
 from grsd_jax.experiments.commands import say_end
 from grsd_jax.experiments.common import files, flags, records
-from grsd_jax.experiments.common.config import Config
+from grsd_jax.experiments.common.config import Config, UserError
 from grsd_jax.experiments.reproduce import figures
 from grsd_jax.experiments.reproduce.analyse import read_results
 from grsd_jax.experiments.track import figures as tracking_figures
@@ -33,7 +33,7 @@ def main(config: Config) -> None:
     workdir = Path(config.workdir)
     log = find_log(workdir)
     paths = _draw_run(workdir) if log is None else _draw_log(log)
-    say_end(*paths, then=f"grsd report {workdir}")
+    say_end(*paths, then=("grsd", "report", workdir))
 
 
 def _draw_log(log: Path) -> list[Path]:
@@ -46,6 +46,8 @@ def _draw_log(log: Path) -> list[Path]:
 
 def _draw_run(workdir: Path) -> list[Path]:
     about = workdir / "results.json"
+    if not about.exists():
+        raise UserError(_nothing_to_draw(workdir))
     if "tracks" in records.read_json(about):
         tracks = read_tracks(workdir)
         with files.reading(about, "a tracked training's, with its records.jsonl"):
@@ -53,6 +55,21 @@ def _draw_run(workdir: Path) -> list[Path]:
     results, arrays = read_results(workdir)
     with files.reading(about, "the results of a measurement"):
         return figures.write_figures(results, arrays, workdir / "figures")
+
+
+def _nothing_to_draw(workdir: Path) -> str:
+    """Returns that a folder has no results, and the first one inside it that has."""
+    if not workdir.exists():
+        return (
+            f"--workdir: expected a folder or a file of records, got '{workdir}', "
+            "which does not exist."
+        )
+    inside = sorted([*workdir.glob("*/results.json"), *workdir.glob("*/records.jsonl")])
+    hint = f"; did you mean '{inside[0].parent}'?" if inside else "."
+    return (
+        "--workdir: expected a folder with results.json or records.jsonl, got "
+        f"'{workdir}'{hint}"
+    )
 
 
 def define() -> None:

@@ -39,7 +39,7 @@ def main(config: Config) -> None:
     print(format_table(results))
     print(f"{time.monotonic() - started:.0f} s")
     places = folder / "results.json", folder / "arrays.npz", folder / "figures"
-    say_end(*places, then=f"grsd report {folder}")
+    say_end(*places, then=("grsd", "report", folder))
 
 
 def define() -> None:

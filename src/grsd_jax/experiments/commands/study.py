@@ -58,7 +58,7 @@ def main(config: Config) -> None:
         write_claims_figure(results, folder / "figures")
     print(table)
     places = folder / "claims.json", folder / "figures"
-    say_end(*places, then=f"grsd report {folder}")
+    say_end(*places, then=("grsd", "report", folder))
 
 
 def define() -> None:

@@ -41,7 +41,7 @@ def main(config: SweepConfig) -> None:
         write_sweep_figures(rows, workdir / "figures")
     print(table)
     places = workdir / "sweep.csv", workdir / "figures"
-    say_end(*places, then=f"grsd report {workdir}")
+    say_end(*places, then=("grsd", "report", workdir))
 
 
 def define() -> None:

@@ -50,7 +50,7 @@ def main(config: Config) -> None:
     print(format_tracks(results["tracks"]))
     logs = [folder / name / "records.jsonl" for name in models]
     places = folder / "results.json", *logs, folder / "figures"
-    say_end(*places, then=f"grsd report {folder}")
+    say_end(*places, then=("grsd", "report", folder))
 
 
 def define() -> None:

@@ -45,7 +45,7 @@ def main(config: Config) -> None:
     metrics = records.read_jsonl(folder / "metrics.jsonl")
     print(_format_training(config.model, metrics, result))
     places = folder / "metrics.jsonl", result.checkpoint_dir
-    then = f"grsd measure {config.workdir} --model={config.model}"
+    then = ("grsd", "measure", config.workdir, f"--model={config.model}")
     say_end(*places, then=then)
 
 

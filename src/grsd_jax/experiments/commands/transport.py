@@ -91,7 +91,7 @@ def main(config: Config) -> None:
         write_transport_figures(results, folder / "figures")
     print(text)
     places = folder / RESULTS, folder / "figures"
-    say_end(*places, then=f"grsd report {folder}")
+    say_end(*places, then=("grsd", "report", folder))
 
 
 def define() -> None:

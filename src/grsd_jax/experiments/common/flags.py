@@ -1,6 +1,7 @@
 """From `Config` to command-line flags and back, and the frame around every command."""
 
 import dataclasses
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Collection, Sequence
@@ -21,6 +22,9 @@ from grsd_jax.experiments.common.config import (
     check_field,
     check_interval,
 )
+
+#: Where absl keeps the flags that a script takes and does not heed.
+_OTHERS = "shared flags without effect here"
 
 
 def define_flags(
@@ -51,7 +55,7 @@ def define_flags(
     for name, field in fields.items():
         # As if the script itself had defined it: --help lists the script's own flags.
         concerns = only is None or name in only
-        module = sys.argv[0] if concerns else "shared flags without effect here"
+        module = sys.argv[0] if concerns else _OTHERS
         _define(field, defaults.get(name, field.default), module, flag_values)
 
 
@@ -299,10 +303,12 @@ def run_main(
 
     def wrapped(argv: list[str]) -> None:
         try:
-            if positional is not None and len(argv) == 2:
-                setattr(flags.FLAGS, positional, argv.pop())
             if len(argv) > 1:
-                raise UserError(f"arguments: expected only --flags, got {argv[1]!r}.")
+                beside = "" if positional is None else f" beside one --{positional}"
+                raise UserError(
+                    f"arguments: expected only --flags{beside}, got {argv[1]!r}."
+                )
+            _say_without_effect()
             if not flags.FLAGS["verbosity"].present:
                 logging.set_verbosity(logging.ERROR)  # Orbax tells every step
             config = config_from_flags(settings=settings, reads_run=reads_run)
@@ -325,7 +331,43 @@ def run_main(
             print("error: interrupted.", file=sys.stderr)
             sys.exit(130)
 
-    app.run(wrapped)
+    app.run(wrapped, flags_parser=partial(_parse, positional))
+
+
+def _parse(positional: str | None, argv: list[str]) -> list[str]:
+    """Returns the program and what is no flag; exits with one sentence on a bad one."""
+    try:
+        rest = flags.FLAGS(argv)
+        if positional and len(rest) > 1 and not flags.FLAGS[positional].present:
+            setattr(flags.FLAGS, positional, rest.pop(1))
+    except (flags.Error, ValueError) as error:
+        print(f"error: {_flag_sentence(str(error))}", file=sys.stderr)
+        sys.exit(1)
+    return rest
+
+
+def _flag_sentence(text: str) -> str:
+    """Returns what absl says of a flag in the words of the other errors."""
+    found = re.fullmatch(r"flag (--\w+)=(.*?): (?=expected )(.*)", text, re.DOTALL)
+    if found:
+        return f"{found[1]}: {found[3]}"
+    found = re.fullmatch(r"flag --(\w+)=(.*?): .*", text, re.DOTALL)
+    if found:
+        parser: Any = flags.FLAGS[found[1]].parser
+        options = getattr(parser, "enum_values", ())
+        wanted = f"one of {', '.join(options)}" if options else parser.syntactic_help
+        return f"--{found[1]}: expected {wanted or 'true or false'}, got {found[2]!r}."
+    text = text.replace(" ?", "?")  # did you mean
+    return f"{text}{'' if text[-1:] in '.?' else '.'} --help lists the flags."
+
+
+def _say_without_effect() -> None:
+    """Tells which of the flags that were given concern other commands only."""
+    for flag in flags.FLAGS.flags_by_module_dict().get(_OTHERS, ()):
+        if flag.present:
+            print(
+                f"note: --{flag.name} has no effect on this command.", file=sys.stderr
+            )
 
 
 def _help(description: str, *, full: bool) -> str:

@@ -14,6 +14,7 @@ from grsd_jax.experiments.reproduce import analyse as reproduce
 from grsd_jax.experiments.sweep import analyse as sweep
 from grsd_jax.experiments.track import analyse as track
 from grsd_jax.experiments.transport import analyse as transport
+from grsd_jax.shells.diagnostics import mostly_unresolved
 
 
 class Contents(NamedTuple):
@@ -80,15 +81,19 @@ def tracked(tracks: Mapping[str, Mapping[str, Any]]) -> Contents:
 
 
 def _measured(results: Mapping[str, Any]) -> Contents:
-    slopes = "; ".join(
-        f"{entry.label}, {number(entry.number('diagonal_fit', 'exponent'))}"
-        for entry in reproduce.list_entries(results)
-    )
+    slopes = "; ".join(_slope(entry) for entry in reproduce.list_entries(results))
     return Contents(
         f"Slope of the diagonal, which the theory predicts to be 1: {slopes}.",
         reproduce.result_tables(results),
         [*reproduce.LEGEND, *reproduce.result_caveats(results)],
     )
+
+
+def _slope(entry: reproduce.Entry) -> str:
+    """Returns a row's slope, with the energy behind it if that is less than half."""
+    share = entry.number("unresolved_share") or 0.0
+    held = f" (of {1 - share:.0%} of the energy)" if mostly_unresolved(share) else ""
+    return f"{entry.label}, {number(entry.number('diagonal_fit', 'exponent'))}{held}"
 
 
 def _conditions(found: Mapping[str, Any]) -> Contents:

@@ -106,10 +106,15 @@ def _each(draw: Callable[..., Axes], tracks: Tracks) -> Figure:
     figure = Figure(figsize=(COLUMN_WIDTH, 2.4 * len(tracks)), layout="constrained")
     axes = figure.subplots(len(tracks), 1, squeeze=False, sharex=True, sharey=True)
     for axis, (name, lines) in zip(axes[:, 0], tracks.items(), strict=True):
-        axis.set_title(TITLES.get(name, name))
+        axis.set_title(_title(name))
         axis.tick_params(labelbottom=True)
         draw(lines, axis)
     return figure
+
+
+def _title(name: str) -> str:
+    """Returns a network's name as it is, though Matplotlib reads ``$`` as a formula."""
+    return TITLES.get(name, name).replace("$", r"\$")
 
 
 def _profiles(tracks: Tracks) -> Figure:
@@ -120,7 +125,7 @@ def _profiles(tracks: Tracks) -> Figure:
         values = [column(lines, name).ravel() for lines in tracks.values()]
         _spread(row[0], np.abs(np.concatenate(values)))
     for (flux, velocity), (name, lines) in zip(axes.T, tracks.items(), strict=True):
-        flux.set_title(TITLES.get(name, name))
+        flux.set_title(_title(name))
         plotting.flux(lines, flux)
         plotting.velocity(lines, velocity)
         _legend_of_null(velocity)
@@ -167,7 +172,7 @@ def _over_time(
     axis.axhline(0, color="0.8", linewidth=0.6, zorder=0)
     for name, lines in tracks.items():
         time, look = column(lines, "effective_time"), look_of(name)
-        label = TITLES.get(name, name)
+        label = _title(name)
         axis.plot(time, of(lines), **look._asdict(), markersize=3, label=label)
         if beside is not None:
             axis.plot(time, beside(lines), ":", color=look.color)
@@ -221,7 +226,7 @@ def _steps(tracks: Tracks) -> Figure:
     for name, lines in tracks.items():
         groups, look = by_steps(lines), look_of(name)
         steps |= set(groups)
-        label = TITLES.get(name, name)
+        label = _title(name)
         moved: Any = look._asdict() | {"markersize": 3, "label": label}
         lost = moved | {"linestyle": ":", "markerfacecolor": "white", "label": None}
         for share, style in ((moved_share, moved), (lost_share, lost)):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
+from grsd_jax._checks import check_type
 from grsd_jax.dynamics import ExactBalance, InstantRecord, ProbeRecord
 from grsd_jax.experiments.common import files, records
 from grsd_jax.results.tables import frame_of_lines
@@ -25,7 +26,7 @@ class ProbeLog:
     doubled is noticed when the file is read.
 
     Args:
-        path: The file; it need not exist, its folder must.
+        path: The file; it and its folder are made by the first record.
 
     Attributes:
         path: The file.
@@ -41,12 +42,23 @@ class ProbeLog:
 
         Args:
             record: The record.
-            **more: What else the line shall say.
+            **more: What else the line shall say, under other names than the record's.
 
         Raises:
             UserError: If the file cannot be written.
+            ValueError: If it is no record, or a name is one of the record's own.
         """
-        records.append_jsonl(self.path, record_line(record) | more)
+        check_type("record", record, ProbeRecord)
+        line = record_line(record)
+        if doubled := sorted(line.keys() & more.keys()):
+            raise ValueError(
+                f"more: expected other names than the record's, got {doubled[0]!r}."
+            )
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise files.cannot_write(self.path, error) from error
+        records.append_jsonl(self.path, line | more)
 
     def rewind(self, step: int) -> list[dict[str, Any]]:
         """Drops the lines after a step, and a last one that was cut short.
@@ -143,6 +155,11 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         for number, line in enumerate(lines, start=1):
             if missing := [name for name in _EVERY if name not in line]:
                 raise ValueError(f"line {number} without {missing[0]!r}")
+            if line["step"] < lines[max(number - 2, 0)]["step"]:
+                raise ValueError(
+                    f"line {number} at an earlier step than the line before, as if two "
+                    "runs had written the file"
+                )
     return lines
 
 
