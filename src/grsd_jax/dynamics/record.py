@@ -55,7 +55,8 @@ class ProbeState(NamedResult):
         "effective_time": "timed",
         "values": "measured",
         "measured_time": "measured",
-    }
+    },
+    units={"values": "units of M", "seconds": "s", "gradient_seconds": "s"},
 )
 class ProbeRecord(NamedResult):
     """What happened to the shells between two steps of a training.
@@ -127,11 +128,11 @@ class ProbeRecord(NamedResult):
         if self.seconds is not None:
             known = {"gradients": self.cost, "training steps": self.cost_in_steps}
             costs = [
-                f"{number(cost, 2)} {unit}"
+                f"{number(cost, 3)} {unit}"
                 for unit, cost in known.items()
                 if cost is not None and np.isfinite(cost)
             ]
-            rows.append(("cost", ", ".join([f"{number(self.seconds, 2)} s", *costs])))
+            rows.append(("cost", ", ".join([f"{number(self.seconds, 3)} s", *costs])))
         return rows
 
 

@@ -79,9 +79,11 @@ class ProbeLog:
         """Returns the lines, as dictionaries; what was not finite is None.
 
         Raises:
-            UserError: If the file cannot be read, or a line was changed, lost or
-                doubled.
+            UserError: If the file is missing or cannot be read, or a line was changed,
+                lost or doubled.
         """
+        if not self.path.exists():
+            raise files.cannot_read(self.path, "the records of a probe", "no file")
         return records.read_jsonl(self.path)
 
     def to_pandas(self) -> "pandas.DataFrame":
