@@ -290,3 +290,15 @@ def test_bad_input_is_named(mlp):
         measure((problem, params, {}))
     with pytest.raises(ValueError, match="key: expected a PRNG key"):
         fit_power_law(jnp.ones(3), jnp.ones(3), num_bootstrap=5)
+
+
+@pytest.mark.not_in_mode("debug_nans")
+def test_nothing_is_read_where_no_pair_is_resolved():
+    problem, params = network_problem("mlp", jnp.float32)
+    params = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.inf), params)
+    measured = measure_coupling(problem, params, key=jax.random.key(0), solver="dense")
+    assert not measured.any_resolved
+    shells = measured.to_pandas()
+    assert shells["shells_centers"].isna().all()
+    assert measured.to_pandas("pair")["values"].isna().all()
+    assert "edges n/a to n/a" in repr(measured)

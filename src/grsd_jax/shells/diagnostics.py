@@ -81,7 +81,10 @@ class ToeplitzDiagnostics(NamedResult):
         return "n/a (no degree of freedom)"
 
 
-@result(units={"values": "units of M", "coupling": "units of M per time"})
+@result(
+    masks={"values": "any_resolved", "shells": "any_resolved"},
+    units={"values": "units of M", "coupling": "units of M per time"},
+)
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=[
@@ -171,6 +174,11 @@ class CouplingMeasurement(Result):
     reduction: str
     coupled: bool | None
     window: Window
+
+    @property
+    def any_resolved(self) -> jax.Array:
+        """Whether any pair is resolved, [] bool."""
+        return jnp.any(jnp.atleast_1d(self.resolved), axis=-1)
 
     @property
     def caveats(self) -> tuple[str, ...]:
