@@ -19,6 +19,7 @@ from grsd_jax.dynamics import (
 from grsd_jax.dynamics.spectra import pair_snapshots
 from grsd_jax.dynamics.transport import balance_spectra
 from grsd_jax.shells import SoftShells, assign_shells
+from modes import no_nan
 from oracles import symmetric_with_spectrum
 
 EDGES = np.geomspace(1e-2, 3, 4)
@@ -316,6 +317,28 @@ def test_edges_that_hold_nothing_are_masked():
     assert np.isnan(sharp.effective_edges[1])
     assert np.all(np.isnan(sharp.velocity))
     np.testing.assert_allclose(sharp.flux, 0, atol=1e-15)
+
+
+def test_what_is_undefined_is_infinite_in_programs_and_nan_outside():
+    before, after = (snapshot_of(*random_end(seed), jnp.float32) for seed in (0, 1))
+    empty = np.array([1e-2, 1e-1, 1e6, 1e7])  # nothing near the upper two
+    names = ("velocity", "excess_velocity", "counting_velocity", "non_adjacent_share")
+
+    @jax.jit
+    def inside(before, after):
+        found = balance(before, after, empty, width=0)
+        return [getattr(found, name) for name in names]
+
+    with no_nan():
+        programs = inside(before, after)
+    found = balance(before, after, empty, width=0)
+    for name, program in zip(names, programs, strict=True):
+        outside = np.asarray(getattr(found, name))
+        np.testing.assert_array_equal(np.isinf(program), np.isnan(outside))
+        np.testing.assert_allclose(
+            np.where(np.isinf(program), np.nan, program), outside, rtol=1e-4
+        )
+    assert np.isinf(programs[0]).sum() >= 2
 
 
 @pytest.mark.usefixtures("x64")

@@ -151,13 +151,12 @@ def blank_like(tree: PyTree) -> PyTree:
 
 
 def where_defined(mask: jax.typing.ArrayLike, values: Any) -> jax.Array:
-    """Returns values, NaN where the mask is False.
+    """Returns values, NaN where the mask is False; infinity there inside `jit`.
 
-    From the host where that is possible: a NaN that is computed would stop a run under
-    `jax_debug_nans`.
+    A NaN that a program computes would stop it under `jax_debug_nans`.
     """
     if is_traced((mask, values)):
-        return jnp.where(mask, values, jnp.nan)
+        return jnp.where(mask, values, jnp.inf)
     values = np.asarray(values)
     return jax.device_put(np.where(mask, values, np.full((), np.nan, values.dtype)))
 

@@ -188,7 +188,7 @@ class ExactBalance(Result):
         finite: [] bool, whether all numbers are finite. If not, they are NaN.
 
     Inside `jit` no NaN is made: what is undefined is 0 there, where `has_energy`,
-    ``grows``, `timed` or ``finite`` is False.
+    ``grows``, `timed` or ``finite`` is False, and a velocity or share is infinite.
     """
 
     shells: SoftShells
@@ -465,7 +465,10 @@ def _over(
     *denominators: jax.Array,
     where: jax.typing.ArrayLike = True,
 ) -> jax.Array:
-    """Divides, with NaN where a denominator is 0 or NaN, and where it is said."""
+    """Divides where all denominators are neither 0 nor NaN, and where it is said.
+
+    NaN elsewhere; infinity inside `jit`.
+    """
     for denominator in denominators:
         usable = (denominator != 0) & ~jnp.isnan(denominator)
         numerator = jnp.where(where, numerator, 0) / jnp.where(usable, denominator, 1)
