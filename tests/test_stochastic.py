@@ -338,6 +338,18 @@ def test_a_network_against_its_dense_kernel():
     np.testing.assert_allclose(found.counts, dense.counts, rtol=0.2)
 
 
+def test_blocks_too_wide_for_two_steps_are_refused(shells):
+    """A single step cannot be compared with fewer: its error would read 0."""
+    key, case = jax.random.key(0), planted(30, 0)
+    for num_signs in (16, 31):
+        with pytest.raises(ValueError, match="signs.num_signs: expected"):
+            estimated(case, shells, 2, key, signs=Signs(num_signs, 4))
+    dense = Dense(case[0], case[2], shells, renormalize=False)
+    spanned = estimated(case, shells, 14, key, signs=Signs(16, 4))
+    np.testing.assert_allclose(spanned.counts.sum(), dense.counts.sum(), rtol=0.1)
+    assert np.max(spanned.lanczos_error) < 1e-3
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -373,7 +373,8 @@ def stochastic_shell_coupling(
         A `StochasticCoupling`.
 
     Raises:
-        ValueError: If a shape does not fit, or an option is out of range.
+        ValueError: If a shape does not fit, an option is out of range, or there are
+            more than n / 2 signs or shells for a larger bulk.
 
     References:
         Ours; ``docs/theory.md``. Ubaru, Chen and Saad (2017), "Fast estimation of
@@ -382,6 +383,7 @@ def stochastic_shell_coupling(
     check_shape("vectors", vectors, [None, len(values)])
     shells = shells.checked(vectors.dtype)
     check_at_least("len(shells.edges)", len(shells.edges), 2)
+    _check_blocks(*np.shape(vectors), max(signs.num_signs, len(shells.edges)))
     check_key(key)
     sign_key, key = jax.random.split(key)
     size = (len(vectors), signs.num_signs)
@@ -459,6 +461,20 @@ def measure_stochastic_coupling(
     )
     usable = found.finite & jnp.all(leading.converged)
     return found._replace(mask=found.mask & usable, finite=usable)
+
+
+def _check_blocks(size: int, num_pairs: int, width: int) -> None:
+    """Raises ValueError if blocks are too wide for steps that can be compared.
+
+    One step is enough where a block fills the bulk, and nothing is needed without one.
+    """
+    spans = size - num_pairs <= width <= size
+    if size > num_pairs and 2 * width > size and not spans:
+        raise ValueError(
+            "signs.num_signs: expected, as of the shells, at most n / 2 = "
+            f"{size / 2:g}, since a block as wide leaves Lanczos less than two steps, "
+            f"got {width}."
+        )
 
 
 def _estimated(
