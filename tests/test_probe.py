@@ -283,7 +283,7 @@ def test_a_loop_may_donate_its_buffers(mlp, pure):
     probe = make_probe(problem, every=2, shells=SHELLS, solver="dense")
     expected, _ = records_along(probe, points)
     params, state = copied(params), probe.init(jax.random.key(0), params)
-    record, found = jax.jit(probe.record), []
+    record, found = jax.jit(probe.record, donate_argnums=0), []
     for step in range(5):
         if pure:
             state, now = record(state, params, step)

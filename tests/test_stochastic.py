@@ -292,6 +292,28 @@ def test_empty_shells_are_masked():
     assert bool(found.finite)
 
 
+def test_shells_below_the_rounding_are_masked_and_spoil_no_others():
+    values, vectors, coupling = planted(30, 0)
+    values[15:] = 0
+    coupling[15:], coupling[:, 15:] = 0, 0
+    low = SoftShells(jnp.asarray([1e-25, 5e-2, 0.3]), 1 / 3)
+    dense = Dense(values, coupling, low, renormalize=True)
+    options = {"signs": Signs(4, 7), "renormalize": True}
+    kernel = jnp.asarray((vectors * values) @ vectors.T, jnp.float32)
+    moved = jnp.asarray(vectors @ coupling @ vectors.T, jnp.float32)
+    pairs = (
+        jnp.asarray(values[:6], jnp.float32),
+        jnp.asarray(vectors[:, :6], jnp.float32),
+    )
+    found = estimate(kernel, moved, *pairs, low, jax.random.key(0), **options)
+    np.testing.assert_array_equal(found.mask[0], False)
+    assert found.mask[1:, 1:].all()
+    np.testing.assert_allclose(found.matrix[1:, 1:], dense.matrix[1:, 1:], rtol=0.5)
+    beyond = SoftShells(jnp.asarray([5e-2, 0.3, 1e30]), 1 / 3)
+    found = estimate(kernel, moved, *pairs, beyond, jax.random.key(0), **options)
+    assert np.all(np.isfinite(np.where(found.mask, found.matrix, 0)))
+
+
 @pytest.mark.not_in_mode("debug_nans")
 def test_bad_products_are_said():
     case = planted(60, 0)
@@ -336,6 +358,18 @@ def test_a_network_against_its_dense_kernel():
     assert found.mask.all()
     assert np.mean((low <= dense.matrix) & (dense.matrix <= high)) > 0.8
     np.testing.assert_allclose(found.counts, dense.counts, rtol=0.2)
+
+
+def test_blocks_too_wide_for_two_steps_are_refused(shells):
+    """A single step cannot be compared with fewer: its error would read 0."""
+    key, case = jax.random.key(0), planted(30, 0)
+    for num_signs in (16, 31):
+        with pytest.raises(ValueError, match=r"signs\.num_signs: expected"):
+            estimated(case, shells, 2, key, signs=Signs(num_signs, 4))
+    dense = Dense(case[0], case[2], shells, renormalize=False)
+    spanned = estimated(case, shells, 14, key, signs=Signs(16, 4))
+    np.testing.assert_allclose(spanned.counts.sum(), dense.counts.sum(), rtol=0.1)
+    assert np.max(spanned.lanczos_error) < 1e-3
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,14 @@ def test_points_that_say_nothing_are_left_out():
     assert np.isnan(nothing.p_value)
     same = velocity_fit(jnp.ones(6), velocity[:6])
     assert np.isnan(same.curvature)
+    # Nor do they settle which of two signs with as many points prevails.
+    tied = jnp.asarray([1.0, -3.0, jnp.nan], jnp.float32)
+    for settled in (
+        velocity_fit(edges[:3], tied),
+        jax.jit(velocity_fit)(edges[:3], tied),
+    ):
+        assert settled.sign == -1
+        assert settled.sign_share == 0.5
 
 
 def test_what_is_undefined_is_infinite_in_programs_and_nan_outside():

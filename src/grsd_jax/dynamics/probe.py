@@ -166,7 +166,8 @@ class Probe:
             check_independent(point)
             vectors = jnp.zeros((size, size), dtype)
             zeros = (jnp.zeros(size, dtype) for _ in range(2))
-            snapshot = SpectralSnapshot(next(zeros), vectors, next(zeros), data)
+            own = jnp.array(data, copy=True)  # no buffer can be donated twice
+            snapshot = SpectralSnapshot(next(zeros), vectors, next(zeros), own)
         if isinstance(self.shells, SoftShells):
             edges = self.shells.checked(dtype).edges
         else:

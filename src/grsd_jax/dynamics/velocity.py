@@ -98,8 +98,9 @@ def velocity_fit(
     tiny = jnp.finfo(dtype).tiny
     usable = as_mask("mask", mask, edges.shape) & jnp.isfinite(velocity)
     usable &= jnp.isfinite(edges) & (edges >= tiny) & (jnp.abs(velocity) >= tiny)
+    velocity = jnp.where(usable, velocity, 0)  # 0 times a NaN is one
 
-    signs = jnp.where(usable, jnp.sign(velocity), 0)
+    signs = jnp.sign(velocity)
     vote = jnp.sign(jnp.sum(signs))
     sign = jnp.where(vote == 0, jnp.sign(jnp.sum(signs * jnp.abs(velocity))), vote)
     used = usable & (signs == sign)

@@ -32,6 +32,7 @@ from grsd_jax.kernel.derivative import (
 from grsd_jax.kernel.products import held_products
 from grsd_jax.linalg.eigenpairs import leading_eigenpairs
 from grsd_jax.linalg.lanczos import LanczosResult, block_lanczos
+from grsd_jax.linalg.ritz import default_floor
 from grsd_jax.problem import Problem, point_at
 from grsd_jax.results import NamedResult, number, result, span, with_undefined
 from grsd_jax.shells.soft_shells import SoftShells
@@ -135,7 +136,8 @@ class StochasticCoupling(NamedResult):
         matrix: ``[S, S]``, ``C_ab / (n_a n_b)``: the mean of
             ``(K_ij - delta_ij g_i)^2``, or of that over ``lambda_i lambda_j``; zero
             where masked.
-        mask: ``[S, S]`` bool, cells of shells that are not empty, with a coupling.
+        mask: ``[S, S]`` bool, cells of shells that are not empty, whose edges lie above
+            the rounding of M, with a coupling that the dtype can hold.
         replicates: ``[q, S, S]``, the matrix without one sign vector each. Errors of
             what is fitted to the matrix come from a jackknife over them, since cells
             share the signs.
@@ -145,6 +147,7 @@ class StochasticCoupling(NamedResult):
         counts: ``[S]``, ``n_a = tr f_a``.
         relative_drift: ``[S]``, ``tr(f_a Mdot) / tr(f_a M)``. ``g(lambda)`` is lambda
             times this, interpolated in log lambda between the middles of the shells.
+            Below the rounding of M that of the lowest shell above.
         finite: [] bool, whether all products were finite.
     """
 
@@ -373,7 +376,8 @@ def stochastic_shell_coupling(
         A `StochasticCoupling`.
 
     Raises:
-        ValueError: If a shape does not fit, or an option is out of range.
+        ValueError: If a shape does not fit, an option is out of range, or there are
+            more than n / 2 signs or shells for a larger bulk.
 
     References:
         Ours; ``docs/theory.md``. Ubaru, Chen and Saad (2017), "Fast estimation of
@@ -382,6 +386,8 @@ def stochastic_shell_coupling(
     check_shape("vectors", vectors, [None, len(values)])
     shells = shells.checked(vectors.dtype)
     check_at_least("len(shells.edges)", len(shells.edges), 2)
+    widest = max(signs.num_signs, len(shells.edges))
+    _check_blocks(len(vectors), len(values), widest)
     check_key(key)
     sign_key, key = jax.random.split(key)
     size = (len(vectors), signs.num_signs)
@@ -461,6 +467,20 @@ def measure_stochastic_coupling(
     return found._replace(mask=found.mask & usable, finite=usable)
 
 
+def _check_blocks(size: int, num_pairs: int, width: int) -> None:
+    """Raises ValueError if blocks are too wide for steps that can be compared.
+
+    One step is enough where a block fills the bulk, and nothing is needed without one.
+    """
+    spans = size - num_pairs <= width <= size
+    if size > num_pairs and 2 * width > size and not spans:
+        raise ValueError(
+            "signs.num_signs: expected, as of the shells, at most n / 2 = "
+            f"{size / 2:g}, since a block as wide leaves Lanczos less than two steps, "
+            f"got {width}."
+        )
+
+
 def _estimated(
     estimate: _Estimate, block: jax.Array, moved: jax.Array
 ) -> StochasticCoupling:
@@ -473,6 +493,9 @@ def _estimated(
     sizes = jnp.sum(functions.values[:, None, None] * roots**2, 0)
     size = jnp.mean(sizes * lengths, -1)
     drift = _relative_drift(estimate, growth, size, moved)
+    resolved = _resolved(estimate, functions.values)
+    # Modes above are held against what is known of the drift.
+    drift = jnp.where(resolved, drift, drift[jnp.argmax(resolved)])
     unit = divisor(jnp.maximum(_largest(changes), _largest(moved)))
     cells, fewer_cells, finite = _of_bulk(
         estimate, functions, (roots, changes), drift, unit
@@ -493,7 +516,9 @@ def _estimated(
     matrix, counts = of(jnp.full(number, 1 / number, cells.dtype))
     others = (1 - jnp.eye(number, dtype=cells.dtype)) / (number - 1)
     replicates, _ = jax.vmap(of)(others)
-    mask = finite & (matrix > 0) & jnp.all(replicates > 0, 0)
+    usable = jnp.isfinite(matrix) & jnp.all(jnp.isfinite(replicates), 0)
+    mask = finite & usable & (matrix > 0) & jnp.all(replicates > 0, 0)
+    mask &= jnp.outer(resolved, resolved)
     logs = jnp.log(jnp.where(mask, replicates, 1))
     mass = jnp.mean(lengths, -1)
     first = _symmetric(cells[0] * mass[None]) + leading
@@ -521,6 +546,15 @@ def _roots(estimate: _Estimate, functions: _Functions) -> tuple[jax.Array, jax.A
     roots = jnp.sqrt(weights)[:, :, None] * functions.inside[:, None, :]
     lengths = jnp.sum(roots**2, 0)
     return roots / jnp.sqrt(jnp.where(lengths > 0, lengths, 1))[None], lengths
+
+
+def _resolved(estimate: _Estimate, ritz_values: jax.Array) -> jax.Array:
+    """Returns which shells lie above the rounding of M, ``[S]`` bool.
+
+    Below are the zeros of M, and what their rounding makes of drift and coupling.
+    """
+    largest = jnp.max(jnp.concatenate([estimate.values, ritz_values]))
+    return estimate.shells.edges >= default_floor(largest.dtype) * largest
 
 
 def _relative_drift(
