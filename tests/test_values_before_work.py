@@ -191,7 +191,7 @@ def test_other_errors_of_a_device_are_not_called_memory(monkeypatch, capsys):
 
 def run_to_the_end(monkeypatch, capsys, main):
     """Runs a body as `run_main` does, and returns what it printed as an error."""
-    monkeypatch.setattr(flags.app, "run", lambda wrapped: wrapped(["script"]))
+    monkeypatch.setattr(flags.app, "run", lambda wrapped, **_: wrapped(["script"]))
     monkeypatch.setattr(flags, "config_from_flags", lambda *, settings, **_: settings())
     flags.flags.FLAGS(["script"], known_only=True)
     before = jax.config.jax_default_matmul_precision

@@ -59,7 +59,7 @@ DEFAULTS = {
     "checkpoint_every": 64,
     "keep_checkpoints": 1,
 }
-FIELDS = {*TRAINING_FLAGS, "batch_size", "num_batches"} - {"model", "seed", "optimizer"}
+FIELDS = {*TRAINING_FLAGS, "batch_size", "num_batches"} - {"model", "seed"}
 
 
 def main(config: Config) -> None:
