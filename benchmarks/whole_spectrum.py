@@ -4,7 +4,7 @@ Reads the ResNet-18 and the PlainNet-18 that `grsd reproduce --protocol=own` or
 `grsd track` left in WORKDIR, and measures both on the same test images, all outputs
 unreduced: n = 10 K N errors. Leading pairs are exact, the rest is by random signs, one
 batch at a time, so that memory does not grow with n^2. Writes whole_spectrum.json with
-time and memory, and a figure of both networks.
+time and the peak memory so far, and a figure of both networks.
 
 Examples:
   python benchmarks/whole_spectrum.py --workdir runs/cifar_w16 --data_dir PATH \
@@ -55,6 +55,9 @@ _REHEARSAL = {
 }
 _REHEARSED = ("resmlp", "mlp")
 
+#: Options that say where files lie, not what is measured.
+_PLACES = ("workdir", "data_dir", "out")
+
 #: Shells of one window, as in the paper.
 _WINDOW = 5
 
@@ -64,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parsed(arguments)
     found = {name: measure(name, options) for name in names_of(options)}
     report = {
-        "settings": {k: v for k, v in vars(options).items() if k not in ("out",)},
+        "settings": {k: v for k, v in vars(options).items() if k not in _PLACES},
         "networks": {name: entry for name, (entry, _) in found.items()},
         "machine": describe_machine(),
         "environment": environment(precision="default"),
@@ -72,7 +75,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(table(report["networks"]))
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
-        report["settings"].pop("workdir"), report["settings"].pop("data_dir")
         records.write_json(options.out / "whole_spectrum.json", report)
         couplings = {name: coupling for name, (_, coupling) in found.items()}
         draw = {"whole_spectrum": lambda: figure(couplings)}

@@ -87,7 +87,6 @@ def _measure(coupling, values, resolved):
             ],
         }
     root = np.sqrt(np.diag(arrays["literal"]))
-    key = jax.random.key(0)
     return {
         "n": NUM_MODES * 2,
         "num_pairs": NUM_MODES,
@@ -97,9 +96,11 @@ def _measure(coupling, values, resolved):
         "reduction": "mean",
         "test_accuracy": 0.8125,
         "diagonal_fit": _fields(
-            _fit(values, arrays["coupling_diagonal"], resolved, key=key)
+            _fit(values, arrays["coupling_diagonal"], resolved, key=jax.random.key(0))
         ),
-        "shell_fit": _fields(_fit(arrays["shell_centers"], root, root > 0, key=key)),
+        "shell_fit": _fields(
+            _fit(arrays["shell_centers"], root, root > 0, key=jax.random.key(0))
+        ),
         "toeplitz": toeplitz,
         "secant_disagreement": 0.1534,
     }, arrays

@@ -9,7 +9,6 @@ import grsd_jax as grsd
 from grsd_jax.errors import half_squared_loss, softmax_cross_entropy
 from oracles import dense_kernel, relative_error
 
-KEY = jax.random.key(0)
 C = 259  # bytes and three marks: more classes than a byte can count
 NARROW = ("int8", "uint8", "int16", "uint16", "int32", "uint32")
 NAMED = ("softmax_cross_entropy", "squared")
@@ -21,7 +20,7 @@ def outputs_fn(params, batch):
 
 def make(labels, classes=3, **options):
     """Returns a problem of K = 2 batches of N = 3 examples, and its parameters."""
-    x = jax.random.normal(KEY, (2, 3, 5))
+    x = jax.random.normal(jax.random.key(0), (2, 3, 5))
     params = {"w": jax.random.normal(jax.random.key(1), (5, classes))}
     problem = grsd.Problem(outputs_fn, {"x": x, "label": labels}, **options)
     return problem, params
@@ -40,7 +39,7 @@ def errors(logits, labels):
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("convert", [np.asarray, jnp.asarray])
 def test_narrow_labels_do_not_wrap(dtype, convert):
-    logits = jax.random.normal(KEY, (3, C))
+    logits = jax.random.normal(jax.random.key(0), (3, C))
     largest = min(np.iinfo(dtype).max, C - 1)
     labels = np.array([0, 1, largest])
     given = convert(labels.astype(dtype))
@@ -56,7 +55,7 @@ def test_narrow_labels_do_not_wrap(dtype, convert):
 
 
 def test_labels_of_two_classes_may_be_truths():
-    logits = jax.random.normal(KEY, (3, 2))
+    logits = jax.random.normal(jax.random.key(0), (3, 2))
     labels = np.array([True, False, True])
     expected = grsd.softmax_error(logits, labels.astype(int))
     np.testing.assert_array_equal(grsd.softmax_error(logits, labels), expected)
@@ -132,7 +131,7 @@ def test_what_can_be_no_label_is_one_sentence(labels, message):
 
 def test_soft_targets_need_not_sum_to_one():
     """A row of zeros, as `jax.nn.one_hot` makes of -100, does not count."""
-    logits = jax.random.normal(KEY, (4, 3))
+    logits = jax.random.normal(jax.random.key(0), (4, 3))
     targets = jnp.array([[0, 0, 0], [0.2, 0.3, 0], [1, 1, 0], [0.1, 0.8, 0.1]])
     for error, loss in (
         (grsd.softmax_error, softmax_cross_entropy),
@@ -151,7 +150,7 @@ def uses(problem, params):
     """Returns what uses a problem by name."""
     block = jnp.ones((18, 2))
     direction = jax.tree.map(jnp.ones_like, params)
-    key = {"key": KEY}
+    key = {"key": jax.random.key(0)}
     return {
         "dimension": lambda: problem.dimension(params),
         "loss": lambda: problem.loss(params),
@@ -166,7 +165,9 @@ def uses(problem, params):
         "linearize": lambda: grsd.linearize_kernel(problem, params),
         "derivative": lambda: grsd.kernel_derivative(problem, params, direction, block),
         "measure": lambda: grsd.measure_coupling(problem, params, direction, **key),
-        "probe": lambda: grsd.make_probe(problem, every=1).init(KEY, params),
+        "probe": lambda: grsd.make_probe(problem, every=1).init(
+            jax.random.key(0), params
+        ),
     }
 
 
@@ -196,7 +197,7 @@ def test_labels_of_a_loss_of_the_users_own_are_left_alone():
         return jnp.sum(jnp.where(label >= 0, losses, 0))
 
     labels = np.array([[[0, -100], [2, 1], [-100, -100]]])
-    x = jax.random.normal(KEY, (1, 3, 2, 5))
+    x = jax.random.normal(jax.random.key(0), (1, 3, 2, 5))
     params = {"w": jax.random.normal(jax.random.key(1), (5, 3))}
     batches = {"x": x, "label": labels}
     problem = grsd.Problem(outputs_fn, batches, loss=masked)
@@ -219,7 +220,12 @@ def test_under_jit_a_label_out_of_range_shows_as_not_finite():
     @jax.jit
     def measure(problem, params, direction=None):
         return grsd.measure_coupling(
-            problem, params, direction, key=KEY, solver="dense", shells=shells
+            problem,
+            params,
+            direction,
+            key=jax.random.key(0),
+            solver="dense",
+            shells=shells,
         )
 
     direction = jax.tree.map(jnp.ones_like, params)
@@ -300,7 +306,7 @@ def test_negative_indices_read_from_the_end(convert):
         outputs_fn=embedded, batches={"x": tokens, "label": LABELS}
     )
     params = {
-        "table": jax.random.normal(KEY, (9, 4)),
+        "table": jax.random.normal(jax.random.key(0), (9, 4)),
         "w": jax.random.normal(jax.random.key(1), (8, 3)),
     }
     expected = dense_kernel(problem, params)

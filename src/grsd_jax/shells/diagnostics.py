@@ -67,11 +67,9 @@ class ToeplitzDiagnostics(NamedResult):
     degrees_of_freedom: jax.Array
 
     def _headline(self) -> list[tuple[str, str]]:
-        free = np.asarray(self.degrees_of_freedom) > 0
-        windows = np.asarray(self.windows)[free]
         return [
             ("residual", self._residual_text()),
-            ("windows", f"{span(windows)}, {windows.size} of {free.size} defined"),
+            ("windows", windows_text(self.windows, self.degrees_of_freedom)),
         ]
 
     def _residual_text(self) -> str:
@@ -289,6 +287,12 @@ def caveats(
 def mostly_unresolved(share: float) -> bool:
     """Returns whether exponents describe a small part of the error, given the rest."""
     return share > _MOST
+
+
+def windows_text(windows: jax.Array, degrees_of_freedom: jax.Array) -> str:
+    """Returns the span of the residuals that have a degree of freedom."""
+    free = np.asarray(degrees_of_freedom) > 0
+    return f"{span(np.asarray(windows)[free])}, {free.sum()} of {free.size} defined"
 
 
 def _compared(disagreement: jax.Array) -> str:

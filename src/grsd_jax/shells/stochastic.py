@@ -35,6 +35,7 @@ from grsd_jax.linalg.lanczos import LanczosResult, block_lanczos
 from grsd_jax.linalg.ritz import default_floor
 from grsd_jax.problem import Problem, point_at
 from grsd_jax.results import NamedResult, number, result, span, with_undefined
+from grsd_jax.shells.diagnostics import windows_text
 from grsd_jax.shells.soft_shells import SoftShells
 from grsd_jax.shells.toeplitz import (
     toeplitz_residual,
@@ -111,15 +112,13 @@ class ToeplitzEstimate(NamedResult):
     degrees_of_freedom: jax.Array
 
     def _headline(self) -> list[tuple[str, str]]:
-        free = np.asarray(self.degrees_of_freedom) > 0
-        windows = np.asarray(self.windows)[free]
         residual, error, signs = (
             number(value, 3)
             for value in (self.residual, self.residual_error, self.residual_of_signs)
         )
         return [
             ("residual", f"{residual} ± {error}, {signs} taken off for the signs"),
-            ("windows", f"{span(windows)}, {windows.size} of {free.size} defined"),
+            ("windows", windows_text(self.windows, self.degrees_of_freedom)),
         ]
 
 
@@ -528,7 +527,7 @@ def _estimated(
         matrix=jnp.where(mask, matrix, 0) * scale * scale,
         mask=mask,
         replicates=jnp.where(mask, replicates, 0) * scale * scale,
-        log_error=_jackknife(logs[0], logs)[-1],
+        log_error=_jackknife_error(logs),
         lanczos_error=jnp.abs(change) / jnp.where(mask, first, jnp.inf),
         counts=counts,
         relative_drift=drift,
@@ -660,12 +659,17 @@ def _jackknife(
     known = jnp.isfinite(value) & jnp.all(jnp.isfinite(replicates), 0)
     value, replicates = (jnp.where(known, x, 0) for x in (value, replicates))
     bias = (number - 1) * (jnp.mean(replicates, 0) - value)
-    error = jnp.std(replicates, 0) * (number - 1) ** 0.5
+    error = _jackknife_error(replicates)
 
     def where_known(found: jax.Array) -> jax.Array:
         return jnp.where(known, found, jnp.inf)
 
     return where_known(value - bias), where_known(bias), where_known(error)
+
+
+def _jackknife_error(replicates: jax.Array) -> jax.Array:
+    """Returns the standard error of what was found without each sign vector."""
+    return jnp.std(replicates, 0) * (len(replicates) - 1) ** 0.5
 
 
 def _symmetric(matrix: jax.Array) -> jax.Array:
