@@ -55,21 +55,28 @@ def pytest_configure(config):
         jax.config.update(name, value)
 
 
-#: The tests that a default run leaves to the gate; CONTRIBUTING.md says how it is made.
-_SLOW = frozenset(
-    (Path(__file__).parent / "slow.txt").read_text(encoding="utf-8").splitlines()
-)
+def _listed(name):
+    text = (Path(__file__).parent / name).read_text(encoding="utf-8")
+    return frozenset(text.splitlines())
+
+
+#: Tests by their marks. The gate runs what is slow; a scheduled job runs variants of
+#: what the gate checks with a sibling. CONTRIBUTING.md says how the lists are made.
+_MARKED = {name: _listed(f"{name}.txt") for name in ("slow", "scheduled")}
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` reads the marks
 def pytest_collection_modifyitems(config, items):
-    """Marks the slow tests, and keeps those of the mode.
+    """Marks the tests that are listed, and keeps those of the mode.
 
     These are all of its files, without those that it contradicts.
     """
     for item in items:
-        if item.nodeid in _SLOW:
-            item.add_marker(pytest.mark.slow)
+        for mark, listed in _MARKED.items():
+            if item.nodeid in listed:
+                item.add_marker(getattr(pytest.mark, mark))
+    if config.args == config.getini("testpaths"):
+        _check_lists({item.nodeid for item in items})
     mode = config.getoption("--mode")
     if mode is None:
         return
@@ -80,6 +87,18 @@ def pytest_collection_modifyitems(config, items):
         (kept if runs else others).append(item)
     config.hook.pytest_deselected(items=others)
     items[:] = kept
+
+
+def _check_lists(collected):
+    """Raises UsageError for a listed test that is no more: its sibling would be fast.
+
+    A file whose optional package is absent has no tests.
+    """
+    files = {node.partition("::")[0] for node in collected}
+    for mark, listed in _MARKED.items():
+        for node in sorted(listed - collected):
+            if node.partition("::")[0] in files:
+                raise pytest.UsageError(f"tests/{mark}.txt: there is no test {node}.")
 
 
 #: Compiled programs kept from test to test; each holds more than a mebibyte.

@@ -51,13 +51,16 @@ def test_fences_of_python_name_known_packages(page):
 
 
 #: Pages whose code is among the default tests, and pages that a scheduled job runs.
-FIRST = ("README.md", "quickstart.md", "use_in_your_loop.md")
+FIRST = ("README.md",)
 LATER = (
     "architectures_and_depth.md",
     "conditions.md",
     "devices.md",
+    "results_guide.md",
     "shell_dynamics.md",
+    "track_training.md",
     "what_moved.md",
+    "your_own_checkpoint.md",
 )
 
 RUNNABLE = [page for page in PAGES if python_source(page.read_text()).strip()]

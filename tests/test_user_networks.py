@@ -15,7 +15,6 @@ from user_networks import (
     FACTORED,
     LOW_PRECISION,
     NETWORKS,
-    SCHEDULED,
     SLOW,
     framework,
     plain,
@@ -117,8 +116,6 @@ def agree(got, wanted, scale=None):
 
 
 def marks_of(name):
-    if name in SCHEDULED:
-        return [pytest.mark.scheduled]
     return [pytest.mark.slow] if name in SLOW else []
 
 
