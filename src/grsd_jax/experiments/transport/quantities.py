@@ -71,14 +71,18 @@ class Law(NamedTuple):
 
 
 def law_of(
-    snapshots: Snapshots, times: np.ndarray, ends: Sequence[int], *, width: float,
+    snapshots: Snapshots,
+    times: Mapping[int, float] | np.ndarray,
+    ends: Sequence[int],
+    *,
+    width: float,
     grid: str,
-) -> Law:  # fmt: skip
+) -> Law:
     """Returns the velocity law over intervals of doubling time.
 
     Args:
         snapshots: By their steps.
-        times: ``[steps + 1]``, tau after each training step.
+        times: tau after the training step of a number.
         ends: The steps at which intervals begin and end.
         width: The width w of the shells.
         grid: Their edges, see `Reading`.
