@@ -473,10 +473,14 @@ def test_other_examples_or_sizes_are_one_sentence(mlp):
         other = problem.replace(batches=batches)
         with pytest.raises(ValueError, match=r"^problem: expected the examples and"):
             probe.update(state, points[1], 1, problem=other)
+    squared = problem.replace(loss="squared")
+    with pytest.raises(ValueError, match=r"^problem: .* and its loss, got others"):
+        probe.update(state, points[1], 1, problem=squared)
     pure = jax.jit(lambda s, p, problem: probe.record(s, p, 1, problem=problem))
-    _, record = pure(state, points[1], problem.replace(batches=turned))
-    assert not record.balance.comparable
-    assert not record.balance.velocity_mask.any()
+    for other in (problem.replace(batches=turned), squared):
+        _, record = pure(state, points[1], other)
+        assert not record.balance.comparable
+        assert not record.balance.velocity_mask.any()
     with pytest.raises(ValueError, match=r"^problem: expected n = 30 as at init"):
         pure(state, points[1], problem.replace(batches=fewer))
 

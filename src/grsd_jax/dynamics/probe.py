@@ -273,8 +273,8 @@ class Probe:
 
         Raises:
             ValueError: If a shape, tree, dtype, leading axis or target does not fit,
-                the examples are others than before, a direction is given or missing
-                against the options, or a number is out of range.
+                the examples or the loss are others than before, a direction is given or
+                missing against the options, or a number is out of range.
         """
         step = _concrete_step(step)
         if not np.isnan(step_seconds):
@@ -621,11 +621,11 @@ def _has_loss(problem: Problem) -> bool:
 
 
 def _check_same_examples(state: ProbeState, data: jax.Array) -> None:
-    """Raises ValueError if the examples or targets are not those of `Probe.init`."""
+    """Raises ValueError if examples, targets or loss are not those of `Probe.init`."""
     if np.any(np.asarray(state.fingerprint) != np.asarray(data)):
         raise ValueError(
             "problem: expected the examples and targets of init, in the same order, "
-            "got others."
+            "and its loss, got others."
         )
 
 
