@@ -298,6 +298,21 @@ def test_values_lie_in_their_own_shells():
         np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.parametrize(
+    "edges",
+    [[1.0, 50, 10, 100], [1, np.nan, 100], [100, 10, 1], [-1, 10, 100], [1e-50, 1, 9]],
+)
+def test_edges_that_cut_no_shells_hold_no_value(edges):
+    values = jnp.asarray([3.0, 30.0], jnp.float32)
+    edges = np.asarray(edges, np.float64)
+    for known in (edges, edges.astype(np.float32)):
+        with pytest.raises(ValueError, match="edges: expected positive, increasing"):
+            module.assign_shells(values, known, open_ends=True)
+    found = jax.jit(lambda e: module.assign_shells(values, e, open_ends=True))(edges)
+    np.testing.assert_array_equal(found.index, [-1, -1])
+    assert not found.counts.any()
+
+
 def test_given_shells_that_do_not_fit_are_named():
     values = jnp.ones(3)
     with pytest.raises(ValueError, match=r"len\(edges\): expected an integer >= 2"):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grsd_jax._arrays import as_floating, as_mask, magnitude
+from grsd_jax._arrays import as_floating, as_mask, is_traced, magnitude
 from grsd_jax._checks import check_at_least, check_shape
 from grsd_jax.results import NamedResult, result, span
 
@@ -120,7 +120,8 @@ def assign_shells(
 
     Args:
         values: [r], in any order.
-        edges: [S+1], positive and increasing.
+        edges: [S+1], positive and increasing; inside `jit`, where they cannot be
+            looked at, no value is in a shell if they are not.
         mask: [r] bool, True for the values to use. Default: all. Values that are not
             finite count as masked.
         open_ends: Whether the first shell also holds everything below it, and the last
@@ -131,7 +132,8 @@ def assign_shells(
 
     Raises:
         ValueError: If ``values`` is not a floating [r] array, ``edges`` not a floating
-            array of at least two, ``mask`` not a bool [r] array, or ``open_ends`` not a
+            array of at least two or known here and not positive or decreasing in the
+            dtype of the values, ``mask`` not a bool [r] array, or ``open_ends`` not a
             bool.
 
     References:
@@ -140,9 +142,15 @@ def assign_shells(
     if not isinstance(open_ends, bool):
         raise ValueError(f"open_ends: expected True or False, got {open_ends!r}.")
     values = as_floating("values", values, [None])
+    known = None if is_traced(edges) else np.asarray(edges).astype(values.dtype)
     edges = as_floating("edges", edges, [None]).astype(values.dtype)
     check_at_least("len(edges)", edges.shape[0], 2)
-    usable = as_mask("mask", mask, values.shape) & jnp.isfinite(values)
+    if known is not None and not (known[0] > 0 and np.all(known[1:] >= known[:-1])):
+        raise ValueError(
+            f"edges: expected positive, increasing numbers, got {known.tolist()}."
+        )
+    ordered = (edges[0] > 0) & jnp.all(edges[1:] >= edges[:-1])
+    usable = as_mask("mask", mask, values.shape) & jnp.isfinite(values) & ordered
     if not open_ends:
         usable &= (values >= edges[0]) & (values <= edges[-1])
     return _assign(values, edges, usable)
