@@ -71,7 +71,7 @@ from grsd_jax.dynamics.spectra import (
 )
 from grsd_jax.jacobian.plan import check_independent, verdict_of
 from grsd_jax.kernel.dense import check_dense_fits
-from grsd_jax.kernel.derivative import flow_at
+from grsd_jax.kernel.derivative import flow_at, usable_step
 from grsd_jax.kernel.solver import solver_at
 from grsd_jax.problem import Point, Problem, check_problem, moving_part, point_at
 from grsd_jax.results import with_undefined
@@ -150,7 +150,9 @@ class Probe:
 
         Raises:
             ValueError: If a shape, dtype, leading axis, target or choice does not fit,
-                or the examples are coupled and the solver is dense.
+                the examples are coupled and the solver is dense, or records are
+                instantaneous, which takes a small step, and a parameter is of less
+                than single precision.
         """
         check_key(key)
         problem = problem or self.problem
@@ -348,6 +350,7 @@ class Probe:
         """Returns what the first instantaneous record finds; ``{}`` without them."""
         if self.instantaneous is None:
             return {}
+        usable_step(point.params, self.instantaneous.closure_step)
         size, solver = point.dimension, self.solver
         num_pairs = self.instantaneous.num_pairs(size)
         if solver == "auto":
