@@ -173,7 +173,7 @@ class Probe:
         if isinstance(self.shells, SoftShells):
             edges = self.shells.checked(dtype).edges
         else:
-            edges = jnp.ones(self.shells - 1, dtype)
+            edges = jnp.ones(self._num_edges, dtype)
         return ProbeState(
             last_step=jnp.int32(-1),
             start_step=jnp.int32(-1),
@@ -203,7 +203,7 @@ class Probe:
         and the record's ``due`` is False. On CPU convolutions are slow in it.
 
         Args:
-            state: The state.
+            state: The state, of a probe with as many shells and the same solver.
             params: Parameters. They are only read.
             step: [] integer, the steps done.
             problem: As for `update`. Other examples are not refused: the balance's
@@ -213,8 +213,9 @@ class Probe:
             The new state, and the record.
 
         Raises:
-            ValueError: If a shape, tree, dtype, leading axis or target does not fit, or
-                the probe has instantaneous records, which read from the device.
+            ValueError: If a shape, tree, dtype, leading axis or target does not fit,
+                the state is that of other options, or the probe has instantaneous
+                records, which read from the device.
         """
         if self.instantaneous is not None:
             raise ValueError(
@@ -258,7 +259,7 @@ class Probe:
         After a record whose numbers are not finite, later calls do nothing.
 
         Args:
-            state: The state.
+            state: The state, of a probe with as many shells and the same solver.
             params: Parameters. They are only read, and copied.
             step: The steps done, an integer whose value is at hand.
             direction: The tangent d of the instantaneous record, a tree like
@@ -275,8 +276,9 @@ class Probe:
 
         Raises:
             ValueError: If a shape, tree, dtype, leading axis or target does not fit,
-                the examples or the loss are others than before, a direction is given or
-                missing against the options, or a number is out of range.
+                the state is that of other options, the examples or the loss are others
+                than before, a direction is given or missing against the options, or a
+                number is out of range.
         """
         step = _concrete_step(step)
         if not np.isnan(step_seconds):
@@ -326,6 +328,11 @@ class Probe:
         return self.shells.width if isinstance(self.shells, SoftShells) else _WIDTH
 
     @property
+    def _num_edges(self) -> int:
+        given = self.shells
+        return len(given.edges) if isinstance(given, SoftShells) else given - 1
+
+    @property
     def _steps(self) -> KrylovSteps:
         """How Lanczos runs where the solver is not dense."""
         return self.solver if isinstance(self.solver, KrylovSteps) else _STEPS
@@ -338,8 +345,20 @@ class Probe:
         return due & (step > last)
 
     def _check_sizes(self, state: ProbeState, point: Point) -> None:
-        """Raises ValueError unless sizes are those that the state was made for."""
+        """Raises ValueError unless sizes and options are those of the state."""
         check_same_sizes(state.start, point)
+        own, found = self._num_edges, len(state.edges)
+        if own != found:
+            raise ValueError(
+                f"shells: expected {found + 1} of them as at init, got {own + 1}."
+            )
+        began = "dense" if state.snapshot else "KrylovSteps"
+        asked = "dense" if self.solver == "dense" else "KrylovSteps"
+        if self.solver != "auto" and asked != began:
+            raise ValueError(f"solver: expected {began} as at init, got {asked}.")
+        if bool(state.instant) != (self.instantaneous is not None):
+            began = "records with them" if state.instant else "records without"
+            raise ValueError(f"instantaneous: expected {began} as at init, got others.")
         if state.snapshot and len(state.snapshot.error) != point.dimension:
             wanted = len(state.snapshot.error)
             raise ValueError(
@@ -430,11 +449,10 @@ class Probe:
         return Found(balance, {}, shells.edges, values)
 
     def _shells(self, state: ProbeState, largest: jax.Array) -> SoftShells:
-        """Returns the shells, made from the largest eigenvalue at the first record."""
-        edges = state.edges
-        if not isinstance(self.shells, SoftShells):
-            edges = _edges_from(state, largest)
-        return SoftShells(edges, width=self._width)
+        """Returns the shells, those made at the first record if a number was given."""
+        if isinstance(self.shells, SoftShells):
+            return self.shells.checked(largest.dtype)
+        return SoftShells(_edges_from(state, largest), width=self._width)
 
     def _elapsed(self, look: _Look, start: Point) -> Elapsed:
         """Returns the time since the start."""
