@@ -188,8 +188,9 @@ def shell_coupling(
         ``matrix`` [S, S] and ``mask`` [S, S].
 
     Raises:
-        ValueError: If the shapes do not fit together, an array is not floating,
-            ``renormalize`` is not a bool, or ``min_count`` not an integer >= 1.
+        ValueError: If the shapes do not fit together, an array is not floating, the
+            shells are known here to be those of other values, ``renormalize`` is not a
+            bool, or ``min_count`` not an integer >= 1.
 
     References:
         Paper 3.2 (Condition 4), 7.3 and B.6.
@@ -231,7 +232,7 @@ def root_mean_squares(
     values = as_floating("values", values, [None])
     num_values = values.shape[0]
     coupling = as_floating("coupling", coupling, [num_values, num_values])
-    check_shape("shells.index", shells.index, [num_values])
+    check_shells_of(values, shells)
     dtype = jnp.promote_types(coupling.dtype, values.dtype)
 
     inside = shells.index >= 0
@@ -245,6 +246,27 @@ def root_mean_squares(
     enough = shells.counts >= min_count
     mask = enough[:, None] & enough[None, :]
     return jnp.where(mask, root, 0), mask
+
+
+def check_shells_of(values: jax.Array, shells: Shells) -> None:
+    """Raises ValueError if values lie in other shells, as far as that is known here.
+
+    Args:
+        values: [r].
+        shells: The shells, with open ends or without.
+    """
+    check_shape("shells.index", shells.index, [values.shape[0]])
+    if is_traced((values, shells)):
+        return
+    index, edges = np.asarray(shells.index), np.asarray(shells.edges)
+    found = np.sum(np.asarray(values)[:, None] >= edges[None, 1:-1], axis=1)
+    others = np.flatnonzero((index >= 0) & (index != found))
+    if len(others):
+        raise ValueError(
+            f"shells: expected those of values, got value {others[0]} in shell "
+            f"{index[others[0]]}, where it lies in {found[others[0]]}; `assign_shells` "
+            "puts values into given shells."
+        )
 
 
 def _assign(values: jax.Array, edges: jax.Array, usable: jax.Array) -> Shells:
