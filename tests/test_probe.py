@@ -442,6 +442,21 @@ def test_a_state_goes_on_under_the_options_it_is_given_or_is_refused(mlp):
             dense(**{"shells": SHELLS} | changes).update(state, points[1], 1)
 
 
+def test_a_schedule_that_turns_back_has_no_time(mlp):
+    problem, params = mlp
+    points = path(problem, params, 3)
+    for late in (-0.3, np.inf):
+        rates = jnp.asarray([0.1, 0.2, late])
+        probe = make_probe(
+            problem, every=1, solver="dense", shells=SHELLS, schedule=rates.__getitem__
+        )
+        found, _ = records_along(probe, points)
+        np.testing.assert_allclose([r.effective_time for r in found[:2]], [0.1, 0.3])
+        assert [bool(r.timed) for r in found] == [True, True, False]
+        assert np.isnan(found[2].effective_time)
+        assert np.isnan(found[2].balance.elapsed)
+
+
 def stateful_problem():
     """Returns ``at(step)``: a network with statistics, a number and a random key."""
     problem, params = network_problem("mlp", jnp.float32)

@@ -459,7 +459,8 @@ class Probe:
         dtype = look.point.error.dtype
         if self.schedule is not None:
             time = _scheduled(look.state, look.step, schedule=self.schedule)
-            return Elapsed(time.astype(dtype), jnp.bool_(True), None)
+            known = jnp.isfinite(time) & (time >= 0)
+            return Elapsed(jnp.where(known, time, 0).astype(dtype), known, None)
         if look.flow is None:
             return Elapsed(jnp.zeros((), dtype), jnp.bool_(False), None)
         ends = [start.params, look.point.params]
@@ -540,7 +541,8 @@ def make_probe(
             steps of the logarithm from a ten-thousandth of its largest eigenvalue to
             ten times as much, open at both ends.
         schedule: The effective time of a step, a number or ``schedule(step)`` as optax
-            makes it: the learning rate, over ``1 - mu`` with momentum. If None, time is
+            makes it: the learning rate, over ``1 - mu`` with momentum; from where it is
+            negative or not finite the time is not known. If None, time is
             measured by two gradients of the problem's loss, see `measured_time`. What
             counts is the training loss; the loss on the probe's batches stands for it.
             Without a loss there is no time, and there are no velocities.
