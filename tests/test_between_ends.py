@@ -11,6 +11,7 @@ import pytest
 
 from grsd_jax import Problem, dynamics
 from grsd_jax.dynamics import KrylovSteps, exact_balance, measured_time
+from grsd_jax.dynamics.spectra import fingerprint
 from grsd_jax.shells import SoftShells
 from oracles import cast, dense_kernel
 from test_compiles import compilations
@@ -281,6 +282,39 @@ def test_nothing_compiles_after_the_first_balance(solver):
             exact_balance(*ends, edges, solver=solver, elapsed=time, key=KEY)
         counts.append(len(found))
     assert counts[1:] == [0, 0]
+
+
+def test_other_losses_and_targets_of_the_same_examples_are_refused():
+    problem, params = make_problem()
+    labels = problem.batches["label"]
+    problem = problem.replace(batches=problem.batches | {"teacher": (labels + 1) % 3})
+    squared = problem.replace(loss="squared")
+    own = problem.replace(loss=optax.losses.softmax_cross_entropy_with_integer_labels)
+    other_key = problem.replace(target="teacher")
+    first = dynamics.spectral_snapshot(problem, params)
+    run = jax.jit(lambda *ends: exact_balance(*ends, shells(), elapsed=1.0))
+    assert np.any(run(first, first).velocity_mask)
+    for other in (squared, own, other_key):
+        second = first._replace(fingerprint=fingerprint(other))
+        for pair in ((first, second), ((problem, params), (other, params))):
+            with pytest.raises(ValueError, match="and its loss, got others"):
+                exact_balance(*pair, shells(), solver="dense")
+        assert not run(first, second).comparable
+        assert not np.any(run(first, second).velocity_mask)
+    assert np.all(fingerprint(own) == fingerprint(own.replace(batches=own.batches)))
+
+
+def test_an_infinite_time_has_no_velocity():
+    problem, params = make_problem()
+    snapshot = dynamics.spectral_snapshot(problem, params)
+    with pytest.raises(ValueError, match=r"^elapsed: expected a finite time above 0"):
+        exact_balance(snapshot, snapshot, shells(), elapsed=np.inf)
+    run = jax.jit(
+        lambda time: exact_balance(snapshot, snapshot, shells(), elapsed=time)
+    )
+    assert not run(jnp.inf).timed
+    assert not np.any(run(jnp.inf).velocity_mask)
+    assert np.any(run(2.0).velocity_mask)
 
 
 def test_other_examples_are_refused_and_other_statistics_are_not():

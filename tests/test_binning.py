@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from grsd_jax.dynamics import shell_dynamics
 from grsd_jax.shells import binning as module
 from grsd_jax.shells import toeplitz
 from grsd_jax.shells.binning import Shells
@@ -296,6 +297,38 @@ def test_values_lie_in_their_own_shells():
     again = module.assign_shells(values, shells.edges)
     for got, want in zip(again, shells, strict=True):
         np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize(
+    "edges",
+    [[1.0, 50, 10, 100], [1, np.nan, 100], [100, 10, 1], [-1, 10, 100], [1e-50, 1, 9]],
+)
+def test_edges_that_cut_no_shells_hold_no_value(edges):
+    values = jnp.asarray([3.0, 30.0], jnp.float32)
+    edges = np.asarray(edges, np.float64)
+    for known in (edges, edges.astype(np.float32)):
+        with pytest.raises(ValueError, match="edges: expected positive, increasing"):
+            module.assign_shells(values, known, open_ends=True)
+    found = jax.jit(lambda e: module.assign_shells(values, e, open_ends=True))(edges)
+    np.testing.assert_array_equal(found.index, [-1, -1])
+    assert not found.counts.any()
+
+
+@pytest.mark.parametrize("open_ends", [False, True])
+def test_shells_of_other_values_are_refused(open_ends):
+    values = jnp.asarray([1.0, 3.0, 10.0, 30.0])
+    edges = np.asarray([2.0, 5.0, 20.0], np.float32)
+    moved = values.at[1].set(6.0)
+    shells = module.assign_shells(values, edges, open_ends=open_ends)
+    assert shells.index[1] != np.digitize(moved[1], edges) - 1
+    module.check_shells_of(values, shells)
+    coupling = jnp.eye(4)
+    for refused in (
+        lambda: module.shell_coupling(coupling, moved, shells, renormalize=False),
+        lambda: shell_dynamics(moved, values, coupling, shells, loss_constant=1.0),
+    ):
+        with pytest.raises(ValueError, match=r"^shells: expected those .* value 1 in"):
+            refused()
 
 
 def test_given_shells_that_do_not_fit_are_named():

@@ -27,7 +27,7 @@ from grsd_jax.conditions import (
     smallest_band,
 )
 from grsd_jax.conditions.checks import locality_checks
-from oracles import network_problem
+from oracles import dense_kernel, network_problem
 
 LENIENT = Thresholds(max_tail_sum=10.0)
 
@@ -285,6 +285,21 @@ def test_the_band_of_an_estimate_has_an_error_where_probes_disagree():
     assert error(0.0, num_probes=0) == 0
     assert error(1e-6) == 0
     assert error(0.5) > 0.1
+
+
+def test_a_path_over_other_examples_or_losses_is_refused(mlp):
+    problem, params, _, blocks = mlp
+    turned = jax.tree.map(lambda leaf: leaf[:, ::-1], problem.batches)
+    vectors = []
+    for other in (problem, problem.replace(batches=turned)):
+        kernel = np.asarray(dense_kernel(other, params), np.float64)
+        vectors.append(np.linalg.eigh(kernel)[1][:, -2:])
+    # Nothing moves, and yet the leading projector would.
+    assert np.linalg.norm(vectors[0] @ vectors[0].T - vectors[1] @ vectors[1].T) > 0.5
+    for other in (problem.replace(batches=turned), problem.replace(loss="squared")):
+        points = [PathPoint(t, p, params) for t, p in enumerate((problem, other))]
+        with pytest.raises(ValueError, match=r"^points: expected .* others at 1"):
+            condition_report(points, blocks, **quick())
 
 
 def test_bad_input_is_named():

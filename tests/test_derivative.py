@@ -1,13 +1,17 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from grsd_jax import (
+    Derivative,
     Problem,
     gradient_flow_direction,
     kernel_dense,
     kernel_derivative,
+    measure_coupling,
 )
 from grsd_jax.kernel import (
     central_difference,
@@ -15,7 +19,7 @@ from grsd_jax.kernel import (
     kernel_derivative_matmat,
     linearize_derivative,
 )
-from oracles import dense_jacobians, dense_kernel, network_problem, relative_error
+from oracles import cast, dense_jacobians, dense_kernel, network_problem, relative_error
 
 reductions = pytest.mark.parametrize("reduction", ["mean", "stack"])
 
@@ -216,6 +220,46 @@ def test_central_difference_is_exact_for_a_quadratic_and_safe_at_zero():
     np.testing.assert_array_equal(
         central_difference(lambda p: p["w"] ** 2, params, still), 0
     )
+
+
+def test_steps_that_rounding_swallows_are_refused():
+    cubes = lambda p: sum(jnp.sum(leaf) ** 3 for leaf in jax.tree.leaves(p))  # noqa: E731
+    params = {"v": jnp.ones(3), "w": jnp.asarray([1.0, 2.0])}
+    take = functools.partial(central_difference, cubes)
+    # The exact derivative: 3 (sum v)^2 3 + 3 (sum w)^2 2.
+    np.testing.assert_allclose(take(params, params), 81 + 81, rtol=2e-2)
+    for dtype in (jnp.bfloat16, jnp.float16):
+        mixed = params | {"w": params["w"].astype(dtype)}
+        with pytest.raises(ValueError, match=r"^params\['w'\]: expected dtype float"):
+            take(mixed, mixed)
+    for step in (1e-8, 1e-12):
+        with pytest.raises(ValueError, match=r"^step: expected at least 1.2e-07, the"):
+            take(params, params, step=step)
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_default_step_is_that_of_the_coarsest_parameters():
+    params = {"v": jnp.ones(3, jnp.float32), "w": jnp.ones(2, jnp.float64)}
+    sine = lambda p: jnp.sin(jnp.sum(p["v"].astype(jnp.float64)))  # noqa: E731
+    got = central_difference(sine, params, params)
+    np.testing.assert_allclose(got, 3 * np.cos(3), rtol=5e-3)
+
+
+@pytest.mark.parametrize("solver", ["dense", "lanczos"])
+@pytest.mark.parametrize(
+    "derivative", [Derivative("finite_difference"), Derivative(cross_checked=True)]
+)
+def test_measurements_of_half_parameters_take_no_difference(solver, derivative):
+    problem, params, _ = with_direction("mlp", jnp.float32)
+    in_single = lambda p, b: problem.objective.outputs_fn(cast(p, jnp.float32), b)  # noqa: E731
+    with pytest.raises(ValueError, match=r"^params.*: expected dtype float32 or"):
+        measure_coupling(
+            problem.replace(outputs_fn=in_single),
+            cast(params, jnp.bfloat16),
+            key=jax.random.key(0),
+            solver=solver,
+            derivative=derivative,
+        )
 
 
 def test_bad_input_is_named():

@@ -44,6 +44,16 @@ def test_integrator_keeps_the_dtype_of_the_parameters():
         integrate_flow(oscillator, start, step=0.1, num_steps=1, substeps=0)
 
 
+def test_parameters_that_small_steps_do_not_move_are_refused():
+    step = {"step": 1e-3, "num_steps": 1, "substeps": 500}
+    field = lambda x: -x  # noqa: E731
+    end = integrate_flow(field, jnp.ones(1, jnp.float32), **step)[-1]
+    np.testing.assert_allclose(end, np.exp(-1e-3), rtol=1e-4)
+    for dtype in (jnp.bfloat16, jnp.float16):
+        with pytest.raises(ValueError, match="params: expected dtype float32 or float"):
+            integrate_flow(field, jnp.ones(1, dtype), **step)
+
+
 @pytest.mark.usefixtures("x64")
 def test_gradients_pass_through_the_flow():
     def end(rate):

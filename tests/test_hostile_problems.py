@@ -164,6 +164,10 @@ PROBLEMS = {
         lambda: with_params(lambda p: {"w": jnp.ones((5, 4), jnp.int32)}),
         "params: expected at least one floating array, got none",
     ),
+    "complex parameters": (
+        lambda: with_params(lambda p: {**p, "c": jnp.ones(4, jnp.complex64)}),
+        "params['c']: expected real numbers, got complex64; pass its real and its",
+    ),
     "no parameters": (
         lambda: with_params(lambda p: {}),
         "params: expected at least one floating array, got none",

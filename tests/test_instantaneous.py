@@ -10,7 +10,7 @@ from grsd_jax import Problem, Window, gradient_flow_direction, make_probe
 from grsd_jax.dynamics import Instantaneous, KrylovSteps
 from grsd_jax.dynamics import instantaneous as module
 from grsd_jax.shells import SoftShells
-from oracles import dense_kernel, network_problem
+from oracles import cast, dense_kernel, network_problem
 
 SHELLS, FEW = 5, {"num_bootstrap": 20}
 LANCZOS = {
@@ -46,6 +46,16 @@ def first_record(problem, params, **options):
     _, record = probe.update(probe.init(jax.random.key(0), params), params, 0)
     assert record.balance is None  # there is no earlier end
     return record.instantaneous
+
+
+def test_parameters_without_a_place_for_small_steps_are_refused(mlp):
+    problem, params = mlp
+    in_single = lambda p, b: problem.objective.outputs_fn(cast(p, jnp.float32), b)  # noqa: E731
+    probe = probe_of(problem.replace(outputs_fn=in_single))
+    with pytest.raises(ValueError, match=r"^params.*: expected dtype float32 or"):
+        probe.init(jax.random.key(0), cast(params, jnp.bfloat16))
+    with pytest.raises(ValueError, match=r"^step: expected at least 1.2e-07"):
+        probe_of(problem, closure_step=1e-9).init(jax.random.key(0), params)
 
 
 @jax.jit

@@ -149,6 +149,7 @@ def test_distances_and_bands():
     assert bands == [0, 0, 1, 2, 2]
     assert smallest_band(np.zeros(3, np.float32), 0.9) == 0
     assert smallest_band(np.float32([1, np.nan, 0]), 0.9) == -1
+    assert smallest_band(np.float32([1, -1, 3]), 0.9) == -1
 
 
 def test_bad_input_is_named(mlp):

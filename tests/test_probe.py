@@ -415,6 +415,48 @@ def test_edges_come_from_the_first_record_and_stay(mlp, solver):
     np.testing.assert_allclose(found[1].values[:2], now[:2], rtol=1e-4)
 
 
+def test_a_state_goes_on_under_the_options_it_is_given_or_is_refused(mlp):
+    problem, params = mlp
+    points = path(problem, params, 1)
+    dense = functools.partial(
+        make_probe, problem, every=1, schedule=0.1, solver="dense"
+    )
+    state = dense(shells=SHELLS).init(jax.random.key(0), params)
+    state, _ = dense(shells=SHELLS).update(state, params, 0)
+    shifted = SoftShells(3 * SHELLS.edges, width=1 / 3)
+    ends = [(problem, point) for point in points]
+    expected = exact_balance(*ends, shifted, solver="dense")
+    later, record = dense(shells=shifted).update(state, points[1], 1)
+    np.testing.assert_array_equal(later.edges, shifted.edges)
+    np.testing.assert_array_equal(record.balance.shells.edges, shifted.edges)
+    off = np.abs(record.balance.flux - expected.flux)
+    assert np.all(off <= record.balance.flux_error + expected.flux_error)
+    fewer, other = SoftShells(SHELLS.edges[1:]), KrylovSteps(4)
+    for sentence, changes in (
+        ("shells: expected 4 of them as at init, got 3", {"shells": fewer}),
+        ("shells: expected 4 of them as at init, got 7", {"shells": 7}),
+        ("solver: expected dense as at init, got Kryl", {"solver": other}),
+        ("instantaneous: expected records without", {"instantaneous": True}),
+    ):
+        with pytest.raises(ValueError, match=f"^{sentence}"):
+            dense(**{"shells": SHELLS} | changes).update(state, points[1], 1)
+
+
+def test_a_schedule_that_turns_back_has_no_time(mlp):
+    problem, params = mlp
+    points = path(problem, params, 3)
+    for late in (-0.3, np.inf):
+        rates = jnp.asarray([0.1, 0.2, late])
+        probe = make_probe(
+            problem, every=1, solver="dense", shells=SHELLS, schedule=rates.__getitem__
+        )
+        found, _ = records_along(probe, points)
+        np.testing.assert_allclose([r.effective_time for r in found[:2]], [0.1, 0.3])
+        assert [bool(r.timed) for r in found] == [True, True, False]
+        assert np.isnan(found[2].effective_time)
+        assert np.isnan(found[2].balance.elapsed)
+
+
 def stateful_problem():
     """Returns ``at(step)``: a network with statistics, a number and a random key."""
     problem, params = network_problem("mlp", jnp.float32)
@@ -473,10 +515,14 @@ def test_other_examples_or_sizes_are_one_sentence(mlp):
         other = problem.replace(batches=batches)
         with pytest.raises(ValueError, match=r"^problem: expected the examples and"):
             probe.update(state, points[1], 1, problem=other)
+    squared = problem.replace(loss="squared")
+    with pytest.raises(ValueError, match=r"^problem: .* and its loss, got others"):
+        probe.update(state, points[1], 1, problem=squared)
     pure = jax.jit(lambda s, p, problem: probe.record(s, p, 1, problem=problem))
-    _, record = pure(state, points[1], problem.replace(batches=turned))
-    assert not record.balance.comparable
-    assert not record.balance.velocity_mask.any()
+    for other in (problem.replace(batches=turned), squared):
+        _, record = pure(state, points[1], other)
+        assert not record.balance.comparable
+        assert not record.balance.velocity_mask.any()
     with pytest.raises(ValueError, match=r"^problem: expected n = 30 as at init"):
         pure(state, points[1], problem.replace(batches=fewer))
 

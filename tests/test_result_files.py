@@ -85,6 +85,15 @@ def test_every_kind_of_value_comes_back(value, tmp_path):
     assert_same(holder, grsd.load(tmp_path / "holder.npz"))
 
 
+@pytest.mark.parametrize("dtype", [">f4", ">i2", ">c16", "<f8"])
+def test_numbers_in_another_byte_order_are_the_same_numbers(dtype, tmp_path):
+    numbers = np.asarray([1.5, -2, 300], dtype)
+    shells.ShellCoupling(numbers, mask=None).save(tmp_path / "holder.npz")
+    matrix = grsd.load(tmp_path / "holder.npz").matrix
+    assert matrix.dtype == numbers.dtype.newbyteorder("=")
+    assert matrix.tolist() == numbers.tolist()
+
+
 @pytest.mark.usefixtures("x64")
 def test_64_bits_come_back_with_and_without_them_enabled(tmp_path):
     fit = random_result(shells.PowerLawFit, dtype=jnp.float64)

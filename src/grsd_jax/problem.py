@@ -369,7 +369,8 @@ class Problem:
     for every problem (a lambda in a loop) traces each time.
 
     Leaves of the parameters that are not floating arrays are held constant: arrays as
-    data, anything else (numbers, names, functions) as static values.
+    data, anything else (numbers, names, functions) as static values. Complex arrays are
+    refused: pass their real and imaginary parts.
 
     Attributes:
         objective: The error and the loss as functions of parameters and batch.
@@ -554,8 +555,9 @@ class Problem:
             The point, for the functions of this package.
 
         Raises:
-            ValueError: If no leaf of params is floating, the batches do not share
-                leading axes, or the outputs, a target or the direction does not fit.
+            ValueError: If no leaf of params is floating or one is complex, the batches
+                do not share leading axes, or the outputs, a target or the direction
+                does not fit.
         """
         if isinstance(params, Problem):
             raise ValueError(
@@ -771,6 +773,7 @@ def _mean_loss(error_fn: Objective, params: PyTree, batch: PyTree) -> jax.Array:
 
 def _hold(objective: Objective, params: PyTree) -> tuple[Objective, PyTree]:
     """Returns the objective of the floating leaves alone, and these leaves."""
+    _check_no_complex(params)
     leaves, tree = jax.tree.flatten(params, is_leaf=_is_none)
     moves = [_is_floating(leaf) for leaf in leaves]
     if not any(moves):
@@ -789,6 +792,17 @@ def _hold(objective: Objective, params: PyTree) -> tuple[Objective, PyTree]:
         objective, jax.tree.unflatten(tree, held), tuple(fixed)
     )
     return held_objective, jax.tree.unflatten(tree, moving)
+
+
+def _check_no_complex(params: PyTree) -> None:
+    """Raises ValueError if a parameter is complex: training would move it, J not."""
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        if _is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            raise ValueError(
+                f"params{jax.tree_util.keystr(path)}: expected real numbers, got "
+                f"{leaf.dtype}; pass its real and its imaginary part, or a constant "
+                "outside of params."
+            )
 
 
 def moving_part(params: PyTree) -> PyTree:

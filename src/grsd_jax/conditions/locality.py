@@ -143,7 +143,8 @@ def smallest_band(profile: jax.typing.ArrayLike, share: float) -> jax.Array:
         share: The share, in (0, 1].
 
     Returns:
-        [] int32; 0 for a profile of zeros, -1 if it is not finite.
+        [] int32; 0 for a profile of zeros, -1 if it is not finite or an amount is
+        negative.
 
     Raises:
         ValueError: If ``profile`` is not a floating vector or the share out of range.
@@ -161,7 +162,7 @@ def _smallest_band(profile: jax.Array, share: float) -> jax.Array:
     # Rounding of the sums must not ask for one more distance when the share is 1.
     enough = share * (1 - profile.shape[0] * float(jnp.finfo(profile.dtype).eps))
     band = jnp.sum(held < enough * held[-1], dtype=jnp.int32)
-    return jnp.where(jnp.isfinite(held[-1]), band, -1)
+    return jnp.where(jnp.isfinite(held[-1]) & jnp.all(profile >= 0), band, -1)
 
 
 @partial(jax.jit, static_argnames="combine")

@@ -42,9 +42,14 @@ from grsd_jax.conditions.stability import (
     shell_drift,
 )
 from grsd_jax.conditions.verdicts import Thresholds, Verdict
-from grsd_jax.kernel.derivative import Derivative, gradient_flow_direction
+from grsd_jax.dynamics.spectra import fingerprint
+from grsd_jax.kernel.derivative import (
+    Derivative,
+    gradient_flow_direction,
+    usable_step,
+)
 from grsd_jax.parameter_blocks import ParameterBlocks
-from grsd_jax.problem import Problem
+from grsd_jax.problem import Problem, moving_part
 from grsd_jax.results import NamedResult, result
 from grsd_jax.shells.diagnostics import CouplingMeasurement
 from grsd_jax.shells.measurement import Solver, measure_coupling
@@ -227,14 +232,16 @@ def condition_report(
         A `ConditionReport`.
 
     Raises:
-        ValueError: If there is no point, or a shape, tree, dtype, leading axis,
-            partition or option does not fit.
+        ValueError: If there is no point, points differ in examples, targets or loss, a
+            parameter is of less than single precision, or a shape, tree, dtype, leading
+            axis, partition or option does not fit.
 
     References:
         Paper 3.2, 5 and A.2; how each condition is made a number is ours.
     """
     check_at_least("len(points)", len(points), 1)
     check_key(key)
+    _check_path(points)
     points = [_with_direction(point) for point in points]
     tell = progress or (lambda _: None)
     influence_key, coherence_key, *keys = jax.random.split(key, 4)
@@ -270,6 +277,20 @@ def condition_report(
         condition3=_stability(norms, measurements, thresholds),
         condition4=_shift_invariance(measurements, thresholds),
     )
+
+
+def _check_path(points: Sequence[PathPoint]) -> None:
+    """Raises ValueError unless all points can be measured, and compared."""
+    first = None
+    for point in points:
+        usable_step(moving_part(point.params), None)  # that of the cross-check
+        found = np.asarray(fingerprint(point.problem))
+        first = found if first is None else first
+        if np.any(found != first):
+            raise ValueError(
+                "points: expected the same examples and targets, in the same order, "
+                f"and the same loss at every time, got others at {point.time}."
+            )
 
 
 def _with_direction(point: PathPoint) -> PathPoint:

@@ -22,10 +22,10 @@ from grsd_jax._arrays import (
     matmul,
     ratio,
 )
-from grsd_jax._checks import check_positive, check_shape
+from grsd_jax._checks import check_positive
 from grsd_jax._typing import PyTree
 from grsd_jax.results import NamedResult, result
-from grsd_jax.shells.binning import Shells
+from grsd_jax.shells.binning import Shells, check_shells_of
 
 #: Rounding of the eigenvalues, in units of eps times the largest: closer ones are
 #: indistinguishable. Resolved pairs lie above ten.
@@ -262,9 +262,10 @@ def shell_dynamics(
         The balance. Energies in squared units of e, rates per unit of time.
 
     Raises:
-        ValueError: If the shapes do not fit together, an array is not floating, ``gap``
-            is not a finite number above zero, or not exactly one of ``loss_constant``
-            and ``rate_projections`` is given.
+        ValueError: If the shapes do not fit together, an array is not floating, the
+            shells are known here to be those of other values, ``gap`` is not a finite
+            number above zero, or not exactly one of ``loss_constant`` and
+            ``rate_projections`` is given.
 
     References:
         Paper 2.2 and A.2, equations (23) and (31); the leak and the clusters are ours.
@@ -273,7 +274,7 @@ def shell_dynamics(
     size, num_shells = values.shape[0], shells.counts.shape[0]
     coupling = as_square("coupling", coupling, size)
     projections = as_floating("projections", projections, [size])
-    check_shape("shells.index", shells.index, [size])
+    check_shells_of(values, shells)
     dtype = jnp.result_type(values, projections, coupling)
     values, projections = values.astype(dtype), projections.astype(dtype)
     rates = _rates(values, projections, loss_constant, rate_projections)

@@ -95,7 +95,7 @@ def exact_balance(
 
     for a step of any size, by any optimizer, of a network with any activation: no
     derivative is taken. The problems of both ends may differ in their state (BatchNorm
-    statistics), not in examples, targets and their order.
+    statistics), not in examples, targets and their order, or in the loss.
 
     With the dense solver the function is pure and may be jitted, and mapped over runs;
     so may it with `KrylovSteps`. On CPU, outside of `jit`, the Lanczos steps are driven
@@ -115,9 +115,10 @@ def exact_balance(
         The balance, with errors from rounding and from the number of Lanczos steps.
 
     Raises:
-        ValueError: If the ends differ in examples, targets or their order (under `jit`
-            only the field ``comparable`` says so), in size or dtype; if the shells do
-            not suit the solver; or if ``elapsed`` is known to be 0 or less.
+        ValueError: If the ends differ in examples, targets, their order or the name of
+            the loss (under `jit` only the field ``comparable`` says so), in size or
+            dtype; if the shells do not suit the solver; or if ``elapsed`` is known to
+            be infinite, 0 or less.
 
     References:
         Ours; ``docs/what_moved.md``.
@@ -239,9 +240,10 @@ def _moment(
     if elapsed is None:
         return 0.0
     check_shape("elapsed", elapsed, [])
-    if not is_traced(elapsed) and np.asarray(elapsed) <= 0:
+    if not is_traced(elapsed) and (np.asarray(elapsed) <= 0 or np.isinf(elapsed)):
         raise ValueError(
-            f"elapsed: expected a time above 0 between two snapshots, got {elapsed}."
+            f"elapsed: expected a finite time above 0 between two snapshots, got "
+            f"{elapsed}."
         )
     return elapsed
 
@@ -303,7 +305,7 @@ def _check_comparable(before: jax.Array, after: jax.Array) -> None:
     if np.any(np.asarray(before) != np.asarray(after)):
         raise ValueError(
             "after: expected the examples and targets of before, in the same order, "
-            "got others."
+            "and its loss, got others."
         )
 
 
@@ -351,7 +353,7 @@ def _finished(
     elapsed = jnp.asarray(elapsed, balance.flux.dtype)
     return dataclasses.replace(
         balance,
-        elapsed=jnp.where(elapsed > 0, elapsed, 0),
+        elapsed=jnp.where((elapsed > 0) & jnp.isfinite(elapsed), elapsed, 0),
         comparable=comparable,
         counting=counting,
     )

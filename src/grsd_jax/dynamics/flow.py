@@ -12,7 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from grsd_jax._checks import check_at_least, check_floating, check_positive
+from grsd_jax._checks import check_at_least, check_positive, check_single_or_double
 from grsd_jax._typing import PyTree
 from grsd_jax.kernel.dense import kernel_dense
 from grsd_jax.kernel.derivative import gradient_flow_direction
@@ -47,20 +47,21 @@ def flow_step(field: Field, params: PyTree, step: jax.typing.ArrayLike) -> PyTre
 
     Args:
         field: ``field(params) -> tangent``, a tree like ``params``.
-        params: Parameters, a pytree of floating arrays.
+        params: Parameters, a pytree of arrays in float32 or float64.
         step: [], the time step h.
 
     Returns:
         The parameters h later, with an error of order ``h^5``.
 
     Raises:
-        ValueError: If a parameter is not floating.
+        ValueError: If a parameter is of another dtype, where small steps may vanish.
 
     References:
         Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, II.1.
     """
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        check_floating(f"params{jax.tree_util.keystr(path)}", leaf)
+        where = f"params{jax.tree_util.keystr(path)}"
+        check_single_or_double(where, jnp.result_type(leaf))
 
     def ahead(tangent: PyTree, share: float) -> PyTree:
         def move(p: jax.Array, t: jax.Array) -> jax.Array:
@@ -90,7 +91,7 @@ def integrate_flow(
 
     Args:
         field: ``field(params) -> tangent``, a tree like ``params``.
-        params: Parameters at time 0, a pytree of floating arrays.
+        params: Parameters at time 0, a pytree of arrays in float32 or float64.
         step: [], the time between the points that are returned.
         num_steps: How many points after the first.
         substeps: Steps of the integrator from one point to the next.
@@ -101,7 +102,7 @@ def integrate_flow(
 
     Raises:
         ValueError: If ``num_steps`` or ``substeps`` is not an integer >= 1, or a
-            parameter is not floating.
+            parameter is of another dtype.
     """
     check_at_least("num_steps", num_steps, 1)
     check_at_least("substeps", substeps, 1)
@@ -187,7 +188,7 @@ def covariance_check(
 
     Args:
         problem: The problem, with a loss; examples independent.
-        params: Parameters at time 0, a pytree of floating arrays.
+        params: Parameters at time 0, a pytree of arrays in float32 or float64.
         scale: a, above 0.
         time: How far the scaled flow runs; the other one runs to ``a`` times that.
         num_steps: Points of time, and steps of the scaled flow's integrator.

@@ -25,7 +25,7 @@ from grsd_jax.dynamics.closure import (
 )
 from grsd_jax.dynamics.moving_spectrum import Finder, MovingSpectrum, moving_spectrum
 from grsd_jax.dynamics.velocity import VelocityFit, velocity_fit
-from grsd_jax.kernel.derivative import central_difference
+from grsd_jax.kernel.derivative import central_difference, coarsest_dtype
 from grsd_jax.kernel.solver import Lanczos
 from grsd_jax.linalg.ritz import RitzPairs
 from grsd_jax.problem import Point
@@ -181,6 +181,7 @@ def measure_instant(
     small = options.closure_step
     if small is None:
         small = float(_straight_step(spectrum, point.params, point.direction))
+        small = max(small, float(jnp.finfo(coarsest_dtype(point.params)).eps))
     measured = central_difference(energies, point.params, point.direction, step=small)
     record = _transport_record(
         spectrum,

@@ -26,7 +26,7 @@ from grsd_jax.dynamics.spectra import (
     stacked_point,
 )
 from grsd_jax.kernel.dense import dense_at
-from grsd_jax.kernel.derivative import Derivative
+from grsd_jax.kernel.derivative import Derivative, coarsest_dtype
 from grsd_jax.kernel.products import projected_derivative
 from grsd_jax.problem import Point, Problem
 from grsd_jax.results import NamedResult, result
@@ -93,7 +93,7 @@ def midpoint_flux(
 
     Args:
         problem: The problem, one set of ``n = K N C`` errors.
-        before: Parameters.
+        before: Parameters in float32 or float64.
         after: Parameters a small step later.
         shells: Soft shells of width 1/2 or 1/3.
         solver: ``"dense"`` for all n pairs; `KrylovSteps` for one run from ``e_m``, of
@@ -104,8 +104,8 @@ def midpoint_flux(
         The flux, with its error.
 
     Raises:
-        ValueError: If the trees, the problem or the shells do not fit, or ``key`` is
-            missing.
+        ValueError: If the trees, a dtype, the problem or the shells do not fit, or
+            ``key`` is missing.
 
     References:
         Ours; ``docs/what_moved.md``.
@@ -117,6 +117,7 @@ def midpoint_flux(
             f"cancel, got {shells.width}."
         )
     ends = stacked_point(problem, before), stacked_point(problem, after)
+    coarsest_dtype(ends[0].params)  # half precision holds no point halfway
     shells = shells.checked(ends[0].error.dtype)
     if solver == "auto":
         solver = cheaper_solver(ends[0], shells.width, KrylovSteps())

@@ -71,7 +71,7 @@ from grsd_jax.dynamics.spectra import (
 )
 from grsd_jax.jacobian.plan import check_independent, verdict_of
 from grsd_jax.kernel.dense import check_dense_fits
-from grsd_jax.kernel.derivative import flow_at
+from grsd_jax.kernel.derivative import flow_at, usable_step
 from grsd_jax.kernel.solver import solver_at
 from grsd_jax.problem import Point, Problem, check_problem, moving_part, point_at
 from grsd_jax.results import with_undefined
@@ -150,7 +150,9 @@ class Probe:
 
         Raises:
             ValueError: If a shape, dtype, leading axis, target or choice does not fit,
-                or the examples are coupled and the solver is dense.
+                the examples are coupled and the solver is dense, or records are
+                instantaneous, which takes a small step, and a parameter is of less
+                than single precision.
         """
         check_key(key)
         problem = problem or self.problem
@@ -171,7 +173,7 @@ class Probe:
         if isinstance(self.shells, SoftShells):
             edges = self.shells.checked(dtype).edges
         else:
-            edges = jnp.ones(self.shells - 1, dtype)
+            edges = jnp.ones(self._num_edges, dtype)
         return ProbeState(
             last_step=jnp.int32(-1),
             start_step=jnp.int32(-1),
@@ -201,7 +203,7 @@ class Probe:
         and the record's ``due`` is False. On CPU convolutions are slow in it.
 
         Args:
-            state: The state.
+            state: The state, of a probe with as many shells and the same solver.
             params: Parameters. They are only read.
             step: [] integer, the steps done.
             problem: As for `update`. Other examples are not refused: the balance's
@@ -211,8 +213,9 @@ class Probe:
             The new state, and the record.
 
         Raises:
-            ValueError: If a shape, tree, dtype, leading axis or target does not fit, or
-                the probe has instantaneous records, which read from the device.
+            ValueError: If a shape, tree, dtype, leading axis or target does not fit,
+                the state is that of other options, or the probe has instantaneous
+                records, which read from the device.
         """
         if self.instantaneous is not None:
             raise ValueError(
@@ -256,7 +259,7 @@ class Probe:
         After a record whose numbers are not finite, later calls do nothing.
 
         Args:
-            state: The state.
+            state: The state, of a probe with as many shells and the same solver.
             params: Parameters. They are only read, and copied.
             step: The steps done, an integer whose value is at hand.
             direction: The tangent d of the instantaneous record, a tree like
@@ -273,8 +276,9 @@ class Probe:
 
         Raises:
             ValueError: If a shape, tree, dtype, leading axis or target does not fit,
-                the examples are others than before, a direction is given or missing
-                against the options, or a number is out of range.
+                the state is that of other options, the examples or the loss are others
+                than before, a direction is given or missing against the options, or a
+                number is out of range.
         """
         step = _concrete_step(step)
         if not np.isnan(step_seconds):
@@ -324,6 +328,11 @@ class Probe:
         return self.shells.width if isinstance(self.shells, SoftShells) else _WIDTH
 
     @property
+    def _num_edges(self) -> int:
+        given = self.shells
+        return len(given.edges) if isinstance(given, SoftShells) else given - 1
+
+    @property
     def _steps(self) -> KrylovSteps:
         """How Lanczos runs where the solver is not dense."""
         return self.solver if isinstance(self.solver, KrylovSteps) else _STEPS
@@ -336,8 +345,20 @@ class Probe:
         return due & (step > last)
 
     def _check_sizes(self, state: ProbeState, point: Point) -> None:
-        """Raises ValueError unless sizes are those that the state was made for."""
+        """Raises ValueError unless sizes and options are those of the state."""
         check_same_sizes(state.start, point)
+        own, found = self._num_edges, len(state.edges)
+        if own != found:
+            raise ValueError(
+                f"shells: expected {found + 1} of them as at init, got {own + 1}."
+            )
+        began = "dense" if state.snapshot else "KrylovSteps"
+        asked = "dense" if self.solver == "dense" else "KrylovSteps"
+        if self.solver != "auto" and asked != began:
+            raise ValueError(f"solver: expected {began} as at init, got {asked}.")
+        if bool(state.instant) != (self.instantaneous is not None):
+            began = "records with them" if state.instant else "records without"
+            raise ValueError(f"instantaneous: expected {began} as at init, got others.")
         if state.snapshot and len(state.snapshot.error) != point.dimension:
             wanted = len(state.snapshot.error)
             raise ValueError(
@@ -348,6 +369,7 @@ class Probe:
         """Returns what the first instantaneous record finds; ``{}`` without them."""
         if self.instantaneous is None:
             return {}
+        usable_step(point.params, self.instantaneous.closure_step)
         size, solver = point.dimension, self.solver
         num_pairs = self.instantaneous.num_pairs(size)
         if solver == "auto":
@@ -427,18 +449,18 @@ class Probe:
         return Found(balance, {}, shells.edges, values)
 
     def _shells(self, state: ProbeState, largest: jax.Array) -> SoftShells:
-        """Returns the shells, made from the largest eigenvalue at the first record."""
-        edges = state.edges
-        if not isinstance(self.shells, SoftShells):
-            edges = _edges_from(state, largest)
-        return SoftShells(edges, width=self._width)
+        """Returns the shells, those made at the first record if a number was given."""
+        if isinstance(self.shells, SoftShells):
+            return self.shells.checked(largest.dtype)
+        return SoftShells(_edges_from(state, largest), width=self._width)
 
     def _elapsed(self, look: _Look, start: Point) -> Elapsed:
         """Returns the time since the start."""
         dtype = look.point.error.dtype
         if self.schedule is not None:
             time = _scheduled(look.state, look.step, schedule=self.schedule)
-            return Elapsed(time.astype(dtype), jnp.bool_(True), None)
+            known = jnp.isfinite(time) & (time >= 0)
+            return Elapsed(jnp.where(known, time, 0).astype(dtype), known, None)
         if look.flow is None:
             return Elapsed(jnp.zeros((), dtype), jnp.bool_(False), None)
         ends = [start.params, look.point.params]
@@ -519,7 +541,8 @@ def make_probe(
             steps of the logarithm from a ten-thousandth of its largest eigenvalue to
             ten times as much, open at both ends.
         schedule: The effective time of a step, a number or ``schedule(step)`` as optax
-            makes it: the learning rate, over ``1 - mu`` with momentum. If None, time is
+            makes it: the learning rate, over ``1 - mu`` with momentum; from where it is
+            negative or not finite the time is not known. If None, time is
             measured by two gradients of the problem's loss, see `measured_time`. What
             counts is the training loss; the loss on the probe's batches stands for it.
             Without a loss there is no time, and there are no velocities.
@@ -621,11 +644,11 @@ def _has_loss(problem: Problem) -> bool:
 
 
 def _check_same_examples(state: ProbeState, data: jax.Array) -> None:
-    """Raises ValueError if the examples or targets are not those of `Probe.init`."""
+    """Raises ValueError if examples, targets or loss are not those of `Probe.init`."""
     if np.any(np.asarray(state.fingerprint) != np.asarray(data)):
         raise ValueError(
             "problem: expected the examples and targets of init, in the same order, "
-            "got others."
+            "and its loss, got others."
         )
 
 

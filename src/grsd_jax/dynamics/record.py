@@ -27,7 +27,8 @@ class ProbeState(NamedResult):
         effective_time: [], tau at ``start_step``, of no meaning unless ``timed``.
         timed: [] bool, whether all times so far have a meaning.
         edges: [q], the edges of the shells; ones until they are known.
-        fingerprint: [2] uint32, of the examples and targets, in their order.
+        fingerprint: [2] uint32, of the examples and targets, in their order, and of the
+            name of the loss.
         start: Copies of the parameters at ``start_step``, and of what else the problem
             held then, as lists of arrays.
         snapshot: With the dense solver, the `SpectralSnapshot` at ``start_step``, which

@@ -36,7 +36,7 @@ class SharpFlux(NamedResult):
         lower: [q], the least that passed upward, as in `ExactBalance`.
         upper: [q], the most.
         comparable: [] bool, whether both ends hold the same examples and targets in the
-            same order. If not, no number means anything.
+            same order, and the same loss. If not, no number means anything.
         finite: [] bool, whether all numbers are finite.
     """
 
@@ -76,8 +76,8 @@ def sharp_flux_bounds(
         The bounds.
 
     Raises:
-        ValueError: If the ends differ in examples, size or dtype, the edges are not
-            positive, increasing numbers, or ``num_steps`` is below 4.
+        ValueError: If the ends differ in examples, loss, size or dtype, the edges are
+            not positive, increasing numbers, or ``num_steps`` is below 4.
 
     References:
         Golub and Meurant (2010), "Matrices, Moments and Quadrature with Applications",

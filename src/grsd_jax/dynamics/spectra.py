@@ -4,6 +4,8 @@ Two such snapshots, or two Krylov spaces of the same two errors, are what
 `grsd_jax.dynamics.transport` compares.
 """
 
+import zlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +25,7 @@ from grsd_jax.linalg.eigenpairs import leading_eigenpairs
 from grsd_jax.linalg.lanczos import LanczosResult
 from grsd_jax.linalg.ritz import descending_pairs
 from grsd_jax.problem import (
+    ErrorObjective,
     OutputsObjective,
     Point,
     Problem,
@@ -47,7 +50,8 @@ class SpectralSnapshot(NamedResult):
         values: ``[r]``, eigenvalues, descending.
         vectors: ``[n, r]``, eigenvectors; zero where a leading pair was not found.
         error: ``[n]``, e.
-        fingerprint: [2] uint32, of the batches and targets, in their order.
+        fingerprint: [2] uint32, of the batches and targets, in their order, and of the
+            name of the loss.
     """
 
     values: jax.Array
@@ -196,7 +200,9 @@ def pair_krylov(
 
 
 def fingerprint(problem: Problem) -> jax.Array:
-    """Returns a hash of the batches and targets, which depends on their order.
+    """Returns a hash of the batches and targets in their order, and of the loss.
+
+    A loss that is a function counts by its name, which is the same in every process.
 
     Args:
         problem: The problem.
@@ -213,10 +219,20 @@ def _fingerprint(problem: Problem) -> jax.Array:
     objective = problem.objective
     if isinstance(objective, OutputsObjective) and callable(objective.target):
         data.append(jax.vmap(objective.target)(problem.batches))
-    total = jnp.zeros(2, jnp.uint32)
+    total = jnp.full(2, zlib.crc32(_stated(objective).encode()), jnp.uint32)
     for index, leaf in enumerate(jax.tree.leaves(data)):
         total = total * np.uint32(31) + _hash(_words(leaf), index)
     return total
+
+
+def _stated(objective: OutputsObjective | ErrorObjective) -> str:
+    """Returns what makes errors of outputs, in words: the loss and the target's key."""
+    if isinstance(objective, ErrorObjective):
+        return "error"
+    loss, target = objective.loss, objective.target
+    if not isinstance(loss, str):
+        loss = getattr(loss, "__qualname__", type(loss).__qualname__)
+    return f"{loss} of {'a function' if callable(target) else repr(target)}"
 
 
 def _words(leaf: jax.typing.ArrayLike) -> jax.Array:

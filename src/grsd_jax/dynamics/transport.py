@@ -184,7 +184,7 @@ class ExactBalance(Result):
         rounding: [], the rounding of products with the kernel, relative; far above the
             dtype's epsilon if they run in reduced precision.
         comparable: [] bool, whether both ends hold the same examples and targets in the
-            same order. If not, no number means anything.
+            same order, and the same loss. If not, no number means anything.
         finite: [] bool, whether all numbers are finite. If not, they are NaN.
 
     Inside `jit` no NaN is made: what is undefined is 0 there, where `has_energy`,

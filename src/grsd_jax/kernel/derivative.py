@@ -29,6 +29,7 @@ from grsd_jax._checks import (
     check_positive,
     check_same_tree,
     check_shape,
+    check_single_or_double,
 )
 from grsd_jax._typing import DerivativeMethod, PyTree
 from grsd_jax.jacobian.autodiff import (
@@ -149,6 +150,7 @@ def kernel_derivative(
         method: ``"exact"`` or ``"finite_difference"``.
         step: Relative step of the difference; if None, a fiftieth of the cube root of
             the dtype's epsilon (1e-4 in float32). Ignored by the exact derivative.
+            A difference needs parameters in float32 or float64.
         column_chunk: Columns taken at a time, which bounds memory; all if None.
 
     Returns:
@@ -361,24 +363,25 @@ def central_difference(
 
     Args:
         fn: ``fn(params) -> array``.
-        params: Parameters theta, a pytree of floating arrays.
+        params: Parameters theta, a pytree of arrays in float32 or float64: half
+            precision has no place for small steps.
         direction: The tangent d, a tree like ``params``.
         step: Relative step; if None, a fiftieth of the cube root of the dtype's
-            epsilon (1e-4 in float32).
+            epsilon (1e-4 in float32). Rounding adds about epsilon over step, in units
+            of ``fn``.
 
     Returns:
         The difference quotient, in the units of ``fn`` per unit of s.
 
     Raises:
-        ValueError: If the trees differ or ``step`` is not a finite number above zero.
+        ValueError: If the trees differ, a parameter is of another dtype, or ``step`` is
+            not a finite number of at least the dtype's epsilon.
 
     References:
         Paper 7.2 and B.5.
     """
     check_same_tree("direction", direction, params, "params")
-    if step is None:
-        step = default_step(jnp.result_type(*jax.tree.leaves(params)))
-    check_positive("step", step)
+    step = usable_step(params, step)
     size, speed = _usable_norms(params, direction)
     h = step * size / speed
     forward, backward = (fn(_shifted(params, direction, by)) for by in (h, -h))
@@ -388,6 +391,43 @@ def central_difference(
 def default_step(dtype: jax.typing.DTypeLike) -> float:
     """Returns the relative step of a central difference where none is given."""
     return _BEND * float(jnp.finfo(dtype).eps) ** (1 / 3)
+
+
+def usable_step(params: PyTree, step: float | None) -> float:
+    """Returns the relative step of a difference, after checking that it can be taken.
+
+    Args:
+        params: Parameters theta.
+        step: The step, the default for their dtype if None.
+
+    Returns:
+        The step.
+
+    Raises:
+        ValueError: As `central_difference`.
+    """
+    dtype = coarsest_dtype(params)
+    step = default_step(dtype) if step is None else step
+    check_positive("step", step)
+    if step < jnp.finfo(dtype).eps:
+        raise ValueError(
+            f"step: expected at least {jnp.finfo(dtype).eps:.2g}, the rounding of "
+            f"parameters in {dtype}, got {step!r}."
+        )
+    return step
+
+
+def coarsest_dtype(params: PyTree) -> np.dtype:
+    """Returns the dtype of the parameters that moves in the largest steps.
+
+    Raises:
+        ValueError: If there is another one than float32 and float64.
+    """
+    dtypes = []
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        dtypes.append(jnp.result_type(leaf))
+        check_single_or_double(f"params{jax.tree_util.keystr(path)}", dtypes[-1])
+    return max(dtypes, key=lambda dtype: float(jnp.finfo(dtype).eps))
 
 
 def project(vectors: jax.Array, columns: jax.Array) -> jax.Array:

@@ -56,7 +56,8 @@ def equinox_outputs(
 
     The model maps one example and runs under `jax.vmap`, in inference mode and without
     a random key: dropout is off and BatchNorm uses its stored statistics. Arrays that
-    are not floating, such as counters or a fixed permutation, are held constant.
+    are not floating, such as counters or a fixed permutation, are held constant;
+    complex ones are refused where the problem is used.
 
     Args:
         model: A callable pytree, ``model(x)`` of one example, or ``model(x, state)``

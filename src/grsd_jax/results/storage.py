@@ -26,7 +26,7 @@ def save(result: Any, path: PathLike) -> None:
     """Writes a result to one file, whole or not at all; `grsd_jax.load` reads it.
 
     The file is an ``.npz`` archive with a header of JSON and a checksum, without
-    pickle. Arrays keep every bit and their dtype.
+    pickle. Arrays keep every bit and their dtype, in the byte order of this machine.
 
     Args:
         result: The result.
@@ -144,7 +144,8 @@ def _encoded_array(
             value = jax.random.key_data(value)
     elif isinstance(value, np.generic):
         about["scalar"] = True
-    array = np.array(value, order="C")
+    # By its name: a dtype of another byte order is no builtin one.
+    array = np.array(value, np.dtype(value.dtype.name), order="C")
     about["dtype"] = array.dtype.name
     if array.dtype.isbuiltin != 1:  # such as bfloat16, which .npz files do not know
         array = array.view(f"u{array.dtype.itemsize}")

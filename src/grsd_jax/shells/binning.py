@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grsd_jax._arrays import as_floating, as_mask, magnitude
+from grsd_jax._arrays import as_floating, as_mask, is_traced, magnitude
 from grsd_jax._checks import check_at_least, check_shape
 from grsd_jax.results import NamedResult, result, span
 
@@ -120,7 +120,8 @@ def assign_shells(
 
     Args:
         values: [r], in any order.
-        edges: [S+1], positive and increasing.
+        edges: [S+1], positive and increasing; inside `jit`, where they cannot be
+            looked at, no value is in a shell if they are not.
         mask: [r] bool, True for the values to use. Default: all. Values that are not
             finite count as masked.
         open_ends: Whether the first shell also holds everything below it, and the last
@@ -131,7 +132,8 @@ def assign_shells(
 
     Raises:
         ValueError: If ``values`` is not a floating [r] array, ``edges`` not a floating
-            array of at least two, ``mask`` not a bool [r] array, or ``open_ends`` not a
+            array of at least two or known here and not positive or decreasing in the
+            dtype of the values, ``mask`` not a bool [r] array, or ``open_ends`` not a
             bool.
 
     References:
@@ -140,9 +142,15 @@ def assign_shells(
     if not isinstance(open_ends, bool):
         raise ValueError(f"open_ends: expected True or False, got {open_ends!r}.")
     values = as_floating("values", values, [None])
+    known = None if is_traced(edges) else np.asarray(edges).astype(values.dtype)
     edges = as_floating("edges", edges, [None]).astype(values.dtype)
     check_at_least("len(edges)", edges.shape[0], 2)
-    usable = as_mask("mask", mask, values.shape) & jnp.isfinite(values)
+    if known is not None and not (known[0] > 0 and np.all(known[1:] >= known[:-1])):
+        raise ValueError(
+            f"edges: expected positive, increasing numbers, got {known.tolist()}."
+        )
+    ordered = (edges[0] > 0) & jnp.all(edges[1:] >= edges[:-1])
+    usable = as_mask("mask", mask, values.shape) & jnp.isfinite(values) & ordered
     if not open_ends:
         usable &= (values >= edges[0]) & (values <= edges[-1])
     return _assign(values, edges, usable)
@@ -180,8 +188,9 @@ def shell_coupling(
         ``matrix`` [S, S] and ``mask`` [S, S].
 
     Raises:
-        ValueError: If the shapes do not fit together, an array is not floating,
-            ``renormalize`` is not a bool, or ``min_count`` not an integer >= 1.
+        ValueError: If the shapes do not fit together, an array is not floating, the
+            shells are known here to be those of other values, ``renormalize`` is not a
+            bool, or ``min_count`` not an integer >= 1.
 
     References:
         Paper 3.2 (Condition 4), 7.3 and B.6.
@@ -223,7 +232,7 @@ def root_mean_squares(
     values = as_floating("values", values, [None])
     num_values = values.shape[0]
     coupling = as_floating("coupling", coupling, [num_values, num_values])
-    check_shape("shells.index", shells.index, [num_values])
+    check_shells_of(values, shells)
     dtype = jnp.promote_types(coupling.dtype, values.dtype)
 
     inside = shells.index >= 0
@@ -237,6 +246,27 @@ def root_mean_squares(
     enough = shells.counts >= min_count
     mask = enough[:, None] & enough[None, :]
     return jnp.where(mask, root, 0), mask
+
+
+def check_shells_of(values: jax.Array, shells: Shells) -> None:
+    """Raises ValueError if values lie in other shells, as far as that is known here.
+
+    Args:
+        values: [r].
+        shells: The shells, with open ends or without.
+    """
+    check_shape("shells.index", shells.index, [values.shape[0]])
+    if is_traced((values, shells)):
+        return
+    index, edges = np.asarray(shells.index), np.asarray(shells.edges)
+    found = np.sum(np.asarray(values)[:, None] >= edges[None, 1:-1], axis=1)
+    others = np.flatnonzero((index >= 0) & (index != found))
+    if len(others):
+        raise ValueError(
+            f"shells: expected those of values, got value {others[0]} in shell "
+            f"{index[others[0]]}, where it lies in {found[others[0]]}; `assign_shells` "
+            "puts values into given shells."
+        )
 
 
 def _assign(values: jax.Array, edges: jax.Array, usable: jax.Array) -> Shells:

@@ -26,6 +26,7 @@ from grsd_jax.kernel.derivative import (
     central_difference,
     gradient_flow_direction,
     project_kernel,
+    usable_step,
 )
 from grsd_jax.kernel.mesh import layout_of
 from grsd_jax.kernel.null_space import free_start
@@ -121,6 +122,8 @@ def measure_coupling(
     if direction is None:
         direction = gradient_flow_direction(problem, params)
     point = point_at(problem, params, direction)
+    if derivative.method != "exact" or derivative.cross_checked:
+        usable_step(point.params, derivative.step)
     lanczos = _resolved(solver, point, window)
     _check_sizes(point, lanczos, window, shells)
     width = min((lanczos or Lanczos()).block_size, point.dimension)
