@@ -470,6 +470,24 @@ def parabola(x, batch):
     return x**2 / 2
 
 
+@pytest.mark.parametrize("angle", [0.0, 0.9, 1.2, 1.55, 2.0])
+def test_time_of_a_motion_aside_has_no_meaning(angle):
+    # On an inclined plane both ends agree, however little of the motion is downhill.
+    slope = 3.0
+    problem = Problem.from_error(
+        lambda x, batch: x[0] * batch,
+        jnp.ones((1, 2, 1)),
+        loss_fn=lambda x, batch: slope * x[0],
+    )
+    way = 0.7 * jnp.asarray([-np.cos(angle), np.sin(angle)], jnp.float32)
+    start = jnp.asarray([2.0, 1.0], jnp.float32)
+    time = measured_time(problem, start, start + way)
+    expected = 0.7 * np.cos(angle) / slope
+    np.testing.assert_allclose([time.start, time.end], expected, rtol=1e-4)
+    np.testing.assert_allclose(time.alignment, np.cos(angle), rtol=1e-4)
+    assert time.meaningful == (np.cos(angle) > 0.5)
+
+
 def test_time_has_no_meaning_against_the_flow_or_where_its_ends_disagree():
     problem, params = make_problem()
     _, after = train(problem, params, optax.sgd(0.01), [1])

@@ -3,14 +3,15 @@
 import jax
 import jax.numpy as jnp
 
-from grsd_jax._arrays import divisor, where_defined
+from grsd_jax._arrays import divisor, norm, ratio, where_defined
 from grsd_jax._checks import check_same_tree
 from grsd_jax._typing import PyTree
 from grsd_jax.kernel.derivative import gradient_flow_direction
 from grsd_jax.problem import Problem, point_at
 from grsd_jax.results import NamedResult, result
 
-#: The factor up to which the times of both ends agree.
+#: The factor up to which the times of both ends agree, and up to which the motion is
+#: longer than the way of the flow in that time.
 _AGREEMENT = 2.0
 
 
@@ -21,12 +22,17 @@ class MeasuredTime(NamedResult):
     Attributes:
         start: [], by the gradient of the first end; infinite if that vanishes.
         end: [], by that of the second; likewise.
-        meaningful: [] bool, whether both are above 0 and agree within a factor 2.
-            Otherwise the motion did not follow the flow of this loss.
+        alignment: [], the cosine of the angle between the motion and the flow, the
+            smaller one of both ends; the share of the motion's length that the flow
+            covers in the time of that end. 0 for a flow that stands still.
+        meaningful: [] bool, whether both times are above 0 and agree within a factor 2,
+            and the alignment is at least 1/2. Otherwise the motion did not follow the
+            flow of this loss.
     """
 
     start: jax.Array
     end: jax.Array
+    alignment: jax.Array
     meaningful: jax.Array
 
     @property
@@ -86,11 +92,14 @@ def time_between(ends: list[PyTree], flows: list[PyTree]) -> MeasuredTime:
         The time, as `measured_time` has it.
     """
     before, after = (_flat(end) for end in ends)
-    start, end = (_time_along(after - before, _flat(flow)) for flow in flows)
+    found = [_along(after - before, _flat(flow)) for flow in flows]
+    (start, end), cosines = zip(*found, strict=True)
+    alignment = jnp.minimum(*cosines)
     positive = (start > 0) & (end > 0)
     longer = jnp.maximum(start, end)
     agree = jnp.isfinite(longer) & (longer <= _AGREEMENT * jnp.minimum(start, end))
-    return MeasuredTime(start, end, positive & agree)
+    follows = positive & agree & (alignment * _AGREEMENT >= 1)
+    return MeasuredTime(start, end, alignment, follows)
 
 
 def _flat(tree: PyTree) -> jax.Array:
@@ -101,9 +110,14 @@ def _flat(tree: PyTree) -> jax.Array:
     return jnp.concatenate([jnp.ravel(leaf).astype(dtype) for leaf in leaves])
 
 
-def _time_along(motion: jax.Array, flow: jax.Array) -> jax.Array:
-    """Returns ``<motion, flow> / |flow|^2``, infinite for a flow that stands still."""
+def _along(motion: jax.Array, flow: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns ``<motion, flow> / |flow|^2``, and the cosine of their angle.
+
+    The first is infinite for a flow that stands still.
+    """
     size = jnp.max(jnp.abs(flow), initial=0)
     unit = flow / divisor(size)  # squares of small gradients underflow
-    time = jnp.sum(motion * unit) / divisor(jnp.sum(jnp.square(unit))) / divisor(size)
-    return jnp.where(size > 0, time, jnp.inf)
+    inner, square = jnp.sum(motion * unit), jnp.sum(jnp.square(unit))
+    time = inner / divisor(square) / divisor(size)
+    cosine = ratio(inner, norm(motion) * jnp.sqrt(divisor(square)))
+    return jnp.where(size > 0, time, jnp.inf), jnp.where(size > 0, cosine, 0)
