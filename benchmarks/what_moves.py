@@ -302,6 +302,7 @@ def figure(runs: Sequence[Mapping[str, Any]]) -> Any:
     names = list(dict.fromkeys(entry["network"] for entry in runs))
     drawn = Figure(figsize=(plotting.PAGE_WIDTH, 8.2), layout="constrained")
     axes = drawn.subplots(5, len(names), sharey="row", squeeze=False)
+    lengths = Protocol().lengths
     colors = dict(zip(SETTINGS, mpl.colormaps["Dark2"].colors, strict=False))
     for column, name in zip(axes.T, names, strict=True):
         column[0].set_title(TITLES[name])
@@ -313,7 +314,9 @@ def figure(runs: Sequence[Mapping[str, Any]]) -> Any:
             axis.axhline(0, color="0.8", linewidth=0.6, zorder=0)
             axis.set(xscale="log", xlabel="edge over the largest eigenvalue")
         for axis in column[3:]:
-            axis.set(xscale="log", xlabel="training steps $h$", ylim=(0, None))
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(lengths, [str(length) for length in lengths])
+            axis.set_xlabel("training steps $h$")
     labels = (
         "energy before,\nshare", "flux $F_k\\,/\\,|e\\,|^2$",
         "shift $F_k/\\varepsilon_k$;\ndotted: growth", "moved, share",
@@ -321,6 +324,8 @@ def figure(runs: Sequence[Mapping[str, Any]]) -> Any:
     )  # fmt: skip
     for axis, label in zip(axes[:, 0], labels, strict=True):
         axis.set_ylabel(label)
+    for axis in axes[3:, 0]:  # when all are drawn, since a row shares its limits
+        axis.set_ylim(bottom=0)
     plotting.shared_legend(drawn, axes.flat, loc="outside upper center", ncols=3)
     return drawn
 

@@ -188,20 +188,8 @@ class StochasticCoupling(NamedResult):
         References:
             Paper 7.4 and 7.5; the jackknife is ours.
         """
-
-        def residuals(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return (
-                toeplitz_residual(matrix, self.mask),
-                windowed_toeplitz_residual(matrix, window, self.mask),
-            )
-
-        others = jax.vmap(residuals)(self.replicates)
-        (whole, bias, error), (windows, _, windows_error) = map(
-            _jackknife, residuals(self.matrix), others
-        )
-        free = windowed_toeplitz_degrees_of_freedom(self.mask, window)
         return with_undefined(
-            ToeplitzEstimate(whole, error, bias, windows, windows_error, free)
+            _toeplitz(self.matrix, self.mask, self.replicates, window=window)
         )
 
     def _headline(self) -> list[tuple[str, str]]:
@@ -236,6 +224,58 @@ class StochasticCoupling(NamedResult):
         return {"shells, from small to large lambda (95% intervals)": columns}
 
 
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["shells"],
+    meta_fields=["renormalize"],
+)
+@dataclasses.dataclass(frozen=True)
+class _Weights:
+    """The shells above the lowest edge as functions of lambda.
+
+    Attributes:
+        shells: The shells.
+        renormalize: Whether weights are divided by lambda.
+    """
+
+    shells: SoftShells
+    renormalize: bool
+
+    def members(self, values: jax.Array) -> jax.Array:
+        """Returns ``f_a(lambda)``, ``[r, S]``."""
+        return self.shells.members(values)[:, 1:]
+
+    def __call__(self, values: jax.Array) -> jax.Array:
+        """Returns ``f_a``, or ``f_a / lambda`` in units of the top edge, ``[r, S]``."""
+        members = self.members(values)
+        if not self.renormalize:
+            return members
+        relative = values / self.shells.edges[-1]
+        # f_a falls at least as lambda^2: below the smallest number nothing is left.
+        return members / jnp.maximum(relative, jnp.finfo(values.dtype).tiny)[:, None]
+
+    def drift(self, relative: jax.Array, values: jax.Array) -> jax.Array:
+        """Returns ``g(lambda)``, ``[r]``."""
+        logs = jnp.log(self.shells.edges)
+        spacing = jnp.diff(logs, append=2 * logs[-1:] - logs[-2:-1])
+        found = jnp.log(jnp.maximum(values, jnp.finfo(values.dtype).tiny))
+        return values * jnp.interp(found, logs + spacing / 2, relative)
+
+
+class _Leading(NamedTuple):
+    """Leading pairs.
+
+    Attributes:
+        values: ``[k]``, eigenvalues.
+        vectors: ``[n, k]``, their vectors.
+        moved: ``[n, k]``, Mdot times these.
+    """
+
+    values: jax.Array
+    vectors: jax.Array
+    moved: jax.Array
+
+
 class _Functions(NamedTuple):
     """Functions of M applied to a block, from a Lanczos run that started there.
 
@@ -258,9 +298,7 @@ class _Functions(NamedTuple):
         """Returns them from a share of the run's steps."""
         width = run.block_size
         used = max(1, int(share * run.tridiagonal.shape[0] / width)) * width
-        values, rotation = jnp.linalg.eigh(run.tridiagonal[:used, :used])
-        inside = matmul(rotation.T, matmul(run.basis[:, :used].T, block))
-        return cls(run, block, jnp.maximum(values, 0), rotation, inside)
+        return cls(run, block, *_projected(run, block, used))
 
     def fewer(self, share: float) -> "_Functions":
         """Returns the same from a share of the steps."""
@@ -268,10 +306,35 @@ class _Functions(NamedTuple):
 
     def combine(self, coefficients: jax.Array) -> jax.Array:
         """Returns ``[n, ...]`` of coefficients ``[r, ...]`` of the Ritz vectors."""
-        columns = coefficients.reshape(len(self.values), -1)
-        basis = self.run.basis[:, : len(self.values)]
-        combined = matmul(basis, matmul(self.rotation, columns))
-        return combined.reshape(-1, *coefficients.shape[1:])
+        return _combined(self.run.basis, self.rotation, coefficients)
+
+
+# The host drives Lanczos; what lies between two runs is one program each.
+
+
+@partial(jax.jit, static_argnums=2)
+def _projected(
+    run: LanczosResult, block: jax.Array, used: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns values, rotation and inside of `_Functions` from the first columns."""
+    values, rotation = jnp.linalg.eigh(run.tridiagonal[:used, :used])
+    inside = matmul(rotation.T, matmul(run.basis[:, :used].T, block))
+    return jnp.maximum(values, 0), rotation, inside
+
+
+@jax.jit
+def _combined(
+    basis: jax.Array, rotation: jax.Array, coefficients: jax.Array
+) -> jax.Array:
+    columns = matmul(rotation, coefficients.reshape(len(rotation), -1))
+    combined = matmul(basis[:, : len(rotation)], columns)
+    return combined.reshape(-1, *coefficients.shape[1:])
+
+
+@jax.jit
+def _outside(vectors: jax.Array, block: jax.Array) -> jax.Array:
+    """Returns columns ``[n, ...]`` without their part in the vectors."""
+    return outside(vectors, block.reshape(len(block), -1)).reshape(block.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,65 +344,36 @@ class _Estimate:
     Attributes:
         matmat: ``M V``.
         derivative: ``Mdot V``.
-        values: ``[k]``, leading eigenvalues.
-        vectors: ``[n, k]``, their vectors.
-        shells: The shells.
+        vectors: ``[n, k]``, leading eigenvectors.
+        weights: The shells.
         signs: The options.
-        renormalize: Whether weights are divided by lambda.
         driver: Of the Lanczos runs.
         key: Of the Lanczos runs.
     """
 
     matmat: Matmat
     derivative: Matmat
-    values: jax.Array
     vectors: jax.Array
-    shells: SoftShells
+    weights: _Weights
     signs: Signs
-    renormalize: bool
     driver: Literal["scan", "host"]
     key: jax.Array
-
-    def bulk(self, block: jax.Array) -> jax.Array:
-        """Returns columns ``[n, ...]`` without their part in the leading vectors."""
-        flat = outside(self.vectors, block.reshape(len(block), -1))
-        return flat.reshape(block.shape)
 
     def run(self, block: jax.Array) -> LanczosResult:
         """Runs Lanczos on the bulk, from a block in it."""
         return block_lanczos(
-            lambda columns: self.bulk(self.matmat(columns)),
+            lambda columns: _outside(self.vectors, self.matmat(columns)),
             block,
             max(1, min(self.signs.num_steps, len(block) // block.shape[1])),
             key=self.key,
             driver=self.driver,
         )
 
-    def members(self, values: jax.Array) -> jax.Array:
-        """Returns ``f_a(lambda)`` of the shells above the lowest edge, ``[r, S]``."""
-        return self.shells.members(values)[:, 1:]
-
-    def weights(self, values: jax.Array) -> jax.Array:
-        """Returns ``f_a``, or ``f_a / lambda`` in units of the top edge, ``[r, S]``."""
-        members = self.members(values)
-        if not self.renormalize:
-            return members
-        relative = values / self.shells.edges[-1]
-        # f_a falls at least as lambda^2: below the smallest number nothing is left.
-        return members / jnp.maximum(relative, jnp.finfo(values.dtype).tiny)[:, None]
-
     def differentiate(self, block: jax.Array) -> jax.Array:
         """Returns ``Mdot`` times columns ``[n, ...]``."""
         if not block.size:
             return block
         return self.derivative(block.reshape(len(block), -1)).reshape(block.shape)
-
-    def drift(self, relative: jax.Array, values: jax.Array) -> jax.Array:
-        """Returns ``g(lambda)``, ``[r]``."""
-        logs = jnp.log(self.shells.edges)
-        spacing = jnp.diff(logs, append=2 * logs[-1:] - logs[-2:-1])
-        found = jnp.log(jnp.maximum(values, jnp.finfo(values.dtype).tiny))
-        return values * jnp.interp(found, logs + spacing / 2, relative)
 
 
 def stochastic_shell_coupling(
@@ -390,12 +424,11 @@ def stochastic_shell_coupling(
     check_key(key)
     sign_key, key = jax.random.split(key)
     size = (len(vectors), signs.num_signs)
-    estimate = _Estimate(
-        matmat, derivative, values, vectors, shells, signs, renormalize, driver, key
-    )
-    block = estimate.bulk(jax.random.rademacher(sign_key, size, vectors.dtype))
-    moved = estimate.differentiate(vectors)
-    return _estimated(estimate, block, moved)
+    weights = _Weights(shells, renormalize)
+    estimate = _Estimate(matmat, derivative, vectors, weights, signs, driver, key)
+    block = _outside(vectors, jax.random.rademacher(sign_key, size, vectors.dtype))
+    leading = _Leading(values, vectors, estimate.differentiate(vectors))
+    return _estimated(estimate, block, leading)
 
 
 def measure_stochastic_coupling(
@@ -481,48 +514,229 @@ def _check_blocks(size: int, num_pairs: int, width: int) -> None:
 
 
 def _estimated(
-    estimate: _Estimate, block: jax.Array, moved: jax.Array
+    estimate: _Estimate, block: jax.Array, leading: _Leading
 ) -> StochasticCoupling:
-    """Returns the coupling, given random signs in the bulk and ``Mdot V``."""
-    functions = _Functions.of(estimate.run(block), block, 1.0)
-    roots, lengths = _roots(estimate, functions)
+    """Returns the coupling, given random signs in the bulk."""
+    weights, functions = estimate.weights, _Functions.of(estimate.run(block), block, 1)
+    roots, _ = _roots(weights, functions)
     columns = functions.combine(roots)
     changes = estimate.differentiate(columns)
-    growth = jnp.mean(jnp.sum(columns * changes, 0) * lengths, -1)
+    drift = _relative_drift(weights, leading, functions, (columns, changes))
+    bulk = _of_bulk(estimate, functions, (roots, changes), drift)
+    exact = _of_leading(estimate, leading, drift)
+    return _assembled(weights, functions, bulk, exact, drift, leading.values)
+
+
+class _Drift(NamedTuple):
+    """How eigenvalues drift, and the size of what is left.
+
+    Attributes:
+        relative: ``[S]``, ``tr(f_a Mdot) / tr(f_a M)``; 0 where a shell is empty.
+        resolved: ``[S]`` bool, the shells above the rounding of M. Below are the zeros
+            of M, and what their rounding makes of drift and coupling.
+        unit: [], the largest entry of Mdot times the columns.
+    """
+
+    relative: jax.Array
+    resolved: jax.Array
+    unit: jax.Array
+
+
+@jax.jit
+def _roots(weights: _Weights, functions: _Functions) -> tuple[jax.Array, jax.Array]:
+    """Returns ``f_b(M)^(1/2) z`` in the Ritz vectors, and its squared length.
+
+    ``[r, S, q]``, each column of length one: the scatter of the lengths says nothing of
+    the coupling. ``[S, q]``, of which the mean is the trace of the weights.
+    """
+    factors = jnp.sqrt(weights(functions.values))
+    roots = factors[:, :, None] * functions.inside[:, None, :]
+    lengths = jnp.sum(roots**2, 0)
+    return roots / jnp.sqrt(jnp.where(lengths > 0, lengths, 1))[None], lengths
+
+
+@jax.jit
+def _relative_drift(
+    weights: _Weights,
+    leading: _Leading,
+    functions: _Functions,
+    columns: tuple[jax.Array, jax.Array],
+) -> _Drift:
+    """Returns the drift, from the columns of `_roots` and Mdot times these."""
+    roots, lengths = _roots(weights, functions)
+    vectors, changes = columns
+    growth = jnp.mean(jnp.sum(vectors * changes, 0) * lengths, -1)
     sizes = jnp.sum(functions.values[:, None, None] * roots**2, 0)
     size = jnp.mean(sizes * lengths, -1)
-    drift = _relative_drift(estimate, growth, size, moved)
-    resolved = _resolved(estimate, functions.values)
+
+    known = weights(leading.values)
+    own = jnp.sum(leading.vectors * leading.moved, 0)
+    numerator = growth + matmul(own, known)
+    denominator = size + matmul(leading.values, known)
+    drift = jnp.where(denominator > 0, numerator, 0) / divisor(denominator)
+
+    largest = jnp.max(jnp.concatenate([leading.values, functions.values]))
+    resolved = weights.shells.edges >= default_floor(largest.dtype) * largest
     # Modes above are held against what is known of the drift.
     drift = jnp.where(resolved, drift, drift[jnp.argmax(resolved)])
-    unit = divisor(jnp.maximum(_largest(changes), _largest(moved)))
-    cells, fewer_cells, finite = _of_bulk(
-        estimate, functions, (roots, changes), drift, unit
-    )
-    leading, fewer_leading = _of_leading(estimate, moved, drift, unit)
-    known = jnp.sum(estimate.members(estimate.values), 0)
-    counted = matmul(estimate.members(functions.values).T, functions.inside**2)
+    unit = divisor(jnp.maximum(_largest(changes), _largest(leading.moved)))
+    return _Drift(drift, resolved, unit)
+
+
+class _Bulk(NamedTuple):
+    """What the bulk gives against itself, over ``unit^2``.
+
+    Attributes:
+        cells: ``[q, S, S]``, ``x_b^T f_a(M) x_b`` with ``x_b = Mdot' y_b``.
+        rough: ``[S, S]``, that of the first sign vector from fewer Lanczos steps.
+        finite: [] bool, whether all is finite.
+    """
+
+    cells: jax.Array
+    rough: jax.Array
+    finite: jax.Array
+
+
+def _of_bulk(
+    estimate: _Estimate,
+    functions: _Functions,
+    columns: tuple[jax.Array, jax.Array],
+    drift: _Drift,
+) -> _Bulk:
+    """Returns the bulk, given the unit ``y_b`` of `_roots`, and ``Mdot y_b``."""
+    weights = estimate.weights
+
+    def cells(
+        functions: _Functions, columns: tuple[jax.Array, jax.Array], share: float
+    ) -> tuple[jax.Array, jax.Array]:
+        by_sign = _without_drift(weights, estimate.vectors, functions, columns, drift)
+
+        def one(block: jax.Array) -> tuple[jax.Array, jax.Array]:
+            run = estimate.run(block)
+            return _quadrature(weights, run, block, share), run.finite
+
+        if estimate.driver == "scan":
+            return jax.lax.map(one, by_sign)
+        found, finite = zip(*map(one, by_sign), strict=True)
+        return jnp.stack(found), jnp.stack(finite)
+
+    samples, finite = cells(functions, columns, 1.0)
+    fewer = functions.fewer(_SHARE)
+    first = _roots(weights, fewer)[0][..., :1]
+    again = estimate.differentiate(fewer.combine(first))
+    (rough,), _ = cells(fewer, (first, again), _SHARE)
+    finite = jnp.all(finite) & functions.run.finite & jnp.all(jnp.isfinite(samples))
+    return _Bulk(samples, rough, finite)
+
+
+@jax.jit
+def _without_drift(
+    weights: _Weights,
+    vectors: jax.Array,
+    functions: _Functions,
+    columns: tuple[jax.Array, jax.Array],
+    drift: _Drift,
+) -> jax.Array:
+    """Returns ``x_b``, ``[q, n, S]``."""
+    roots, changes = columns
+    still = weights.drift(drift.relative, functions.values)[:, None, None] * roots
+    found = (changes - functions.combine(still)) / drift.unit
+    return jnp.moveaxis(_outside(vectors, found), -1, 0)
+
+
+def _of_leading(
+    estimate: _Estimate, leading: _Leading, drift: _Drift
+) -> tuple[jax.Array, jax.Array]:
+    """Returns ``C_ab`` of the leading pairs and of theirs with the bulk, twice.
+
+    Over ``unit^2``, ``[S, S]``; from all Lanczos steps, and from fewer.
+    """
+    weights, count = estimate.weights, len(leading.values)
+    if not count:
+        nothing = jnp.zeros((len(weights.shells.edges),) * 2, leading.moved.dtype)
+        return nothing, nothing
+    exact, rest = _among(weights, leading, drift)
+    width = min(len(weights.shells.edges), count)
+    both = [exact, exact]
+    for start in range(0, count, width):
+        part = slice(start, start + width)
+        run = estimate.run(rest[:, part])
+        for index, share in enumerate((1.0, _SHARE)):
+            crossed = _crossed(weights, run, rest[:, part], leading.values[part], share)
+            both[index] = both[index] + crossed
+    return both[0], both[1]
+
+
+@jax.jit
+def _among(
+    weights: _Weights, leading: _Leading, drift: _Drift
+) -> tuple[jax.Array, jax.Array]:
+    """Returns ``C_ab`` of the leading pairs alone, and their Mdot V in the bulk."""
+    known = weights(leading.values)
+    among = matmul(leading.vectors.T, leading.moved)
+    among = among - jnp.diag(weights.drift(drift.relative, leading.values))
+    squares = (among / drift.unit) ** 2
+    exact = matmul(known.T, matmul(squares, known))
+    return exact, _outside(leading.vectors, leading.moved) / drift.unit
+
+
+@partial(jax.jit, static_argnums=3)
+def _quadrature(
+    weights: _Weights, run: LanczosResult, block: jax.Array, share: float
+) -> jax.Array:
+    """Returns ``x^T f_a(M) x`` of the columns x of a block, ``[S, c]``."""
+    functions = _Functions.of(run, block, share)
+    return matmul(weights(functions.values).T, functions.inside**2)
+
+
+@partial(jax.jit, static_argnums=4)
+def _crossed(
+    weights: _Weights,
+    run: LanczosResult,
+    block: jax.Array,
+    values: jax.Array,
+    share: float,
+) -> jax.Array:
+    """Returns ``C_ab`` of leading pairs with the bulk, both ways."""
+    crossed = matmul(_quadrature(weights, run, block, share), weights(values))
+    return crossed + crossed.T
+
+
+@jax.jit
+def _assembled(
+    weights: _Weights,
+    functions: _Functions,
+    bulk: _Bulk,
+    leading: tuple[jax.Array, jax.Array],
+    drift: _Drift,
+    values: jax.Array,
+) -> StochasticCoupling:
+    """Returns the coupling from what the bulk and the leading pairs give."""
+    exact, fewer_exact = leading
+    lengths = _roots(weights, functions)[1]
+    known = jnp.sum(weights.members(values), 0)
+    counted = matmul(weights.members(functions.values).T, functions.inside**2)
 
     def of(chosen: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns the means and the counts from signs with the given weights."""
-        bulk = jnp.einsum("sab,s,bt,t->ab", cells, chosen, lengths, chosen)
+        cells = jnp.einsum("sab,s,bt,t->ab", bulk.cells, chosen, lengths, chosen)
         counts = known + matmul(counted, chosen)
         filled = jnp.where(counts >= _FEWEST, counts, jnp.inf)
-        pairs = jnp.outer(filled, filled)
-        return (_symmetric(bulk) + leading) / pairs, counts
+        return (_symmetric(cells) + exact) / jnp.outer(filled, filled), counts
 
-    number = len(cells)
-    matrix, counts = of(jnp.full(number, 1 / number, cells.dtype))
-    others = (1 - jnp.eye(number, dtype=cells.dtype)) / (number - 1)
+    number = len(bulk.cells)
+    matrix, counts = of(jnp.full(number, 1 / number, bulk.cells.dtype))
+    others = (1 - jnp.eye(number, dtype=bulk.cells.dtype)) / (number - 1)
     replicates, _ = jax.vmap(of)(others)
     usable = jnp.isfinite(matrix) & jnp.all(jnp.isfinite(replicates), 0)
-    mask = finite & usable & (matrix > 0) & jnp.all(replicates > 0, 0)
-    mask &= jnp.outer(resolved, resolved)
+    mask = bulk.finite & usable & (matrix > 0) & jnp.all(replicates > 0, 0)
+    mask &= jnp.outer(drift.resolved, drift.resolved)
     logs = jnp.log(jnp.where(mask, replicates, 1))
-    mass = jnp.mean(lengths, -1)
-    first = _symmetric(cells[0] * mass[None]) + leading
-    change = _symmetric((fewer_cells - cells[0]) * mass[None]) + fewer_leading - leading
-    scale = unit / estimate.shells.edges[-1] if estimate.renormalize else unit
+    mass = jnp.mean(lengths, -1)[None]
+    first = _symmetric(bulk.cells[0] * mass) + exact
+    change = _symmetric((bulk.rough - bulk.cells[0]) * mass) + fewer_exact - exact
+    unit = drift.unit
+    scale = unit / weights.shells.edges[-1] if weights.renormalize else unit
     return StochasticCoupling(
         matrix=jnp.where(mask, matrix, 0) * scale * scale,
         mask=mask,
@@ -530,122 +744,26 @@ def _estimated(
         log_error=_jackknife_error(logs),
         lanczos_error=jnp.abs(change) / jnp.where(mask, first, jnp.inf),
         counts=counts,
-        relative_drift=drift,
-        finite=finite,
+        relative_drift=drift.relative,
+        finite=bulk.finite,
     )
 
 
-def _roots(estimate: _Estimate, functions: _Functions) -> tuple[jax.Array, jax.Array]:
-    """Returns ``f_b(M)^(1/2) z`` in the Ritz vectors, and its squared length.
+@partial(jax.jit, static_argnames="window")
+def _toeplitz(
+    matrix: jax.Array, mask: jax.Array, replicates: jax.Array, *, window: int
+) -> ToeplitzEstimate:
+    def residuals(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return (
+            toeplitz_residual(matrix, mask),
+            windowed_toeplitz_residual(matrix, window, mask),
+        )
 
-    ``[r, S, q]``, each column of length one: the scatter of the lengths says nothing of
-    the coupling. ``[S, q]``, of which the mean is the trace of the weights.
-    """
-    weights = estimate.weights(functions.values)
-    roots = jnp.sqrt(weights)[:, :, None] * functions.inside[:, None, :]
-    lengths = jnp.sum(roots**2, 0)
-    return roots / jnp.sqrt(jnp.where(lengths > 0, lengths, 1))[None], lengths
-
-
-def _resolved(estimate: _Estimate, ritz_values: jax.Array) -> jax.Array:
-    """Returns which shells lie above the rounding of M, ``[S]`` bool.
-
-    Below are the zeros of M, and what their rounding makes of drift and coupling.
-    """
-    largest = jnp.max(jnp.concatenate([estimate.values, ritz_values]))
-    return estimate.shells.edges >= default_floor(largest.dtype) * largest
-
-
-def _relative_drift(
-    estimate: _Estimate, growth: jax.Array, size: jax.Array, moved: jax.Array
-) -> jax.Array:
-    """Returns ``tr(f_a Mdot) / tr(f_a M)``, ``[S]``; 0 where a shell is empty.
-
-    ``growth`` and ``size`` are the two traces of the bulk.
-    """
-    weights = estimate.weights(estimate.values)
-    own = jnp.sum(estimate.vectors * moved, 0)
-    numerator = growth + matmul(own, weights)
-    denominator = size + matmul(estimate.values, weights)
-    return jnp.where(denominator > 0, numerator, 0) / divisor(denominator)
-
-
-def _of_bulk(
-    estimate: _Estimate,
-    functions: _Functions,
-    columns: tuple[jax.Array, jax.Array],
-    drift: jax.Array,
-    unit: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns ``x_b^T f_a(M) x_b`` over ``unit^2``, ``[q, S, S]``.
-
-    ``x_b = Mdot' y_b``; ``columns`` are the unit ``y_b`` of `_roots`, and ``Mdot y_b``.
-    Also that of the first sign vector from fewer Lanczos steps, and whether all is
-    finite.
-    """
-
-    def cells(
-        functions: _Functions, roots: jax.Array, changes: jax.Array, share: float
-    ) -> tuple[jax.Array, jax.Array]:
-        still = estimate.drift(drift, functions.values)[:, None, None] * roots
-        x = estimate.bulk((changes - functions.combine(still)) / unit)
-        by_sign = jnp.moveaxis(x, -1, 0)
-
-        def one(block: jax.Array) -> tuple[jax.Array, jax.Array]:
-            run = estimate.run(block)
-            return _quadrature(estimate, run, block, share), run.finite
-
-        if estimate.driver == "scan":
-            return jax.lax.map(one, by_sign)
-        found, finite = zip(*(one(block) for block in by_sign), strict=True)
-        return jnp.stack(found), jnp.stack(finite)
-
-    samples, finite = cells(functions, *columns, 1.0)
-    fewer = functions.fewer(_SHARE)
-    first = _roots(estimate, fewer)[0][..., :1]
-    again = estimate.differentiate(fewer.combine(first))
-    (rough,), _ = cells(fewer, first, again, _SHARE)
-    finite = jnp.all(finite) & functions.run.finite & jnp.all(jnp.isfinite(samples))
-    return samples, rough, finite
-
-
-def _of_leading(
-    estimate: _Estimate, moved: jax.Array, drift: jax.Array, unit: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Returns ``C_ab`` of the leading pairs and of theirs with the bulk, twice.
-
-    Over ``unit^2``, ``[S, S]``; from all Lanczos steps, and from fewer.
-    """
-    weights = estimate.weights(estimate.values)
-    count = estimate.vectors.shape[1]
-    if not count:
-        nothing = jnp.zeros((weights.shape[1],) * 2, moved.dtype)
-        return nothing, nothing
-    among = matmul(estimate.vectors.T, moved)
-    among = among - jnp.diag(estimate.drift(drift, estimate.values))
-    squares = (among / unit) ** 2
-    exact = matmul(weights.T, matmul(squares, weights))
-    rest = estimate.bulk(moved) / unit
-    width = min(weights.shape[1], count)
-    both = [exact, exact]
-    for start in range(0, count, width):
-        block = rest[:, start : start + width]
-        run = estimate.run(block)
-        for index, share in enumerate((1.0, _SHARE)):
-            crossed = matmul(
-                _quadrature(estimate, run, block, share),
-                weights[start : start + width],
-            )
-            both[index] = both[index] + crossed + crossed.T
-    return both[0], both[1]
-
-
-def _quadrature(
-    estimate: _Estimate, run: LanczosResult, block: jax.Array, share: float
-) -> jax.Array:
-    """Returns ``x^T f_a(M) x`` of the columns x of a block, ``[S, c]``."""
-    functions = _Functions.of(run, block, share)
-    return matmul(estimate.weights(functions.values).T, functions.inside**2)
+    (whole, bias, error), (windows, _, windows_error) = map(
+        _jackknife, residuals(matrix), jax.vmap(residuals)(replicates)
+    )
+    free = windowed_toeplitz_degrees_of_freedom(mask, window)
+    return ToeplitzEstimate(whole, error, bias, windows, windows_error, free)
 
 
 def _jackknife(
