@@ -421,10 +421,13 @@ def coarsest_dtype(params: PyTree) -> np.dtype:
     """Returns the dtype of the parameters with the largest epsilon.
 
     Raises:
-        ValueError: If a parameter is of another dtype than float32 and float64.
+        ValueError: If a parameter is of another dtype than float32 and float64, or
+            there is none.
     """
     check_tree_single_or_double("params", params)
     dtypes = [jnp.result_type(leaf) for leaf in jax.tree.leaves(params)]
+    if not dtypes:
+        raise ValueError("params: expected at least one floating array, got none.")
     return max(dtypes, key=lambda dtype: float(jnp.finfo(dtype).eps))
 
 
