@@ -238,7 +238,7 @@ def test_steps_that_rounding_swallows_are_refused():
 
 
 def test_a_difference_needs_a_parameter():
-    with pytest.raises(ValueError, match="^params: expected at least one floating"):
+    with pytest.raises(ValueError, match=r"^params: expected at least one floating"):
         central_difference(lambda p: jnp.ones(2), {}, {})
 
 

@@ -213,8 +213,8 @@ def reading_rows(results: Mapping[str, Any], arm: str) -> list[list[str]]:
     """
     runs = runs_by_network(results, arm)
     titles = [f"size, {TITLES[network]}" for network in runs]
-    ratios = ["ratio over edges", "ratio over intervals", "over common edges"]
-    rows = [["arm", "reading", *titles, *ratios]]
+    titles += ["ratio over edges", "ratio over intervals", "over common edges"]
+    rows = [["arm", "reading", *titles]]
     there = [Reading(x["form"], x["width"], x["grid"]) for x in _any(runs)["readings"]]
     for reading in sorted(there, key=READINGS.index):
         sizes = [str(t_interval(_values(x, "size", reading))) for x in runs.values()]
