@@ -66,7 +66,7 @@ _FEATURES = 64
 #: Training steps, enough for three intervals of doubling time and all lengths h.
 _STEPS = 128
 
-#: Training images whose loss says how much effective time passed.
+#: Batches of training images, and their size, by whose loss the time is measured.
 _TIMED = 8, 32
 
 
@@ -104,11 +104,23 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--dataset", default="cifar10", help="What is learned.")
+    add("--dataset", default="cifar10", help="Dataset.")
     add("--data_dir", help="The folder of the TFDS data.")
-    add("--seeds", type=int, nargs="+", default=[0], help="One run each of everything.")
+    add(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[0],
+        help="One run of each for every seed.",
+    )
     add("--networks", nargs="+", default=NETWORKS, choices=NETWORKS, help="Networks.")
-    add("--settings", nargs="+", default=list(SETTINGS), choices=SETTINGS, help="Them.")
+    add(
+        "--settings",
+        nargs="+",
+        default=list(SETTINGS),
+        choices=SETTINGS,
+        help="Settings.",
+    )
     add("--rehearse", action="store_true", help="Run tiny sizes, for a test.")
     add("--out", type=Path, required=True, help="The folder for all files.")
     options = parser.parse_args(arguments)
@@ -261,13 +273,13 @@ def last_interval(
 
 
 def turned(entry: Mapping[str, Any]) -> float:
-    """Returns the share of rotation in what passed the edges, all signs apart."""
+    """Returns the share of rotation in the flux, by the absolute amounts at edges."""
     turning, growing = (np.sum(np.abs(entry[name])) for name in ("rotation", "drift"))
     return float(turning / (turning + growing))
 
 
 def table(runs: Sequence[Mapping[str, Any]]) -> str:
-    """Returns a row a run."""
+    """Returns a table with a row for each run."""
     headings = [
         "network", "setting", "seed", "accuracy", "tau", "measured", "lost",
         "moved", "rotation", "shift", "of it growth", "p",
@@ -295,7 +307,7 @@ def _row(entry: Mapping[str, Any]) -> list[str]:
 
 
 def figure(runs: Sequence[Mapping[str, Any]]) -> Any:
-    """Draws a column for each network, a color for each setting, first seeds."""
+    """Draws the first seed: a column for each network, a color for each setting."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 

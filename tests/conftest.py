@@ -90,9 +90,9 @@ def pytest_collection_modifyitems(config, items):
 
 
 def _check_lists(collected):
-    """Raises UsageError for a listed test that is no more: its sibling would be fast.
+    """Raises UsageError for a listed test that does not exist, as after a renaming.
 
-    A file whose optional package is absent has no tests.
+    Files without any test are passed over: their optional package may be absent.
     """
     files = {node.partition("::")[0] for node in collected}
     for mark, listed in _MARKED.items():

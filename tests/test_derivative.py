@@ -237,6 +237,11 @@ def test_steps_that_rounding_swallows_are_refused():
             take(params, params, step=step)
 
 
+def test_a_difference_needs_a_parameter():
+    with pytest.raises(ValueError, match=r"^params: expected at least one floating"):
+        central_difference(lambda p: jnp.ones(2), {}, {})
+
+
 @pytest.mark.usefixtures("x64")
 def test_the_default_step_is_that_of_the_coarsest_parameters():
     params = {"v": jnp.ones(3, jnp.float32), "w": jnp.ones(2, jnp.float64)}

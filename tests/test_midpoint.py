@@ -132,7 +132,7 @@ def test_what_does_not_fit_is_one_sentence():
         outputs_fn=lambda p, b: problem.objective.outputs_fn(cast(p, jnp.float32), b)
     )
     half = cast(params, jnp.bfloat16)
-    with pytest.raises(ValueError, match=r"^params\['in'\]: expected dtype float32 or"):
+    with pytest.raises(ValueError, match=r"^before\['in'\]: expected dtype float32 or"):
         midpoint_flux(rounded, half, half, shells())
     still = midpoint_flux(problem, params, params, shells(), solver="dense")
     np.testing.assert_array_equal(still.flux, 0)

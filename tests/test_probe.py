@@ -436,7 +436,7 @@ def test_a_state_goes_on_under_the_options_it_is_given_or_is_refused(mlp):
         ("shells: expected 4 of them as at init, got 3", {"shells": fewer}),
         ("shells: expected 4 of them as at init, got 7", {"shells": 7}),
         ("solver: expected dense as at init, got Kryl", {"solver": other}),
-        ("instantaneous: expected records without", {"instantaneous": True}),
+        ("instantaneous: expected None as at init, got opt", {"instantaneous": True}),
     ):
         with pytest.raises(ValueError, match=f"^{sentence}"):
             dense(**{"shells": SHELLS} | changes).update(state, points[1], 1)
@@ -544,7 +544,7 @@ def test_other_shapes_are_named_by_their_leaf_at_every_step(mlp):
     with pytest.raises(ValueError, match=r"^params: expected \d+ arrays as at init"):
         probe.update(state, {"more": jnp.ones(2), "rest": params}, 1)
     with pytest.raises(ValueError, match=sentence):
-        probe._check_sizes(state, problem.at(params).moved(wider))
+        probe._check_state(state, problem.at(params).moved(wider))
 
 
 @pytest.mark.parametrize(

@@ -282,6 +282,20 @@ def test_networks_are_compared_within_a_seed():
     assert " ".join(analyse.LEGEND) in " ".join(text.split())
 
 
+def test_spreads_are_compared_over_the_edges_that_both_networks_can_use():
+    results = planted()
+    for found in results["runs"][1::2]:  # one edge of the plain network alone is wild
+        for read in found["readings"]:
+            for interval in read["products"]:
+                interval[0] = 100.0
+    for found in results["runs"][0::2]:
+        for read in found["readings"]:
+            for interval in read["products"]:
+                interval[0] = None
+    for row in analyse.reading_rows(results, "main")[1:]:
+        assert row[-1] == "2.000 [2.000, 2.000]"
+
+
 @pytest.mark.parametrize(
     ("number", "ratio", "verdict"),
     [

@@ -115,11 +115,18 @@ def check_hashable(name: str, tree: PyTree, *, unless: Callable[[Any], bool]) ->
 
 
 def check_single_or_double(name: str, dtype: jax.typing.DTypeLike) -> None:
-    """Raises ValueError unless ``dtype`` is one that has eigenvalue routines."""
+    """Raises ValueError unless ``dtype`` is float32 or float64."""
     if jnp.dtype(dtype) not in (jnp.float32, jnp.float64):
         raise ValueError(
             f"{name}: expected dtype float32 or float64, got {jnp.dtype(dtype)}."
         )
+
+
+def check_tree_single_or_double(name: str, tree: PyTree) -> None:
+    """Raises ValueError unless every leaf of a tree is in float32 or float64."""
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        where = f"{name}{jax.tree_util.keystr(path)}"
+        check_single_or_double(where, jnp.result_type(leaf))
 
 
 def check_shape(

@@ -283,7 +283,7 @@ def _check_path(points: Sequence[PathPoint]) -> None:
     """Raises ValueError unless all points can be measured, and compared."""
     first = None
     for point in points:
-        usable_step(moving_part(point.params), None)  # that of the cross-check
+        usable_step(moving_part(point.params), None)  # as the cross-check does
         found = np.asarray(fingerprint(point.problem))
         first = found if first is None else first
         if np.any(found != first):

@@ -262,10 +262,10 @@ def shell_dynamics(
         The balance. Energies in squared units of e, rates per unit of time.
 
     Raises:
-        ValueError: If the shapes do not fit together, an array is not floating, the
-            shells are known here to be those of other values, ``gap`` is not a finite
-            number above zero, or not exactly one of ``loss_constant`` and
-            ``rate_projections`` is given.
+        ValueError: If the shapes do not fit together, an array is not floating, ``gap``
+            is not a finite number above zero, or not exactly one of ``loss_constant``
+            and ``rate_projections`` is given; or, outside of `jit`, if the shells are
+            those of other values.
 
     References:
         Paper 2.2 and A.2, equations (23) and (31); the leak and the clusters are ours.

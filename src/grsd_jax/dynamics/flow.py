@@ -12,7 +12,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from grsd_jax._checks import check_at_least, check_positive, check_single_or_double
+from grsd_jax._checks import (
+    check_at_least,
+    check_positive,
+    check_tree_single_or_double,
+)
 from grsd_jax._typing import PyTree
 from grsd_jax.kernel.dense import kernel_dense
 from grsd_jax.kernel.derivative import gradient_flow_direction
@@ -59,9 +63,7 @@ def flow_step(field: Field, params: PyTree, step: jax.typing.ArrayLike) -> PyTre
     References:
         Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, II.1.
     """
-    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        where = f"params{jax.tree_util.keystr(path)}"
-        check_single_or_double(where, jnp.result_type(leaf))
+    check_tree_single_or_double("params", params)
 
     def ahead(tangent: PyTree, share: float) -> PyTree:
         def move(p: jax.Array, t: jax.Array) -> jax.Array:

@@ -12,7 +12,12 @@ import jax
 import jax.numpy as jnp
 
 from grsd_jax._arrays import all_finite, divisor, matmul, ratio
-from grsd_jax._checks import check_choice, check_key, check_same_tree
+from grsd_jax._checks import (
+    check_choice,
+    check_key,
+    check_same_tree,
+    check_tree_single_or_double,
+)
 from grsd_jax._typing import PyTree
 from grsd_jax.dynamics.between_ends import (
     KrylovSteps,
@@ -26,7 +31,7 @@ from grsd_jax.dynamics.spectra import (
     stacked_point,
 )
 from grsd_jax.kernel.dense import dense_at
-from grsd_jax.kernel.derivative import Derivative, coarsest_dtype
+from grsd_jax.kernel.derivative import Derivative
 from grsd_jax.kernel.products import projected_derivative
 from grsd_jax.problem import Point, Problem
 from grsd_jax.results import NamedResult, result
@@ -117,7 +122,8 @@ def midpoint_flux(
             f"cancel, got {shells.width}."
         )
     ends = stacked_point(problem, before), stacked_point(problem, after)
-    coarsest_dtype(ends[0].params)  # half precision holds no point halfway
+    # Half precision would round the point halfway to one of the ends.
+    check_tree_single_or_double("before", ends[0].params)
     shells = shells.checked(ends[0].error.dtype)
     if solver == "auto":
         solver = cheaper_solver(ends[0], shells.width, KrylovSteps())

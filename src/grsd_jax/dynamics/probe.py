@@ -223,7 +223,7 @@ class Probe:
                 "update takes, got one with them."
             )
         point = stacked_point(problem or self.problem, params)
-        self._check_sizes(state, point)
+        self._check_state(state, point)
         data = fingerprint(problem or self.problem)
         step = jnp.asarray(step, jnp.int32)
 
@@ -295,7 +295,7 @@ class Probe:
         problem = problem or self.problem
         point, data = stacked_point(problem, params), fingerprint(problem)
         _check_same_examples(state, data)
-        self._check_sizes(state, point)
+        self._check_state(state, point)
         needs_flow = self.instantaneous is not None and direction is None
         flow, gradient_seconds = _timed_flow(problem, point, needs_flow)
         first = steps[1] < 0
@@ -344,7 +344,7 @@ class Probe:
             due = due | ((step - start == length) & (start >= 0))
         return due & (step > last)
 
-    def _check_sizes(self, state: ProbeState, point: Point) -> None:
+    def _check_state(self, state: ProbeState, point: Point) -> None:
         """Raises ValueError unless sizes and options are those of the state."""
         check_same_sizes(state.start, point)
         own, found = self._num_edges, len(state.edges)
@@ -357,8 +357,10 @@ class Probe:
         if self.solver != "auto" and asked != began:
             raise ValueError(f"solver: expected {began} as at init, got {asked}.")
         if bool(state.instant) != (self.instantaneous is not None):
-            began = "records with them" if state.instant else "records without"
-            raise ValueError(f"instantaneous: expected {began} as at init, got others.")
+            began, asked = ("options", "None") if state.instant else ("None", "options")
+            raise ValueError(
+                f"instantaneous: expected {began} as at init, got {asked}."
+            )
         if state.snapshot and len(state.snapshot.error) != point.dimension:
             wanted = len(state.snapshot.error)
             raise ValueError(
@@ -541,11 +543,12 @@ def make_probe(
             steps of the logarithm from a ten-thousandth of its largest eigenvalue to
             ten times as much, open at both ends.
         schedule: The effective time of a step, a number or ``schedule(step)`` as optax
-            makes it: the learning rate, over ``1 - mu`` with momentum; from where it is
-            negative or not finite the time is not known. If None, time is
-            measured by two gradients of the problem's loss, see `measured_time`. What
-            counts is the training loss; the loss on the probe's batches stands for it.
-            Without a loss there is no time, and there are no velocities.
+            makes it: the learning rate, over ``1 - mu`` with momentum. From the first
+            record on over which its sum is negative or not finite, the time is not
+            known. If None, time is measured by two gradients of the problem's loss, see
+            `measured_time`. What counts is the training loss; the loss on the probe's
+            batches stands for it. Without a loss there is no time, and there are no
+            velocities.
         instantaneous: Whether records have the rates of section "shell dynamics" too,
             of a step of the flow; or how.
 

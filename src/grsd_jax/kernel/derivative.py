@@ -29,7 +29,7 @@ from grsd_jax._checks import (
     check_positive,
     check_same_tree,
     check_shape,
-    check_single_or_double,
+    check_tree_single_or_double,
 )
 from grsd_jax._typing import DerivativeMethod, PyTree
 from grsd_jax.jacobian.autodiff import (
@@ -364,11 +364,11 @@ def central_difference(
     Args:
         fn: ``fn(params) -> array``.
         params: Parameters theta, a pytree of arrays in float32 or float64: half
-            precision has no place for small steps.
+            precision rounds small steps away.
         direction: The tangent d, a tree like ``params``.
         step: Relative step; if None, a fiftieth of the cube root of the dtype's
-            epsilon (1e-4 in float32). Rounding adds about epsilon over step, in units
-            of ``fn``.
+            epsilon (1e-4 in float32). Rounding adds an error of about
+            ``epsilon / step`` times ``|fn| |d| / |theta|``.
 
     Returns:
         The difference quotient, in the units of ``fn`` per unit of s.
@@ -418,15 +418,16 @@ def usable_step(params: PyTree, step: float | None) -> float:
 
 
 def coarsest_dtype(params: PyTree) -> np.dtype:
-    """Returns the dtype of the parameters that moves in the largest steps.
+    """Returns the dtype of the parameters with the largest epsilon.
 
     Raises:
-        ValueError: If there is another one than float32 and float64.
+        ValueError: If a parameter is of another dtype than float32 and float64, or
+            there is none.
     """
-    dtypes = []
-    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        dtypes.append(jnp.result_type(leaf))
-        check_single_or_double(f"params{jax.tree_util.keystr(path)}", dtypes[-1])
+    check_tree_single_or_double("params", params)
+    dtypes = [jnp.result_type(leaf) for leaf in jax.tree.leaves(params)]
+    if not dtypes:
+        raise ValueError("params: expected at least one floating array, got none.")
     return max(dtypes, key=lambda dtype: float(jnp.finfo(dtype).eps))
 
 

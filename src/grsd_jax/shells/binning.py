@@ -132,9 +132,9 @@ def assign_shells(
 
     Raises:
         ValueError: If ``values`` is not a floating [r] array, ``edges`` not a floating
-            array of at least two or known here and not positive or decreasing in the
-            dtype of the values, ``mask`` not a bool [r] array, or ``open_ends`` not a
-            bool.
+            array of at least two, ``mask`` not a bool [r] array, or ``open_ends`` not a
+            bool; or, outside of `jit`, if the edges are not positive or decrease, in
+            the dtype of the values.
 
     References:
         Paper 2.1; shells fixed in time are ours.
@@ -142,13 +142,14 @@ def assign_shells(
     if not isinstance(open_ends, bool):
         raise ValueError(f"open_ends: expected True or False, got {open_ends!r}.")
     values = as_floating("values", values, [None])
-    known = None if is_traced(edges) else np.asarray(edges).astype(values.dtype)
-    edges = as_floating("edges", edges, [None]).astype(values.dtype)
+    given, edges = edges, as_floating("edges", edges, [None]).astype(values.dtype)
     check_at_least("len(edges)", edges.shape[0], 2)
-    if known is not None and not (known[0] > 0 and np.all(known[1:] >= known[:-1])):
-        raise ValueError(
-            f"edges: expected positive, increasing numbers, got {known.tolist()}."
-        )
+    if not is_traced(given):
+        known = np.asarray(given).astype(values.dtype)
+        if not (known[0] > 0 and np.all(known[1:] >= known[:-1])):
+            raise ValueError(
+                f"edges: expected positive, increasing numbers, got {known.tolist()}."
+            )
     ordered = (edges[0] > 0) & jnp.all(edges[1:] >= edges[:-1])
     usable = as_mask("mask", mask, values.shape) & jnp.isfinite(values) & ordered
     if not open_ends:
@@ -188,9 +189,9 @@ def shell_coupling(
         ``matrix`` [S, S] and ``mask`` [S, S].
 
     Raises:
-        ValueError: If the shapes do not fit together, an array is not floating, the
-            shells are known here to be those of other values, ``renormalize`` is not a
-            bool, or ``min_count`` not an integer >= 1.
+        ValueError: If the shapes do not fit together, an array is not floating,
+            ``renormalize`` is not a bool, or ``min_count`` not an integer >= 1; or,
+            outside of `jit`, if the shells are those of other values.
 
     References:
         Paper 3.2 (Condition 4), 7.3 and B.6.
@@ -249,7 +250,9 @@ def root_mean_squares(
 
 
 def check_shells_of(values: jax.Array, shells: Shells) -> None:
-    """Raises ValueError if values lie in other shells, as far as that is known here.
+    """Raises ValueError if values lie in other shells than these say.
+
+    Inside `jit` only the shapes are compared.
 
     Args:
         values: [r].
@@ -263,9 +266,9 @@ def check_shells_of(values: jax.Array, shells: Shells) -> None:
     others = np.flatnonzero((index >= 0) & (index != found))
     if len(others):
         raise ValueError(
-            f"shells: expected those of values, got value {others[0]} in shell "
-            f"{index[others[0]]}, where it lies in {found[others[0]]}; `assign_shells` "
-            "puts values into given shells."
+            f"shells: expected those of values, got shell {index[others[0]]} for "
+            f"values[{others[0]}], which lies in shell {found[others[0]]}; "
+            "`assign_shells` puts values into given shells."
         )
 
 

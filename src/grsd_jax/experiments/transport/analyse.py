@@ -16,9 +16,10 @@ from grsd_jax.experiments.transport.protocol import (
     ARMS,
     NUM_SEEDS,
     READINGS,
+    Protocol,
     Reading,
 )
-from grsd_jax.experiments.transport.quantities import STATISTICS
+from grsd_jax.experiments.transport.quantities import STATISTICS, statistics
 
 Runs = list[Mapping[str, Any]]
 
@@ -41,7 +42,8 @@ LEGEND: Legend = (
     "Means over seeds with 95% intervals of Student's t.",
     "Spreads are standard deviations of (v - v^N) tau: over edges (median of the "
     "intervals), and of the intervals' means. Their ratio is above 1 where the first "
-    "network is flatter or steadier.",
+    "network is flatter or steadier. Common edges are those that are usable in both "
+    "networks of a seed.",
 )
 
 #: The statistic of the study, by which "flatter" and "steadier" are decided.
@@ -189,7 +191,7 @@ def arm_rows(results: Mapping[str, Any], arm: str) -> list[list[str]]:
     for quantity, heading in HEADINGS.items():
         values = [_values(x, quantity) for x in runs.values()]
         each = [str(t_interval(x)) for x in values]
-        kind = "ratio " if quantity.endswith("spread") else "less "
+        kind = "ratio " if quantity.endswith("spread") else "difference "
         paired = f"{kind}{compared(quantity, *values)}"
         images = [_image_error(x, quantity) for x in runs.values()]
         rows.append([arm, heading, *each, paired, " and ".join(images)])
@@ -211,7 +213,8 @@ def reading_rows(results: Mapping[str, Any], arm: str) -> list[list[str]]:
     """
     runs = runs_by_network(results, arm)
     titles = [f"size, {TITLES[network]}" for network in runs]
-    rows = [["arm", "reading", *titles, "ratio over edges", "ratio over intervals"]]
+    titles += ["ratio over edges", "ratio over intervals", "over common edges"]
+    rows = [["arm", "reading", *titles]]
     there = [Reading(x["form"], x["width"], x["grid"]) for x in _any(runs)["readings"]]
     for reading in sorted(there, key=READINGS.index):
         sizes = [str(t_interval(_values(x, "size", reading))) for x in runs.values()]
@@ -219,8 +222,32 @@ def reading_rows(results: Mapping[str, Any], arm: str) -> list[list[str]]:
             str(compared(q, *(_values(x, q, reading) for x in runs.values())))
             for q in DECISIVE
         ]
-        rows.append([arm, reading.name, *sizes, *ratios])
+        common = str(ratio_over_common_edges(runs, reading))
+        rows.append([arm, reading.name, *sizes, *ratios, common])
     return rows
+
+
+def ratio_over_common_edges(runs: Mapping[str, Runs], reading: Reading) -> Interval:
+    """Returns the ratio of the spreads over the edges that both networks can use.
+
+    Args:
+        runs: As `runs_by_network` returns them.
+        reading: How the snapshots are read.
+
+    Returns:
+        The geometric mean over seeds with its 95% interval; undefined if a seed has
+        fewer than two intervals with `Protocol.min_edges` such edges.
+    """
+    spreads = []
+    for pair in zip(*runs.values(), strict=True):
+        # An unusable edge is null in the file, which becomes NaN.
+        products = np.array(
+            [reading_of(run, reading)["products"] for run in pair], np.float64
+        )
+        common = np.where(np.all(np.isfinite(products), axis=0), products, np.nan)
+        found = [statistics(x, min_edges=Protocol().min_edges) for x in common]
+        spreads.append([x["edge_spread"] for x in found])
+    return compared("edge_spread", *np.array(spreads).T)
 
 
 def transport_tables(results: Mapping[str, Any]) -> list[list[list[str]]]:

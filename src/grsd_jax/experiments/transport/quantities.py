@@ -82,7 +82,7 @@ def law_of(
 
     Args:
         snapshots: By their steps.
-        times: tau after the training step of a number.
+        times: tau by the number of training steps done.
         ends: The steps at which intervals begin and end.
         width: The width w of the shells.
         grid: Their edges, see `Reading`.
