@@ -303,6 +303,16 @@ def test_other_losses_and_targets_of_the_same_examples_are_refused():
         assert not np.any(run(first, second).velocity_mask)
     assert np.all(fingerprint(own) == fingerprint(own.replace(batches=own.batches)))
 
+    def smoothed(logits, label, share):
+        return share * jnp.mean(logits) - logits[label]
+
+    prints = [
+        fingerprint(problem.replace(loss=functools.partial(smoothed, share=share)))
+        for share in (0.1, 0.1, 0.2)
+    ]
+    assert np.all(prints[0] == prints[1])
+    assert np.any(prints[0] != prints[2])
+
 
 def test_an_infinite_time_has_no_velocity():
     problem, params = make_problem()

@@ -4,7 +4,9 @@ Two such snapshots, or two Krylov spaces of the same two errors, are what
 `grsd_jax.dynamics.transport` compares.
 """
 
+import functools
 import zlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -230,9 +232,17 @@ def _stated(objective: OutputsObjective | ErrorObjective) -> str:
     if isinstance(objective, ErrorObjective):
         return "error"
     loss, target = objective.loss, objective.target
-    if not isinstance(loss, str):
-        loss = getattr(loss, "__qualname__", type(loss).__qualname__)
-    return f"{loss} of {'a function' if callable(target) else repr(target)}"
+    named = loss if isinstance(loss, str) else _name_of(loss)
+    return f"{named} of {'a function' if callable(target) else repr(target)}"
+
+
+def _name_of(function: Any) -> str:
+    """Returns the name of a function, with the plain values that are bound to it."""
+    if isinstance(function, functools.partial):
+        bound = (*enumerate(function.args), *sorted(function.keywords.items()))
+        plain = [x for x in bound if isinstance(x[1], str | int | float | None)]
+        return f"{_name_of(function.func)} with {plain}"
+    return getattr(function, "__qualname__", type(function).__qualname__)
 
 
 def _words(leaf: jax.typing.ArrayLike) -> jax.Array:
