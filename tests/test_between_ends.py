@@ -369,7 +369,7 @@ def test_bad_input_is_told_in_one_sentence():
         with pytest.raises(ValueError, match="after: expected n = 48 as before"):
             exact_balance(end, (fewer, params), shells(), solver=solver, key=key)
     for elapsed in (0, -1.0, jnp.float32(0)):
-        with pytest.raises(ValueError, match="elapsed: expected a time above 0"):
+        with pytest.raises(ValueError, match="elapsed: expected a finite time above 0"):
             exact_balance(end, end, shells(), solver="dense", elapsed=elapsed)
     with pytest.raises(ValueError, match=r"shells\.width: expected 1/2 or 1/3"):
         exact_balance(end, end, shells(width=0.4), solver=SHORT, key=key)
