@@ -96,6 +96,7 @@ def test_interaction_range_is_the_formula():
     assert interaction_range(1.0, 0.9, 0.01) == 44
     assert interaction_range(125.0, 0.2, 1.0) == 3  # the logarithms' ratio is rounded
     assert interaction_range(1.0, 0.9, 2.0) == 0
+    assert interaction_range(1e308, 0.5, 1e-308) == 2047  # 616 log2(10) = 2046.3
     assert interaction_range(1.0, 1.0, 0.1) is None
 
 

@@ -94,6 +94,13 @@ def test_numbers_in_another_byte_order_are_the_same_numbers(dtype, tmp_path):
     assert matrix.tolist() == numbers.tolist()
 
 
+def test_a_masked_array_is_refused(tmp_path):
+    numbers = np.ma.masked_array([1.0, 2.0], [False, True])
+    with pytest.raises(ValueError, match="expected an array without a mask"):
+        shells.ShellCoupling(numbers, mask=None).save(tmp_path / "holder.npz")
+    assert not (tmp_path / "holder.npz").exists()
+
+
 @pytest.mark.usefixtures("x64")
 def test_64_bits_come_back_with_and_without_them_enabled(tmp_path):
     fit = random_result(shells.PowerLawFit, dtype=jnp.float64)

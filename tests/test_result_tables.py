@@ -67,6 +67,14 @@ def test_a_frame_has_one_row_a_shell_or_a_pair():
         result.to_pandas("x")
 
 
+def test_a_frame_of_square_arrays_alone_has_their_diagonals():
+    matrix = jnp.asarray([[1.0, 2.0], [3.0, 4.0]])
+    mask = jnp.asarray([[True, True], [True, False]])
+    frame = shells.ShellCoupling(matrix, mask).to_pandas()
+    assert frame.index.name == "shell"
+    np.testing.assert_array_equal(frame.matrix_diagonal, [1, np.nan])
+
+
 def test_masks_keep_to_their_axes():
     """Also where the sizes of different axes agree, and under a `vmap`."""
     result = random_result(shells.StochasticCoupling)

@@ -69,7 +69,8 @@ def interaction_range(constant: float, rho: float, epsilon: float) -> int | None
         check_positive(name, value)
     if rho >= 1:
         return None
-    ratio = math.log(constant / epsilon) / math.log(1 / rho)
+    # Logarithms apart: their quotients may leave the range of floats.
+    ratio = (math.log(constant) - math.log(epsilon)) / -math.log(rho)
     return max(0, math.ceil(ratio * (1 - _ROUNDING)))
 
 

@@ -135,6 +135,11 @@ def _encoded_array(
 ) -> dict[str, Any]:
     if is_traced(value):
         raise ValueError(f"{name}: expected numbers, got a traced array.")
+    if isinstance(value, np.ma.MaskedArray):
+        raise ValueError(
+            f"{name}: expected an array without a mask, got a masked one; save its "
+            "data and its mask."
+        )
     place = f"array{len(arrays)}"
     about: dict[str, Any] = {"array": place}
     if isinstance(value, jax.Array):

@@ -66,7 +66,7 @@ def to_pandas(result: Any, axis: str | None = None) -> "pandas.DataFrame":
 
     Returns:
         The frame; its index is named after the axis. A result of single numbers is one
-        row.
+        row, and one of square arrays alone has their diagonals.
 
     Raises:
         ImportError: If pandas is not installed.
@@ -80,7 +80,9 @@ def to_pandas(result: Any, axis: str | None = None) -> "pandas.DataFrame":
         check_choice("axis", axis, sorted({a for v in variables for a in v.axes}))
     if axis is None:
         numbers = {v.name: v.values[()] for v in variables if not v.axes}
-        return pandas.DataFrame([numbers])
+        if numbers or not variables:
+            return pandas.DataFrame([numbers])
+        axis = variables[0].axes[0]  # square arrays alone: their diagonals
     frame = pandas.DataFrame(columns_of(result, axis))
     return frame.rename_axis(index=axis)
 
