@@ -321,7 +321,7 @@ def test_shells_of_other_values_are_refused(open_ends):
     edges = np.asarray([2.0, 5.0, 20.0], np.float32)
     moved = values.at[1].set(6.0)
     shells = module.assign_shells(values, edges, open_ends=open_ends)
-    assert shells.index[1] != np.digitize(moved[1], edges) - 1
+    assert int(shells.index[1]) != np.digitize(moved[1], edges) - 1
     module.check_shells_of(values, shells)
     coupling = jnp.eye(4)
     for refused in (
