@@ -224,7 +224,8 @@ def test_central_difference_is_exact_for_a_quadratic_and_safe_at_zero():
 
 def test_steps_that_rounding_swallows_are_refused():
     cubes = lambda p: sum(jnp.sum(leaf) ** 3 for leaf in jax.tree.leaves(p))  # noqa: E731
-    params = {"v": jnp.ones(3), "w": jnp.asarray([1.0, 2.0])}
+    params = {"v": np.ones(3), "w": np.asarray([1.0, 2.0])}
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
     take = functools.partial(central_difference, cubes)
     # The exact derivative: 3 (sum v)^2 3 + 3 (sum w)^2 2.
     np.testing.assert_allclose(take(params, params), 81 + 81, rtol=2e-2)
