@@ -59,8 +59,10 @@ LATER = (
     "results_guide.md",
     "shell_dynamics.md",
     "track_training.md",
+    "use_in_your_loop.md",
     "what_moved.md",
     "your_own_checkpoint.md",
+    "your_own_network.md",
 )
 
 RUNNABLE = [page for page in PAGES if python_source(page.read_text()).strip()]
