@@ -343,7 +343,7 @@ def figure(runs: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def _draw(column: Any, entry: Mapping[str, Any], color: Any) -> None:
-    label, places = entry["setting"], np.geomspace(1e-4, 1, 10)[1:-1]
+    label, places = entry["setting"], np.asarray(grid_of("top", 1.0, 0).edges)
     options = {"color": color, "marker": ".", "markersize": 3}
     column[0].plot(_numbers(entry["energies"][0]), label=label, **options)
     column[1].errorbar(

@@ -16,6 +16,7 @@ import grsd_jax
 from grsd_jax import Binning, Lanczos, Problem
 from grsd_jax import _memory as memory
 from grsd_jax.kernel import products
+from oracles import plain
 
 NUM_EXAMPLES, NUM_CLASSES, SIDE = 50, 10, 16
 
@@ -43,7 +44,7 @@ def main(num_batches, max_bytes):
         return model.apply({"params": params}, batch["image"])
 
     measured = grsd_jax.measure_coupling(
-        Problem(outputs_fn, batches),
+        plain(Problem(outputs_fn, batches)),
         params,
         key=keys[0],
         solver=Lanczos(block_size=8, num_steps=2),

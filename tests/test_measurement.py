@@ -126,6 +126,7 @@ def test_little_memory_streams_the_same_products(mlp, monkeypatch, reduction):
     monkeypatch.setattr(products, "default_bytes", lambda: 1)
     monkeypatch.setattr(products, "linearize_point", None)  # nothing may be held
     streamed = measure(arguments)
+    assert (held.jacobian, streamed.jacobian) == ("factored", "plain")
     top = float(held.values[0])
     np.testing.assert_allclose(streamed.values, held.values, atol=1e-5 * top)
     leading = (slice(None, 3), slice(None, 3))

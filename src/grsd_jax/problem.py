@@ -773,9 +773,10 @@ def _mean_loss(error_fn: Objective, params: PyTree, batch: PyTree) -> jax.Array:
 
 def _hold(objective: Objective, params: PyTree) -> tuple[Objective, PyTree]:
     """Returns the objective of the floating leaves alone, and these leaves."""
-    _check_no_complex(params)
     leaves, tree = jax.tree.flatten(params, is_leaf=_is_none)
     moves = [_is_floating(leaf) for leaf in leaves]
+    if not all(moves):
+        _check_no_complex(params)
     if not any(moves):
         raise ValueError("params: expected at least one floating array, got none.")
     if all(m or leaf is None for leaf, m in zip(leaves, moves, strict=True)):

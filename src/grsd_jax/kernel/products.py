@@ -25,10 +25,24 @@ def held_products(point: Point) -> Matmat:
     Returns:
         ``matmat([n, b]) -> [n, b]``.
     """
-    for plan in dict.fromkeys((plan_of(point), None)):
-        if held_bytes(point, plan=plan) <= default_bytes():
-            return linearize_point(point, plan=plan).matmat
+    plan = held_factors(point)
+    if plan is not None or held_bytes(point, plan=None) <= default_bytes():
+        return linearize_point(point, plan=plan).matmat
     return partial(multiply_at, point)
+
+
+def held_factors(point: Point) -> Plan | None:
+    """Returns how `held_products` holds factors, None where it goes plainly.
+
+    Args:
+        point: The problem at its parameters.
+
+    Returns:
+        The plan, if there is one whose factors fit in memory.
+    """
+    plan = plan_of(point)
+    fits = plan is not None and held_bytes(point, plan=plan) <= default_bytes()
+    return plan if fits else None
 
 
 def projected_derivative(

@@ -19,7 +19,7 @@ from grsd_jax._arrays import all_finite, is_traced, magnitude, matmul, norm, rat
 from grsd_jax._checks import check_choice, check_key, check_type
 from grsd_jax._memory import check_fits, naming_what_to_lower
 from grsd_jax._typing import Matmat, PyTree
-from grsd_jax.jacobian.plan import verdict_of
+from grsd_jax.jacobian.plan import plan_of, verdict_of
 from grsd_jax.kernel.dense import check_dense_fits, dense_at
 from grsd_jax.kernel.derivative import (
     Derivative,
@@ -30,7 +30,11 @@ from grsd_jax.kernel.derivative import (
 )
 from grsd_jax.kernel.mesh import layout_of
 from grsd_jax.kernel.null_space import free_start
-from grsd_jax.kernel.products import held_products, projected_derivative
+from grsd_jax.kernel.products import (
+    held_factors,
+    held_products,
+    projected_derivative,
+)
 from grsd_jax.kernel.solver import COLUMNS_A_PAIR, Lanczos, solver_at
 from grsd_jax.linalg.eigenpairs import leading_eigenpairs
 from grsd_jax.linalg.lanczos import block_lanczos
@@ -130,19 +134,20 @@ def measure_coupling(
     start_key, bootstrap_key = jax.random.split(key)
     with naming_what_to_lower("block_size", "num_steps", "batches"):
         if lanczos is None:
+            plan = plan_of(point)
             pairs, coupling = _dense_pairs(point, window, derivative)
         else:
+            plan = held_factors(point)
             pairs = _lanczos_pairs(point, lanczos, window, start_key, progress)
             coupling = projected_derivative(point, pairs.vectors, derivative, width)
         pairs = leading_pairs(pairs, window)
         checks = _cross_checks(point, pairs, coupling, derivative, width, window)
-    verdict = verdict_of(point)
     labels = Labels(
         "dense" if lanczos is None else "lanczos",
-        "plain" if verdict.plan is None else "factored",
+        "plain" if plan is None else "factored",
         derivative.method,
         point.reduction,
-        verdict.coupled,
+        verdict_of(point).coupled,
         window,
     )
     return diagnose(
