@@ -41,6 +41,27 @@ def test_matrices_that_do_not_fit_leave_lanczos(monkeypatch):
         assert choose_solver(problem, params, num_columns=200) == chosen
 
 
+def test_matrices_are_formed_where_many_columns_ask_for_them(monkeypatch):
+    problem, params = sized(20, 50, 10)
+    point = problem.at(params)
+    assert solver.matrices_are_cheaper(point, 2_000, 100)
+    assert solver.matrices_are_cheaper(point, 100, 2_000)
+    assert not solver.matrices_are_cheaper(point, 2, 1)
+    monkeypatch.setattr(solver, "default_bytes", lambda: 4 * point.dimension**2)
+    assert not solver.matrices_are_cheaper(point, 2_000, 100)
+
+
+def test_matrices_of_coupled_examples_are_not_formed():
+    def centered(params, batch):
+        errors = linear(params, batch)
+        return errors - jnp.mean(errors, 0, keepdims=True)
+
+    problem, params = sized(20, 50, 10)
+    coupled = Problem.from_error(centered, problem.batches)
+    with pytest.warns(RuntimeWarning, match="examples of the error are coupled"):
+        assert not solver.matrices_are_cheaper(coupled.at(params), 2_000, 100)
+
+
 def test_a_krylov_space_that_is_the_whole_is_dense(monkeypatch):
     problem, params = sized(2000, 5, 10)
     monkeypatch.setattr(solver, "default_bytes", lambda: 2**60)

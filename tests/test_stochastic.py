@@ -16,6 +16,7 @@ from grsd_jax.shells import (
     Signs,
     SoftShells,
     measure_stochastic_coupling,
+    stochastic,
     stochastic_shell_coupling,
     toeplitz_residual,
     windowed_toeplitz_residual,
@@ -325,7 +326,9 @@ def test_bad_products_are_said():
     assert np.all(found.matrix == 0)
 
 
-def test_a_network_against_its_dense_kernel():
+@pytest.mark.parametrize("formed", [True, False])
+def test_a_network_against_its_dense_kernel(formed, monkeypatch):
+    monkeypatch.setattr(stochastic, "matrices_are_cheaper", lambda *_: formed)
     rng = np.random.default_rng(0)
     params = {
         "w": jnp.asarray(rng.normal(size=(6, 12))),

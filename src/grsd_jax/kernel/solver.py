@@ -1,4 +1,4 @@
-"""Which solver is cheaper for a measurement: the dense kernel, or block Lanczos."""
+"""What is cheaper for a measurement: the dense kernel, or products with it."""
 
 import contextlib
 import dataclasses
@@ -70,14 +70,38 @@ def choose_solver(
 
 def solver_at(point: Point, num_columns: int) -> Literal["dense", "lanczos"]:
     """Returns the cheaper solver of a checked problem, see `choose_solver`."""
-    n = point.dimension
-    if _DENSE_MATRICES * n**2 * point.error.dtype.itemsize > default_bytes():
+    if not _matrices_fit(point):
         return "lanczos"
-    if 2 * num_columns < n:
+    if 2 * num_columns < point.dimension:
         dense, lanczos = count_operations(point, num_columns)
         if lanczos < dense:
             return "lanczos"
     return "lanczos" if are_coupled(point) else "dense"
+
+
+def matrices_are_cheaper(
+    point: Point, kernel_columns: int, derivative_columns: int
+) -> bool:
+    """Whether to form M and Mdot once, rather than multiply by that many columns.
+
+    Args:
+        point: The problem at its parameters.
+        kernel_columns: Columns that M is multiplied by.
+        derivative_columns: Columns that Mdot is multiplied by.
+
+    Returns:
+        Whether it takes fewer operations, the matrices fit in half of the free memory,
+        and the examples are independent.
+    """
+    if not _matrices_fit(point):
+        return False
+    products = _product_operations(point, kernel_columns, derivative_columns)
+    return _matrix_operations(point) < products and not are_coupled(point)
+
+
+def _matrices_fit(point: Point) -> bool:
+    held = _DENSE_MATRICES * point.dimension**2 * point.error.dtype.itemsize
+    return held <= default_bytes()
 
 
 def count_operations(point: Point, num_columns: int) -> tuple[float, float]:
@@ -96,25 +120,38 @@ def count_operations(point: Point, num_columns: int) -> tuple[float, float]:
     Returns:
         Those of the dense solver and of Lanczos.
     """
-    n, outputs = point.dimension, point.error.shape[1]
+    n = point.dimension
+    dense = _matrix_operations(point) + 20.0 * n**3
+    lanczos = _product_operations(point, num_columns, num_columns)
+    return dense, lanczos + 6.0 * n * num_columns**2
+
+
+def _matrix_operations(point: Point) -> float:
+    """Returns the operations that form M and Mdot."""
     num_params = sum(np.size(leaf) for leaf in jax.tree.leaves(point.params))
-    forward = point.num_batches * _forward_operations(point)
     rows = point.num_batches * int(np.prod(point.error.shape))
-    dense = 6.0 * outputs * forward + 3.0 * n * rows * num_params + 20.0 * n**3
-    lanczos = 10.0 * num_columns * forward + 6.0 * n * num_columns**2
-    return dense, lanczos
+    passes = 6.0 * point.error.shape[1] * _forward_operations(point)
+    return passes + 3.0 * point.dimension * rows * num_params
+
+
+def _product_operations(
+    point: Point, kernel_columns: int, derivative_columns: int
+) -> float:
+    """Returns the operations of products by M and by Mdot, one column at a time."""
+    passes = 4.0 * kernel_columns + 6.0 * derivative_columns
+    return passes * _forward_operations(point)
 
 
 def _forward_operations(point: Point) -> float:
-    """Returns the operations of one batch's error; 2 P N if the backend is silent."""
+    """Returns the operations of all errors; 2 P N a batch if the backend is silent."""
     arguments = (point.error_fn, point.params, point.parts[0])
     leaves, tree = jax.tree.flatten(arguments)
     avals = tuple((np.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
     counted = _counted(tree, avals)
-    if counted > 0:
-        return counted
-    num_params = sum(np.size(leaf) for leaf in jax.tree.leaves(point.params))
-    return 2.0 * num_params * point.error.shape[0]
+    if counted <= 0:
+        num_params = sum(np.size(leaf) for leaf in jax.tree.leaves(point.params))
+        counted = 2.0 * num_params * point.error.shape[0]
+    return point.num_batches * counted
 
 
 @functools.lru_cache(maxsize=64)

@@ -25,11 +25,13 @@ import scipy.special
 from grsd_jax._arrays import divisor, matmul, outside
 from grsd_jax._checks import check_at_least, check_key, check_shape
 from grsd_jax._typing import Matmat, PyTree
+from grsd_jax.kernel.dense import dense_at
 from grsd_jax.kernel.derivative import (
     gradient_flow_direction,
     kernel_derivative_matmat,
 )
 from grsd_jax.kernel.products import held_products
+from grsd_jax.kernel.solver import matrices_are_cheaper
 from grsd_jax.linalg.eigenpairs import leading_eigenpairs
 from grsd_jax.linalg.lanczos import LanczosResult, block_lanczos
 from grsd_jax.linalg.ritz import default_floor
@@ -444,8 +446,10 @@ def measure_stochastic_coupling(
 ) -> StochasticCoupling:
     """Measures the shell coupling of the whole spectrum, at any n.
 
-    Leading pairs by Lanczos, then `stochastic_shell_coupling`. It runs eagerly, driven
-    from the host, since the number of steps for the leading pairs depends on the data.
+    Leading pairs by Lanczos, then `stochastic_shell_coupling`. M and Mdot are formed
+    once if they fit and that takes fewer operations than products with so many columns.
+    It runs eagerly, driven from the host, since the number of steps for the leading
+    pairs depends on the data.
 
     Args:
         problem: The problem, its batches on one device.
@@ -474,7 +478,12 @@ def measure_stochastic_coupling(
         direction = gradient_flow_direction(problem, params)
     point = point_at(problem, params, direction)
     num_pairs = min(num_pairs, point.dimension)
-    matmat = held_products(point)
+    num_shells = _EDGES if shells is None else len(shells.edges)
+    if matrices_are_cheaper(point, *_num_columns(signs, num_pairs, num_shells)):
+        matmat, derivative = (partial(matmul, matrix) for matrix in dense_at(point))
+    else:
+        matmat = held_products(point)
+        derivative = partial(kernel_derivative_matmat, problem, params, direction)
     start_key, pairs_key, key = jax.random.split(key, 3)
     shape = (point.dimension, min(_BLOCK, num_pairs))
     start = jax.random.normal(start_key, shape, point.error.dtype)
@@ -486,7 +495,7 @@ def measure_stochastic_coupling(
         shells = SoftShells(leading.values[0] * jnp.exp(-steps)[::-1], 1 / 3)
     found = stochastic_shell_coupling(
         matmat,
-        partial(kernel_derivative_matmat, problem, params, direction),
+        derivative,
         leading.values,
         leading.vectors,
         shells,
@@ -497,6 +506,12 @@ def measure_stochastic_coupling(
     )
     usable = found.finite & jnp.all(leading.converged)
     return found._replace(mask=found.mask & usable, finite=usable)
+
+
+def _num_columns(signs: Signs, num_pairs: int, num_shells: int) -> tuple[int, int]:
+    """Returns how many columns M and Mdot are multiplied by, about."""
+    differentiated = num_pairs + (signs.num_signs + 1) * num_shells
+    return signs.num_steps * (signs.num_signs + differentiated), differentiated
 
 
 def _check_blocks(size: int, num_pairs: int, width: int) -> None:
