@@ -63,7 +63,7 @@ def test_chunks_of_examples_by_default(mlp, monkeypatch, examples, small, chunk)
     monkeypatch.setattr(dense, "_SMALL", small)
     sizes = []
 
-    def chunked(batches, size):
+    def chunked(batches, num_spaces, num_examples, size):
         sizes.append(size)
         return iter(())
 

@@ -166,7 +166,9 @@ def all_finite(tree: PyTree) -> jax.Array:
     leaves = on_host(tree)
     if leaves is None:
         return _all_finite(tree)
-    return jnp.asarray(all(np.isfinite(leaf).all() for leaf in leaves))
+    finite = all(np.isfinite(leaf).all() for leaf in leaves)
+    with jax.ensure_compile_time_eval():
+        return jax.device_put(np.asarray(finite))
 
 
 @jax.jit

@@ -1,6 +1,6 @@
 """Targets of the losses known by name: classes, one-hot rows, or plain numbers."""
 
-from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -86,12 +86,12 @@ def check_targets(
     nothing = not _are_at_hand(labels) or 0 in np.shape(labels)
     if nothing or not _are_checked(labels, shape, over_classes):
         return
-    with jax.ensure_compile_time_eval():
-        found = _first_misfit(widened(labels), shape=shape)
-        found, place, low, high = jax.device_get(found)
-    if not found:
+    values = np.asarray(labels)
+    wrong = _misfits(values, shape)
+    if not wrong.any():
         return
-    where = [int(index) for index in np.unravel_index(place, shape[:-1])]
+    low, high = values.min(), values.max()
+    where = [int(index) for index in np.unravel_index(wrong.argmax(), shape[:-1])]
     if _are_classes(labels, shape):
         raise ValueError(
             f"{name}: expected classes in [0, {shape[-1]}), got values from {low} to "
@@ -171,18 +171,12 @@ def _are_checked(
     return not floating and (over_classes or _are_classes(labels, shape))
 
 
-def _misfits(labels: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Marks the classes out of range, or the rows not one-hot, ``[N, ...]`` bool."""
+def _misfits(labels: Any, shape: tuple[int, ...]) -> Any:
+    """Marks the classes out of range, or the rows not one-hot, ``[N, ...]`` bool.
+
+    NumPy arrays of what NumPy holds.
+    """
     if _are_classes(labels, shape):
         return (labels < 0) | (labels >= shape[-1])
-    ones = jnp.sum(labels == 1, axis=-1)
-    return (ones != 1) | jnp.any((labels != 0) & (labels != 1), axis=-1)
-
-
-@partial(jax.jit, static_argnames="shape")
-def _first_misfit(
-    labels: jax.Array, *, shape: tuple[int, ...]
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Returns whether there is a misfit, where, and the smallest and largest label."""
-    wrong = _misfits(labels, shape).reshape(-1)
-    return jnp.any(wrong), jnp.argmax(wrong), jnp.min(labels), jnp.max(labels)
+    ones = (labels == 1).sum(axis=-1)
+    return (ones != 1) | ((labels != 0) & (labels != 1)).any(axis=-1)

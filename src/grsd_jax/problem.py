@@ -718,12 +718,28 @@ def as_pytree(name: str, fn: Any) -> Callable[..., Any]:
     return FixedLeaves(data, tuple(fixed), tree)
 
 
-def split_batches(batches: PyTree) -> list[PyTree]:
-    """Returns the K batches one by one."""
+def split_batches(batches: PyTree, most: int | None = None) -> list[PyTree]:
+    """Returns the K batches one by one, or the first few."""
     num_batches, _ = check_batches(batches)
-    return [
-        jax.tree.map(lambda leaf, k=k: leaf[k], batches) for k in range(num_batches)
-    ]
+    count = num_batches if most is None else min(most, num_batches)
+    leaves, tree = jax.tree.flatten(batches)
+    if is_traced(batches):
+        cut = _split(leaves, count)
+    else:  # what NumPy holds keeps its dtype
+        arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
+        cut = [
+            [next(parts) if isinstance(leaf, jax.Array) else leaf[k] for leaf in leaves]
+            for k, parts in enumerate(map(iter, _split_arrays(arrays, count)))
+        ]
+    return [jax.tree.unflatten(tree, part) for part in cut]
+
+
+def _split(leaves: list[Any], count: int) -> list[list[Any]]:
+    return [[leaf[k] for leaf in leaves] for k in range(count)]
+
+
+#: One program, where each leaf alone would take two.
+_split_arrays = jax.jit(_split, static_argnums=1)
 
 
 @jax.jit

@@ -41,6 +41,7 @@ class MeasuredTime(NamedResult):
         return where_defined(self.meaningful, time_or_zero(self))
 
 
+@jax.jit
 def time_or_zero(measured: MeasuredTime) -> jax.Array:
     """Returns the time, [], 0 without a meaning: compiled functions make no NaN."""
     return jnp.where(measured.meaningful, (measured.start + measured.end) / 2, 0)

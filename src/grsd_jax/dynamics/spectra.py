@@ -129,7 +129,11 @@ def stacked_point(problem: Problem, params: PyTree) -> Point:
 
 def errors_at(point: Point) -> jax.Array:
     """Returns the error e of all batches, ``[n]``."""
-    parts = [evaluate(point.error_fn, point.params, batch) for batch in point.parts]
+    return _flat([evaluate(point.error_fn, point.params, b) for b in point.parts])
+
+
+@jax.jit
+def _flat(parts: list[jax.Array]) -> jax.Array:
     return jnp.concatenate([part.reshape(-1) for part in parts])
 
 

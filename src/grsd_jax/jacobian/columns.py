@@ -62,16 +62,28 @@ def by_chunks(
     num_columns = vectors.shape[1]
     if width >= num_columns:
         return product(vectors)
-    num_chunks = -(-num_columns // width)
-    padding = num_chunks * width - num_columns
-    padded = jnp.pad(vectors, ((0, 0), (0, padding)))
-    chunks = jnp.moveaxis(padded.reshape(-1, num_chunks, width), 1, 0)
     if mapped:
-        products = jax.lax.map(product, chunks)
-    else:
-        # By index, since an array across processes cannot be iterated.
-        products = jnp.stack([product(chunks[i]) for i in range(num_chunks)])
-    return jnp.moveaxis(products, 0, 1).reshape(padded.shape)[:, :num_columns]
+        products = jax.lax.map(product, _chunks(vectors, width))
+        return jnp.moveaxis(products, 0, 1).reshape(len(vectors), -1)[:, :num_columns]
+    chunks = _listed_chunks(vectors, width)
+    return _side_by_side([product(chunk) for chunk in chunks], num_columns)
+
+
+def _chunks(vectors: jax.Array, width: int) -> jax.Array:
+    """Returns the columns as ``[count, n, width]``, with zeros behind the last."""
+    count = -(-vectors.shape[1] // width)
+    padded = jnp.pad(vectors, ((0, 0), (0, count * width - vectors.shape[1])))
+    return jnp.moveaxis(padded.reshape(-1, count, width), 1, 0)
+
+
+@partial(jax.jit, static_argnums=1)
+def _listed_chunks(vectors: jax.Array, width: int) -> list[jax.Array]:
+    return list(_chunks(vectors, width))
+
+
+@partial(jax.jit, static_argnums=1)
+def _side_by_side(products: list[jax.Array], num_columns: int) -> jax.Array:
+    return jnp.concatenate(products, axis=1)[:, :num_columns]
 
 
 def split_block(
@@ -86,9 +98,16 @@ def split_block(
             f"{name}: expected dtype {error.dtype}, that of the error, "
             f"got {jnp.result_type(block)}."
         )
-    return list(jnp.reshape(block, (copies, *error.shape, block.shape[1])))
+    return _split(block, (copies, *error.shape, block.shape[1]))
 
 
+# Jitted, as all that follows: each operation alone would be a program for its shapes.
+@partial(jax.jit, static_argnums=1)
+def _split(block: jax.Array, shape: tuple[int, ...]) -> list[jax.Array]:
+    return list(jnp.reshape(block, shape))
+
+
+@jax.jit
 def join_block(parts: list[jax.Array]) -> jax.Array:
     """Joins arrays ``[N, C, b]`` into columns ``[copies N C, b]``."""
     return jnp.concatenate([part.reshape(-1, part.shape[-1]) for part in parts])
@@ -103,7 +122,6 @@ def sum_trees(trees: Iterable[PyTree]) -> PyTree:
     return total
 
 
-# Jitted: each leaf's own program would be compiled for its shape.
 @jax.jit
 def _added(left: PyTree, right: PyTree) -> PyTree:
     return jax.tree.map(jnp.add, left, right)

@@ -170,7 +170,7 @@ def output_basis(error: jax.ShapeDtypeStruct, num_classes: int | None) -> jax.Ar
     if num_classes is not None:
         positions = np.eye(error.shape[1] // num_classes)
         basis = np.kron(positions, softmax_basis(num_classes))
-    return jnp.asarray(basis, error.dtype)
+    return jax.device_put(basis.astype(error.dtype))
 
 
 def output_blocks(

@@ -27,7 +27,7 @@ from grsd_jax.jacobian.independence import what_may_mix
 from grsd_jax.jacobian.raised import RaisedErrorFn
 from grsd_jax.jacobian.tracing import Program, largest_eps, walk
 from grsd_jax.parameter_blocks import parameter_paths
-from grsd_jax.problem import Objective, Point, evaluate
+from grsd_jax.problem import Objective, Point, evaluate, split_batches
 
 #: Outputs C of an example up to which J comes as factors. They take C backward passes
 #: and a basis ``[C, C]``; a block of fewer than C / 4 columns is cheaper without them.
@@ -497,16 +497,14 @@ def _values(point: Point) -> list[tuple[Any, ...]]:
     """
     rng = np.random.default_rng(0)
     with jax.ensure_compile_time_eval():
-        batch = jax.tree.map(lambda leaf: leaf[0], point.batches)
-        held = (point.error_fn, point.params, batch)
+        first, *others = _held(point)
+        held = first[:3]
         numbers = [x for x in jax.tree.leaves(held) if _is_floating(x)]
         if is_traced(held) or not all_finite(numbers):
-            ends = _ends(point)
             sets = [jax.tree.map(partial(_random_like, rng), held) for _ in range(2)]
-            return [(*each, *ends) for each in sets]
+            return [(*each, *first[3:]) for each in sets]
         params = jax.tree.map(partial(_near, rng, sign=-1.0), point.params)
-        varied = jax.tree.map(partial(_near, rng, sign=1.0), batch)
-        first, *others = _held(point)
+        varied = jax.tree.map(partial(_near, rng, sign=1.0), held[2])
         return [first, (point.error_fn, params, varied, *first[3:]), *others]
 
 
@@ -514,19 +512,16 @@ def _held(point: Point) -> list[tuple[Any, ...]]:
     """Returns the values at hand, with every batch up to a few, and factors of u."""
     with jax.ensure_compile_time_eval():
         ends = _ends(point)
-        batches = [
-            jax.tree.map(lambda leaf, k=k: leaf[k], point.batches)
-            for k in range(min(point.num_batches, _MOST_BATCHES))
-        ]
+        batches = split_batches(point.batches, _MOST_BATCHES)
     return [(point.error_fn, point.params, batch, *ends) for batch in batches]
 
 
-def _ends(point: Point) -> list[jax.Array]:
+def _ends(point: Point) -> list[np.ndarray]:
     """Returns two factors ``[C, 1]`` and ``[N, 1, 1]`` of a random u."""
     rng = np.random.default_rng(1)
     num_examples, num_outputs = point.error.shape
     shapes = ((num_outputs, 1), (num_examples, 1, 1))
-    return [jnp.asarray(rng.normal(size=s), point.error.dtype) for s in shapes]
+    return [rng.normal(size=s).astype(point.error.dtype) for s in shapes]
 
 
 def _is_floating(leaf: Any) -> bool:
@@ -547,7 +542,7 @@ def _near(rng: np.random.Generator, leaf: Any, *, sign: float) -> Any:
     noise = xp.asarray(rng.normal(size=leaf.shape), values.dtype)
     size = xp.sqrt(xp.mean(xp.square(values)))
     near = sign * values + xp.where(size > 0, 0.3 * size, 0.1) * noise
-    return jnp.asarray(near.astype(jnp.result_type(leaf)))
+    return near.astype(jnp.result_type(leaf))
 
 
 def _random_like(rng: np.random.Generator, leaf: Any) -> Any:

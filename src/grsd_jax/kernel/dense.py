@@ -215,25 +215,23 @@ def accumulate(point: Point, labels: Sequence[str], chunking: Chunking) -> Matri
     check_at_least("max_bytes", max_bytes, 1)
     if chunking.example_chunk is not None:
         check_at_least("example_chunk", chunking.example_chunk, 1)
-    batches = point.batches
     check_dense_fits(point, len(dict.fromkeys(labels)))
     check_independent(point)
-    if point.reduction == "stack":
-        batches = jax.tree.map(
-            lambda x: x.reshape(1, x.shape[0] * x.shape[1], *x.shape[2:]), batches
-        )
-    num_spaces, num_examples = check_batches(batches)
+    num_batches, num_examples = check_batches(point.batches)
+    num_spaces = num_batches // point.copies
+    num_examples *= point.copies
     plan = plan_of(point)
-    basis = jnp.eye(point.error.shape[1], dtype=point.error.dtype)
-    if plan is not None:
-        basis = output_basis(point.error, point.num_classes)
+    basis = output_basis(point.error, None if plan is None else point.num_classes)
     fixed = (point.error_fn, point.params, point.direction, basis, num_examples)
     blocks_of = partial(_blocks, *fixed, plan=plan)
     shapes_of = partial(_blocks.eval_shape, *fixed, plan=plan)
     bytes_of = partial(_leaf_bytes, shapes_of, len(labels))
-    chunk_size = chunking.example_chunk or _default_chunk(bytes_of, batches)
+    batches = jax.device_put(point.batches)
+    chunk_size = chunking.example_chunk or _default_chunk(
+        bytes_of, batches, num_examples
+    )
     total: Matrices = {}
-    for chunks in _chunked(batches, chunk_size):
+    for chunks in _chunked(batches, num_spaces, num_examples, chunk_size):
         sizes = bytes_of(chunks)
         for group in _leaf_groups(sizes, max_bytes):
             held: list[_Blocks] = [blocks_of(chunk, group=group) for chunk in chunks]
@@ -263,10 +261,9 @@ def _finish(matrix: jax.Array, basis: jax.Array, scale: int) -> jax.Array:
 
 
 def _default_chunk(
-    bytes_of: Callable[[list[PyTree]], list[int]], batches: PyTree
+    bytes_of: Callable[[list[PyTree]], list[int]], batches: PyTree, num_examples: int
 ) -> int:
     """Returns the examples of a chunk: an eighth of all, or the most if small."""
-    num_examples = check_batches(batches)[1]
     on_cpu = jax.default_backend() == "cpu"
     least, most = _CHUNK_RANGE if on_cpu else _LARGE_CHUNK_RANGE
     most = min(most, num_examples)
@@ -303,16 +300,28 @@ def _leaf_groups(sizes: Sequence[int], max_bytes: int) -> list[tuple[int, ...]]:
     return groups
 
 
-def _chunked(batches: PyTree, example_chunk: int) -> Iterator[list[PyTree]]:
-    """Yields each batch as a list of chunks of almost equal numbers of examples."""
-    num_batches, num_examples = check_batches(batches)
+def _chunked(
+    batches: PyTree, num_spaces: int, num_examples: int, example_chunk: int
+) -> Iterator[list[PyTree]]:
+    """Yields the examples of each space in chunks of almost equal sizes."""
     num_chunks = -(-num_examples // example_chunk)
     bounds = [num_examples * i // num_chunks for i in range(num_chunks + 1)]
-    for k in range(num_batches):
+    for k in range(num_spaces):
         yield [
-            jax.tree.map(lambda leaf, k=k, i=i, j=j: leaf[k, i:j], batches)
+            _examples(batches, k * num_examples + i, size=j - i)
             for i, j in itertools.pairwise(bounds)
         ]
+
+
+@partial(jax.jit, static_argnames="size")
+def _examples(batches: PyTree, start: int, *, size: int) -> PyTree:
+    """Returns some of the examples of all batches, one after the other."""
+
+    def some(leaf: jax.Array) -> jax.Array:
+        examples = leaf.reshape(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:])
+        return jax.lax.dynamic_slice_in_dim(examples, start, size)
+
+    return jax.tree.map(some, batches)
 
 
 @partial(jax.jit, static_argnames=("num_examples", "group", "plan"))
@@ -409,6 +418,8 @@ def _gram(chunks: list[_Blocks], labels: tuple[str, ...]) -> Matrices:
     Tiles below the diagonal are the transposes of those above.
     """
     count, moving = len(chunks), bool(chunks[0].moved)
+    if count == 1:
+        return _gram_tile(chunks[0], chunks[0], labels, diagonal=moving)
     upper = {
         (i, j): _gram_tile(chunks[i], chunks[j], labels, diagonal=moving and i == j)
         for i in range(count)

@@ -268,8 +268,18 @@ def project_derivative(
         halves = [
             _projected_half(point, space, vectors, width, plan=plan) for space in spaces
         ]
-        projected = reduce(jnp.add, halves) / len(spaces)
-    return projected + projected.T
+        projected = _mean(halves)
+    return _with_transpose(projected)
+
+
+@jax.jit
+def _mean(parts: list[jax.Array]) -> jax.Array:
+    return reduce(jnp.add, parts) / len(parts)
+
+
+@jax.jit
+def _with_transpose(half: jax.Array) -> jax.Array:
+    return half + half.T
 
 
 def project_kernel(point: Point, vectors: jax.Array) -> jax.Array:
@@ -431,6 +441,7 @@ def coarsest_dtype(params: PyTree) -> np.dtype:
     return max(dtypes, key=lambda dtype: float(jnp.finfo(dtype).eps))
 
 
+@jax.jit
 def project(vectors: jax.Array, columns: jax.Array) -> jax.Array:
     """Computes ``V^T W``."""
     return matmul(vectors.T, columns)

@@ -1,5 +1,7 @@
 """The exact null space that an error's constraints give M, whatever the parameters."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,13 +24,18 @@ def free_start(point: Point, block: jax.Array, key: jax.Array) -> jax.Array:
     References:
         Paper 7.1; the observation is ours.
     """
-    classes = point.num_classes or point.error.shape[1]
+    free = _centered(block, point.num_classes or point.error.shape[1])
+    if point.num_classes is not None:
+        return free
+    return jnp.where(class_sums_vanish(point, key), free, block)
+
+
+@partial(jax.jit, static_argnums=1)
+def _centered(block: jax.Array, classes: int) -> jax.Array:
+    """Returns a block without its means over the classes."""
     by_class = block.reshape(-1, classes, block.shape[1])
     free = by_class - jnp.mean(by_class, axis=1, keepdims=True)
-    if point.num_classes is not None:
-        return free.reshape(block.shape)
-    vanish = class_sums_vanish(point, key)
-    return jnp.where(vanish, free.reshape(block.shape), block)
+    return free.reshape(block.shape)
 
 
 def class_sums_vanish(point: Point, key: jax.Array) -> jax.Array:

@@ -74,7 +74,7 @@ class ToeplitzDiagnostics(NamedResult):
 
     def _residual_text(self) -> str:
         """Returns the residual; one without a degree of freedom says nothing."""
-        if toeplitz_degrees_of_freedom(self.coupling.mask) > 0:
+        if int(toeplitz_degrees_of_freedom(self.coupling.mask)):
             return number(self.residual, 3)
         return "n/a (no degree of freedom)"
 

@@ -258,10 +258,15 @@ def leading_pairs(pairs: RitzPairs, window: Window) -> RitzPairs:
     """Returns the pairs, with only the leading ``num_pairs`` still resolved."""
     if window.num_pairs is None:
         return pairs
-    leading = jnp.arange(len(pairs.values)) < window.num_pairs
-    return pairs._replace(resolved=pairs.resolved & leading)
+    return pairs._replace(resolved=_only_leading(pairs.resolved, window.num_pairs))
 
 
+@partial(jax.jit, static_argnums=1)
+def _only_leading(resolved: jax.Array, count: int) -> jax.Array:
+    return resolved & (jnp.arange(len(resolved)) < count)
+
+
+@partial(jax.jit, static_argnames=("size", "window"))
 def missing_pairs(pairs: RitzPairs, size: int, window: Window) -> jax.Array:
     """Counts the pairs of the window that are not resolved, [] int32.
 
@@ -361,7 +366,7 @@ def _cross_checks(
     """Returns what a measurement says of its own accuracy."""
     # A NaN that a program returns would stop it under `jax_debug_nans`.
     unmade = np.inf if is_traced(coupling) else np.nan
-    secant, operator = np.full((2,), unmade, pairs.values.dtype)
+    secant = operator = jax.device_put(np.asarray(unmade, pairs.values.dtype))
     if derivative.cross_checked:
         secant = _secant_disagreement(point, pairs, coupling, derivative, width)
         leading, values = pairs.vectors[:, :width], pairs.values
@@ -371,8 +376,8 @@ def _cross_checks(
     stack = point.reduction == "stack"
     numbers = (coupling, pairs.values, errors, point.params, point.direction)
     return CrossChecks(
-        secant_disagreement=jnp.asarray(secant),
-        operator_disagreement=jnp.asarray(operator),
+        secant_disagreement=secant,
+        operator_disagreement=operator,
         unresolved_share=_unresolved_share(pairs, errors, stack=stack),
         num_missing=missing_pairs(pairs, point.dimension, window),
         num_misfits=misfits(point),

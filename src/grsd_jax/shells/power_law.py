@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from grsd_jax._arrays import as_floating, as_mask, magnitude
 from grsd_jax._checks import check_at_least, check_key
@@ -53,7 +54,7 @@ class PowerLawFit(NamedResult):
 
     def _headline(self) -> list[tuple[str, str]]:
         text = with_interval(self.exponent, self.interval, self.exponent_stderr)
-        if not jnp.isfinite(self.exponent):
+        if not np.isfinite(self.exponent):
             text += " (fewer than 2 points, or a single x)"
         return [
             ("exponent", text),

@@ -172,10 +172,7 @@ def toeplitz_degrees_of_freedom(mask: jax.typing.ArrayLike) -> jax.Array:
     Raises:
         ValueError: If ``mask`` is not a square bool matrix.
     """
-    mask = _square_mask(mask)
-    counts = _diagonal_counts(mask)
-    # Each diagonal that holds any entry spends one of them on its mean.
-    return jnp.sum(jnp.maximum(counts - 1, 0), dtype=jnp.int32)
+    return _degrees_of_freedom(_square_mask(mask))
 
 
 def windowed_toeplitz_degrees_of_freedom(
@@ -238,6 +235,12 @@ def _along_diagonals(matrix: jax.Array) -> jax.Array:
     inside = (columns >= 0) & (columns < size)
     entries = matrix[rows, jnp.clip(columns, 0, size - 1)]
     return jnp.where(inside, entries, jnp.zeros((), matrix.dtype))
+
+
+@jax.jit
+def _degrees_of_freedom(mask: jax.Array) -> jax.Array:
+    # Each diagonal that holds any entry spends one of them on its mean.
+    return jnp.sum(jnp.maximum(_diagonal_counts(mask) - 1, 0), dtype=jnp.int32)
 
 
 def _diagonal_counts(mask: jax.Array) -> jax.Array:
