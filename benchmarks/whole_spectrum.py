@@ -19,13 +19,11 @@ import hashlib
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import grsd_jax as grsd
 import jax
-import jax.numpy as jnp
 import numpy as np
 from grsd_jax import plotting
 from grsd_jax.experiments.common import plotting as common_plotting
@@ -42,13 +40,7 @@ from grsd_jax.experiments.common.networks import (
 )
 from grsd_jax.experiments.common.runs import environment
 from grsd_jax.experiments.common.tables import aligned
-from grsd_jax.shells import (
-    Signs,
-    StochasticCoupling,
-    ToeplitzEstimate,
-    toeplitz_approximation,
-    windowed_toeplitz_residual,
-)
+from grsd_jax.shells import Signs, StochasticCoupling, ToeplitzEstimate
 
 from comparison.harness import peak_mib
 from comparison.machine import describe_machine
@@ -82,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report = {
         "settings": settings_of(options),
         "networks": {
-            name: {**entry, "scatter": residuals_of_scatter(coupling)}
+            name: {**entry, "noise_floor": plotting.noise_floor_of(coupling).tolist()}
             for name, (entry, coupling) in found.items()
         },
         "machine": describe_machine(),
@@ -228,42 +220,19 @@ def arrays_of(found: StochasticCoupling | ToeplitzEstimate) -> dict[str, Any]:
     return {k: v.tolist() for k, v in fields.items() if k != "replicates"}
 
 
-def residuals_of_scatter(
-    coupling: StochasticCoupling, draws: int = 1000
-) -> dict[str, list[float]]:
-    """Returns the mean residual of every window where the truth is Toeplitz.
-
-    The truth is the Toeplitz part of the matrix. A cell scatters about it as the mean
-    of independent squares of Gaussians does, one for each pair of eigenvalues. Soft
-    shells share eigenvalues, so that their cells scatter less: this is an upper bound.
-    """
-    counts = np.asarray(coupling.counts, float)
-    pairs = np.outer(counts, counts)
-    np.fill_diagonal(pairs, counts * (counts + 1) / 2)
-    pairs = np.maximum(pairs, 1)
-    truth = np.asarray(toeplitz_approximation(coupling.matrix, coupling.mask))
-    rng = np.random.default_rng(0)
-    squares = rng.chisquare(pairs, (draws, *pairs.shape)) / pairs
-    lower = np.tril(squares)
-    both = lower + np.swapaxes(np.tril(squares, -1), 1, 2)
-    residuals = partial(windowed_toeplitz_residual, window=_WINDOW, mask=coupling.mask)
-    found = jax.vmap(residuals)(jnp.asarray(truth * both, jnp.float32))
-    return {"windows": np.mean(np.asarray(found), 0).tolist()}
-
-
 def table(networks: Mapping[str, Mapping[str, Any]]) -> str:
     """Returns a row a network."""
-    headings = ["network", "n", "residual", "lowest window", "by scatter"]
-    headings += ["top window", "by scatter"]
+    headings = ["network", "n", "residual", "lowest window", "noise floor"]
+    headings += ["top window", "noise floor"]
     rows = [
         [
             name,
             str(entry["dimension"]),
             _pair(entry["toeplitz"], "residual"),
             _pair(entry["toeplitz"], "windows", 0),
-            f"{entry['scatter']['windows'][0]:.3f}",
+            f"{entry['noise_floor'][0]:.3f}",
             _pair(entry["toeplitz"], "windows", -1),
-            f"{entry['scatter']['windows'][-1]:.3f}",
+            f"{entry['noise_floor'][-1]:.3f}",
             f"{np.max(entry['lanczos_error']):.2g}",
             f"{entry['seconds']:.0f}",
             f"{entry['peak_memory_gib']:.1f}",
@@ -283,18 +252,18 @@ def figure(couplings: Mapping[str, StochasticCoupling]) -> Any:
     """Draws the couplings of all networks, and their windows with errors."""
     import matplotlib.pyplot as plt
 
-    rows = len(couplings) + 1
-    figure, axes = plt.subplots(
-        rows,
-        figsize=(common_plotting.COLUMN_WIDTH, 2.6 * rows),
+    figure, axes = plt.subplot_mosaic(
+        [[*couplings], ["windows"] * len(couplings)],
+        figsize=(common_plotting.PAGE_WIDTH, 5.4),
         layout="constrained",
     )
     limits = plotting.coupling_limits(couplings.values())
-    for ax, (name, coupling) in zip(axes, couplings.items(), strict=False):
-        plotting.coupling(coupling, ax, limits=limits)
-        ax.set_title(TITLES[name])
+    below = axes["windows"]
+    for name, coupling in couplings.items():
+        plotting.coupling(coupling, axes[name], limits=limits)
+        axes[name].set_title(TITLES[name])
         found, look = coupling.toeplitz(_WINDOW), common_plotting.look_of(name)
-        axes[-1].errorbar(
+        below.errorbar(
             np.arange(len(found.windows)),
             found.windows,
             found.windows_error,
@@ -303,10 +272,16 @@ def figure(couplings: Mapping[str, StochasticCoupling]) -> Any:
             linestyle=look.linestyle,
             label=TITLES[name],
         )
-    axes[-1].set(xlabel="lowest shell of the window", ylabel="Toeplitz residual")
-    axes[-1].xaxis.get_major_locator().set_params(integer=True)
-    axes[-1].set_ylim(bottom=0)
-    axes[-1].legend()
+        below.plot(
+            plotting.noise_floor_of(coupling, window=_WINDOW),
+            ":",
+            color=look.color,
+            label="noise floor",
+        )
+    below.set(xlabel="lowest shell of the window", ylabel="Toeplitz residual")
+    below.xaxis.get_major_locator().set_params(integer=True)
+    below.set_ylim(bottom=0)
+    below.legend(ncols=2)
     return figure
 
 

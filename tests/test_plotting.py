@@ -277,6 +277,11 @@ def test_the_noise_floor_is_the_residual_of_sampled_toeplitz_couplings():
     whole = type(blank)(**{**vars(blank), "literal": diagnostics, "shells": binned})
     floor = plotting.noise_floor_of(whole, "literal")
     np.testing.assert_allclose(floor, sampled, rtol=0.06)
+    by_signs = random_result(shells.StochasticCoupling)._replace(
+        matrix=coupling.matrix, mask=mask, counts=jnp.asarray(counts, jnp.float32)
+    )
+    floor = plotting.noise_floor_of(by_signs, window=4)
+    np.testing.assert_allclose(floor, sampled, rtol=0.06)
 
 
 def test_of_many_records_six_are_drawn():

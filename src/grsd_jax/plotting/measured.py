@@ -22,8 +22,10 @@ from grsd_jax.plotting.drawing import (
 from grsd_jax.shells import (
     CouplingMeasurement,
     PowerLawFit,
+    ShellCoupling,
     StochasticCoupling,
     ToeplitzDiagnostics,
+    windowed_toeplitz_degrees_of_freedom,
 )
 from grsd_jax.shells.diagnostics import mostly_unresolved
 
@@ -367,7 +369,12 @@ def _window_axes(ax: "Axes") -> None:
     ax.set_axisbelow(True)
 
 
-def noise_floor_of(measured: CouplingMeasurement, kind: Kind) -> np.ndarray:
+def noise_floor_of(
+    measured: CouplingMeasurement | StochasticCoupling,
+    kind: Kind = "renormalized",
+    *,
+    window: int = 5,
+) -> np.ndarray:
     r"""Returns the residual of every window that sampling alone would make.
 
     If the entries ``Mdot_ij`` of a pair of shells are independent and Gaussian, the
@@ -375,9 +382,12 @@ def noise_floor_of(measured: CouplingMeasurement, kind: Kind) -> np.ndarray:
     and within one shell, by symmetry, by ``sqrt(2 (2 n_a - 1) / n_a^3)``. On a diagonal
     of m shells a fraction ``1 - 1/m`` of that variance is left beside the mean.
 
+    Soft shells share eigenvalues, so that theirs scatter less: it is a bound for them.
+
     Args:
-        measured: The measurement.
-        kind: ``"literal"`` or ``"renormalized"``.
+        measured: The measurement, or a `StochasticCoupling`.
+        kind: ``"literal"`` or ``"renormalized"``, of a `CouplingMeasurement`.
+        window: w, of a `StochasticCoupling`.
 
     Returns:
         ``[S - w + 1]``, NaN where the window has no degree of freedom.
@@ -385,16 +395,26 @@ def noise_floor_of(measured: CouplingMeasurement, kind: Kind) -> np.ndarray:
     References:
         Ours.
     """
+    if isinstance(measured, StochasticCoupling):
+        return _noise_floors(measured, measured.counts, window)
     diagnostics: ToeplitzDiagnostics = getattr(measured, kind)
-    mask = np.asarray(diagnostics.coupling.mask, bool)
-    matrix = np.where(mask, np.asarray(diagnostics.coupling.matrix, np.float64), 0)
-    counts = np.maximum(np.asarray(measured.shells.counts, np.float64), 1)
+    coupling = diagnostics.coupling
+    window = len(coupling.matrix) - len(diagnostics.windows) + 1
+    return _noise_floors(coupling, measured.shells.counts, window)
+
+
+def _noise_floors(
+    coupling: ShellCoupling | StochasticCoupling, counts: Any, window: int
+) -> np.ndarray:
+    mask = np.asarray(coupling.mask, bool)
+    matrix = np.where(mask, np.asarray(coupling.matrix, np.float64), 0)
+    counts = np.maximum(np.asarray(counts, np.float64), 1)
     scatter = 2 / np.outer(counts, counts)
     np.fill_diagonal(scatter, 2 * (2 * counts - 1) / counts**3)
-    width = len(matrix) - len(diagnostics.windows) + 1
-    floors = np.full(len(diagnostics.windows), np.nan)
-    for start, freedom in enumerate(np.asarray(diagnostics.degrees_of_freedom)):
-        inside = (slice(start, start + width),) * 2
+    free = np.asarray(windowed_toeplitz_degrees_of_freedom(mask, window))
+    floors = np.full(len(free), np.nan)
+    for start, freedom in enumerate(free):
+        inside = (slice(start, start + window),) * 2
         whole = np.sum(matrix[inside] ** 2)
         if freedom > 0 and whole > 0:
             variance = scatter[inside] * matrix[inside] ** 2
