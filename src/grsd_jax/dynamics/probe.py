@@ -26,7 +26,6 @@ from grsd_jax._checks import (
     check_key,
     check_not_negative,
     check_positive,
-    check_shape,
     check_type,
 )
 from grsd_jax._typing import PyTree
@@ -48,6 +47,7 @@ from grsd_jax.dynamics.contents import (
     point_of,
 )
 from grsd_jax.dynamics.elapsed_time import time_between, time_or_zero
+from grsd_jax.dynamics.flow import rate_at
 from grsd_jax.dynamics.instantaneous import (
     Instantaneous,
     empty_record,
@@ -594,17 +594,21 @@ def _measured(probe: Probe, look: _Look) -> tuple[ProbeState, ProbeRecord]:
 
 @partial(jax.jit, static_argnames="schedule")
 def _scheduled(state: ProbeState, step: jax.Array, *, schedule: Schedule) -> jax.Array:
-    """Returns the sum of the schedule over the steps since the start."""
+    """Returns the sum of the schedule over the steps since the start.
+
+    Compensated: a million rates of 0.1, added one by one in float32, come out 1% off.
+    """
     first = jnp.maximum(state.start_step, 0)
 
-    def add(at: jax.Array, total: jax.Array) -> jax.Array:
-        # Schedules are the caller's code, and those of optax mix dtypes.
-        with jax.numpy_dtype_promotion("standard"):
-            rate = jnp.asarray(schedule(at))
-        check_shape("schedule(step)", rate, [])
-        return total + rate.astype(total.dtype)
+    def add(at: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        total, lost = sums
+        rate = rate_at(schedule, at).astype(total.dtype) - lost
+        later = total + rate
+        lost = (later - total) - rate  # what the sum has rounded away
+        return later, jnp.where(jnp.isfinite(later), lost, 0)
 
-    return jax.lax.fori_loop(first, step, add, jnp.zeros((), jnp.result_type(float)))
+    zero = jnp.zeros((), jnp.result_type(float))
+    return jax.lax.fori_loop(first, step, add, (zero, zero))[0]
 
 
 @jax.jit
