@@ -26,6 +26,7 @@ from grsd_jax._checks import (
     check_key,
     check_not_negative,
     check_positive,
+    check_shape,
     check_type,
 )
 from grsd_jax._typing import PyTree
@@ -225,7 +226,7 @@ class Probe:
         point = stacked_point(problem or self.problem, params)
         self._check_state(state, point)
         data = fingerprint(problem or self.problem)
-        step = jnp.asarray(step, jnp.int32)
+        step = _traced_step(step)
 
         def taken(look: _Look) -> tuple[ProbeState, ProbeRecord]:
             measures = self.schedule is None and _has_loss(self.problem)
@@ -685,6 +686,15 @@ def _checked_lengths(over: Sequence[int], every: int) -> tuple[int, ...]:
                 f"got {length!r}."
             )
     return tuple(sorted(map(int, set(given or ()))))
+
+
+def _traced_step(step: jax.typing.ArrayLike) -> jax.Array:
+    """Returns the step as int32, after checking that it is one integer."""
+    check_shape("step", step, [])
+    dtype = jnp.result_type(step)
+    if not jnp.issubdtype(dtype, jnp.integer):
+        raise ValueError(f"step: expected an integer dtype, got {dtype}.")
+    return jnp.asarray(step, jnp.int32)
 
 
 def _concrete_step(step: Any) -> int:
