@@ -190,6 +190,13 @@ def on_host(tree: PyTree) -> list[np.ndarray] | None:
     return [np.asarray(leaf) for leaf in leaves]
 
 
+def owned(tree: PyTree) -> PyTree:
+    """Returns a tree with copies of its NumPy arrays, which may change in place."""
+    return jax.tree.map(
+        lambda leaf: jnp.array(leaf) if isinstance(leaf, np.ndarray) else leaf, tree
+    )
+
+
 def on_automatic_mesh(tree: PyTree) -> PyTree:
     """Returns a tree without arrays on explicit meshes: on automatic ones, not copied.
 
