@@ -360,6 +360,13 @@ def test_a_network_against_its_dense_kernel():
     np.testing.assert_allclose(found.counts, dense.counts, rtol=0.2)
 
 
+@pytest.mark.parametrize("level", [-0.5, 0.0, 1.0, 95])
+def test_a_level_that_is_no_probability_is_refused(shells, level):
+    found = estimated(planted(30, 0), shells, 14, jax.random.key(0), signs=Signs(2, 4))
+    with pytest.raises(ValueError, match="confidence: expected a number between 0 an"):
+        found.interval(level)
+
+
 def test_blocks_too_wide_for_two_steps_are_refused(shells):
     """A single step cannot be compared with fewer: its error would read 0."""
     key, case = jax.random.key(0), planted(30, 0)

@@ -45,6 +45,12 @@ def check_not_negative(name: str, value: object) -> None:
         raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}.")
 
 
+def check_share(name: str, value: object) -> None:
+    """Raises ValueError unless ``value`` is a number above 0 and below 1."""
+    if not (_is_finite(value) and 0 < value < 1):  # pyrefly: ignore
+        raise ValueError(f"{name}: expected a number between 0 and 1, got {value!r}.")
+
+
 def _is_finite(value: object) -> bool:
     """Whether ``value`` is a finite real number, and no bool."""
     real = isinstance(value, int | float | np.integer | np.floating)
