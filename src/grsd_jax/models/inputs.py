@@ -47,7 +47,7 @@ def inputs_of(batch: PyTree, inputs: Inputs) -> Any:
     return entry_of("inputs", batch, inputs)
 
 
-def evaluation_flags(call: Callable[..., Any], owner: Any = None) -> dict[str, bool]:
+def evaluation_flags(call: Callable[..., Any], owner: Any = None) -> dict[str, Any]:
     """Returns the arguments that tell a network that it is not trained.
 
     Args:
