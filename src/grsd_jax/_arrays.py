@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from grsd_jax._checks import check_floating, check_shape
+from grsd_jax._checks import check_floating, check_numbers, check_shape
 from grsd_jax._typing import PyTree
 
 
@@ -62,9 +62,12 @@ def as_scalar(
     """Returns one real number as a JAX array of the given floating dtype.
 
     Raises:
-        ValueError: If it is not a single number.
+        ValueError: If it is not a single real number.
     """
     check_shape(name, value, [])
+    check_numbers(name, value)
+    if jnp.issubdtype(jnp.result_type(value), jnp.complexfloating):
+        raise ValueError(f"{name}: expected a real number, got a complex one.")
     return jnp.asarray(value).astype(dtype)
 
 

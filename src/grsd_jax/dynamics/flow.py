@@ -12,12 +12,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from grsd_jax._arrays import at_least_single
+from grsd_jax._arrays import as_scalar, at_least_single
 from grsd_jax._checks import (
     check_at_least,
     check_positive,
     check_same_tree,
-    check_shape,
     check_tree_single_or_double,
 )
 from grsd_jax._typing import PyTree
@@ -65,18 +64,18 @@ def flow_step(field: Field, params: PyTree, step: jax.typing.ArrayLike) -> PyTre
 
     Raises:
         ValueError: If a parameter is of another dtype, where small steps may vanish,
-            the step is not a single number, or the field does not give a tree like
+            the step is not a single real number, or the field does not give a tree like
             ``params``.
 
     References:
         Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, II.1.
     """
     check_tree_single_or_double("params", params)
-    check_shape("step", step, [])
+    step = as_scalar("step", step, jnp.result_type(float))
 
     def ahead(tangent: PyTree, share: float) -> PyTree:
         def move(p: jax.Array, t: jax.Array) -> jax.Array:
-            return p + (share * jnp.asarray(step)).astype(p.dtype) * t
+            return p + (share * step).astype(p.dtype) * t
 
         return jax.tree.map(move, params, tangent)
 
