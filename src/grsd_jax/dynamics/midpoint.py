@@ -63,7 +63,7 @@ class MidpointFlux(NamedResult):
             size of the step may leave out, by the squares of the relative changes of
             error and kernel; infinite where the edge has not converged, and for a step
             that is not small: if these squares add up to more than 1, or if the error
-            or the kernel vanishes halfway.
+            or the kernel vanishes halfway. 0 where both errors do.
         converged: [q] bool, whether three quarters and half of the Lanczos steps agree
             with all of them, here and at every edge above. True from all pairs.
         finite: [] bool, whether all numbers are finite.
@@ -244,7 +244,7 @@ def _flux(
     found = _Flux(
         flux=summed(mean, moved),
         passed=passed,
-        left_out=jnp.where(changes <= 1, left_out, jnp.inf),
+        left_out=jnp.where((changes <= 1) | ~jnp.any(inside), left_out, jnp.inf),
         density=matmul(shells.windows(values).T, jnp.square(mean)),
         floor=eps * (passed * (1 + largest) + stirred),
     )
