@@ -334,6 +334,8 @@ def test_an_infinite_time_has_no_velocity():
     snapshot = dynamics.spectral_snapshot(problem, params)
     with pytest.raises(ValueError, match=r"^elapsed: expected a finite time above 0"):
         exact_balance(snapshot, snapshot, shells(), elapsed=np.inf)
+    with pytest.raises(ValueError, match=r"^elapsed: expected real numbers, got comp"):
+        exact_balance(snapshot, snapshot, shells(), elapsed=0.3 + 1j)
     run = jax.jit(
         lambda time: exact_balance(snapshot, snapshot, shells(), elapsed=time)
     )

@@ -23,7 +23,7 @@ def test_closure_error_by_hand():
 
 def test_a_number_that_is_not_real_is_refused():
     ones = jnp.ones(3)
-    with pytest.raises(ValueError, match="elapsed: expected a real number, got a comp"):
+    with pytest.raises(ValueError, match="elapsed: expected real numbers, got compl"):
         dynamics.closure_error(ones, ones, ones, 0.5 + 1j)
 
 

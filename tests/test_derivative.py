@@ -77,6 +77,15 @@ def test_gram_of_the_derivative_is_that_of_the_dense_one(reduction):
     assert relative_error(got, gram @ np.asarray(block)) < 1e-12
 
 
+def test_a_complex_direction_is_refused():
+    """Its imaginary part would be dropped."""
+    problem, params, direction = with_direction("mlp", jnp.float32)
+    block = columns(problem.dimension(params), 2, jnp.float32)
+    turned = jax.tree.map(lambda leaf: leaf.astype(jnp.complex64), direction)
+    with pytest.raises(ValueError, match=r"direction.*: expected real numbers, got c"):
+        kernel_derivative(problem, params, turned, block)
+
+
 def test_operators_are_those_of_the_arrays_as_they_were():
     """Training in place, or a buffer that is filled again, moves no operator."""
     problem, params, direction = with_direction("mlp", jnp.float32)

@@ -116,7 +116,7 @@ def test_a_step_or_a_field_of_another_shape_is_refused():
     start = jnp.ones(3, jnp.float32)
     with pytest.raises(ValueError, match=r"step: expected shape \[\], got \[3\]"):
         flow_step(jnp.negative, start, start)
-    with pytest.raises(ValueError, match="step: expected a real number"):
+    with pytest.raises(ValueError, match="step: expected real numbers"):
         flow_step(jnp.negative, start, 0.1j)
     with pytest.raises(ValueError, match=r"field\(params\): expected shape \[3\]"):
         flow_step(jnp.sum, start, 0.1)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from grsd_jax._checks import check_floating, check_numbers, check_shape
+from grsd_jax._checks import check_floating, check_real, check_shape
 from grsd_jax._typing import PyTree
 
 
@@ -65,9 +65,7 @@ def as_scalar(
         ValueError: If it is not a single real number.
     """
     check_shape(name, value, [])
-    check_numbers(name, value)
-    if jnp.issubdtype(jnp.result_type(value), jnp.complexfloating):
-        raise ValueError(f"{name}: expected a real number, got a complex one.")
+    check_real(name, value)
     return jnp.asarray(value).astype(dtype)
 
 

@@ -64,6 +64,16 @@ def check_floating(name: str, array: jax.typing.ArrayLike) -> None:
         raise ValueError(f"{name}: expected a real floating dtype, got {dtype}.")
 
 
+def check_real(name: str, array: jax.typing.ArrayLike) -> None:
+    """Raises ValueError if ``array`` holds no numbers, or complex ones.
+
+    A cast to a real dtype would drop their imaginary parts.
+    """
+    check_numbers(name, array)
+    if jnp.issubdtype(jnp.result_type(array), jnp.complexfloating):
+        raise ValueError(f"{name}: expected real numbers, got complex ones.")
+
+
 def check_numbers(name: str, leaf: Any) -> None:
     """Raises ValueError unless ``leaf`` is of a kind that JAX computes with."""
     try:

@@ -18,6 +18,7 @@ from grsd_jax._checks import (
     check_at_least,
     check_choice,
     check_key,
+    check_real,
     check_shape,
     check_single_or_double,
 )
@@ -242,6 +243,7 @@ def _moment(
     if elapsed is None:
         return 0.0
     check_shape("elapsed", elapsed, [])
+    check_real("elapsed", elapsed)
     if not is_traced(elapsed) and (np.asarray(elapsed) <= 0 or np.isinf(elapsed)):
         raise ValueError(
             f"elapsed: expected a finite time above 0 between two snapshots, got "
