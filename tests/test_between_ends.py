@@ -157,6 +157,21 @@ def test_start_from_the_mean_leaves_out_what_is_quadratic():
     assert np.all(off <= large.energy_error)
 
 
+def test_a_start_from_the_mean_does_not_converge_for_a_distant_end():
+    """The mean of two errors says little of them if they are opposite."""
+    rng = np.random.default_rng(0)
+    batches = {"x": jnp.asarray(rng.normal(size=(1, 30, 4)), jnp.float32)}
+    batches["label"] = jnp.zeros((1, 30, 1))
+    problem = Problem(lambda p, b: jnp.tanh(b["x"] @ p), batches, loss="squared")
+    params = jnp.asarray(rng.normal(size=(4, 1)), jnp.float32)
+    for share, near in ((0.98, True), (-0.9, False)):
+        ends = (problem, params), (problem, share * params)
+        found = exact_balance(*ends, shells(), solver=MEAN, key=KEY)
+        assert found.converged.any() == near
+        for name in AMOUNTS.values():
+            assert np.isfinite(getattr(found, name)).any() == near, name
+
+
 @pytest.mark.scheduled
 @pytest.mark.usefixtures("x64")
 def test_krylov_that_fills_the_space_is_the_dense_balance():
@@ -319,6 +334,8 @@ def test_an_infinite_time_has_no_velocity():
     snapshot = dynamics.spectral_snapshot(problem, params)
     with pytest.raises(ValueError, match=r"^elapsed: expected a finite time above 0"):
         exact_balance(snapshot, snapshot, shells(), elapsed=np.inf)
+    with pytest.raises(ValueError, match=r"^elapsed: expected real numbers, got comp"):
+        exact_balance(snapshot, snapshot, shells(), elapsed=0.3 + 1j)
     run = jax.jit(
         lambda time: exact_balance(snapshot, snapshot, shells(), elapsed=time)
     )

@@ -21,6 +21,12 @@ def test_closure_error_by_hand():
     assert found.defined
 
 
+def test_a_number_that_is_not_real_is_refused():
+    ones = jnp.ones(3)
+    with pytest.raises(ValueError, match="elapsed: expected real numbers, got compl"):
+        dynamics.closure_error(ones, ones, ones, 0.5 + 1j)
+
+
 @pytest.mark.parametrize("elapsed", [0.0, np.nan, np.inf])
 def test_no_step_or_none_that_is_finite_defines_nothing(elapsed):
     ones = jnp.ones(3)

@@ -179,6 +179,9 @@ def test_checks():
     assert not Check("a", 0.5, 1.0, converged=False).holds
     assert Check("a", 0.5, 1.0, error=0.9).holds
     assert str(Check("a", 0.5, 1.0)) == "a: 0.5 <= 1 holds"
+    assert Check("a", 0.5, float("nan")).outcome == "undecided"
+    with pytest.raises(ValueError, match="relation: expected one of '<=', '>='"):
+        assert Check("a", 0.5, 1.0, "<").outcome
     told = str(Check("a", 0.5, 1.0, error=0.125, converged=False))
     assert told == "a: 0.5 +- 0.12 <= 1 undecided (not converged)"
     assert str(Check("a", 0.5, 1.0, count=7)) == "a: 0.5 <= 1 holds (of 7)"
@@ -300,6 +303,31 @@ def test_a_path_over_other_examples_or_losses_is_refused(mlp):
         points = [PathPoint(t, p, params) for t, p in enumerate((problem, other))]
         with pytest.raises(ValueError, match=r"^points: expected .* others at 1"):
             condition_report(points, blocks, **quick())
+
+
+def test_a_path_that_goes_back_in_time_is_refused(mlp):
+    """Growth would be over the last point, and incoherence not at the start."""
+    *point, blocks = mlp
+    for times in ((0.1, 0.0), (0.0, np.nan)):
+        points = path(*point, times)
+        with pytest.raises(ValueError, match="points: expected times that do not fall"):
+            condition_report(points, blocks, **quick())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("distant", 0, "an integer >= 1"),  # every block is coherent with itself
+        ("distant", -1, "an integer >= 1"),
+        ("max_band", 1.5, "an integer >= 0"),
+        ("max_growth", np.nan, "a number, got NaN"),
+    ],
+)
+def test_thresholds_that_would_decide_wrongly_are_refused(mlp, name, value, sentence):
+    *point, blocks = mlp
+    thresholds = Thresholds()._replace(**{name: value})
+    with pytest.raises(ValueError, match=f"^thresholds.{name}: expected {sentence}"):
+        condition_report(path(*point), blocks, thresholds=thresholds, **quick())
 
 
 def test_bad_input_is_named():

@@ -116,6 +116,32 @@ def test_self_averaging_falls_as_one_over_depth():
     assert float(repeated.variance_ratio) == pytest.approx(8, rel=1e-4)
 
 
+@pytest.mark.parametrize("factor", [0.3, 1.0, -1.7])
+def test_blocks_that_only_scale_are_remembered_for_ever_and_do_not_vary(factor):
+    maps = [lambda h: factor * h] * 4
+    found = state_increments(maps, jnp.ones((8, 50)), key=jax.random.key(1))
+    time = correlation_time(jnp.abs(found.overlap))
+    assert np.isposinf(time)
+    statistics = increment_statistics(found.increments)
+    assert float(statistics.mean) == pytest.approx(np.log(abs(factor)), abs=1e-6)
+    for name in ("variance_ratio", "normal_distance", "wasserstein"):
+        assert np.isnan(getattr(statistics, name)), name
+    compiled = jax.jit(lambda x: increment_statistics(x).normal_distance)
+    assert np.isposinf(compiled(found.increments))
+
+
+def test_sums_that_agree_to_rounding_do_not_vary():
+    rng = np.random.default_rng(0)
+    steps = rng.normal(size=7).astype(np.float32)
+    paths = np.stack([rng.permutation(steps) for _ in range(6)], axis=1)
+    for increments, ratio in ((paths, 0.0), (np.full((3, 5), 0.1, np.float32), None)):
+        found = increment_statistics(increments)
+        assert np.isnan(found.normal_distance)
+        assert np.isnan(found.wasserstein)
+        got = float(found.variance_ratio)
+        assert np.isnan(got) if ratio is None else got == pytest.approx(0, abs=1e-10)
+
+
 def test_distances_to_the_normal_law():
     rng = np.random.default_rng(1)
     for draw, far in ((rng.normal, False), (rng.standard_exponential, True)):

@@ -18,6 +18,7 @@ from grsd_jax.kernel import (
     default_step,
     kernel_derivative_matmat,
     linearize_derivative,
+    linearize_kernel,
 )
 from oracles import cast, dense_jacobians, dense_kernel, network_problem, relative_error
 
@@ -74,6 +75,35 @@ def test_gram_of_the_derivative_is_that_of_the_dense_one(reduction):
     block = columns(len(gram), 3, jnp.float64)
     got = linearize_derivative(problem, params, direction).matmat(block)
     assert relative_error(got, gram @ np.asarray(block)) < 1e-12
+
+
+def test_a_complex_direction_is_refused():
+    """Its imaginary part would be dropped."""
+    problem, params, direction = with_direction("mlp", jnp.float32)
+    block = columns(problem.dimension(params), 2, jnp.float32)
+    turned = jax.tree.map(lambda leaf: leaf.astype(jnp.complex64), direction)
+    with pytest.raises(ValueError, match=r"direction.*: expected real numbers, got c"):
+        kernel_derivative(problem, params, turned, block)
+
+
+def test_operators_are_those_of_the_arrays_as_they_were():
+    """Training in place, or a buffer that is filled again, moves no operator."""
+    problem, params, direction = with_direction("mlp", jnp.float32)
+    block = columns(problem.dimension(params), 2, jnp.float32)
+    batches, params, direction = (
+        jax.tree.map(np.array, tree) for tree in (problem.batches, params, direction)
+    )
+    problem = problem.replace(batches=batches)
+    operators = (
+        linearize_derivative(problem, params, direction),
+        linearize_kernel(problem, params),
+    )
+    before = [np.array(operator.matmat(block)) for operator in operators]
+    for leaf in jax.tree.leaves((batches, params, direction)):
+        leaf[...] = 0
+    for operator, wanted in zip(operators, before, strict=True):
+        assert np.any(wanted)
+        np.testing.assert_array_equal(operator.matmat(block), wanted)
 
 
 def test_a_central_difference_takes_the_default_step():

@@ -11,6 +11,7 @@ from grsd_jax.dynamics import (
     covariance_check,
     effective_time,
     eigenvalue_drift,
+    flow_step,
     integrate_flow,
 )
 from oracles import network_problem
@@ -103,11 +104,32 @@ def test_effective_time_of_many_steps_keeps_its_precision():
     np.testing.assert_allclose(times[-1], 1e4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_effective_time_of_half_precision_does_not_stand_still(dtype):
+    rate = jnp.asarray(64.25, dtype)
+    times = effective_time(lambda step: rate, 3000)
+    assert times.dtype == jnp.float32
+    np.testing.assert_allclose(times[-1], 3000 * float(rate), rtol=1e-6)
+
+
+def test_a_step_or_a_field_of_another_shape_is_refused():
+    start = jnp.ones(3, jnp.float32)
+    with pytest.raises(ValueError, match=r"step: expected shape \[\], got \[3\]"):
+        flow_step(jnp.negative, start, start)
+    with pytest.raises(ValueError, match="step: expected real numbers"):
+        flow_step(jnp.negative, start, 0.1j)
+    with pytest.raises(ValueError, match=r"field\(params\): expected shape \[3\]"):
+        flow_step(jnp.sum, start, 0.1)
+
+
 def test_effective_time_names_what_does_not_fit():
     with pytest.raises(ValueError, match="num_steps: expected an integer >= 0"):
         effective_time(optax.constant_schedule(0.1), -1)
-    with pytest.raises(ValueError, match="schedule: expected one number"):
-        effective_time(lambda step: jnp.ones(2) * step, 4)
+    for rate in (jnp.ones(2), 0.1 + 1j):
+        with pytest.raises(ValueError, match="schedule: expected one real number"):
+            effective_time(lambda step, rate=rate: rate * step, 4)
+    with pytest.raises(ValueError, match="first_step: expected first_step"):
+        effective_time(optax.constant_schedule(0.1), 4, first_step=2**31 - 2)
 
 
 @pytest.mark.usefixtures("x64")

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from grsd_jax import gradient_flow_direction
 from grsd_jax.dynamics import KrylovSteps, exact_balance, midpoint_flux
 from grsd_jax.dynamics import midpoint as module
 from grsd_jax.shells import SoftShells
@@ -57,6 +58,42 @@ def test_the_error_of_a_larger_step_covers_what_is_left_out(rate):
     assert np.any(off > found.floor)
 
 
+@pytest.mark.parametrize("solver", ["dense", KrylovSteps(8)])
+@pytest.mark.parametrize("step", [1.0, 10.0, 100.0, 1000.0])
+def test_a_step_that_is_not_small_has_no_error_to_believe(solver, step):
+    """Halfway the network is saturated: nothing moves there, whatever the ends do."""
+    problem, params = make_problem("gelu")
+    flow = gradient_flow_direction(problem, params)
+    far = jax.tree.map(lambda p, d: p + step * d, params, flow)
+    expected = exact(problem, params, far, 1 / 2)
+    found = midpoint_flux(problem, params, far, shells(), solver=solver, key=KEY)
+    off = np.abs(found.flux - expected)
+    assert np.all(off <= found.flux_error)
+    assert np.all(np.isinf(found.flux_error)) or step < 10
+
+
+def test_an_error_that_turns_around_is_no_small_step():
+    values, moved = jnp.asarray([1.0, 0.5]), jnp.asarray([[0.0, 0.1], [0.1, 0.0]])
+    turned = jnp.asarray([[0.0, 1.0], [0.0, 1.0]])  # e_m = 0: nothing to move
+    one = SoftShells(jnp.asarray([0.7]))
+    found = module._by_all_pairs(values, jnp.eye(2), moved, turned, one)
+    np.testing.assert_array_equal(found.flux, 0)
+    assert np.isinf(found.flux_error)
+
+
+def test_ends_that_hold_other_integers_are_refused():
+    problem, params = make_problem("gelu")
+    inner = problem.objective.outputs_fn
+    times = problem.replace(
+        outputs_fn=lambda p, b: p["by"].astype(jnp.float32) * inner(p["of"], b)
+    )
+    ends = [{"by": np.int32(by), "of": params} for by in (1, 2)]
+    with pytest.raises(ValueError, match="after: expected what before holds beside"):
+        midpoint_flux(times, *ends, shells(), solver="dense")
+    still = midpoint_flux(times, ends[0], ends[0], shells(), solver="dense")
+    np.testing.assert_array_equal(still.flux, 0)
+
+
 def test_krylov_steps_are_right_within_their_errors():
     ends = small_step(1e-2)
     expected = exact(*ends, 1 / 2)
@@ -103,7 +140,9 @@ def test_units_change_nothing(of_m, of_e):
     basis = np.linalg.qr(rng.normal(size=(9, 9)))[0].astype(np.float32)
     values = np.geomspace(1e-2, 5, 9).astype(np.float32)
     moved = rng.normal(size=(9, 9)).astype(np.float32)
-    moved, vectors = (moved + moved.T) / 2, rng.normal(size=(9, 2)).astype(np.float32)
+    moved, vectors = (moved + moved.T) / 20, rng.normal(size=(9, 2)).astype(np.float32)
+
+    vectors[:, 1] /= 10  # a small step
 
     def found(unit, size):
         scaled = SoftShells(jnp.asarray(EDGES * unit, jnp.float32))

@@ -281,6 +281,55 @@ def test_a_haiku_function_that_draws_numbers_is_refused():
         models.haiku_outputs(transformed)(params, batch)
 
 
+MODES = ("train", "training", "is_training", "deterministic", "use_running_average")
+
+
+def doubled_in_training(mode, layer, x, **told):
+    """Returns a layer's outputs, twice as large in training, which is the default."""
+    still = mode in ("deterministic", "use_running_average")
+    assert set(told) <= {mode}
+    value = told.get(mode, not still)
+    return layer(x) * (1 if value == still else 2)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_model_is_told_that_it_is_not_trained_by_any_of_the_usual_names(mode):
+    batch = jax.tree.map(lambda leaf: leaf[0], BATCHES)
+    scope = {"nn": nn, "hk": hk, "doubled": doubled_in_training}
+    default = mode in ("train", "training", "is_training")
+    exec(  # the name of an argument cannot be a parameter
+        "class Network(nn.Module):\n"
+        "    @nn.compact\n"
+        f"    def __call__(self, x, {mode}={default}):\n"
+        f"        return doubled('{mode}', nn.Dense(3), x, {mode}={mode})\n"
+        f"def network(x, {mode}={default}):\n"
+        f"    return doubled('{mode}', hk.Linear(3), x, {mode}={mode})\n",
+        scope,
+    )
+    model = scope["Network"]()
+    params = model.init(KEY, batch["image"])["params"]
+    weights, bias = params["Dense_0"]["kernel"], params["Dense_0"]["bias"]
+    got = models.linen_outputs(model, {})(params, batch)
+    np.testing.assert_allclose(got, batch["image"] @ weights + bias, rtol=1e-5)
+    transformed = hk.transform(scope["network"])
+    params = transformed.init(KEY, batch["image"])
+    got = models.haiku_outputs(transformed)(params, batch)
+    wanted = batch["image"] @ params["linear"]["w"] + params["linear"]["b"]
+    np.testing.assert_allclose(got, wanted, rtol=1e-5)
+
+
+def test_a_layer_whose_field_tells_its_mode_is_not_told_twice():
+    batch = jax.tree.map(lambda leaf: leaf[0], BATCHES)
+    for still, told in ((True, {}), (None, {"deterministic": True})):
+        model = nn.Dropout(0.5, deterministic=still)
+        got = models.linen_outputs(model, {})({}, batch)
+        np.testing.assert_array_equal(got, batch["image"])
+        np.testing.assert_array_equal(model.apply({}, batch["image"], **told), got)
+    drawing = models.linen_outputs(nn.Dropout(0.5, deterministic=False), {})
+    with pytest.raises(ValueError, match="expected dropout with deterministic=True"):
+        drawing({}, batch)
+
+
 def test_nnx_outputs_leave_the_model_alone():
     model = NNXNetwork(nnx.Rngs(0))  # in training mode: it writes statistics, counts
     before = jax.tree.map(jnp.copy, nnx.state(model, nnx.BatchStat))

@@ -82,6 +82,17 @@ def test_other_bad_input_is_named():
         restrict_to_block({"stem": PARAMS["stem"]}, blocks, 0)
 
 
+def test_blocks_and_parameters_that_do_not_exist_are_no_zeros():
+    blocks = partition_by_prefix(PARAMS, {name: [name] for name in PARAMS})
+    for block in (-1, len(PARAMS), 0.0):
+        with pytest.raises(ValueError, match=r"^block: expected"):
+            restrict_to_block(PARAMS, blocks, block)
+        with pytest.raises(ValueError, match=r"^block: expected"):
+            blocks.leaves_of(block)
+    with pytest.raises(ValueError, match=r"^path: expected that of a parameter"):
+        blocks.block_of(("no", "parameter"))
+
+
 def test_restriction_keeps_one_block():
     blocks = partition(PARAMS, lambda path: path[0], NAMES)
     parts = [restrict_to_block(PARAMS, blocks, block) for block in range(3)]

@@ -379,6 +379,28 @@ def test_effective_time_is_the_sum_of_the_schedule(mlp):
     np.testing.assert_allclose(times, expected, rtol=1e-6)
 
 
+def test_the_time_of_a_million_steps_keeps_its_digits(mlp):
+    problem, params = mlp
+    probe = make_probe(problem, every=500_000, shells=SHELLS, schedule=0.1)
+    state, times = probe.init(jax.random.key(0), params), []
+    for step in (500_000, 1_000_000):  # the first one sums what lies before it
+        state, record = probe.update(state, params, step)
+        times.append(float(state.effective_time))
+    np.testing.assert_allclose(times, [5e4, 1e5], rtol=1e-6)
+    np.testing.assert_allclose(record.balance.elapsed, 5e4, rtol=1e-6)
+
+
+def test_a_step_that_is_no_integer_is_refused_inside_jit_too(mlp):
+    problem, params = mlp
+    probe = make_probe(problem, every=2, solver="dense", shells=SHELLS, schedule=0.1)
+    state = probe.init(jax.random.key(0), params)
+    for step in (2.9, jnp.float32(2), True):
+        with pytest.raises(ValueError, match="step: expected an integer dtype"):
+            jax.jit(probe.record)(state, params, step)
+    with pytest.raises(ValueError, match=r"step: expected shape \[\]"):
+        probe.record(state, params, jnp.arange(1))
+
+
 def test_a_motion_against_the_flow_has_no_time(mlp):
     problem, params = mlp
     there = path(problem, params, 1)[1]

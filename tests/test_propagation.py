@@ -103,6 +103,15 @@ def test_interaction_range_is_the_formula():
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="influence: expected a square matrix"):
         propagation_report(np.ones((2, 3)), constant=1.0, rho=0.5, epsilon=0.1)
+    options = {"constant": 1.0, "rho": 0.5, "epsilon": 0.1}
+    for influence, rounding, sentence in (
+        (-5 * np.ones((3, 3)), 0.0, "influence: expected sizes, zero or above, got -5"),
+        (1j * np.eye(3), 0.0, "influence: expected real numbers"),
+        (np.eye(3), np.nan, "rounding: expected a finite number >= 0"),
+        (np.eye(3), -0.5, "rounding: expected a finite number >= 0"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            propagation_report(influence, **options, rounding=rounding)
     with pytest.raises(ValueError, match="epsilon: expected a finite number > 0"):
         interaction_range(1.0, 0.5, 0.0)
 

@@ -139,6 +139,21 @@ def test_a_mode_that_crosses_an_edge_is_drift():
     np.testing.assert_allclose(got.edges, [1e-6, 1e-4, 1e-2, 1], rtol=1e-5)
 
 
+def test_columns_that_are_no_basis_have_no_drift():
+    """They would count a direction twice: of one subspace the drift came out as 1."""
+    first, second = np.eye(4, 2, dtype=np.float32).T
+    for other in (first, (first + second) / np.float32(2) ** 0.5):
+        columns = np.stack([first, other], axis=1)
+        got = projector_drift(columns, columns)
+        assert np.isnan(got.operator)
+        assert np.isnan(got.frobenius)
+        chosen = projector_drift(columns, columns, chosen=[True, False])
+        assert np.isnan(chosen.operator)
+        alone = np.array([True, False])
+        both = projector_drift(columns, columns, chosen=alone, others_chosen=alone)
+        np.testing.assert_allclose(both, 0, atol=1e-6)
+
+
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"others: expected shape \[3, any\]"):
         projector_drift(plane(0), plane(0).T)

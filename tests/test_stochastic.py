@@ -15,6 +15,7 @@ from grsd_jax import Problem, gradient_flow_direction, kernel_dense, models
 from grsd_jax.shells import (
     Signs,
     SoftShells,
+    StochasticCoupling,
     measure_stochastic_coupling,
     stochastic,
     stochastic_shell_coupling,
@@ -361,6 +362,25 @@ def test_a_network_against_its_dense_kernel(formed, monkeypatch):
     assert found.mask.all()
     assert np.mean((low <= dense.matrix) & (dense.matrix <= high)) > 0.8
     np.testing.assert_allclose(found.counts, dense.counts, rtol=0.2)
+
+
+def test_a_level_that_is_no_probability_is_refused():
+    one = jnp.ones((1, 1))
+    found = StochasticCoupling(
+        matrix=one,
+        mask=one > 0,
+        replicates=jnp.ones((4, 1, 1)),
+        log_error=one,
+        lanczos_error=one,
+        counts=one[0],
+        relative_drift=one[0],
+        finite=jnp.bool_(True),
+    )
+    low, high = found.interval(0.5)
+    assert low < 1 < high
+    for level in (-0.5, 0.0, 1.0, 95):
+        with pytest.raises(ValueError, match="confidence: expected a number between"):
+            found.interval(level)
 
 
 def test_blocks_too_wide_for_two_steps_are_refused(shells):

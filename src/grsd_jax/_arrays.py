@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from grsd_jax._checks import check_floating, check_shape
+from grsd_jax._checks import check_floating, check_real, check_shape
 from grsd_jax._typing import PyTree
 
 
@@ -62,9 +62,10 @@ def as_scalar(
     """Returns one real number as a JAX array of the given floating dtype.
 
     Raises:
-        ValueError: If it is not a single number.
+        ValueError: If it is not a single real number.
     """
     check_shape(name, value, [])
+    check_real(name, value)
     return jnp.asarray(value).astype(dtype)
 
 
@@ -190,6 +191,13 @@ def on_host(tree: PyTree) -> list[np.ndarray] | None:
     if any(device.platform != "cpu" for leaf in arrays for device in leaf.devices()):
         return None
     return [np.asarray(leaf) for leaf in leaves]
+
+
+def owned(tree: PyTree) -> PyTree:
+    """Returns a tree with copies of its NumPy arrays, which may change in place."""
+    return jax.tree.map(
+        lambda leaf: jnp.array(leaf) if isinstance(leaf, np.ndarray) else leaf, tree
+    )
 
 
 def on_automatic_mesh(tree: PyTree) -> PyTree:

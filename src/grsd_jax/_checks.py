@@ -45,6 +45,12 @@ def check_not_negative(name: str, value: object) -> None:
         raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}.")
 
 
+def check_share(name: str, value: object) -> None:
+    """Raises ValueError unless ``value`` is a number above 0 and below 1."""
+    if not (_is_finite(value) and 0 < value < 1):  # pyrefly: ignore
+        raise ValueError(f"{name}: expected a number between 0 and 1, got {value!r}.")
+
+
 def _is_finite(value: object) -> bool:
     """Whether ``value`` is a finite real number, and no bool."""
     real = isinstance(value, int | float | np.integer | np.floating)
@@ -56,6 +62,16 @@ def check_floating(name: str, array: jax.typing.ArrayLike) -> None:
     dtype = jnp.result_type(array)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"{name}: expected a real floating dtype, got {dtype}.")
+
+
+def check_real(name: str, array: jax.typing.ArrayLike) -> None:
+    """Raises ValueError if ``array`` holds no numbers, or complex ones.
+
+    A cast to a real dtype would drop their imaginary parts.
+    """
+    check_numbers(name, array)
+    if jnp.issubdtype(jnp.result_type(array), jnp.complexfloating):
+        raise ValueError(f"{name}: expected real numbers, got complex ones.")
 
 
 def check_numbers(name: str, leaf: Any) -> None:

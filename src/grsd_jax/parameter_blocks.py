@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from grsd_jax._checks import check_at_least
 from grsd_jax._typing import PyTree
 from grsd_jax.results import Result, result
 
@@ -50,7 +51,11 @@ class ParameterBlocks(Result):
 
         Returns:
             Positions, ascending.
+
+        Raises:
+            ValueError: If there is no such block.
         """
+        _check_block(block, self)
         return tuple(i for i, owner in enumerate(self.index) if owner == block)
 
     def over(self, params: PyTree) -> "ParameterBlocks":
@@ -76,8 +81,15 @@ class ParameterBlocks(Result):
 
         Returns:
             The block's name.
+
+        Raises:
+            ValueError: If there is no such parameter.
         """
-        return self.labels[self.paths.index(path)]
+        if tuple(path) not in self.paths:
+            raise ValueError(
+                f"path: expected that of a parameter in blocks, got {path!r}."
+            )
+        return self.labels[self.paths.index(tuple(path))]
 
 
 def parameter_paths(params: PyTree) -> tuple[Path, ...]:
@@ -203,15 +215,25 @@ def restrict_to_block(tree: PyTree, blocks: ParameterBlocks, block: int) -> PyTr
         A tree like ``tree``.
 
     Raises:
-        ValueError: If ``blocks`` is not a partition of the tree.
+        ValueError: If ``blocks`` is not a partition of the tree, or there is no such
+            block.
     """
     check_blocks(blocks, tree)
+    _check_block(block, blocks)
     leaves, structure = jax.tree.flatten(tree)
     kept = [
         leaf if owner == block else jnp.zeros_like(leaf)
         for leaf, owner in zip(leaves, blocks.index, strict=True)
     ]
     return structure.unflatten(kept)
+
+
+def _check_block(block: int, blocks: ParameterBlocks) -> None:
+    """Raises ValueError unless a block is one of a partition."""
+    number = len(blocks.names)
+    check_at_least("block", block, 0)
+    if block >= number:
+        raise ValueError(f"block: expected at most L - 1 = {number - 1}, got {block}.")
 
 
 def _claims(found: str | Sequence[str] | None) -> list[str]:

@@ -28,6 +28,7 @@ from grsd_jax._checks import (
     check_floating,
     check_hashable,
     check_leading,
+    check_real,
     check_same_tree,
     entry_of,
 )
@@ -837,6 +838,8 @@ def _moving_direction(direction: PyTree, params: PyTree, moving: PyTree) -> PyTr
     chosen = [None if leaf is None else d for leaf, d in zip(own, leaves, strict=True)]
     direction = jax.tree.unflatten(tree, chosen)
     check_same_tree("direction", direction, moving, "params")
+    for path, leaf in jax.tree_util.tree_flatten_with_path(direction)[0]:
+        check_real(f"direction{jax.tree_util.keystr(path)}", leaf)
     return jax.tree.map(
         lambda d, p: jnp.asarray(d).astype(jnp.result_type(p)), direction, moving
     )

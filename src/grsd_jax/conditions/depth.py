@@ -12,9 +12,20 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.special import ndtr, ndtri
 
-from grsd_jax._arrays import at_least_single, matmul, norm, unit_vectors
+from grsd_jax._arrays import (
+    at_least_single,
+    divisor,
+    matmul,
+    norm,
+    unit_vectors,
+    where_defined,
+)
 from grsd_jax._checks import check_at_least, check_floating, check_key
 from grsd_jax.results import NamedResult, result
+
+#: Rounding over eps: of the mean of a path, relative to the largest increment or, as of
+#: any logarithm of a norm, to 1; and of the mean cosine of neighbors.
+_MEAN_ROUNDING, _COSINE_ROUNDING = 2.0, 8.0
 
 
 @result()
@@ -42,13 +53,17 @@ class IncrementStatistics(NamedResult):
         variance_of_mean: [], over paths, of each path's mean over the L blocks. It
             falls as ``1 / L`` where the increments average themselves out.
         variance_ratio: [], ``L variance_of_mean`` over the mean variance of one block's
-            increments: 1 for uncorrelated ones, L for those that repeat.
+            increments: 1 for uncorrelated ones, L for those that repeat; NaN where no
+            block's increments vary over the paths.
         normal_distance: [], the Kolmogorov-Smirnov distance of each path's sum to the
             normal law of the same mean and variance; about ``0.6 / sqrt(paths)`` for
             independent normal sums, and NaN where the sums do not vary.
         wasserstein: [], the 1-Wasserstein distance of the standardized sums to the
-            standard normal law.
+            standard normal law; NaN likewise.
         num_paths: Directions times examples.
+
+    What varies by its rounding alone does not vary. Inside `jit` no NaN is made: what
+    is undefined is infinite there.
     """
 
     mean: jax.Array
@@ -147,11 +162,17 @@ def increment_statistics(increments: jax.typing.ArrayLike) -> IncrementStatistic
     increments = increments.reshape(depth, -1)
     num_paths = increments.shape[1]
     check_at_least("increments: paths", num_paths, 2)
-    means = jnp.mean(increments, axis=0)
+    # From one path, so that equal ones come out as exactly equal.
+    apart = increments - increments[:, :1]
+    means = jnp.mean(apart, axis=0)
     variance_of_mean = jnp.var(means)
-    single = jnp.mean(jnp.var(increments, axis=1))
+    single = jnp.mean(jnp.var(apart, axis=1))
     centered = means - jnp.mean(means)
-    ordered = jnp.sort(centered / (norm(centered) / num_paths**0.5))
+    spread = norm(centered) / num_paths**0.5
+    eps = float(jnp.finfo(increments.dtype).eps)
+    rounding = _MEAN_ROUNDING * eps * jnp.maximum(jnp.max(jnp.abs(increments)), 1)
+    varies, moves = spread > rounding, single > jnp.square(rounding)
+    ordered = jnp.sort(centered / divisor(spread))
     ranks = jnp.arange(num_paths, dtype=jnp.int32).astype(ordered.dtype)
     lower, upper = ranks / num_paths, (ranks + 1) / num_paths
     normal = ndtr(ordered)
@@ -161,9 +182,9 @@ def increment_statistics(increments: jax.typing.ArrayLike) -> IncrementStatistic
         mean=jnp.mean(increments),
         variance=jnp.var(increments),
         variance_of_mean=variance_of_mean,
-        variance_ratio=depth * variance_of_mean / single,
-        normal_distance=jnp.max(gaps),
-        wasserstein=jnp.mean(jnp.abs(ordered - quantiles)),
+        variance_ratio=where_defined(moves, depth * variance_of_mean / divisor(single)),
+        normal_distance=where_defined(varies, jnp.max(gaps)),
+        wasserstein=where_defined(varies, jnp.mean(jnp.abs(ordered - quantiles))),
         num_paths=num_paths,
     )
 
@@ -182,8 +203,8 @@ def correlation_time(overlap: jax.typing.ArrayLike) -> jax.Array:
         overlap: ``[L + 1, L + 1]``, of `StateIncrements`.
 
     Returns:
-        [], in blocks: infinite if no direction moves, 0 if the mean cosine of
-        neighbors is zero or less.
+        [], in blocks: infinite if no direction moves by more than rounding, 0 if the
+        mean cosine of neighbors is zero or less.
 
     Raises:
         ValueError: If it is not a square matrix of at least two rows.
@@ -193,9 +214,10 @@ def correlation_time(overlap: jax.typing.ArrayLike) -> jax.Array:
     """
     overlap = _overlap(overlap)
     cosine = jnp.mean(jnp.diagonal(overlap, offset=1))
-    moves = (cosine > 0) & (cosine < 1)
+    most = 1 - _COSINE_ROUNDING * float(jnp.finfo(cosine.dtype).eps)
+    moves = (cosine > 0) & (cosine < most)
     time = -1 / jnp.log(jnp.where(moves, cosine, 0.5))
-    still = jnp.where(cosine >= 1, jnp.inf, 0 * cosine)  # NaN stays NaN
+    still = jnp.where(cosine >= most, jnp.inf, 0 * cosine)  # NaN stays NaN
     return jnp.where(moves, time, jnp.where(cosine <= 0, 0, still))
 
 

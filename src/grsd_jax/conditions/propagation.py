@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from grsd_jax._checks import check_positive
+from grsd_jax._checks import check_not_negative, check_positive
 from grsd_jax.results import NamedResult, result
 
 #: Relative rounding of the ratio of two logarithms.
@@ -95,15 +95,23 @@ def propagation_report(
         The comparison. ``rho >= 1`` is reported, not an error.
 
     Raises:
-        ValueError: If R is not a square matrix, or a number is not above zero.
+        ValueError: If R is not a square matrix, an entry is complex or negative, a
+            number is not above zero, or ``rounding`` is negative.
 
     References:
         Paper A.1, Proposition 2 and equation 10.
     """
+    if np.iscomplexobj(influence):
+        raise ValueError("influence: expected real numbers, got complex ones.")
+    check_not_negative("rounding", rounding)
     matrix = np.asarray(influence, np.float64)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not len(matrix):
         raise ValueError(
             f"influence: expected a square matrix, got shape {list(matrix.shape)}."
+        )
+    if np.any(matrix < 0):  # signed changes would pass for small ones
+        raise ValueError(
+            f"influence: expected sizes, zero or above, got {matrix.min()}."
         )
     predicted = interaction_range(constant, rho, epsilon)
     distances = np.arange(len(matrix))

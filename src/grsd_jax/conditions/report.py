@@ -41,7 +41,7 @@ from grsd_jax.conditions.stability import (
     projector_drift,
     shell_drift,
 )
-from grsd_jax.conditions.verdicts import Thresholds, Verdict
+from grsd_jax.conditions.verdicts import Thresholds, Verdict, check_thresholds
 from grsd_jax.dynamics.spectra import fingerprint
 from grsd_jax.kernel.derivative import (
     Derivative,
@@ -232,7 +232,8 @@ def condition_report(
         A `ConditionReport`.
 
     Raises:
-        ValueError: If there is no point, points differ in examples, targets or loss, a
+        ValueError: If there is no point, points are not in order, or differ in
+            examples, targets or loss, a threshold is NaN or a distance below 1, a
             parameter is of less than single precision, or a shape, tree, dtype, leading
             axis, partition or option does not fit.
 
@@ -241,6 +242,7 @@ def condition_report(
     """
     check_at_least("len(points)", len(points), 1)
     check_key(key)
+    check_thresholds(thresholds)
     _check_path(points)
     points = [_with_direction(point) for point in points]
     tell = progress or (lambda _: None)
@@ -281,6 +283,12 @@ def condition_report(
 
 def _check_path(points: Sequence[PathPoint]) -> None:
     """Raises ValueError unless all points can be measured, and compared."""
+    times = np.array([point.time for point in points], np.float64)
+    if not np.all(times[1:] >= times[:-1]) or np.any(np.isnan(times)):
+        raise ValueError(
+            "points: expected times that do not fall, since growth is over the first "
+            f"point, got {times.tolist()}."
+        )
     first = None
     for point in points:
         usable_step(moving_part(point.params), None)  # as the cross-check does

@@ -30,6 +30,9 @@ from grsd_jax.shells.diagnostics import CouplingMeasurement
 #: By how much vectors are scaled when their product with M leaves the dtype.
 _GAIN = 2.0**100
 
+#: How far products of columns may be from those of orthonormal ones.
+_ORTHONORMAL = 0.02
+
 
 @result(axes={"2": "norm"})
 class OperatorNorms(NamedResult):
@@ -143,7 +146,7 @@ def _leading(
 class ProjectorDrift(NamedResult):
     """How far two subspaces are apart, each measure in [0, 1].
 
-    NaN if a column that spans one of them has no unit norm.
+    NaN if the columns that span one of them are not orthonormal.
 
     Attributes:
         operator: [], ``|P - Q|_op``, the sine of the largest angle; 1 if the dimensions
@@ -199,15 +202,17 @@ def _projector_drift(
     count = jnp.sum(left, dtype=v.dtype) + jnp.sum(right, dtype=v.dtype)
     whole = norm(jnp.stack([norm(part) for part in outside]))
     mean = whole / jnp.sqrt(jnp.maximum(count, 1))
-    unit = _have_unit_norm(v, left) & _have_unit_norm(w, right)
+    span = _are_orthonormal(v, left) & _are_orthonormal(w, right)
     return ProjectorDrift(
-        *(jnp.where(unit, jnp.minimum(x, 1), jnp.nan) for x in (largest, mean))
+        *(jnp.where(span, jnp.minimum(x, 1), jnp.nan) for x in (largest, mean))
     )
 
 
-def _have_unit_norm(columns: jax.Array, chosen: jax.Array) -> jax.Array:
-    """Whether the chosen columns can be orthonormal at all."""
-    return jnp.all(~chosen | (jnp.abs(norm(columns, 0) - 1) < 0.01))
+def _are_orthonormal(columns: jax.Array, chosen: jax.Array) -> jax.Array:
+    """Whether the chosen columns are orthonormal, the others being zero."""
+    gram = matmul(columns.T, columns)
+    wanted = jnp.diag(chosen.astype(gram.dtype))
+    return jnp.all(jnp.abs(gram - wanted) < _ORTHONORMAL)
 
 
 def log_lipschitz(

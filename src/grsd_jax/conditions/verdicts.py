@@ -9,6 +9,7 @@ neither holds nor fails: it is undecided.
 import math
 from typing import Literal, NamedTuple
 
+from grsd_jax._checks import check_at_least, check_choice
 from grsd_jax.results import NamedResult, result
 
 Outcome = Literal["holds", "fails", "undecided"]
@@ -51,6 +52,19 @@ class Thresholds(NamedTuple):
     min_r_squared: float = 0.9
 
 
+def check_thresholds(thresholds: Thresholds) -> None:
+    """Raises ValueError unless numbers can be held against the thresholds.
+
+    At a distance of 0 every block would be coherent with itself.
+    """
+    check_at_least("thresholds.distant", thresholds.distant, 1)
+    if thresholds.max_band is not None:
+        check_at_least("thresholds.max_band", thresholds.max_band, 0)
+    for name, value in thresholds._asdict().items():
+        if value is not None and math.isnan(value):
+            raise ValueError(f"thresholds.{name}: expected a number, got NaN.")
+
+
 @result()
 class Check(NamedResult):
     """One number held against one threshold.
@@ -81,7 +95,9 @@ class Check(NamedResult):
     @property
     def outcome(self) -> Outcome:
         """Whether the check ``"holds"``, ``"fails"`` or is ``"undecided"``."""
-        if math.isnan(self.number) or not self.converged:
+        check_choice("relation", self.relation, ("<=", ">="))
+        unknown = math.isnan(self.number) or math.isnan(self.threshold)
+        if unknown or not self.converged:
             return "undecided"
         if self.relation == "<=":
             return "holds" if self.number <= self.threshold else "fails"

@@ -7,17 +7,18 @@ or Krylov spaces of the two errors, and takes the balance of
 
 import dataclasses
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grsd_jax._arrays import divisor, is_traced, matmul, ratio, unit_vectors
+from grsd_jax._arrays import divisor, is_traced, matmul, norm, ratio, unit_vectors
 from grsd_jax._checks import (
     check_at_least,
     check_choice,
     check_key,
+    check_real,
     check_shape,
     check_single_or_double,
 )
@@ -35,6 +36,7 @@ from grsd_jax.dynamics.spectra import (
     stacked_point,
 )
 from grsd_jax.dynamics.transport import (
+    ERRORS,
     Counting,
     ExactBalance,
     balance_spectra,
@@ -64,7 +66,8 @@ class KrylovSteps:
             ``lambda_max / m^2``.
         start: ``"both"`` starts from ``e_m`` and ``delta``, exact for steps of any
             size. ``"mean"`` starts from ``e_m`` alone, at half the products, for small
-            steps: what is quadratic in ``delta`` is left out.
+            steps: what is quadratic in ``delta`` is left out, and no edge converges if
+            ``delta`` is longer than ``e_m``.
         num_probes: Random vectors behind the counting velocity, each of which costs as
             many products again; 0 to leave it out, at least 2 for a standard error.
     """
@@ -240,6 +243,7 @@ def _moment(
     if elapsed is None:
         return 0.0
     check_shape("elapsed", elapsed, [])
+    check_real("elapsed", elapsed)
     if not is_traced(elapsed) and (np.asarray(elapsed) <= 0 or np.isinf(elapsed)):
         raise ValueError(
             f"elapsed: expected a finite time above 0 between two snapshots, got "
@@ -510,9 +514,24 @@ def balance_spaces(
         square=steps.start == "both",
         rounding=spaces.rounding,
     )
+    if steps.start == "mean":
+        balance = _unless_distant(balance, spaces.vectors)
     balance = _finished(balance, elapsed, comparable, counting)
     finite = balance.finite & before.finite & after.finite
     return dataclasses.replace(balance, finite=finite)
+
+
+def _unless_distant(balance: ExactBalance, vectors: jax.Array) -> ExactBalance:
+    """Returns a balance without convergence where ``delta`` is longer than ``e_m``.
+
+    What is quadratic in it is then no small part, and most of it is not seen.
+    """
+    mean, change = norm(vectors, 0)
+    small = change <= mean
+    changes: dict[str, Any] = {
+        name: jnp.where(small, getattr(balance, name), jnp.inf) for name in ERRORS
+    }
+    return dataclasses.replace(balance, converged=balance.converged & small, **changes)
 
 
 @jax.jit

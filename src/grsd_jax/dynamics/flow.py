@@ -12,9 +12,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from grsd_jax._arrays import as_scalar, at_least_single
 from grsd_jax._checks import (
     check_at_least,
     check_positive,
+    check_same_tree,
     check_tree_single_or_double,
 )
 from grsd_jax._typing import PyTree
@@ -25,6 +27,9 @@ from grsd_jax.results import NamedResult, result
 
 #: ``field(params) -> tangent``, an autonomous vector field.
 Field = Callable[[PyTree], PyTree]
+
+#: Steps are counted in int32.
+_MOST_STEPS = 2**31 - 1
 
 
 @result()
@@ -58,20 +63,24 @@ def flow_step(field: Field, params: PyTree, step: jax.typing.ArrayLike) -> PyTre
         The parameters h later, with an error of order ``h^5``.
 
     Raises:
-        ValueError: If a parameter is of another dtype, where small steps may vanish.
+        ValueError: If a parameter is of another dtype, where small steps may vanish,
+            the step is not a single real number, or the field does not give a tree like
+            ``params``.
 
     References:
         Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, II.1.
     """
     check_tree_single_or_double("params", params)
+    step = as_scalar("step", step, jnp.result_type(float))
 
     def ahead(tangent: PyTree, share: float) -> PyTree:
         def move(p: jax.Array, t: jax.Array) -> jax.Array:
-            return p + (share * jnp.asarray(step)).astype(p.dtype) * t
+            return p + (share * step).astype(p.dtype) * t
 
         return jax.tree.map(move, params, tangent)
 
     first = field(params)
+    check_same_tree("field(params)", first, params, "params")
     second = field(ahead(first, 0.5))
     third = field(ahead(second, 0.5))
     fourth = field(ahead(third, 1.0))
@@ -103,8 +112,8 @@ def integrate_flow(
         ``step``, 2 ``step`` and so on.
 
     Raises:
-        ValueError: If ``num_steps`` or ``substeps`` is not an integer >= 1, or a
-            parameter is of another dtype.
+        ValueError: If ``num_steps`` or ``substeps`` is not an integer >= 1, or as for
+            `flow_step`.
     """
     check_at_least("num_steps", num_steps, 1)
     check_at_least("substeps", substeps, 1)
@@ -145,30 +154,54 @@ def effective_time(
         first_step: The first step, for a run that is resumed.
 
     Returns:
-        [T+1], starting with 0, in the schedule's dtype: float32 or float64. Where the
+        [T+1], starting with 0, in the schedule's dtype, at least float32. Where the
         rate is 0 the time stands still.
 
     Raises:
-        ValueError: If ``num_steps`` or ``first_step`` is not an integer >= 0, or the
-            schedule does not give a single number.
+        ValueError: If ``num_steps`` or ``first_step`` is not an integer >= 0, a step
+            exceeds the range of int32, or the schedule does not give a single real
+            number.
 
     References:
         Paper 3.3, Remark 1.
     """
     check_at_least("num_steps", num_steps, 0)
     check_at_least("first_step", first_step, 0)
+    if first_step + num_steps > _MOST_STEPS:
+        raise ValueError(
+            f"first_step: expected first_step + num_steps <= {_MOST_STEPS}, got "
+            f"{first_step + num_steps}."
+        )
     steps = first_step + jnp.arange(num_steps, dtype=jnp.int32)
+    rates = jax.vmap(lambda step: rate_at(schedule, step))(steps)
+    return jnp.concatenate([jnp.zeros(1, rates.dtype), jnp.cumsum(rates)])
+
+
+def rate_at(
+    schedule: Callable[[jax.Array], jax.typing.ArrayLike], step: jax.Array
+) -> jax.Array:
+    """Returns the learning rate of a step, [], in float32 or float64.
+
+    Rates of half precision are raised: their sums would stand still at 256 of them.
+
+    Args:
+        schedule: ``schedule(step) -> learning rate``.
+        step: [] int32.
+
+    Raises:
+        ValueError: If the schedule does not give a single real number.
+    """
     # Schedules are the caller's code, and those of optax mix dtypes.
     with jax.numpy_dtype_promotion("standard"):
-        rates = jax.vmap(lambda step: jnp.asarray(schedule(step)))(steps)
-    if rates.ndim != 1:
+        rate = jnp.asarray(schedule(step))
+    if rate.ndim or jnp.issubdtype(rate.dtype, jnp.complexfloating):
         raise ValueError(
-            f"schedule: expected one number for each step, got shape "
-            f"{list(rates.shape[1:])}."
+            "schedule: expected one real number for each step, got shape "
+            f"{list(rate.shape)} of {rate.dtype}."
         )
-    if not jnp.issubdtype(rates.dtype, jnp.floating):
-        rates = rates.astype(jnp.result_type(float))
-    return jnp.concatenate([jnp.zeros(1, rates.dtype), jnp.cumsum(rates)])
+    if not jnp.issubdtype(rate.dtype, jnp.floating):
+        rate = rate.astype(jnp.result_type(float))
+    return at_least_single(rate)
 
 
 def covariance_check(

@@ -10,8 +10,9 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from grsd_jax._arrays import all_finite, divisor, matmul, ratio
+from grsd_jax._arrays import all_finite, divisor, is_traced, matmul, norm
 from grsd_jax._checks import (
     check_choice,
     check_key,
@@ -24,6 +25,7 @@ from grsd_jax.dynamics.between_ends import (
     cheaper_solver,
     krylov_space,
 )
+from grsd_jax.dynamics.contents import contents_of
 from grsd_jax.dynamics.spectra import (
     all_pairs,
     errors_at,
@@ -59,7 +61,9 @@ class MidpointFlux(NamedResult):
         floor: [q], what rounding may do to the flux.
         flux_error: [q], the floor, what fewer steps of Lanczos change, and what the
             size of the step may leave out, by the squares of the relative changes of
-            error and kernel; infinite where the edge has not converged.
+            error and kernel; infinite where the edge has not converged, and for a step
+            that is not small: if these squares add up to more than 1, or if the error
+            or the kernel vanishes halfway. 0 where both errors do.
         converged: [q] bool, whether three quarters and half of the Lanczos steps agree
             with all of them, here and at every edge above. True from all pairs.
         finite: [] bool, whether all numbers are finite.
@@ -109,8 +113,8 @@ def midpoint_flux(
         The flux, with its error.
 
     Raises:
-        ValueError: If the trees, a dtype, the problem or the shells do not fit, or
-            ``key`` is missing.
+        ValueError: If the trees, a dtype, the problem or the shells do not fit, the
+            ends differ in what does not move, or ``key`` is missing.
 
     References:
         Ours; ``docs/what_moved.md``.
@@ -122,6 +126,7 @@ def midpoint_flux(
             f"cancel, got {shells.width}."
         )
     ends = stacked_point(problem, before), stacked_point(problem, after)
+    _check_same_state(*ends)
     # Half precision would round the point halfway to one of the ends.
     check_tree_single_or_double("before", ends[0].params)
     shells = shells.checked(ends[0].error.dtype)
@@ -139,6 +144,21 @@ def midpoint_flux(
     moved = projected_derivative(middle, run.basis, Derivative(), _COLUMNS)
     inside = matmul(run.basis.T, vectors)
     return _by_krylov(run.tridiagonal, moved, inside, shells, run.finite)
+
+
+def _check_same_state(before: Point, after: Point) -> None:
+    """Raises ValueError if what does not move is known to differ between the ends."""
+    ends = before, after
+    first, second = (contents_of(end)["state"] for end in ends)
+    same = len({jax.tree.structure(end.error_fn) for end in ends}) == 1
+    if same and not is_traced((first, second)):
+        pairs = zip(first, second, strict=True)
+        same = all(one is other or np.array_equal(one, other) for one, other in pairs)
+    if not same:
+        raise ValueError(
+            "after: expected what before holds beside its floating arrays, such as "
+            "integers, got others."
+        )
 
 
 def _middle(before: Point, after: Point) -> Point:
@@ -218,17 +238,23 @@ def _flux(
     spread = sum(squares[j] * squares[order - 1 - j] for j in range(order))
     entry = jnp.max(jnp.abs(moved), initial=0) / shells.edges
     stirred = entry * jnp.sqrt(order * jnp.reshape(spread, shells.edges.shape))
-    lost = ratio(jnp.sum(jnp.square(change)), jnp.sum(jnp.square(mean)))
-    unit = divisor(jnp.max(jnp.abs(values), initial=0))  # squares may overflow
-    grown = ratio(jnp.sum(jnp.square(moved / unit)), jnp.sum(jnp.square(values / unit)))
+    changes = jnp.square(_relative(change, mean)) + jnp.square(_relative(moved, values))
+    # Halfway between distant ends there may be nothing that tells of them.
+    left_out = jnp.abs(summed(change, moved)) / 4 + passed * jnp.minimum(changes, 1)
     found = _Flux(
         flux=summed(mean, moved),
         passed=passed,
-        left_out=jnp.abs(summed(change, moved)) / 4 + passed * (lost + grown),
+        left_out=jnp.where((changes <= 1) | ~jnp.any(inside), left_out, jnp.inf),
         density=matmul(shells.windows(values).T, jnp.square(mean)),
         floor=eps * (passed * (1 + largest) + stirred),
     )
     return _Flux(*(amount * size * size for amount in found))
+
+
+def _relative(change: jax.Array, whole: jax.Array) -> jax.Array:
+    """Returns the norm of a change over that of the whole, infinite if that is zero."""
+    scale = norm(whole)
+    return jnp.where(scale > 0, norm(change) / divisor(scale), jnp.inf)
 
 
 def _powers(values: jax.Array, edges: jax.Array, order: int) -> list[jax.Array]:

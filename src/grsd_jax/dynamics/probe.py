@@ -48,6 +48,7 @@ from grsd_jax.dynamics.contents import (
     point_of,
 )
 from grsd_jax.dynamics.elapsed_time import time_between, time_or_zero
+from grsd_jax.dynamics.flow import rate_at
 from grsd_jax.dynamics.instantaneous import (
     Instantaneous,
     empty_record,
@@ -225,7 +226,7 @@ class Probe:
         point = stacked_point(problem or self.problem, params)
         self._check_state(state, point)
         data = fingerprint(problem or self.problem)
-        step = jnp.asarray(step, jnp.int32)
+        step = _traced_step(step)
 
         def taken(look: _Look) -> tuple[ProbeState, ProbeRecord]:
             measures = self.schedule is None and _has_loss(self.problem)
@@ -594,17 +595,21 @@ def _measured(probe: Probe, look: _Look) -> tuple[ProbeState, ProbeRecord]:
 
 @partial(jax.jit, static_argnames="schedule")
 def _scheduled(state: ProbeState, step: jax.Array, *, schedule: Schedule) -> jax.Array:
-    """Returns the sum of the schedule over the steps since the start."""
+    """Returns the sum of the schedule over the steps since the start.
+
+    Compensated: a million rates of 0.1, added one by one in float32, come out 1% off.
+    """
     first = jnp.maximum(state.start_step, 0)
 
-    def add(at: jax.Array, total: jax.Array) -> jax.Array:
-        # Schedules are the caller's code, and those of optax mix dtypes.
-        with jax.numpy_dtype_promotion("standard"):
-            rate = jnp.asarray(schedule(at))
-        check_shape("schedule(step)", rate, [])
-        return total + rate.astype(total.dtype)
+    def add(at: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        total, lost = sums
+        rate = rate_at(schedule, at).astype(total.dtype) - lost
+        later = total + rate
+        lost = (later - total) - rate  # what the sum has rounded away
+        return later, jnp.where(jnp.isfinite(later), lost, 0)
 
-    return jax.lax.fori_loop(first, step, add, jnp.zeros((), jnp.result_type(float)))
+    zero = jnp.zeros((), jnp.result_type(float))
+    return jax.lax.fori_loop(first, step, add, (zero, zero))[0]
 
 
 @jax.jit
@@ -681,6 +686,15 @@ def _checked_lengths(over: Sequence[int], every: int) -> tuple[int, ...]:
                 f"got {length!r}."
             )
     return tuple(sorted(map(int, set(given or ()))))
+
+
+def _traced_step(step: jax.typing.ArrayLike) -> jax.Array:
+    """Returns the step as int32, after checking that it is one integer."""
+    check_shape("step", step, [])
+    dtype = jnp.result_type(step)
+    if not jnp.issubdtype(dtype, jnp.integer):
+        raise ValueError(f"step: expected an integer dtype, got {dtype}.")
+    return jnp.asarray(step, jnp.int32)
 
 
 def _concrete_step(step: Any) -> int:

@@ -34,6 +34,8 @@ _NEAR = 1e-3
 #: How far a spectrum may have grown or shrunk, in log lambda, and the halvings to it.
 _MOST_GROWTH, _HALVINGS = 40.0, 64
 
+#: The fields of a balance that are errors.
+ERRORS = ("energy_error", "lost_error", "moved_error", "flux_error", "density_error")
 
 #: The fields of a balance that mean nothing if one of them is not finite.
 _NUMBERS = (
@@ -44,12 +46,8 @@ _NUMBERS = (
     "rotation",
     "density",
     "floor",
-    "flux_error",
-    "energy_error",
-    "lost_error",
-    "moved_error",
-    "density_error",
     "rounding",
+    *ERRORS,
 )
 
 

@@ -12,7 +12,7 @@ from functools import partial
 import jax
 import numpy as np
 
-from grsd_jax._arrays import is_traced
+from grsd_jax._arrays import is_traced, owned
 from grsd_jax._typing import PyTree, Reduction
 from grsd_jax.jacobian.autodiff import (
     Jacobian,
@@ -271,7 +271,7 @@ def linearize_derivative(
     References:
         Paper 3.2, Condition 3.
     """
-    point = point_at(problem, params, direction)
+    point = owned(point_at(problem, params, direction))
     derivatives = tuple(
         PlainDerivative(point.error_fn, point.params, batch, point.direction)
         for batch in point.parts

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from grsd_jax._typing import PyTree
-from grsd_jax.models.inputs import Inputs, as_data, check_inputs, inputs_of
+from grsd_jax.models.inputs import (
+    Inputs,
+    as_data,
+    check_inputs,
+    evaluation_flags,
+    inputs_of,
+)
 
 if TYPE_CHECKING:
     import haiku as hk
@@ -41,7 +47,7 @@ class HaikuOutputs:
         leading = (params,) if self.state is None else (params, self.state)
         if "rng" in names:
             leading = (*leading, None)  # a function that draws numbers raises
-        options = {"is_training": False} if "is_training" in names else {}
+        options = evaluation_flags(apply)
         outputs = apply(*leading, inputs_of(batch, self.inputs), **options)
         return outputs if self.state is None else outputs[0]
 
@@ -54,8 +60,9 @@ def haiku_outputs(
 ) -> HaikuOutputs:
     """Returns a transformed Haiku function as the ``outputs_fn`` of a `Problem`.
 
-    It runs without a random key, and with ``is_training=False`` where the function
-    takes that argument. With BatchNorm on its averages the examples are independent.
+    It runs without a random key, and in evaluation mode: with ``is_training=False``, or
+    as `linen_outputs` has it, where the function takes such an argument. With BatchNorm
+    on its averages the examples are independent.
 
     Args:
         transformed: What `hk.transform` or `hk.transform_with_state` returned, of a

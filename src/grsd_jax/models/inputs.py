@@ -1,5 +1,6 @@
-"""Where a model finds its inputs in a batch, and the state that it holds as data."""
+"""What a model is called with: its inputs in a batch, its mode, its state as data."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,15 @@ from grsd_jax._typing import PyTree
 
 #: The key of a batch, or a function of the batch.
 Inputs = str | Callable[[PyTree], Any]
+
+#: The arguments by which a network is told its mode, as they are in evaluation.
+_EVALUATION = {
+    "train": False,
+    "training": False,
+    "is_training": False,
+    "deterministic": True,
+    "use_running_average": True,
+}
 
 
 def check_inputs(inputs: Inputs) -> None:
@@ -35,6 +45,27 @@ def inputs_of(batch: PyTree, inputs: Inputs) -> Any:
         ValueError: If the batch has no such key.
     """
     return entry_of("inputs", batch, inputs)
+
+
+def evaluation_flags(call: Callable[..., Any], owner: Any = None) -> dict[str, Any]:
+    """Returns the arguments that tell a network that it is not trained.
+
+    Args:
+        call: What is called with them.
+        owner: The network, if some of its fields say the same. Where such a field is
+            set, an argument that may be left out is: layers refuse to be told twice.
+
+    Returns:
+        Those of `_EVALUATION` that ``call`` takes, by name.
+    """
+    given = inspect.signature(call).parameters
+    return {
+        name: value
+        for name, value in _EVALUATION.items()
+        if name in given
+        and given[name].kind is not inspect.Parameter.POSITIONAL_ONLY
+        and (given[name].default is not None or getattr(owner, name, None) is None)
+    }
 
 
 def as_data(state: PyTree) -> PyTree:

@@ -1,7 +1,6 @@
 """Flax linen modules as the outputs of a problem, and their parameters by depth."""
 
 import dataclasses
-import inspect
 from functools import partial
 from typing import Any
 
@@ -9,7 +8,13 @@ import jax
 from flax import linen as nn
 
 from grsd_jax._typing import PyTree
-from grsd_jax.models.inputs import Inputs, as_data, check_inputs, inputs_of
+from grsd_jax.models.inputs import (
+    Inputs,
+    as_data,
+    check_inputs,
+    evaluation_flags,
+    inputs_of,
+)
 from grsd_jax.models.linen_checks import coupled_examples_refused
 from grsd_jax.parameter_blocks import ParameterBlocks, partition_by_prefix
 
@@ -73,9 +78,7 @@ class LinenOutputs:
         Returns:
             The outputs.
         """
-        options: dict[str, Any] = {}
-        if "train" in inspect.signature(type(self.model).__call__).parameters:
-            options["train"] = False
+        options = evaluation_flags(type(self.model).__call__, self.model)
         variables = {**self.state, "params": params}
         with coupled_examples_refused():
             inputs = inputs_of(batch, self.inputs)
@@ -88,10 +91,12 @@ def linen_outputs(
 ) -> LinenOutputs:
     """Returns a linen module as the ``outputs_fn`` of a `Problem`.
 
-    It runs in evaluation mode: ``train=False`` where the module's ``__call__`` takes
-    ``train``. With BatchNorm on stored statistics the examples are independent. A layer
-    that couples examples or draws random numbers (dropout, BatchNorm on the batch's own
-    statistics) raises ValueError when it is called, and says why.
+    It runs in evaluation mode: where the module's ``__call__`` takes them, with
+    ``train``, ``training`` and ``is_training`` False, ``deterministic`` and
+    ``use_running_average`` True. With BatchNorm on stored statistics the examples are
+    independent. A layer that couples examples or draws random numbers (dropout,
+    BatchNorm on the batch's own statistics) raises ValueError when it is called, and
+    says why.
 
     Args:
         model: Any linen module that maps inputs to ``[N, ...]``.

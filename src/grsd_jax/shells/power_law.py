@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grsd_jax._arrays import as_floating, as_mask, magnitude
-from grsd_jax._checks import check_at_least, check_key
+from grsd_jax._checks import check_at_least, check_key, check_share
 from grsd_jax.results import (
     NamedResult,
     number,
@@ -169,10 +169,7 @@ def _check_bootstrap(
     check_at_least("num_bootstrap", num_bootstrap, 0)
     if num_bootstrap:
         check_key(key, f"num_bootstrap = {num_bootstrap}")
-    if not 0 < confidence < 1:
-        raise ValueError(
-            f"confidence: expected a number between 0 and 1, got {confidence!r}."
-        )
+    check_share("confidence", confidence)
 
 
 def _fit_line(log_x: jax.Array, log_y: jax.Array, used: jax.Array) -> _Line:

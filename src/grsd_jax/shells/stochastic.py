@@ -23,7 +23,7 @@ import numpy as np
 import scipy.special
 
 from grsd_jax._arrays import divisor, matmul, outside
-from grsd_jax._checks import check_at_least, check_key, check_shape
+from grsd_jax._checks import check_at_least, check_key, check_shape, check_share
 from grsd_jax._typing import Matmat, PyTree
 from grsd_jax.kernel.dense import dense_at
 from grsd_jax.kernel.derivative import (
@@ -165,11 +165,15 @@ class StochasticCoupling(NamedResult):
         """Returns an interval for every cell, by Student t on the logarithm.
 
         Args:
-            confidence: Its level.
+            confidence: Its level, between 0 and 1.
 
         Returns:
             Lower and upper ends, ``[S, S]``. The Lanczos error is not in them.
+
+        Raises:
+            ValueError: If the level is not between 0 and 1.
         """
+        check_share("confidence", confidence)
         freedom = self.replicates.shape[0] - 1
         quantile = float(scipy.special.stdtrit(freedom, (1 + confidence) / 2))
         spread = jnp.exp(quantile * self.log_error)
