@@ -8,7 +8,7 @@ columns. Writes whole_spectrum.json with time and the peak memory so far, and a 
 of both networks; a network that OUT already has is not measured again.
 
 Examples:
-  python benchmarks/whole_spectrum.py --workdir runs/cifar_w16 --data_dir PATH \
+  python benchmarks/whole_spectrum.py --workdir runs/track_cifar10 --data_dir PATH \
       --out docs/results/whole_spectrum
   python benchmarks/whole_spectrum.py --rehearse
 """
@@ -74,11 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report = {
         "settings": settings_of(options),
         "networks": {
-            name: {**entry, "noise_floor": plotting.noise_floor_of(coupling).tolist()}
+            name: {**entry, "noise_floor": floor_of(coupling)}
             for name, (entry, coupling) in found.items()
         },
-        "machine": describe_machine(),
-        "environment": environment(precision="default"),
     }
     print(table(report["networks"]))
     if options.out:
@@ -186,6 +184,8 @@ def measure(
     }
     print(coupling, flush=True)
     entry = {
+        "machine": describe_machine(),
+        "environment": environment(precision="default"),
         "dimension": problem.dimension(weights.params),
         "loss": float(problem.loss(weights.params)),
         "network": {field: getattr(config, field) for field in NETWORK_FIELDS},
@@ -220,6 +220,11 @@ def arrays_of(found: StochasticCoupling | ToeplitzEstimate) -> dict[str, Any]:
     return {k: v.tolist() for k, v in fields.items() if k != "replicates"}
 
 
+def floor_of(coupling: StochasticCoupling) -> list[float]:
+    """Returns the residual of every window that sampling alone would make."""
+    return plotting.noise_floor_of(coupling, window=_WINDOW).tolist()
+
+
 def table(networks: Mapping[str, Mapping[str, Any]]) -> str:
     """Returns a row a network."""
     headings = ["network", "n", "residual", "lowest window", "noise floor"]
@@ -252,7 +257,7 @@ def figure(couplings: Mapping[str, StochasticCoupling]) -> Any:
     """Draws the couplings of all networks, and their windows with errors."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplot_mosaic(
+    drawn, axes = plt.subplot_mosaic(
         [[*couplings], ["windows"] * len(couplings)],
         figsize=(common_plotting.PAGE_WIDTH, 5.4),
         layout="constrained",
@@ -272,17 +277,13 @@ def figure(couplings: Mapping[str, StochasticCoupling]) -> Any:
             linestyle=look.linestyle,
             label=TITLES[name],
         )
-        below.plot(
-            plotting.noise_floor_of(coupling, window=_WINDOW),
-            ":",
-            color=look.color,
-            label="noise floor",
-        )
+        label = f"noise floor of {TITLES[name]}"
+        below.plot(floor_of(coupling), ":", color=look.color, label=label)
     below.set(xlabel="lowest shell of the window", ylabel="Toeplitz residual")
     below.xaxis.get_major_locator().set_params(integer=True)
     below.set_ylim(bottom=0)
-    below.legend(ncols=2)
-    return figure
+    below.legend()
+    return drawn
 
 
 if __name__ == "__main__":

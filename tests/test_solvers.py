@@ -42,7 +42,7 @@ def test_matrices_that_do_not_fit_leave_lanczos(monkeypatch):
 
 
 def test_matrices_are_formed_where_many_columns_ask_for_them(monkeypatch):
-    problem, params = sized(20, 50, 10)
+    problem, params = sized(20, 500, 10)
     point = problem.at(params)
     assert solver.matrices_are_cheaper(point, 2_000, 100)
     assert solver.matrices_are_cheaper(point, 100, 2_000)
@@ -56,7 +56,7 @@ def test_matrices_of_coupled_examples_are_not_formed():
         errors = linear(params, batch)
         return errors - jnp.mean(errors, 0, keepdims=True)
 
-    problem, params = sized(20, 50, 10)
+    problem, params = sized(20, 500, 10)
     coupled = Problem.from_error(centered, problem.batches)
     with pytest.warns(RuntimeWarning, match="examples of the error are coupled"):
         assert not solver.matrices_are_cheaper(coupled.at(params), 2_000, 100)

@@ -96,10 +96,13 @@ def matrices_are_cheaper(
     if not _matrices_fit(point):
         return False
     products = _product_operations(point, kernel_columns, derivative_columns)
-    return _matrix_operations(point) < products and not are_coupled(point)
+    matrices = _matrix_operations(point)
+    matrices += 2.0 * point.dimension**2 * (kernel_columns + derivative_columns)
+    return matrices < products and not are_coupled(point)
 
 
 def _matrices_fit(point: Point) -> bool:
+    """Whether the matrices of a dense measurement fit in half of the free memory."""
     held = _DENSE_MATRICES * point.dimension**2 * point.error.dtype.itemsize
     return held <= default_bytes()
 
@@ -137,7 +140,7 @@ def _matrix_operations(point: Point) -> float:
 def _product_operations(
     point: Point, kernel_columns: int, derivative_columns: int
 ) -> float:
-    """Returns the operations of products by M and by Mdot, one column at a time."""
+    """Returns the operations of products with M and Mdot, over all batches."""
     passes = 4.0 * kernel_columns + 6.0 * derivative_columns
     return passes * _forward_operations(point)
 

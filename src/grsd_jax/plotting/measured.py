@@ -377,12 +377,15 @@ def noise_floor_of(
 ) -> np.ndarray:
     r"""Returns the residual of every window that sampling alone would make.
 
-    If the entries ``Mdot_ij`` of a pair of shells are independent and Gaussian, the
-    mean of their ``n_a n_b`` squares scatters by the factor ``sqrt(2 / (n_a n_b))``,
-    and within one shell, by symmetry, by ``sqrt(2 (2 n_a - 1) / n_a^3)``. On a diagonal
-    of m shells a fraction ``1 - 1/m`` of that variance is left beside the mean.
+    If the entries ``Mdot_ij`` of a pair of shells are independent, Gaussian and of one
+    variance, the mean of their ``n_a n_b`` squares scatters by the factor
+    ``sqrt(2 / (n_a n_b))``, and within one shell, by symmetry, by
+    ``sqrt(2 (2 n_a - 1) / n_a^3)``. On a diagonal of m shells a fraction ``1 - 1/m`` of
+    that variance is left beside the mean. It is a root mean square, for cells as large
+    as those that were measured.
 
-    Soft shells share eigenvalues, so that theirs scatter less: it is a bound for them.
+    Soft shells share eigenvalues, so that theirs scatter less: for them it is an upper
+    bound under the same assumption.
 
     Args:
         measured: The measurement, or a `StochasticCoupling`.
@@ -392,9 +395,15 @@ def noise_floor_of(
     Returns:
         ``[S - w + 1]``, NaN where the window has no degree of freedom.
 
+    Raises:
+        ValueError: If the kind is none of both, it is no measurement, or the window
+            does not fit.
+
     References:
         Ours.
     """
+    check_choice("kind", kind, KINDS)
+    check_result("measured", measured, CouplingMeasurement, StochasticCoupling)
     if isinstance(measured, StochasticCoupling):
         return _noise_floors(measured, measured.counts, window)
     diagnostics: ToeplitzDiagnostics = getattr(measured, kind)

@@ -149,7 +149,8 @@ class StochasticCoupling(NamedResult):
         relative_drift: ``[S]``, ``tr(f_a Mdot) / tr(f_a M)``. ``g(lambda)`` is lambda
             times this, interpolated in log lambda between the middles of the shells.
             Below the rounding of M that of the lowest shell above.
-        finite: [] bool, whether all products were finite.
+        finite: [] bool, whether all products were finite and, where leading pairs were
+            searched for, all converged.
     """
 
     matrix: jax.Array
@@ -448,10 +449,11 @@ def measure_stochastic_coupling(
     signs: Signs = Signs(),
     renormalize: bool = True,
 ) -> StochasticCoupling:
-    """Measures the shell coupling of the whole spectrum, at any n.
+    """Measures the shell coupling of the spectrum down to a lowest edge, at any n.
 
     Leading pairs by Lanczos, then `stochastic_shell_coupling`. M and Mdot are formed
-    once if they fit and that takes fewer operations than products with so many columns.
+    once if they fit, the examples are independent, and that takes fewer operations than
+    products with so many columns.
     It runs eagerly, driven from the host, since the number of steps for the leading
     pairs depends on the data.
 
@@ -509,7 +511,15 @@ def measure_stochastic_coupling(
         driver="host",
     )
     usable = found.finite & jnp.all(leading.converged)
-    return found._replace(mask=found.mask & usable, finite=usable)
+    return _only_if(usable, found)
+
+
+def _only_if(usable: jax.Array, found: StochasticCoupling) -> StochasticCoupling:
+    """Returns a coupling, all of it masked unless it is usable."""
+    mask = found.mask & usable
+    numbers = ("matrix", "replicates", "log_error", "lanczos_error")
+    kept = {name: jnp.where(mask, getattr(found, name), 0) for name in numbers}
+    return found._replace(mask=mask, finite=usable, **kept)
 
 
 def _num_columns(signs: Signs, num_pairs: int, num_shells: int) -> tuple[int, int]:
