@@ -12,6 +12,7 @@ import pytest
 import scipy.special
 
 from grsd_jax import Problem, gradient_flow_direction, kernel_dense, models
+from grsd_jax.linalg import leading_eigenpairs
 from grsd_jax.shells import (
     Signs,
     SoftShells,
@@ -325,6 +326,30 @@ def test_bad_products_are_said():
     assert not found.finite
     assert not found.mask.any()
     assert np.all(found.matrix == 0)
+
+
+def test_nothing_is_left_of_a_coupling_without_its_leading_pairs(shells, monkeypatch):
+    def unconverged(*args, **options):
+        found = leading_eigenpairs(*args, **options)
+        return found._replace(converged=found.converged & False)
+
+    monkeypatch.setattr(stochastic, "leading_eigenpairs", unconverged)
+    weights = jnp.asarray(np.random.default_rng(0).normal(size=(6, 3)))
+    batches = {"x": jnp.asarray(np.random.default_rng(1).normal(size=(1, 12, 6)))}
+    problem = Problem.from_error(lambda p, batch: jnp.sin(batch["x"] @ p), batches)
+    found = measure_stochastic_coupling(
+        problem,
+        weights,
+        jnp.ones_like(weights),
+        key=jax.random.key(0),
+        shells=shells,
+        num_pairs=2,
+        signs=Signs(2, 4),
+    )
+    assert not found.finite
+    assert not found.mask.any()
+    for numbers in (found.matrix, found.replicates, found.log_error):
+        assert np.all(numbers == 0)
 
 
 @pytest.mark.parametrize("formed", [True, False])
