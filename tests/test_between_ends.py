@@ -11,7 +11,7 @@ import pytest
 
 from grsd_jax import Problem, dynamics
 from grsd_jax.dynamics import KrylovSteps, exact_balance, measured_time
-from grsd_jax.dynamics.spectra import fingerprint
+from grsd_jax.dynamics.fingerprint import fingerprint
 from grsd_jax.shells import SoftShells
 from oracles import cast, dense_kernel
 from test_compiles import compilations
@@ -321,12 +321,32 @@ def test_other_losses_and_targets_of_the_same_examples_are_refused():
     def smoothed(logits, label, share):
         return share * jnp.mean(logits) - logits[label]
 
-    prints = [
-        fingerprint(problem.replace(loss=functools.partial(smoothed, share=share)))
-        for share in (0.1, 0.1, 0.2)
+    def bound(share):
+        return functools.partial(smoothed, share=share)
+
+    def closed_over(share, loss=smoothed):
+        return lambda logits, label: loss(logits, label, share)
+
+    def twice(logits, label, share):
+        return 2 * smoothed(logits, label, share)
+
+    alike = [
+        (bound(0.1), bound(0.1)),
+        (closed_over(0.1), closed_over(0.1)),
+        (jax.jit(closed_over(0.1)), jax.jit(closed_over(0.1))),
     ]
-    assert np.all(prints[0] == prints[1])
-    assert np.any(prints[0] != prints[2])
+    different = [
+        (bound(0.1), bound(0.2)),
+        (closed_over(0.1), closed_over(0.2)),
+        (closed_over(0.1), closed_over(0.1, twice)),
+        (jax.jit(closed_over(0.1)), jax.jit(closed_over(0.2))),
+        (lambda logits, label: logits[label], lambda logits, label: -logits[label]),
+        (lambda x, y: [z for z in x][y], lambda x, y: [z + 1 for z in x][y]),
+    ]
+    for equal, pairs in ((True, alike), (False, different)):
+        for pair in pairs:
+            first, second = (fingerprint(problem.replace(loss=loss)) for loss in pair)
+            assert np.all(first == second) == equal
 
 
 def test_an_infinite_time_has_no_velocity():

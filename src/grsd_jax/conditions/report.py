@@ -42,7 +42,7 @@ from grsd_jax.conditions.stability import (
     shell_drift,
 )
 from grsd_jax.conditions.verdicts import Thresholds, Verdict, check_thresholds
-from grsd_jax.dynamics.spectra import fingerprint
+from grsd_jax.dynamics.fingerprint import fingerprint
 from grsd_jax.kernel.derivative import (
     Derivative,
     gradient_flow_direction,

@@ -24,11 +24,11 @@ from grsd_jax._checks import (
 )
 from grsd_jax._typing import PyTree
 from grsd_jax.dynamics.elapsed_time import MeasuredTime, time_or_zero
+from grsd_jax.dynamics.fingerprint import fingerprint
 from grsd_jax.dynamics.spectra import (
     SpectralSnapshot,
     dense_snapshot,
     errors_at,
-    fingerprint,
     mean_and_change,
     pair_krylov,
     pair_snapshots,

@@ -48,6 +48,7 @@ from grsd_jax.dynamics.contents import (
     point_of,
 )
 from grsd_jax.dynamics.elapsed_time import time_between, time_or_zero
+from grsd_jax.dynamics.fingerprint import fingerprint
 from grsd_jax.dynamics.flow import rate_at
 from grsd_jax.dynamics.instantaneous import (
     Instantaneous,
@@ -67,7 +68,6 @@ from grsd_jax.dynamics.spectra import (
     SpectralSnapshot,
     dense_snapshot,
     errors_at,
-    fingerprint,
     stacked_point,
 )
 from grsd_jax.jacobian.plan import check_independent, verdict_of

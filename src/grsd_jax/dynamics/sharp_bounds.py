@@ -19,7 +19,8 @@ from grsd_jax.dynamics.between_ends import (
     check_same_ends,
     krylov_spaces,
 )
-from grsd_jax.dynamics.spectra import fingerprint, pair_krylov, stacked_point
+from grsd_jax.dynamics.fingerprint import fingerprint
+from grsd_jax.dynamics.spectra import pair_krylov, stacked_point
 from grsd_jax.dynamics.transport import rounding_floors
 from grsd_jax.linalg.lanczos import block_lanczos
 from grsd_jax.problem import Problem

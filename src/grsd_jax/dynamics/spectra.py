@@ -4,15 +4,10 @@ Two such snapshots, or two Krylov spaces of the same two errors, are what
 `grsd_jax.dynamics.transport` compares.
 """
 
-import functools
-import zlib
-from typing import Any
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from grsd_jax._arrays import matmul, on_automatic_mesh, outside
+from grsd_jax._arrays import matmul, outside
 from grsd_jax._checks import (
     check_at_least,
     check_choice,
@@ -20,6 +15,7 @@ from grsd_jax._checks import (
     check_single_or_double,
 )
 from grsd_jax._typing import PyTree
+from grsd_jax.dynamics.fingerprint import fingerprint
 from grsd_jax.dynamics.transport import Pairing, Spectrum
 from grsd_jax.kernel.dense import dense_at
 from grsd_jax.kernel.products import held_products
@@ -27,8 +23,6 @@ from grsd_jax.linalg.eigenpairs import leading_eigenpairs
 from grsd_jax.linalg.lanczos import LanczosResult
 from grsd_jax.linalg.ritz import descending_pairs
 from grsd_jax.problem import (
-    ErrorObjective,
-    OutputsObjective,
     Point,
     Problem,
     check_digits,
@@ -203,77 +197,6 @@ def pair_krylov(
     overlap = matmul(before.basis[:, :used].T, after.basis[:, :used])
     overlap = matmul(rotations[0].T, matmul(overlap, rotations[1]))
     return Pairing(ends[0], ends[1], overlap)
-
-
-def fingerprint(problem: Problem) -> jax.Array:
-    """Returns a hash of the batches and targets in their order, and of the loss.
-
-    A loss that is a function counts by its name, which is the same in every process.
-
-    Args:
-        problem: The problem.
-
-    Returns:
-        [2] uint32.
-    """
-    return _fingerprint(on_automatic_mesh(problem))
-
-
-@jax.jit
-def _fingerprint(problem: Problem) -> jax.Array:
-    data = [problem.batches]
-    objective = problem.objective
-    if isinstance(objective, OutputsObjective) and callable(objective.target):
-        data.append(jax.vmap(objective.target)(problem.batches))
-    total = jnp.full(2, zlib.crc32(_stated(objective).encode()), jnp.uint32)
-    for index, leaf in enumerate(jax.tree.leaves(data)):
-        total = total * np.uint32(31) + _hash(_words(leaf), index)
-    return total
-
-
-def _stated(objective: OutputsObjective | ErrorObjective) -> str:
-    """Returns what makes errors of outputs, in words: the loss and the target's key."""
-    if isinstance(objective, ErrorObjective):
-        return "error"
-    loss, target = objective.loss, objective.target
-    named = loss if isinstance(loss, str) else _name_of(loss)
-    return f"{named} of {'a function' if callable(target) else repr(target)}"
-
-
-def _name_of(function: Any) -> str:
-    """Returns the name of a function, with the plain values that are bound to it."""
-    if isinstance(function, functools.partial):
-        bound = (*enumerate(function.args), *sorted(function.keywords.items()))
-        plain = [x for x in bound if isinstance(x[1], str | int | float | None)]
-        return f"{_name_of(function.func)} with {plain}"
-    return getattr(function, "__qualname__", type(function).__qualname__)
-
-
-def _words(leaf: jax.typing.ArrayLike) -> jax.Array:
-    """Returns the bits of an array as uint32, in order."""
-    array = jnp.asarray(leaf)
-    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
-        array = jax.random.key_data(array)
-    if array.dtype == jnp.bool_:
-        array = array.astype(jnp.uint8)
-    if jnp.issubdtype(array.dtype, jnp.complexfloating):
-        array = jnp.stack([array.real, array.imag], axis=-1)
-    bits = 8 * min(array.dtype.itemsize, 4)
-    words = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{bits}"))
-    return words.astype(jnp.uint32).reshape(-1)
-
-
-def _hash(words: jax.Array, index: int) -> jax.Array:
-    """Sums mixed words, each with its place, under two seeds."""
-    place = jnp.arange(len(words), dtype=jnp.uint32)
-    found = []
-    for seed in (np.uint32(2 * index + 1), np.uint32(0x51ED270B + 2 * index)):
-        # The multipliers are those of MurmurHash3 and of Fibonacci hashing.
-        mixed = words ^ (place * np.uint32(0x9E3779B1) + seed)
-        for multiplier in (np.uint32(0x85EBCA6B), np.uint32(0xC2B2AE35)):
-            mixed = (mixed ^ (mixed >> np.uint32(15))) * multiplier
-        found.append(jnp.sum(mixed ^ (mixed >> np.uint32(16)), dtype=jnp.uint32))
-    return jnp.stack(found)
 
 
 all_pairs = jax.jit(descending_pairs)
