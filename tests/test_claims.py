@@ -34,6 +34,7 @@ def test_an_interval_is_the_one_of_the_t_test():
     assert found == pytest.approx((values.mean(), expected.low, expected.high))
     alone = t_interval(values[:1])
     assert np.isnan([alone.low, alone.high]).all()
+    assert str(alone) == f"{alone.mean:.3f} [n/a]"
     assert str(t_interval(np.array([1.0, np.nan]))) == "n/a"
 
 

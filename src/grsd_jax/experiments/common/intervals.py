@@ -25,6 +25,8 @@ class Interval(NamedTuple):
         """Returns such as ``"0.912 [0.871, 0.951]"``, ``"n/a"`` where undefined."""
         if np.isnan(self.mean):
             return MISSING
+        if np.isnan(self.low):
+            return f"{self.mean:.3f} [{MISSING}]"
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 

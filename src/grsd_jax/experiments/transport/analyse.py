@@ -305,7 +305,10 @@ def verdict_sentence(results: Mapping[str, Any], arm: str) -> str:
         f"{DECISIVE[quantity].capitalize()}? {verdict.capitalize()}."
         for quantity, verdict in verdicts(results, arm).items()
     )
-    return f"{arm}, {number_of_seeds} paired seeds, {TITLES[first]}. {said}"
+    seeds = (
+        "1 paired seed" if number_of_seeds == 1 else f"{number_of_seeds} paired seeds"
+    )
+    return f"{arm}, {seeds}, {TITLES[first]}. {said}"
 
 
 def _any(runs: Mapping[str, Runs]) -> Mapping[str, Any]:
