@@ -411,9 +411,7 @@ def balance_spectra(
     errors = _errors(floors, found, others, converged)
     if change is not None:
         unseen = _unseen(pairings[0], jnp.asarray(change, dtype) / scale, shells)
-        errors = _Errors(
-            *(known + more for known, more in zip(errors, unseen, strict=True))
-        )
+        errors = jax.tree.map(jnp.add, errors, unseen)
     full = pairings[0]
     before, after = _weights(full.before, square), _weights(full.after, square)
     rotation = None
