@@ -222,6 +222,13 @@ def test_summary_counts_and_takes_medians(whole):
     assert table.endswith("|\n\n" + "\n".join(analyse.LEGEND))  # short ones
 
 
+def test_small_shares_are_not_written_as_0():
+    small = {"moved_share_median": 2.34e-4, "lost_share_median": -4e-5}
+    told = dict(analyse.track_rows({"mlp": small})[1:])
+    assert told["moved, share of the energy"] == "0.000234"
+    assert told["lost, share of the energy"] == "-4e-05"
+
+
 def line_of(start, step, flux, **more):
     flux = np.array(flux, np.float64)
     return {
