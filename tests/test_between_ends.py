@@ -157,6 +157,35 @@ def test_start_from_the_mean_leaves_out_what_is_quadratic():
     assert np.all(off <= large.energy_error)
 
 
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_a_start_from_the_mean_says_what_it_may_not_see(share):
+    """The modes of M that ``delta`` lies in are not those of ``e_m``."""
+    rng, size = np.random.default_rng(0), 90
+    even = np.arange(size) % 2 == 0
+    left, right = (np.linalg.qr(rng.normal(size=(size, size)))[0] for _ in range(2))
+    roots = np.sqrt(np.geomspace(10, 1e-3, size))
+    mean, change = (np.where(part, rng.normal(size=size), 0) for part in (even, ~even))
+    change *= share * np.linalg.norm(mean) / np.linalg.norm(change)
+    mean, change = left @ mean, right @ (change / roots)
+    batches = {
+        "x": jnp.asarray(((left * roots) @ right.T)[None], jnp.float32),
+        "label": jnp.asarray(-mean[None, :, None], jnp.float32),
+    }
+    problem = Problem(lambda p, b: b["x"] @ p, batches, loss="squared")
+    ends = [
+        (problem, jnp.asarray(sign * change[:, None] / 2, jnp.float32))
+        for sign in (-1, 1)
+    ]
+    found = exact_balance(*ends, shells(), solver=MEAN, key=KEY)
+    whole = exact_balance(*ends, shells(), solver="dense")
+    assert found.converged.any()
+    for name, error in AMOUNTS.items():
+        off = np.abs(getattr(found, name) - getattr(whole, name))
+        assert np.all(off <= getattr(found, error) + getattr(whole, error)), name
+    known = np.isfinite(found.energy_error)
+    assert np.max(np.abs(found.energies - whole.energies)[known]) > share**2
+
+
 def test_a_start_from_the_mean_does_not_converge_for_a_distant_end():
     """The mean of two errors says little of them if they are opposite."""
     rng = np.random.default_rng(0)

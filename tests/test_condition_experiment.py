@@ -268,3 +268,21 @@ def test_a_run_is_gone_on_with_under_its_own_settings_alone(tmp_path):
     assert run.starts_here(tmp_path, config)
     longer = dataclasses.replace(config, epochs=config.epochs + 1)
     assert not run.starts_here(tmp_path, longer)
+
+
+def test_page_shows_slopes_below_0_and_no_drift_where_none_is_defined(found):
+    falling = json.loads(json.dumps(found))
+    for point in [*falling["condition4"]["points"], *falling["layers"]["blocks"]]:
+        point["slope"] = -0.5
+    drift = falling["condition3"]["shell_drift"]["drift"]
+    drift[0] = [None] * len(drift[0])
+    drawn = figures._page(falling).subfigs[1].axes
+    panels = {axis.get_title(): axis for axis in drawn}
+    for title in ("4: log-shift invariance", "additive structure, last point"):
+        low, high = panels[title].get_ylim()
+        assert low < -0.5
+        assert high > 1
+    lines = panels["3: drift of spectral projectors"].lines
+    (means,) = (line for line in lines if line.get_label() == "mean shell")
+    assert np.isnan(means.get_ydata()[0])  # a 0 would be perfect stability
+    assert np.isfinite(means.get_ydata()[1:]).all()

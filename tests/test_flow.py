@@ -203,6 +203,21 @@ def test_drift_of_the_scaled_flow_is_the_square_of_the_scale():
     )
 
 
+def test_flows_that_run_off_are_told_though_their_kernels_vanish():
+    """Steps far too long drive a tanh into saturation, where M is 0 or nearly so."""
+    rng = np.random.default_rng(0)
+    batches = {
+        name: jnp.asarray(rng.normal(size=(1, 6, size)), jnp.float32)
+        for name, size in (("x", 3), ("label", 1))
+    }
+    params = jnp.asarray(rng.normal(size=(3, 1)), jnp.float32)
+    problem = Problem(lambda p, b: jnp.tanh(b["x"] @ p), batches, loss="squared")
+    found = covariance_check(problem, params, scale=2.0, time=200.0, num_steps=1)
+    assert not found.error < 0.5
+    sizes = np.abs(found.expected).max(axis=1)
+    assert sizes[-1] < 1e-6 * sizes[0]
+
+
 def test_covariance_check_names_what_does_not_fit():
     params = jnp.ones(2)
     problem = Problem.from_error(

@@ -157,6 +157,31 @@ def test_energies_are_those_after_each_interval():
     assert plotting.energies(records, axes()) is not None
 
 
+def test_a_record_without_an_energy_leaves_a_gap_in_the_sum():
+    """Neither a part of the shells nor 0, which a log axis draws as a fall."""
+    records = lines()
+    for gap in ([None, 2.0], [None, None], [0.0, 0.0]):
+        records[1] = records[1] | {"energies": gap}
+        whole = plotting.energies(records, axes()).lines[-1].get_ydata()
+        np.testing.assert_array_equal(whole, [3, np.nan, 3])
+
+
+def test_a_flux_whose_error_is_infinite_is_hollow_and_a_single_band_is_seen():
+    line = {"edges": [1.0, 10.0, 100.0], "flux": [1.0, 2.0, 3.0]}
+    for infinite in (None, np.inf):
+        ax = plotting.flux(line | {"flux_error": [infinite, 0.5, infinite]}, axes())
+        _, shown, hollow = ax.lines
+        np.testing.assert_array_equal(shown.get_ydata(), line["flux"])
+        np.testing.assert_array_equal(hollow.get_ydata(), [1, np.nan, 3])
+        assert hollow.get_markerfacecolor() == "white"
+        (band,) = ax.collections
+        (path,) = band.get_paths()
+        assert path.vertices[:, 1].min() == 1.5
+        assert path.vertices[:, 1].max() == 2.5
+        assert band.get_linewidth() > 0  # without it, a band of no width is not seen
+    assert len(plotting.flux(line, axes()).lines) == 2  # without any error
+
+
 def test_energies_of_neighbors_and_the_order_of_eigenvalues_can_be_told():
     first, second, _ = plotting.energies(lines(), axes()).lines
     assert first.get_color() != second.get_color()

@@ -43,7 +43,7 @@ def test_a_dataset_has_named_dimensions_and_coordinates():
     assert dataset.literal_windows.dims == ("window",)
     assert dataset.vectors.dims == ("entry", "pair")
     assert set(dataset.coords) == {"shells_centers", "shells_edges"}
-    assert dataset.attrs["solver"] == "text"
+    assert dataset.attrs["solver"] == "<="
     assert dataset["values"].attrs["units"] == "units of M"
     np.testing.assert_array_equal(dataset.coupling, result.coupling)
     np.testing.assert_array_equal(dataset.shells_centers, result.shells.centers)

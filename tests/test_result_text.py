@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from grsd_jax import dynamics, shells
+from grsd_jax.results import percent
 from grsd_jax.results.fields import field_of, names_of
 from random_results import public_classes, random_result
 
@@ -139,6 +140,24 @@ def test_options_are_shown_with_their_values():
     fitting = jnp.zeros_like(result.num_misfits)  # no caveat, which needs a line
     text = repr(dataclasses.replace(result, window=window, num_misfits=fitting))
     assert re.search(rf"^  window +{re.escape(repr(window))}$", text, re.M)
+
+
+@pytest.mark.parametrize(
+    ("share", "told"),
+    [
+        (0, "0%"),
+        (1, "100%"),
+        (0.264, "26%"),
+        (0.996, "99.6%"),
+        (0.004, "0.4%"),
+        (0.00003, "0.003%"),
+        (0.99996, "99.996%"),
+        (1 - 1e-8, "100%"),
+        (np.nan, "n/a"),
+    ],
+)
+def test_a_share_is_whole_or_nothing_only_where_it_is(share, told):
+    assert percent(share) == told
 
 
 def test_a_caveat_is_not_cut():

@@ -389,9 +389,10 @@ def test_a_network_against_its_dense_kernel(formed, monkeypatch):
     np.testing.assert_allclose(found.counts, dense.counts, rtol=0.2)
 
 
-def test_a_level_that_is_no_probability_is_refused():
+def single_cell():
+    """Returns a coupling of one shell."""
     one = jnp.ones((1, 1))
-    found = StochasticCoupling(
+    return StochasticCoupling(
         matrix=one,
         mask=one > 0,
         replicates=jnp.ones((4, 1, 1)),
@@ -401,6 +402,19 @@ def test_a_level_that_is_no_probability_is_refused():
         relative_drift=one[0],
         finite=jnp.bool_(True),
     )
+
+
+def test_a_masked_cell_has_no_interval():
+    """The 0 that stands there would have one from 0 to 0."""
+    masked = single_cell()._replace(
+        matrix=jnp.zeros((1, 1)), mask=jnp.zeros((1, 1)) > 0
+    )
+    assert np.isnan(masked.interval()).all()
+    assert np.isinf(jax.jit(lambda found: found.interval())(masked)).all()
+
+
+def test_a_level_that_is_no_probability_is_refused():
+    found = single_cell()
     low, high = found.interval(0.5)
     assert low < 1 < high
     for level in (-0.5, 0.0, 1.0, 95):

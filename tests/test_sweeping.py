@@ -187,6 +187,19 @@ def fake_rows():
     return rows
 
 
+def test_the_range_over_seeds_is_seen_at_a_single_depth():
+    """A band of no width needs a line around it."""
+    from matplotlib.figure import Figure
+
+    axis, point = Figure().subplots(), np.ones(1)
+    band = figures.Band(4 * point, point, 2 * point, 3 * point)
+    figures._draw_range(axis, band, "red", bars=False)
+    (drawn,) = axis.collections
+    (path,) = drawn.get_paths()
+    assert (path.vertices[:, 1].min(), path.vertices[:, 1].max()) == (1, 3)
+    assert drawn.get_linewidth() > 0
+
+
 def test_figures_show_means_in_bands_over_seeds(tmp_path, monkeypatch):
     drawn = {}
 

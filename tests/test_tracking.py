@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import re
 
 import jax
@@ -220,6 +221,23 @@ def test_summary_counts_and_takes_medians(whole):
     assert "moved, share of the energy" in table
     assert re.search(r"MLP +\| +my network", table)
     assert table.endswith("|\n\n" + "\n".join(analyse.LEGEND))  # short ones
+
+
+def test_a_late_first_look_and_a_long_interval_leave_the_others_whole():
+    first = line_of(-1, 500, [0.0]) | {"flux": None}  # without a balance
+    ends = [500, 510, 520, 540, 550]  # 530 was left out
+    whole = [line_of(a, b, [1.0]) for a, b in itertools.pairwise(ends)]
+    over = [line_of(a, a + 1, [1.0]) for a in ends[:-1]]
+    lines = [first, *(x for pair in zip(over, whole, strict=True) for x in pair)]
+    assert quantities.whole_intervals(lines) == whole[:3]
+    assert quantities.whole_intervals(lines[:5]) == whole[:2]
+
+
+def test_small_shares_are_not_written_as_0():
+    small = {"moved_share_median": 2.34e-4, "lost_share_median": -4e-5}
+    told = dict(analyse.track_rows({"mlp": small})[1:])
+    assert told["moved, share of the energy"] == "0.000234"
+    assert told["lost, share of the energy"] == "-4e-05"
 
 
 def line_of(start, step, flux, **more):

@@ -20,6 +20,7 @@ from grsd_jax.conditions.locality import (
 )
 from grsd_jax.conditions.stability import OperatorNorms, ProjectorDrift
 from grsd_jax.conditions.verdicts import Check, Thresholds
+from grsd_jax.results import percent
 from grsd_jax.shells.diagnostics import CouplingMeasurement
 
 #: Draws behind the error of an estimated band.
@@ -63,7 +64,7 @@ def locality_checks(
     share, widest = thresholds.influence_share, thresholds.max_band
     if widest is None:
         widest = (profiles[0].influence.shape[0] - 1) // 2
-    name = f"band with {share:.0%} of the influence"
+    name = f"band with {percent(share)} of the influence"
     influences = [np.asarray(found.influence) for found in profiles]
     reason = _no_band(influences)
     if reason:

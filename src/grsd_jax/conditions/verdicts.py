@@ -95,6 +95,8 @@ class Check(NamedResult):
     @property
     def outcome(self) -> Outcome:
         """Whether the check ``"holds"``, ``"fails"`` or is ``"undecided"``."""
+        if not isinstance(self.relation, str):  # a tree of other things, which has text
+            return "undecided"
         check_choice("relation", self.relation, ("<=", ">="))
         unknown = math.isnan(self.number) or math.isnan(self.threshold)
         if unknown or not self.converged:

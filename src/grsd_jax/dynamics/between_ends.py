@@ -512,6 +512,7 @@ def balance_spaces(
         shells,
         matched=False,
         square=steps.start == "both",
+        change=norm(spaces.vectors[:, 1]) if steps.start == "mean" else None,
         rounding=spaces.rounding,
     )
     if steps.start == "mean":

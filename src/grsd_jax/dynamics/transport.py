@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grsd_jax._arrays import divisor, matmul, ratio, where_defined
+from grsd_jax._arrays import divisor, matmul, norm, ratio, where_defined
 from grsd_jax.results import NamedResult, Result, number, result, span
 from grsd_jax.shells.soft_shells import SoftShells
 
@@ -364,6 +364,7 @@ def balance_spectra(
     *,
     matched: bool,
     square: bool = True,
+    change: jax.typing.ArrayLike | None = None,
     rounding: jax.typing.ArrayLike | None = None,
     agreement: float = 0.02,
 ) -> ExactBalance:
@@ -384,6 +385,8 @@ def balance_spectra(
             both in descending order, for the rotation.
         square: Whether the spectra are accurate for ``delta`` too. If not, what is
             quadratic in it is left out.
+        change: [], ``|delta|``, of which the spectra may hold a part alone; None if
+            they hold all of it.
         rounding: [], of products with the kernel, relative; epsilon if None.
         agreement: By how much of what passed an edge, in both directions, the others
             may change its flux for it to count as converged.
@@ -406,6 +409,9 @@ def balance_spectra(
         others += 4 * [_amounts(pairings[0], shells, square=True)]
     converged = _converged(found, coarser, floors, agreement)
     errors = _errors(floors, found, others, converged)
+    if change is not None:
+        unseen = _unseen(pairings[0], jnp.asarray(change, dtype) / scale, shells)
+        errors = jax.tree.map(jnp.add, errors, unseen)
     full = pairings[0]
     before, after = _weights(full.before, square), _weights(full.after, square)
     rotation = None
@@ -664,6 +670,27 @@ def _errors(
         return jnp.where(reached, total, jnp.inf)
 
     return _Errors(**{name: error(name) for name in _Errors._fields})
+
+
+def _unseen(pairing: Pairing, change: jax.Array, shells: SoftShells) -> _Errors:
+    r"""Returns what is quadratic in ``delta`` at most, beyond what the spectra know.
+
+    With ``delta = s + u``, s in the span of the pairs, and a function of M from 0 to 1,
+    ``delta^T f delta`` is that of s up to ``|u|^2 + 2 |s| |u|``. Flux and transfers are
+    differences of two such, and slopes of the steps are ``1 / 4w`` at most.
+    """
+    ends = [pairing.before, pairing.after]
+    seen = jnp.stack([norm(end.coefficients[:, 1]) for end in ends])
+    rest = jnp.sqrt(jnp.maximum(jnp.square(change) - jnp.square(seen), 0))
+    bound = jnp.max(jnp.square(rest) + 2 * seen * rest) / 4
+    nothing = jnp.zeros_like(bound)
+    return _Errors(
+        energies=bound,
+        lost=nothing,
+        moved=2 * bound,
+        flux=2 * bound,
+        density=bound / 4 / (shells.width or 1.0),
+    )
 
 
 def _converged(

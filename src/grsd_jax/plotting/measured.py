@@ -19,6 +19,7 @@ from grsd_jax.plotting.drawing import (
     positive,
     say_empty,
 )
+from grsd_jax.results import percent
 from grsd_jax.shells import (
     CouplingMeasurement,
     PowerLawFit,
@@ -172,7 +173,7 @@ def diagonal(
     legend["slope 1"] = (*ax.plot(ends, guide, ":", color="0.45", linewidth=1.0),)
     share = float(measured.unresolved_share)
     if mostly_unresolved(share):
-        held = rf"the modes hold only {1 - share:.0%} of $|e\,|^2$"
+        held = rf"the modes hold only {percent(1 - share)} of $|e\,|^2$"
         legend[held] = (*ax.plot([], [], linestyle="none"),)
     leave_room(ax, 0.1 + 0.1 * len(legend))
     place: Any = {"loc": "upper left", "borderaxespad": 0.1, "fontsize": LEGEND}

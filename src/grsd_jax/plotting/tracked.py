@@ -72,7 +72,9 @@ def energies(records: Sequence[Record], ax: "Axes | None" = None) -> "Axes":
         shown = np.where(energy > 0, energy, np.nan)
         style: Any = _MARKS | {"color": colors(norm(center)), "marker": marker}
         ax.plot(time, shown, **style)
-    ax.plot(time, np.nansum(found, axis=1), "--", color=DARK, label="sum of the shells")
+    # A part of the shells is no sum, and a sum of 0 would be drawn as a fall.
+    whole = np.where((total := np.sum(found, axis=1)) > 0, total, np.nan)
+    ax.plot(time, whole, "--", color=DARK, label="sum of the shells")
     leave_room(ax, 0.15)
     ax.legend(loc="upper left", fontsize=LEGEND)
     color_bar(ax, mpl.cm.ScalarMappable(norm, colors), r"shell $\lambda_a$")
@@ -136,7 +138,8 @@ def flux(
         labels: What the legend calls each result; the times of records by default.
 
     Returns:
-        The axes; a band is the error, where it is known.
+        The axes; a band is the error, where it is known. Hollow points are edges whose
+        error is infinite: they have not converged.
 
     Raises:
         ImportError: If Matplotlib is not installed.
@@ -145,7 +148,10 @@ def flux(
     ax = _edge_axes(ax, r"flux $F_k$ upward")
     for result, style in _styled(results, labels):
         edges, found = _over_edges(result, "flux")
-        _band(ax, edges, found, _found(result, "flux_error"), style)
+        error = _found(result, "flux_error")
+        _band(ax, edges, found, error, style)
+        if error is not None:
+            _hollow(ax, edges, np.where(np.isfinite(error), np.nan, found), style)
     _legend(ax)
     return ax
 
@@ -205,9 +211,7 @@ def _draw_velocity(ax: "Axes", result: Any, style: dict[str, Any]) -> np.ndarray
     usable = np.ones(len(found), bool) if mask is None else np.asarray(mask, bool)
     error = np.zeros(len(found)) if error is None else np.asarray(error, np.float64)
     _band(ax, edges, found, np.where(usable, error, np.nan), style)
-    aside = np.where(usable, np.nan, found)
-    hollow: Any = {"linestyle": "", "markerfacecolor": "white", "label": None}
-    ax.plot(edges, aside, **_MARKS | style | hollow)
+    _hollow(ax, edges, np.where(usable, np.nan, found), style)
     drawn = [found, found - error, found + error]
     if null is not None:
         ax.plot(edges, null, "--", color=style["color"], linewidth=0.9)
@@ -229,8 +233,15 @@ def _band(
     ax.plot(x, y, **_MARKS | style)
     if error is not None:
         finite = np.where(np.isfinite(error), np.asarray(error, np.float64), np.nan)
-        shade: Any = {"color": style["color"], "alpha": 0.2, "linewidth": 0}
+        # With a line around it, a band over a single edge is seen too.
+        shade: Any = {"color": style["color"], "alpha": 0.2, "linewidth": 1.0}
         ax.fill_between(x, y - finite, y + finite, **shade)
+
+
+def _hollow(ax: "Axes", x: np.ndarray, y: np.ndarray, style: dict[str, Any]) -> None:
+    """Draws points that cannot be relied on."""
+    hollow: Any = {"linestyle": "", "markerfacecolor": "white", "label": None}
+    ax.plot(x, y, **_MARKS | style | hollow)
 
 
 def _styled(

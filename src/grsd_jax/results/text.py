@@ -2,6 +2,7 @@
 
 import dataclasses
 import html
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -44,6 +45,19 @@ def number(value: Any, digits: int = 4) -> str:
         return str(value[()])
     value = float(value)
     return MISSING if np.isnan(value) else f"{value:.{digits}g}"
+
+
+def percent(share: float) -> str:
+    """Returns a share as text, "0%" and "100%" only where it is that up to 1e-6.
+
+    Such as "26%", and "99.6%" or "0.02%" near both ends, ``n/a`` for NaN.
+    """
+    share = float(share)
+    if math.isnan(share):
+        return MISSING
+    away = 100 * min(abs(share), abs(1 - share))
+    digits = math.ceil(-math.log10(away)) if 1e-4 <= away < 0.5 else 0
+    return f"{share:.{digits}%}"
 
 
 def with_interval(value: Any, interval: Any = None, stderr: Any = None) -> str:

@@ -19,6 +19,7 @@ from grsd_jax.results import (
     Result,
     headline,
     number,
+    percent,
     result,
     span,
     with_undefined,
@@ -277,9 +278,9 @@ def caveats(
         found.append(f"At least {missing} of the spectral window {are} not resolved.")
     if mostly_unresolved(unresolved_share):
         found.append(
-            f"Ask for more pairs: {unresolved_share:.0%} of the error's energy lies "
-            "outside the measured ones, and exponents and residuals describe only the "
-            "rest."
+            f"Ask for more pairs: {percent(unresolved_share)} of the error's energy "
+            "lies outside the measured ones, and exponents and residuals describe only "
+            "the rest."
         )
     return tuple(found)
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.special
 
-from grsd_jax._arrays import divisor, matmul, outside
+from grsd_jax._arrays import divisor, matmul, outside, where_defined
 from grsd_jax._checks import check_at_least, check_key, check_shape, check_share
 from grsd_jax._typing import Matmat, PyTree
 from grsd_jax.kernel.dense import dense_at
@@ -169,7 +169,8 @@ class StochasticCoupling(NamedResult):
             confidence: Its level, between 0 and 1.
 
         Returns:
-            Lower and upper ends, ``[S, S]``. The Lanczos error is not in them.
+            Lower and upper ends, ``[S, S]``, NaN where there is no coupling (infinity
+            inside `jit`). The Lanczos error is not in them.
 
         Raises:
             ValueError: If the level is not between 0 and 1.
@@ -178,7 +179,9 @@ class StochasticCoupling(NamedResult):
         freedom = self.replicates.shape[0] - 1
         quantile = float(scipy.special.stdtrit(freedom, (1 + confidence) / 2))
         spread = jnp.exp(quantile * self.log_error)
-        return self.matrix / spread, self.matrix * spread
+        ends = self.matrix / spread, self.matrix * spread
+        low, high = (where_defined(self.mask, end) for end in ends)
+        return low, high
 
     def toeplitz(self, window: int = 5) -> ToeplitzEstimate:
         """Returns how far the coupling is from depending on ``a - b`` alone.

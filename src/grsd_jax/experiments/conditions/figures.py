@@ -151,6 +151,12 @@ def _dotted(axis: Axes, value: float) -> None:
     axis.axhline(value, color=_GREY, linestyle=":", linewidth=0.9, label="threshold")
 
 
+def _from_zero(axis: Axes) -> None:
+    """Shows 0 at the bottom, or all of what lies below it, such as a falling slope."""
+    if axis.dataLim.y0 >= 0:
+        axis.set_ylim(bottom=0)
+
+
 def _heat(
     figure: SubFigure, axis: Axes, values: Any, label: str, top: float | None = None
 ) -> None:
@@ -235,7 +241,8 @@ def _drift(axis: Axes, found: Any) -> None:
     shells = _numbers(part["shell_drift"]["drift"]).reshape(len(steps), -1)
     defined = np.isfinite(shells)
     if defined.any():
-        means = np.nansum(shells, axis=1) / np.maximum(defined.sum(axis=1), 1)
+        total, number = np.nansum(shells, axis=1), defined.sum(axis=1)
+        means = np.where(number > 0, total / np.maximum(number, 1), np.nan)
         axis.plot(steps, means, "s--", color=_GREEN, markersize=3, label="mean shell")
     _dotted(axis, found["options"]["thresholds"]["max_drift"])
     axis.set(xlabel="step", ylim=(0, 1.03), title="3: drift of spectral projectors")
@@ -258,7 +265,7 @@ def _invariance(axis: Axes, found: Any) -> None:
         axis.axhline(thresholds[name], color=color, linestyle=":", linewidth=0.9)
     axis.plot([], [], ":", color=_GREY, linewidth=0.9, label="threshold")
     axis.set(xlabel="step", title="4: log-shift invariance")
-    axis.set_ylim(bottom=0)
+    _from_zero(axis)
     _legend_above(axis, 2)
 
 
@@ -278,5 +285,5 @@ def _layers(axis: Axes, found: Any) -> None:
     ticks = range(0, len(names), max(1, len(names) // 8))
     labels = [f"{names[tick]}: {tick}" for tick in ticks]
     axis.set_xticks(ticks, labels, rotation=90, fontsize="small")
-    axis.set_ylim(bottom=0)
+    _from_zero(axis)
     _legend_above(axis, 2)

@@ -14,6 +14,7 @@ from grsd_jax.experiments.reproduce import analyse as reproduce
 from grsd_jax.experiments.sweep import analyse as sweep
 from grsd_jax.experiments.track import analyse as track
 from grsd_jax.experiments.transport import analyse as transport
+from grsd_jax.results import percent
 from grsd_jax.shells.diagnostics import mostly_unresolved
 
 
@@ -92,7 +93,9 @@ def _measured(results: Mapping[str, Any]) -> Contents:
 def _slope(entry: reproduce.Entry) -> str:
     """Returns a row's slope, with the energy behind it if that is less than half."""
     share = entry.number("unresolved_share") or 0.0
-    held = f" (of {1 - share:.0%} of the energy)" if mostly_unresolved(share) else ""
+    held = (
+        f" (of {percent(1 - share)} of the energy)" if mostly_unresolved(share) else ""
+    )
     return f"{entry.label}, {number(entry.number('diagonal_fit', 'exponent'))}{held}"
 
 

@@ -28,6 +28,7 @@ from grsd_jax.experiments.common.tables import (
     number,
     with_legend,
 )
+from grsd_jax.results import percent
 from grsd_jax.shells import (
     CouplingMeasurement,
     PowerLawFit,
@@ -396,7 +397,7 @@ def _scaling(entry: Entry) -> list[str]:
         number(entry.number("test_accuracy")),
         number(entry.number("n"), ".0f"),
         f"{number(resolved, '.0f')}/{number(pairs, '.0f')}",
-        number(None if outside is None else 1 - outside, ".0%"),
+        MISSING if outside is None else percent(1 - outside),
         str(entry.fields.get("solver") or MISSING),
         _slope(entry, "diagonal_fit", interval=True),
         number(entry.number("diagonal_fit", "r_squared")),

@@ -200,7 +200,8 @@ def _draw_range(axis: Axes, band: Band, color: str, *, bars: bool) -> None:
     if bars:
         axis.vlines(band.at, band.low, band.high, color=color, linewidth=0.7)
     else:
-        shade: Any = {"color": color, "alpha": 0.15, "linewidth": 0}
+        # With a line around it, the range at a single depth is seen too.
+        shade: Any = {"color": color, "alpha": 0.15, "linewidth": 1.0}
         axis.fill_between(band.at, band.low, band.high, **shade)
 
 

@@ -34,9 +34,15 @@ def num_steps(line: Line) -> int:
 
 
 def whole_intervals(lines: Lines) -> list[Line]:
-    """Returns the records that reach from one to the next, without those of --over."""
+    """Returns the records that reach from one to the next, without those of --over.
+
+    Where one of them ends another begins, also in a loop that left a record out; the
+    last is known by its length.
+    """
+    lines = balanced(lines)
+    starts = {line["start_step"] for line in lines}
     longest = max(map(num_steps, lines), default=0)
-    return [x for x in balanced(lines) if num_steps(x) == longest]
+    return [x for x in lines if x["step"] in starts or num_steps(x) == longest]
 
 
 def total_energy(line: Line) -> float:
