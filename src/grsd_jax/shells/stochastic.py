@@ -145,7 +145,8 @@ class StochasticCoupling(NamedResult):
         log_error: ``[S, S]``, the standard error of the logarithm, by that jackknife.
         lanczos_error: ``[S, S]``, the relative change of the first sample when every
             run takes three quarters of its steps.
-        counts: ``[S]``, ``n_a = tr f_a``.
+        counts: ``[S]``, ``n_a = tr f_a``, by the same signs. They have no error of
+            their own: a bulk shell of about one eigenvalue can be far off.
         relative_drift: ``[S]``, ``tr(f_a Mdot) / tr(f_a M)``. ``g(lambda)`` is lambda
             times this, interpolated in log lambda between the middles of the shells.
             Below the rounding of M that of the lowest shell above.
