@@ -275,7 +275,8 @@ def test_gate_runs_the_commands_of_the_readme():
     page, gate = (ROOT / "README.md").read_text(), (ROOT / ".ci" / "run").read_text()
     assert ".venv/bin/pip install -e '.[tests]'" in page
     assert ".venv/bin/pytest -n auto" in page
-    assert "\"$bin/pip\" install -e '.[dev]'" in gate  # dev contains tests
+    install = "\"$bin/pip\" install --no-compile -e '.[dev]'"  # dev contains tests
+    assert install in gate
     assert '"$bin/pytest" -n auto' in gate
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert "grsd-jax[tests,docs]" in extras["optional-dependencies"]["dev"]

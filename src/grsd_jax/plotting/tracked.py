@@ -239,7 +239,9 @@ def _band(
 
 
 def _hollow(ax: "Axes", x: np.ndarray, y: np.ndarray, style: dict[str, Any]) -> None:
-    """Draws points that cannot be relied on."""
+    """Draws points that cannot be relied on, if there are any."""
+    if not np.isfinite(y).any():
+        return
     hollow: Any = {"linestyle": "", "markerfacecolor": "white", "label": None}
     ax.plot(x, y, **_MARKS | style | hollow)
 
