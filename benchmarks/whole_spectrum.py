@@ -145,8 +145,8 @@ def measured(
 
 
 def fingerprint(weights: Weights) -> str:
-    """Returns a checksum of the parameters."""
-    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(weights.params)]
+    """Returns a checksum of the parameters and of the statistics beside them."""
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(tuple(weights))]
     return hashlib.sha256(b"".join(leaf.tobytes() for leaf in leaves)).hexdigest()
 
 

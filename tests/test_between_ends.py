@@ -1,5 +1,6 @@
 """The exact balance between two points of a training, by every solver."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -359,13 +360,27 @@ def test_other_losses_and_targets_of_the_same_examples_are_refused():
     def twice(logits, label, share):
         return 2 * smoothed(logits, label, share)
 
+    @dataclasses.dataclass(frozen=True)
+    class Smoothed:
+        share: float
+
+        def __call__(self, logits, label):
+            return smoothed(logits, label, self.share)
+
+        def method(self, logits, label):
+            return smoothed(logits, label, self.share)
+
     alike = [
         (bound(0.1), bound(0.1)),
+        (Smoothed(0.1), Smoothed(0.1)),
+        (Smoothed(0.1).method, Smoothed(0.1).method),
         (closed_over(0.1), closed_over(0.1)),
         (jax.jit(closed_over(0.1)), jax.jit(closed_over(0.1))),
     ]
     different = [
         (bound(0.1), bound(0.2)),
+        (Smoothed(0.1), Smoothed(0.2)),
+        (Smoothed(0.1).method, Smoothed(0.2).method),
         (closed_over(0.1), closed_over(0.2)),
         (closed_over(0.1), closed_over(0.1, twice)),
         (jax.jit(closed_over(0.1)), jax.jit(closed_over(0.2))),

@@ -63,15 +63,25 @@ def _name_of(function: Any, depth: int = _DEPTH) -> str:
         bound = [*enumerate(function.args), *sorted(function.keywords.items())]
         return f"{_name_of(function.func, depth)} with {_stated_values(bound, depth)}"
     name = getattr(function, "__qualname__", type(function).__qualname__)
-    inner = inspect.unwrap(function)
+    inner, owner = _opened(inspect.unwrap(function))
     if not isinstance(inner, types.FunctionType):
         return name
     bound = [
+        *sorted(getattr(owner, "__dict__", {}).items()),
         *enumerate(inner.__defaults__ or ()),
         *sorted((inner.__kwdefaults__ or {}).items()),
         *inspect.getclosurevars(inner).nonlocals.items(),
     ]
     return f"{name} {_code_of(inner.__code__)} with {_stated_values(bound, depth)}"
+
+
+def _opened(function: Any) -> tuple[Any, Any]:
+    """Returns the plain function of a method or of a callable object, and its owner."""
+    if isinstance(function, types.FunctionType):
+        return function, None
+    if isinstance(function, types.MethodType):
+        return function.__func__, function.__self__
+    return getattr(type(function), "__call__", None), function  # noqa: B004
 
 
 def _stated_values(bound: list[tuple[Any, Any]], depth: int) -> list[tuple[Any, str]]:

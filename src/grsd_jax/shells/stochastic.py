@@ -457,9 +457,8 @@ def measure_stochastic_coupling(
 
     Leading pairs by Lanczos, then `stochastic_shell_coupling`. M and Mdot are formed
     once if they fit, the examples are independent, and that takes fewer operations than
-    products with so many columns.
-    It runs eagerly, driven from the host, since the number of steps for the leading
-    pairs depends on the data.
+    products with so many columns. It runs eagerly, driven from the host, since the
+    number of steps for the leading pairs depends on the data.
 
     Args:
         problem: The problem, its batches on one device.
