@@ -92,6 +92,13 @@ def assert_within_errors(found, expected, num_used=1):
     assert found.finite
 
 
+def assert_growth_within_errors(found, whole):
+    known = np.asarray(found.grows & whole.grows)
+    off = np.abs(found.growth - whole.growth)
+    assert np.all((off <= found.growth_error + whole.growth_error)[known])
+    return np.isfinite(np.asarray(found.growth_error)[known])
+
+
 @pytest.mark.parametrize(
     ("activation", "optimizer"),
     [
@@ -114,6 +121,7 @@ def test_balance_of_a_training_is_right_within_its_errors(activation, optimizer)
         assert np.sum(resolved) >= 3
         found = exact_balance(*ends, shells(), solver=LONG, elapsed=0.5, key=KEY)
         assert_within_errors(found, expected)
+        assert np.sum(assert_growth_within_errors(found, dense)) >= 3
         assert np.sum(found.converged) >= 3
 
 
@@ -122,9 +130,11 @@ def test_a_short_run_says_which_edges_it_has_reached():
     _, after = train(problem, params, optax.sgd(0.3), [4])
     ends = (problem, params), (problem, after)
     expected = by_definition(*(in_double(*end) for end in ends), EDGES, 0.5)
+    whole = exact_balance(*ends, shells(), solver="dense", elapsed=1.0)
     for steps in (SHORT, MEAN):
         found = exact_balance(*ends, shells(), solver=steps, elapsed=1.0, key=KEY)
         assert_within_errors(found, expected, num_used=0)
+        assert assert_growth_within_errors(found, whole).any()
         assert not found.converged[0]
         assert found.converged[-1]
         # Once an edge has not converged, none below it counts.
@@ -183,6 +193,7 @@ def test_a_start_from_the_mean_says_what_it_may_not_see(share):
     for name, error in AMOUNTS.items():
         off = np.abs(getattr(found, name) - getattr(whole, name))
         assert np.all(off <= getattr(found, error) + getattr(whole, error)), name
+    assert_growth_within_errors(found, whole)
     known = np.isfinite(found.energy_error)
     assert np.max(np.abs(found.energies - whole.energies)[known]) > share**2
 

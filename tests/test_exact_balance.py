@@ -214,6 +214,23 @@ def test_a_kernel_that_only_grows_has_one_shift_and_no_excess(growth):
         np.testing.assert_allclose(found.excess_velocity, 0, atol=1e-10)
 
 
+def test_growth_is_off_by_the_error_of_the_flux_over_the_density_there():
+    matrix, error = random_end(5)
+    before, after = (
+        snapshot_of(np.exp(u) * matrix, error, jnp.float32) for u in (0, 0.7)
+    )
+    found = balance(before, after, elapsed=2.0)
+    density = np.einsum("i,kij,j->k", error, functions(after, EDGES, 0.5)[1], error)
+    expected = found.flux_error / density
+    np.testing.assert_allclose(found.growth_error, expected, rtol=0.05)
+    np.testing.assert_allclose(found.shift_velocity_error, expected / 2, rtol=0.05)
+    assert np.all(np.abs(found.growth - 0.7) <= found.growth_error)
+    # An edge above nearly all energy: no growth is sure to reach it.
+    steep = snapshot_of(matrix, 1e-6 * error, jnp.float32)
+    far = balance(before, steep, [*EDGES, 1e12])
+    assert np.isnan(far.growth_error[-1]) or np.isinf(far.growth_error[-1])
+
+
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("width", [0, 1 / 2])
 def test_small_steps_have_the_rates_of_the_flow_to_first_order(width):
@@ -297,6 +314,7 @@ def test_balance_follows_the_scales_of_kernel_and_error(scale):
             np.testing.assert_allclose(value, getattr(found, name), rtol=1e-3)
         np.testing.assert_allclose(other.velocity, found.velocity, rtol=1e-4)
         np.testing.assert_allclose(other.growth, found.growth, rtol=1e-4)
+        np.testing.assert_allclose(other.growth_error, found.growth_error, rtol=1e-2)
         assert other.finite
 
 

@@ -153,6 +153,22 @@ def test_a_law_in_a_program_makes_no_nan():
         np.testing.assert_allclose(got, expected, rtol=1e-9)
 
 
+@pytest.mark.usefixtures("x64")
+def test_each_velocity_has_its_own_error():
+    balance = between(drifting(ENERGIES["flat"], 0.3), 0.3)
+    still = dataclasses.replace(balance, growth_error=0 * balance.growth_error)
+    loose = dataclasses.replace(balance, growth_error=0.1 + 0 * balance.growth_error)
+    for velocity, wider in (("flux", False), ("excess", False), ("shift", True)):
+        first, second = (laws([b], [1.0], velocity=velocity) for b in (still, loose))
+        assert bool(second.rate_stderr[0] > first.rate_stderr[0]) == wider
+    used = int(balance.velocity_mask.sum())
+    np.testing.assert_allclose(
+        second.rate_stderr[0],
+        np.hypot(first.rate_stderr[0], 0.1 / 0.3 / np.sqrt(used)),
+        rtol=1e-9,
+    )
+
+
 def test_bad_laws_are_told():
     with jax.enable_x64(True):
         balance = between(drifting(ENERGIES["flat"], 0.01))

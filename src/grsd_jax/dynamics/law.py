@@ -130,11 +130,14 @@ def _forms(balance: ExactBalance, velocity: str) -> _Forms:
         return jnp.where(known, values, 0) - jnp.where(known, counted, 0), known
 
     forms = form(balance.velocity), form(balance.shift_velocity)
-    (first, mask), (second, _) = forms[::-1] if velocity == "shift" else forms
+    error = balance.velocity_error
+    if velocity == "shift":
+        forms, error = forms[::-1], balance.shift_velocity_error
+    (first, mask), (second, _) = forms
     return _Forms(
         velocity=first,
         other=second,
-        error=jnp.where(mask, balance.velocity_error, 0) + stderr,
+        error=jnp.where(mask, error, 0) + stderr,
         effective_edges=jnp.where(mask, balance.effective_edges, 0),
         edges=balance.shells.edges,
         mask=mask,

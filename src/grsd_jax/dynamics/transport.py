@@ -99,6 +99,7 @@ class Counting(NamedResult):
         **dict.fromkeys(_NUMBERS, "finite"),
         "effective_edges": "has_energy",
         "growth": "grows",
+        "growth_error": "grows",
         "elapsed": "timed",
     },
     units=dict.fromkeys(("energies", "lost", "moved", "flux"), "|e|^2"),
@@ -107,6 +108,7 @@ class Counting(NamedResult):
         "velocity",
         "velocity_error",
         "shift_velocity",
+        "shift_velocity_error",
         "counting_velocity",
         "excess_velocity",
         "velocity_mask",
@@ -125,6 +127,7 @@ class Counting(NamedResult):
         "density",
         "effective_edges",
         "growth",
+        "growth_error",
         "grows",
         "counting",
         "elapsed",
@@ -165,6 +168,8 @@ class ExactBalance(Result):
         growth: [q], the shift ``u_k`` in log lambda by which the old kernel would have
             to grow to hold as much of both errors above the edge as the new one; NaN
             where it is not known.
+        growth_error: [q], how far ``growth`` moves if the flux is off by its error;
+            infinite where no growth at all may put as much energy above the edge.
         grows: [q] bool, where it is: not for sharp shells, nor if no growth does it.
         counting: The same of the number of eigenvalues; None if it was not computed.
         elapsed: [], the time that passed; NaN if it is unknown or has no meaning.
@@ -198,6 +203,7 @@ class ExactBalance(Result):
     density: jax.Array
     effective_edges: jax.Array
     growth: jax.Array
+    growth_error: jax.Array
     grows: jax.Array
     counting: Counting | None
     elapsed: jax.Array
@@ -244,6 +250,11 @@ class ExactBalance(Result):
     def shift_velocity(self) -> jax.Array:
         """``u_k / Delta tau``, [q], for large intervals, where `velocity` is coarse."""
         return _over(self.growth, self._time, where=self.grows)
+
+    @property
+    def shift_velocity_error(self) -> jax.Array:
+        """The error of `shift_velocity`, [q]."""
+        return _over(self.growth_error, self._time, where=self.grows)
 
     @property
     def counting_velocity(self) -> jax.Array | None:
@@ -418,7 +429,7 @@ def balance_spectra(
     if matched:
         old = shells.above(full.before.values)
         rotation = matmul(old.T, after - before)
-    growth, grows = _growth(full, shells, before, after)
+    growth, growth_error, grows = _growth(pairings, shells, errors.flux, square)
     amounts = (found.energies, found.lost, found.moved, found.flux, found.density)
     return ExactBalance(
         shells=shells,
@@ -430,6 +441,7 @@ def balance_spectra(
         density=units * found.density,
         effective_edges=found.effective_edges,
         growth=growth,
+        growth_error=growth_error,
         grows=grows,
         counting=None,
         elapsed=jnp.zeros((), dtype),
@@ -543,27 +555,57 @@ def _joint(pairing: Pairing, members: jax.Array, which: int) -> jax.Array:
 
 
 def _growth(
-    pairing: Pairing, shells: SoftShells, before: jax.Array, after: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+    pairings: Sequence[Pairing],
+    shells: SoftShells,
+    flux_error: jax.Array,
+    square: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns u_k with ``e^T up_k(e^u M_0) e = e^T up_k(M_1) e``, and if there is one.
 
-    By bisection.
+    Between both its error: how far it lies from where the right side is higher or lower
+    by the error of the flux, and from that of the other spectra.
     """
-    target = matmul(shells.above(pairing.after.values).T, after)
     if not shells.width:
-        return jnp.zeros_like(target), jnp.zeros(target.shape, bool)
+        nothing = jnp.zeros_like(flux_error)
+        return nothing, nothing, jnp.zeros(nothing.shape, bool)
+    known = jnp.isfinite(flux_error)
+    error = jnp.where(known, flux_error, 0)
+    offsets = jnp.stack([jnp.zeros_like(error), -error, error])
+    (growth, *ends), (reached, *ended) = _grown(pairings[0], shells, offsets, square)
+    apart = jnp.maximum(*(jnp.abs(end - growth) for end in ends))
+    bounded = known & ended[0] & ended[1]
+    for other in pairings[1:]:
+        again, found = _grown(other, shells, offsets[:1], square)
+        apart = apart + jnp.abs(again[0] - growth)
+        bounded &= found[0]
+    return growth, jnp.where(bounded, apart, jnp.inf), reached
 
+
+def _grown(
+    pairing: Pairing, shells: SoftShells, offsets: jax.Array, square: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the growths at which the sides differ by ``offsets``, ``[targets, q]``.
+
+    By bisection; and whether there is one, 0 where there is not.
+    """
+    before = _weights(pairing.before, square)
+    above = matmul(
+        shells.above(pairing.after.values).T, _weights(pairing.after, square)
+    )
+    targets = above[None] + offsets
+
+    @jax.vmap
     def held(growth: jax.Array) -> jax.Array:
         return matmul(shells.above(pairing.before.values, growth).T, before)
 
     def halve(_: int, ends: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = ends
         middle = (low + high) / 2
-        under = held(middle) < target
+        under = held(middle) < targets
         return jnp.where(under, middle, low), jnp.where(under, high, middle)
 
-    low = jnp.full_like(target, -_MOST_GROWTH)
-    reached = (held(low) < target) & (target < held(-low))
+    low = jnp.full_like(targets, -_MOST_GROWTH)
+    reached = (held(low) < targets) & (targets < held(-low))
     low, high = jax.lax.fori_loop(0, _HALVINGS, halve, (low, -low))
     return jnp.where(reached, (low + high) / 2, 0), reached
 

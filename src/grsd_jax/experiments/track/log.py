@@ -188,6 +188,7 @@ _BALANCE = (
     "moved_error",
     "density_error",
     "velocity_error",
+    "shift_velocity_error",
     "converged",
     "rounding",
 )
