@@ -192,7 +192,7 @@ def test_the_range_over_seeds_is_seen_at_a_single_depth():
     from matplotlib.figure import Figure
 
     axis, point = Figure().subplots(), np.ones(1)
-    band = figures.Band(4 * point, point, 2 * point, 3 * point)
+    band = figures.Band(4 * point, point, 2 * point, 3 * point, point, point)
     figures._draw_range(axis, band, "red", bars=False)
     (drawn,) = axis.collections
     (path,) = drawn.get_paths()
@@ -239,6 +239,25 @@ def test_figures_show_means_in_bands_over_seeds(tmp_path, monkeypatch):
     )
     np.testing.assert_array_equal(again.get_ydata(), line.get_ydata())
     assert "resmlp, s = 0.3" in analyse.format_sweep(fake_rows())
+
+
+def test_means_of_some_seeds_say_how_many_and_of_none_leave_a_gap():
+    """A diverged seed, or an undefined number, is not passed over."""
+    rows = trend("cnn", None, (True, True, True))
+    for row in rows:
+        if row["depth"] == 4 and row["seed"] == 1:
+            row |= {"toeplitz_residual": math.nan, "r_squared": math.inf}
+        if row["depth"] == 8:
+            row["toeplitz_residual"] = None
+    table = {row[1]: row for row in analyse.mean_rows(rows)[1:]}
+    assert [table[depth][5] for depth in "248"] == ["0.5", "0.5 (2 of 3)", "n/a"]
+    assert table["4"][7] == "0.904 (2 of 3)"
+    assert analyse.depth_rows(rows)[1][4] == "n/a"  # two depths make no trend
+    figure = figures._coupling(figures.lines_of(rows))
+    axis = figure.axes[0]
+    np.testing.assert_array_equal(axis.lines[0].get_ydata(), [0.5, 0.5, np.nan, 0.5])
+    assert [x.get_text() for x in axis.texts] == ["2 of 3"]
+    assert axis.texts[0].xy == (axis.lines[0].get_xdata()[1], 0.5)
 
 
 def test_widths_and_activations_are_lines_of_their_own():
@@ -304,7 +323,8 @@ def test_the_trend_with_depth_is_told_by_ranks():
         + trend("cnn", None, (False, False))
     )
     up, down = "1.00 [1.00, 1.00]", "-1.00 [-1.00, -1.00]"
-    assert first == ["rescnn, s = 0.1", "2, 4, 8, 16", down, down, up]
+    known = f"{up} (9 of 12)"  # R^2 is undefined at one of four depths
+    assert first == ["rescnn, s = 0.1", "2, 4, 8, 16", down, down, known]
     assert second[2] == "-0.33 [-1.00, 1.00]"
     assert third[2] == up
     unfinished = [

@@ -275,11 +275,37 @@ def test_networks_are_compared_within_a_seed():
     rows = {row[1]: row for row in analyse.arm_rows(results, "main")}
     paired = rows[analyse.HEADINGS["edge_spread"]][4]
     assert paired == "ratio 2.000 [2.000, 2.000]"  # the seeds themselves scatter
-    assert rows[analyse.HEADINGS["exponent"]][2] == "1.100 [1.100, 1.100]"
+    of_exponents = rows[analyse.HEADINGS["exponent"]][2]
+    assert of_exponents == "1.100 [1.100, 1.100] (8 of 12)"  # each has an undefined one
+    assert "of" not in rows[analyse.HEADINGS["size"]][2]
     assert len(analyse.reading_rows(results, "main")) == 1 + len(protocol.READINGS)
     text = analyse.format_transport(results)
     assert "4 paired seeds" in text
     assert " ".join(analyse.LEGEND) in " ".join(text.split())
+
+
+def test_quantities_say_of_how_many_intervals_they_are():
+    results = planted()
+    for read in results["runs"][0]["readings"]:  # too few edges in one of 4 x 3
+        read["products"][1] = [0.5, None, None, None, None, None, None, 0.5]
+    rows = {row[1]: row for row in analyse.arm_rows(results, "main")}
+    size = rows[analyse.HEADINGS["size"]]
+    assert size[2].endswith("] (11 of 12)")
+    assert size[3].endswith("]")
+
+
+def test_means_of_some_seeds_are_hollow():
+    runs = analyse.runs_by_network(planted(), "main")
+    assert not figures._products(runs).get_supxlabel()
+    read = analyse.reading_of(runs["resnet18"][0])
+    read["products"][1][3] = None
+    figure = figures._products(runs)
+    assert "hollow" in figure.get_supxlabel()
+    first, second = figure.axes
+    (hollow,) = (x for x in first.lines if str(x.get_markerfacecolor()) == "white")
+    values = [analyse.reading_of(run)["products"][1][3] for run in runs["resnet18"]]
+    np.testing.assert_allclose(hollow.get_ydata(), [np.mean(values[1:])])
+    assert all(str(x.get_markerfacecolor()) != "white" for x in second.lines)
 
 
 def test_spreads_are_compared_over_the_edges_that_both_networks_can_use():

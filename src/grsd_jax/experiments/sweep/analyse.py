@@ -62,7 +62,8 @@ COLUMNS = (
 
 #: What the columns of the tables mean.
 LEGEND: Legend = (
-    "Cells: the trainings, of which each number is the mean.",
+    "Cells: the trainings, of which each number is the mean; '(2 of 3)' if only so "
+    "many have it.",
     "Toeplitz: residual of the renormalized coupling, 0 if it is log-shift invariant. "
     "Slope and R^2: of |Mdot_ii| against lambda_i.",
     "L var(mean)/var: of the increments over L blocks, 1 if they are independent. "
@@ -219,7 +220,8 @@ def mean_rows(rows: Sequence[Row]) -> list[list[str]]:
         rows: The rows.
 
     Returns:
-        Rows of cells, headings first; "n/a" where undefined.
+        Rows of cells, headings first; "n/a" where undefined, and how many have it where
+        some do not.
     """
     columns = {
         "loss": "train_loss",
@@ -241,7 +243,14 @@ def mean_rows(rows: Sequence[Row]) -> list[list[str]]:
 
 def _mean(cells: Sequence[Row], key: str) -> str:
     values = [v for v in (finite(row[key]) for row in cells) if v is not None]
-    return number(sum(values) / len(values) if values else None, ".3g")
+    if not values:
+        return MISSING
+    text = number(sum(values) / len(values), ".3g")
+    return text + _of_how_many(len(values), len(cells))
+
+
+def _of_how_many(known: int, whole: int) -> str:
+    return "" if known == whole else f" ({known} of {whole})"
 
 
 def depth_rows(rows: Sequence[Row]) -> list[list[str]]:
@@ -256,8 +265,8 @@ def depth_rows(rows: Sequence[Row]) -> list[list[str]]:
 
     Returns:
         Rows of cells, headings first: for each network the mean and the range over
-        seeds of Spearman's correlation with depth; "n/a" where that of a seed is
-        undefined.
+        seeds of Spearman's correlation with depth, and how many of the cells they stand
+        on where some do not have the quantity; "n/a" where that of a seed is undefined.
     """
     table = [
         [
@@ -271,27 +280,33 @@ def depth_rows(rows: Sequence[Row]) -> list[list[str]]:
     for line in lines_of(rows):
         depths = sorted({row["depth"] for row in line.rows})
         correlations: dict[str, list[float]] = {}
+        known: dict[str, int] = {}
         for seed in sorted({row["seed"] for row in line.rows}):
             of_seed = [row for row in line.rows if row["seed"] == seed]
             at = [row["depth"] for row in of_seed]
             slopes = [finite(row["slope"]) for row in of_seed]
             for name, values in {
-                "middle third": [row["toeplitz_middle_third"] for row in of_seed],
+                "middle third": [finite(x["toeplitz_middle_third"]) for x in of_seed],
                 "distance": [None if x is None else abs(x - 1) for x in slopes],
-                "R^2": [row["r_squared"] for row in of_seed],
+                "R^2": [finite(row["r_squared"]) for row in of_seed],
             }.items():
                 found = rank_correlation(at, values)
                 correlations.setdefault(name, []).append(found)
-        cells = [_mean_and_range(found) for found in correlations.values()]
+                had = sum(value is not None for value in values)
+                known[name] = known.get(name, 0) + had
+        cells = [
+            _mean_and_range(found, _of_how_many(known[name], len(line.rows)))
+            for name, found in correlations.items()
+        ]
         table.append([line.label, ", ".join(map(str, depths)), *cells])
     return table
 
 
-def _mean_and_range(values: Sequence[float]) -> str:
+def _mean_and_range(values: Sequence[float], standing: str) -> str:
     mean = float(np.mean(values))
     if math.isnan(mean):
         return MISSING
-    return f"{mean:.2f} [{min(values):.2f}, {max(values):.2f}]"
+    return f"{mean:.2f} [{min(values):.2f}, {max(values):.2f}]{standing}"
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float | None]) -> float:

@@ -2,7 +2,8 @@
 
 Every line is a network at one width, activation and branch scale; it goes through the
 mean over seeds. A band reaches from the smallest to the largest seed, or a bar where
-bands would cover each other. What a cell could not measure is left out.
+bands would cover each other. What no seed could measure is a gap, and what only some
+could says how many.
 """
 
 import math
@@ -58,12 +59,16 @@ class Band(NamedTuple):
         low: ``[points]``, the smallest.
         mean: ``[points]``.
         high: ``[points]``, the largest.
+        known: ``[points]``, how many of the cells have the quantity.
+        cells: ``[points]``, the cells.
     """
 
     at: np.ndarray
     low: np.ndarray
     mean: np.ndarray
     high: np.ndarray
+    known: np.ndarray
+    cells: np.ndarray
 
 
 def band_of(line: Line, x: str, y: str) -> Band:
@@ -72,22 +77,24 @@ def band_of(line: Line, x: str, y: str) -> Band:
     Args:
         line: The line.
         x: The column that the band runs over.
-        y: The quantity; what is undefined is left out.
+        y: The quantity, over the cells that have it.
 
     Returns:
-        The band, empty where nothing is defined.
+        The band, NaN where no cell has the quantity.
     """
-    values: dict[float, list[float]] = {}
+    cells: dict[float, list[float | None]] = {}
     for row in line.rows:
-        at, value = finite(row[x]), finite(row[y])
-        if at is not None and value is not None:
-            values.setdefault(at, []).append(value)
-    points = sorted(values)
-    summaries = (min, np.mean, max)
-    return Band(
-        np.array(points),
-        *(np.array([summary(values[at]) for at in points]) for summary in summaries),
+        at = finite(row[x])
+        if at is not None:
+            cells.setdefault(at, []).append(finite(row[y]))
+    points = sorted(cells)
+    known = [[v for v in cells[at] if v is not None] for at in points]
+    low, mean, high = (
+        np.array([summary(values) if values else np.nan for values in known])
+        for summary in (min, np.mean, max)
     )
+    counts = (np.array([*map(len, g)]) for g in (known, [cells[at] for at in points]))
+    return Band(np.array(points), low, mean, high, *counts)
 
 
 def write_sweep_figures(rows: Sequence[Row], folder: files.PathLike) -> list[Path]:
@@ -175,13 +182,14 @@ def _panels(
         axis.set_ylabel(names[column])
         for place, line in enumerate(lines):
             band, look = band_of(line, x, column), looks[line.label]
-            if not len(band.at):
+            if not band.known.any():
                 continue
             if bars:  # side by side
                 aside = 1.4 ** ((place + 0.5) / len(lines) - 0.5)
                 band = band._replace(at=band.at * aside)
             axis.plot(band.at, band.mean, label=line.label, **look)
             _draw_range(axis, band, look["color"], bars=bars)
+            _say_how_many(axis, band, look["color"])
         if not axis.lines:
             say_empty(axis, "not measured")
         if x == "depth":
@@ -203,6 +211,15 @@ def _draw_range(axis: Axes, band: Band, color: str, *, bars: bool) -> None:
         # With a line around it, the range at a single depth is seen too.
         shade: Any = {"color": color, "alpha": 0.15, "linewidth": 1.0}
         axis.fill_between(band.at, band.low, band.high, **shade)
+
+
+def _say_how_many(axis: Axes, band: Band, color: str) -> None:
+    """Writes beside a mean that it is that of some cells alone."""
+    for k in np.flatnonzero((band.known > 0) & (band.known < band.cells)):
+        axis.annotate(
+            f"{band.known[k]} of {band.cells[k]}", (band.at[k], band.mean[k]),
+            xytext=(3, 3), textcoords="offset points", color=color, fontsize="x-small",
+        )  # fmt: skip
 
 
 def _legend(figure: Figure, panels: Mapping[str, Axes]) -> None:
@@ -235,7 +252,10 @@ def _cut_outliers(axis: Axes, bands: Mapping[str, Band]) -> None:
     box plots. Three seeds that disagree by far are one such point.
     """
     points = [
-        (name, *each) for name, x in bands.items() for each in zip(*x, strict=True)
+        (name, *each)
+        for name, x in bands.items()
+        for each in zip(x.at, x.low, x.mean, x.high, strict=True)
+        if np.isfinite(each).all()
     ]
     if not points:
         return
@@ -263,7 +283,7 @@ def _increments(lines: Sequence[Line]) -> Figure:
     averaged = panels["initial_variance_of_mean"]
     averaged.set_yscale("log")
     bands = [band_of(line, "depth", "initial_variance_of_mean") for line in lines]
-    bands = [band for band in bands if len(band.at) and band.mean[0] > 0]
+    bands = [band for band in bands if len(band.at) and band.mean[0] > 0]  # not NaN
     if bands:  # a guide above the highest line
         highest = max(bands, key=lambda band: band.mean[0])
         guide = 1.5 * highest.mean[0] * highest.at[0] / highest.at

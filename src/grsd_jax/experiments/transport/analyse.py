@@ -39,7 +39,8 @@ HEADINGS = {
 
 #: What the rows of the tables mean.
 LEGEND: Legend = (
-    "Means over seeds with 95% intervals of Student's t.",
+    "Means over seeds with 95% intervals of Student's t; '(37 of 40)' if only so many "
+    "intervals of time can be used.",
     "Spreads are standard deviations of (v - v^N) tau: over edges (median of the "
     "intervals), and of the intervals' means. Their ratio is above 1 where the first "
     "network is flatter or steadier. Common edges are those that are usable in both "
@@ -190,12 +191,33 @@ def arm_rows(results: Mapping[str, Any], arm: str) -> list[list[str]]:
     rows = [["arm", "quantity", *titles, "second to first, paired", "+- over images"]]
     for quantity, heading in HEADINGS.items():
         values = [_values(x, quantity) for x in runs.values()]
-        each = [str(t_interval(x)) for x in values]
+        each = [
+            f"{t_interval(x)}{_of_how_many(runs[name], quantity)}"
+            for name, x in zip(runs, values, strict=True)
+        ]
         kind = "ratio " if quantity.endswith("spread") else "difference "
         paired = f"{kind}{compared(quantity, *values)}"
         images = [_image_error(x, quantity) for x in runs.values()]
         rows.append([arm, heading, *each, paired, " and ".join(images)])
     return rows
+
+
+def _of_how_many(runs: Runs, quantity: str) -> str:
+    """Returns how many intervals a quantity stands on, if not on all of them.
+
+    The statistics need edges enough, and the fits are undefined without.
+    """
+    if quantity in STATISTICS:
+        each = [np.array(reading_of(x)["products"], np.float64) for x in runs]
+        enough = Protocol().min_edges
+        known = [np.sum(np.isfinite(x), axis=1) >= enough for x in each]
+    elif quantity in ("exponent", "curvature"):
+        values = [reading_of(x)[f"{quantity}s"] for x in runs]
+        known = [np.isfinite(np.array(x, np.float64)) for x in values]
+    else:
+        return ""
+    have, whole = int(np.sum(known)), np.size(known)
+    return "" if have == whole else f" ({have} of {whole})"
 
 
 def reading_rows(results: Mapping[str, Any], arm: str) -> list[list[str]]:

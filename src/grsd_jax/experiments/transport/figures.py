@@ -45,6 +45,7 @@ _LOOKS = {
 }
 
 _SEEDS = "means over seeds with their 95% intervals"
+_HOLLOW = "hollow: a mean over some of the seeds, where the others are undefined"
 
 #: How far the second network is drawn beside the first, so that no bar hides another.
 _ASIDE = 1.06
@@ -206,8 +207,12 @@ def _with_bars(
     axis: Axes, places: np.ndarray, values: np.ndarray, *, color: Any, marker: str,
     label: str,
 ) -> None:  # fmt: skip
-    """Draws means over seeds, ``[seeds, places]``, of those that are known there."""
+    """Draws means over seeds, ``[seeds, places]``, of those that are known there.
+
+    Hollow where some are not.
+    """
     known = [column[np.isfinite(column)] for column in values.T]
+    some = np.array([0 < len(column) < len(values) for column in known])
     found = [t_interval(x if len(x) else np.array([np.nan])) for x in known]
     means = np.array([x.mean for x in found])
     half = np.array([x.high - x.mean for x in found])
@@ -215,6 +220,12 @@ def _with_bars(
         places, means, np.where(np.isfinite(half), half, 0), color=color,
         marker=marker, markersize=3, elinewidth=0.7, label=label,
     )  # fmt: skip
+    if some.any():
+        axis.plot(
+            places[some], means[some], marker, color=color, markersize=3,
+            markerfacecolor="white", zorder=3,
+        )  # fmt: skip
+        axis.figure.supxlabel(_HOLLOW, fontsize="small")
 
 
 def _float(value: Any) -> float:
