@@ -65,6 +65,11 @@ def _listed(name):
 _MARKED = {name: _listed(f"{name}.txt") for name in ("slow", "scheduled")}
 
 
+#: The key of what `_unknown` returns. Raised at once, it would end the workers of
+#: pytest-xdist without a word.
+UNKNOWN = pytest.StashKey()
+
+
 @pytest.hookimpl(tryfirst=True)  # before `-m` reads the marks
 def pytest_collection_modifyitems(config, items):
     """Marks the tests that are listed, and keeps those of the mode.
@@ -75,8 +80,7 @@ def pytest_collection_modifyitems(config, items):
         for mark, listed in _MARKED.items():
             if item.nodeid in listed:
                 item.add_marker(getattr(pytest.mark, mark))
-    if config.args == config.getini("testpaths"):
-        _check_lists({item.nodeid for item in items})
+    config.stash[UNKNOWN] = _unknown({item.nodeid for item in items})
     mode = config.getoption("--mode")
     if mode is None:
         return
@@ -89,16 +93,26 @@ def pytest_collection_modifyitems(config, items):
     items[:] = kept
 
 
-def _check_lists(collected):
-    """Raises UsageError for a listed test that does not exist, as after a renaming.
+def _unknown(collected):
+    """Returns the listed tests that do not exist, as after a renaming, of these files.
 
     Files without any test are passed over: their optional package may be absent.
     """
     files = {node.partition("::")[0] for node in collected}
-    for mark, listed in _MARKED.items():
-        for node in sorted(listed - collected):
-            if node.partition("::")[0] in files:
-                raise pytest.UsageError(f"tests/{mark}.txt: there is no test {node}.")
+    return [
+        f"tests/{mark}.txt: there is no test {node}"
+        for mark, listed in _MARKED.items()
+        for node in sorted(listed - collected)
+        if node.partition("::")[0] in files
+    ]
+
+
+@pytest.fixture
+def unknown_tests(request):
+    """What the lists of marked tests name that does not exist, if all was collected."""
+    if request.config.args != request.config.getini("testpaths"):
+        pytest.skip("only part of the tests was collected")
+    return request.config.stash[UNKNOWN]
 
 
 #: Compiled programs kept from test to test; each holds more than a mebibyte.
