@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from grsd_jax._arrays import all_finite, divisor, matmul
 from grsd_jax._checks import check_at_least, check_key
 from grsd_jax._typing import PyTree
+from grsd_jax.dynamics.amount_errors import rounding_floors
 from grsd_jax.dynamics.between_ends import (
     KrylovSpaces,
     KrylovSteps,
@@ -21,7 +22,6 @@ from grsd_jax.dynamics.between_ends import (
 )
 from grsd_jax.dynamics.fingerprint import fingerprint
 from grsd_jax.dynamics.spectra import pair_krylov, stacked_point
-from grsd_jax.dynamics.transport import rounding_floors
 from grsd_jax.linalg.lanczos import block_lanczos
 from grsd_jax.problem import Problem
 from grsd_jax.results import NamedResult, result

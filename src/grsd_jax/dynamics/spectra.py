@@ -15,8 +15,8 @@ from grsd_jax._checks import (
     check_single_or_double,
 )
 from grsd_jax._typing import PyTree
+from grsd_jax.dynamics.amounts import Pairing, Spectrum
 from grsd_jax.dynamics.fingerprint import fingerprint
-from grsd_jax.dynamics.transport import Pairing, Spectrum
 from grsd_jax.kernel.dense import dense_at
 from grsd_jax.kernel.products import held_products
 from grsd_jax.linalg.eigenpairs import leading_eigenpairs

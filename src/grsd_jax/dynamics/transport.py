@@ -10,29 +10,29 @@ too, so that closure is no evidence of accuracy.
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grsd_jax._arrays import divisor, matmul, norm, ratio, where_defined
+from grsd_jax._arrays import matmul, ratio, where_defined
+from grsd_jax.dynamics.amount_errors import (
+    amount_errors,
+    converged_edges,
+    rounding_floors,
+    unseen_errors,
+)
+from grsd_jax.dynamics.amounts import (
+    Pairing,
+    amounts_of,
+    growth_of,
+    scaled,
+    units_of,
+    weights_of,
+)
 from grsd_jax.results import NamedResult, Result, number, result, span
 from grsd_jax.shells.soft_shells import SoftShells
-
-#: The size of what rounding adds to a kernel, over ``eps lambda_max``, and to sums of
-#: energies, over ``eps |e|^2``: bounds on small networks.
-_KERNEL_ROUNDING, _SUM_ROUNDING = 3.0, 4.0
-
-#: Pairs this many roundings from a sharp edge may lie on either side of it.
-_AMBIGUOUS = 8.0
-
-#: Eigenvalues relatively closer than this have the mean of both slopes as the divided
-#: difference of a step, which would cancel.
-_NEAR = 1e-3
-
-#: How far a spectrum may have grown or shrunk, in log lambda, and the halvings to it.
-_MOST_GROWTH, _HALVINGS = 40.0, 64
 
 #: The fields of a balance that are errors.
 ERRORS = ("energy_error", "lost_error", "moved_error", "flux_error", "density_error")
@@ -49,33 +49,6 @@ _NUMBERS = (
     "rounding",
     *ERRORS,
 )
-
-
-class Spectrum(NamedTuple):
-    """One kernel's pairs, as the two errors see them.
-
-    Attributes:
-        values: ``[r]``, eigenvalues or Ritz values.
-        coefficients: ``[r, 2]``, of ``e_m = (e_0 + e_1) / 2`` and of
-            ``delta = e_1 - e_0`` in the pairs' vectors, whose span holds both errors.
-    """
-
-    values: jax.Array
-    coefficients: jax.Array
-
-
-class Pairing(NamedTuple):
-    """The spectra of both kernels, and how their vectors lie to each other.
-
-    Attributes:
-        before: Spectrum of the first kernel.
-        after: Spectrum of the second.
-        overlap: ``[r_0, r_1]``, the products of the vectors of both.
-    """
-
-    before: Spectrum
-    after: Spectrum
-    overlap: jax.Array
 
 
 @result()
@@ -358,17 +331,6 @@ class ExactBalance(Result):
         }
 
 
-class _Amounts(NamedTuple):
-    """The fields of `ExactBalance` that both kernels' spectra determine."""
-
-    energies: jax.Array
-    lost: jax.Array
-    moved: jax.Array
-    flux: jax.Array
-    density: jax.Array
-    effective_edges: jax.Array
-
-
 def balance_spectra(
     pairings: Sequence[Pairing],
     shells: SoftShells,
@@ -411,25 +373,24 @@ def balance_spectra(
     dtype = pairings[0].overlap.dtype
     rounding = jnp.finfo(dtype).eps if rounding is None else rounding
     rounding = jnp.asarray(rounding, dtype)
-    scale, units = _units(pairings[0])
-    pairings = [_scaled(pairing, scale) for pairing in pairings]
-    found, *coarser = (_amounts(pairing, shells, square) for pairing in pairings)
+    scale, units = units_of(pairings[0])
+    pairings = [scaled(pairing, scale) for pairing in pairings]
+    found, *coarser = (amounts_of(pairing, shells, square) for pairing in pairings)
     floors = rounding_floors(pairings[0], shells, rounding)
     others = [*coarser]
     if not square:  # four times what was left out, as far as the spectra know it
-        others += 4 * [_amounts(pairings[0], shells, square=True)]
-    converged = _converged(found, coarser, floors, agreement)
-    errors = _errors(floors, found, others, converged)
+        others += 4 * [amounts_of(pairings[0], shells, square=True)]
+    converged = converged_edges(found, coarser, floors, agreement)
+    errors = amount_errors(floors, found, others, converged)
     if change is not None:
-        unseen = _unseen(pairings[0], jnp.asarray(change, dtype) / scale, shells)
+        unseen = unseen_errors(pairings[0], jnp.asarray(change, dtype) / scale, shells)
         errors = jax.tree.map(jnp.add, errors, unseen)
-    full = pairings[0]
-    before, after = _weights(full.before, square), _weights(full.after, square)
     rotation = None
     if matched:
-        old = shells.above(full.before.values)
-        rotation = matmul(old.T, after - before)
-    growth, growth_error, grows = _growth(pairings, shells, errors.flux, square)
+        before, after = pairings[0].before, pairings[0].after
+        turned = weights_of(after, square) - weights_of(before, square)
+        rotation = matmul(shells.above(before.values).T, turned)
+    growth, growth_error, grows = growth_of(pairings, shells, errors.flux, square)
     amounts = (found.energies, found.lost, found.moved, found.flux, found.density)
     return ExactBalance(
         shells=shells,
@@ -490,265 +451,3 @@ def _over(
         numerator = jnp.where(where, numerator, 0) / jnp.where(usable, denominator, 1)
         where = where & usable
     return where_defined(where, numerator)
-
-
-def _units(pairing: Pairing) -> tuple[jax.Array, jax.Array]:
-    """Returns the size of the errors, by which they are divided, and its square."""
-    size = jnp.max(jnp.abs(pairing.before.coefficients), initial=0)
-    size = jnp.where(size > 0, size, 1)
-    return size, jnp.square(size)
-
-
-def _scaled(pairing: Pairing, scale: jax.Array) -> Pairing:
-    """Returns the pairing of errors that are smaller by a factor."""
-
-    def smaller(end: Spectrum) -> Spectrum:
-        return end._replace(coefficients=end.coefficients / scale)
-
-    return Pairing(smaller(pairing.before), smaller(pairing.after), pairing.overlap)
-
-
-def _weights(end: Spectrum, square: bool) -> jax.Array:
-    """Returns the energy in each pair, ``[r]``, the mean of both errors."""
-    mean, change = end.coefficients.T
-    return jnp.square(mean) + (jnp.square(change) / 4 if square else 0)
-
-
-def _amounts(pairing: Pairing, shells: SoftShells, square: bool) -> _Amounts:
-    """Returns what the spectra determine, as in `balance_spectra`."""
-    # Both kernels' pairs in one list, the old ones first.
-    number = len(pairing.before.values)
-    values = jnp.concatenate([pairing.before.values, pairing.after.values])
-    ends = [pairing.before, pairing.after]
-    old, new = (_weights(end, square) for end in ends)
-    weights = jnp.concatenate([old, new])
-    crossed = jnp.concatenate([jnp.prod(end.coefficients, axis=1) for end in ends])
-    members, windows = shells.members(values), shells.windows(values)
-
-    joint = _joint(pairing, members, 0)
-    if square:
-        joint = joint + _joint(pairing, members, 1) / 4
-    before, after = members[:number].T, members[number:].T
-    density = matmul(windows.T, weights) / 2
-    moment = matmul((windows * shells.offsets(values)).T, weights) / 2
-    return _Amounts(
-        energies=jnp.stack(
-            [
-                matmul(before, old - crossed[:number]),
-                matmul(after, new + crossed[number:]),
-            ]
-        ),
-        lost=-matmul(members.T, crossed),
-        moved=joint.T - joint,
-        flux=matmul(shells.above(values).T, jnp.concatenate([-old, new])),
-        density=density,
-        effective_edges=shells.edges * jnp.exp(ratio(moment, density)),
-    )
-
-
-def _joint(pairing: Pairing, members: jax.Array, which: int) -> jax.Array:
-    """Returns ``W_ba = c^T P_b^0 P_a^1 c``, ``[S, S]``, of one of the two vectors."""
-    before, after = pairing.before.coefficients, pairing.after.coefficients
-    left = members[: len(before)] * before[:, which, None]
-    right = members[len(before) :] * after[:, which, None]
-    return matmul(left.T, matmul(pairing.overlap, right))
-
-
-def _growth(
-    pairings: Sequence[Pairing],
-    shells: SoftShells,
-    flux_error: jax.Array,
-    square: bool,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns u_k with ``e^T up_k(e^u M_0) e = e^T up_k(M_1) e``, and if there is one.
-
-    Between both its error: how far it lies from where the right side is higher or lower
-    by the error of the flux, and from that of the other spectra.
-    """
-    if not shells.width:
-        nothing = jnp.zeros_like(flux_error)
-        return nothing, nothing, jnp.zeros(nothing.shape, bool)
-    known = jnp.isfinite(flux_error)
-    error = jnp.where(known, flux_error, 0)
-    offsets = jnp.stack([jnp.zeros_like(error), -error, error])
-    (growth, *ends), (reached, *ended) = _grown(pairings[0], shells, offsets, square)
-    apart = jnp.maximum(*(jnp.abs(end - growth) for end in ends))
-    bounded = known & ended[0] & ended[1]
-    for other in pairings[1:]:
-        again, found = _grown(other, shells, offsets[:1], square)
-        apart = apart + jnp.abs(again[0] - growth)
-        bounded &= found[0]
-    return growth, jnp.where(bounded, apart, jnp.inf), reached
-
-
-def _grown(
-    pairing: Pairing, shells: SoftShells, offsets: jax.Array, square: bool
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the growths at which the sides differ by ``offsets``, ``[targets, q]``.
-
-    By bisection; and whether there is one, 0 where there is not.
-    """
-    before = _weights(pairing.before, square)
-    above = matmul(
-        shells.above(pairing.after.values).T, _weights(pairing.after, square)
-    )
-    targets = above[None] + offsets
-
-    @jax.vmap
-    def held(growth: jax.Array) -> jax.Array:
-        return matmul(shells.above(pairing.before.values, growth).T, before)
-
-    def halve(_: int, ends: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low, high = ends
-        middle = (low + high) / 2
-        under = held(middle) < targets
-        return jnp.where(under, middle, low), jnp.where(under, high, middle)
-
-    low = jnp.full_like(targets, -_MOST_GROWTH)
-    reached = (held(low) < targets) & (targets < held(-low))
-    low, high = jax.lax.fori_loop(0, _HALVINGS, halve, (low, -low))
-    return jnp.where(reached, (low + high) / 2, 0), reached
-
-
-class _Errors(NamedTuple):
-    """The errors of the amounts."""
-
-    energies: jax.Array
-    lost: jax.Array
-    moved: jax.Array
-    flux: jax.Array
-    density: jax.Array
-
-
-def rounding_floors(
-    pairing: Pairing, shells: SoftShells, rounding: jax.Array
-) -> _Errors:
-    """Returns what rounding may do to the amounts.
-
-    Args:
-        pairing: The spectra of both kernels.
-        shells: The shells.
-        rounding: [], of products with the kernel, relative.
-
-    Returns:
-        The floors, by the names of the amounts.
-    """
-    ends = [pairing.before, pairing.after]
-    weights = [_weights(end, square=True) for end in ends]
-    energy = (jnp.sum(weights[0]) + jnp.sum(weights[1])) / 2
-    change = jnp.sum(jnp.square(pairing.after.coefficients[:, 1]))
-    noise = _KERNEL_ROUNDING * rounding
-    turned = [
-        _stirred(end.values, weight, shells, noise)
-        for end, weight in zip(ends, weights, strict=True)
-    ]
-    summing = _SUM_ROUNDING * rounding * energy
-    flux = jnp.sqrt(jnp.square(turned[0]) + jnp.square(turned[1])) + summing
-    shell = jnp.pad(flux, (1, 0)) + jnp.pad(flux, (0, 1))
-    return _Errors(
-        energies=shell,
-        lost=2 * shell * jnp.sqrt(ratio(change, energy)) + summing,
-        # The turning of one shell's neighbors is seen by every other.
-        moved=jnp.maximum(shell[:, None], shell[None, :]),
-        flux=flux,
-        density=flux / (shells.width or 1.0),
-    )
-
-
-def _stirred(
-    values: jax.Array, weights: jax.Array, shells: SoftShells, noise: jax.Array
-) -> jax.Array:
-    r"""Returns what a random kernel of norm ``noise lambda_max`` does to ``up_k``, [q].
-
-    To first order ``e^T (up_k(M + E) - up_k(M)) e = sum_ij g_i g_j up_k[i, j] E_ij``,
-    with the divided differences of the step; this is its root mean square.
-    """
-    largest = jnp.max(values, initial=0)
-
-    def one(edge: jax.Array, up: jax.Array, window: jax.Array) -> jax.Array:
-        places, size = jnp.maximum(values, 0) / edge, noise * largest / edge
-        gaps = jnp.abs(places[:, None] - places[None, :])
-        steps = jnp.abs(up[:, None] - up[None, :])
-        if shells.width:
-            slopes = window / divisor(places)
-            near = gaps <= _NEAR * jnp.maximum(places[:, None], places[None, :])
-            slopes = (slopes[:, None] + slopes[None, :]) / 2
-            divided = jnp.where(near, slopes, steps / jnp.where(near, 1, gaps))
-        else:  # whoever lies on the edge may fall on either side of it
-            divided = steps / divisor(jnp.maximum(gaps, size))
-            on_edge = jnp.abs(places - 1) <= _AMBIGUOUS * size
-            divided = divided + jnp.diag(jnp.where(on_edge, 1 / divisor(size), 0))
-        pairs = matmul(jnp.square(divided), weights[:, None])[:, 0]
-        return size * jnp.sqrt(jnp.sum(weights * pairs))
-
-    columns = shells.above(values).T, shells.windows(values).T
-    return jax.lax.map(lambda args: one(*args), (shells.edges, *columns))
-
-
-def _errors(
-    floors: _Errors,
-    found: _Amounts,
-    others: Sequence[_Amounts],
-    converged: jax.Array,
-) -> _Errors:
-    """Returns the floors, and what other forms of the amounts change added to them.
-
-    Infinite where an edge has not converged: fewer steps then say nothing of more.
-    """
-    above = jnp.pad(converged, (0, 1), constant_values=True)
-    below = jnp.pad(converged, (1, 0), constant_values=True)
-    shell = above & below
-    known = {
-        "moved": shell[:, None] & shell[None, :],
-        "flux": converged,
-        "density": converged,
-    }
-
-    def error(name: str) -> jax.Array:
-        full, floor = getattr(found, name), getattr(floors, name)
-        changes = (jnp.abs(full - getattr(other, name)) for other in others)
-        total = sum(changes, jnp.broadcast_to(floor, full.shape))
-        reached = jnp.broadcast_to(known.get(name, shell), full.shape)
-        return jnp.where(reached, total, jnp.inf)
-
-    return _Errors(**{name: error(name) for name in _Errors._fields})
-
-
-def _unseen(pairing: Pairing, change: jax.Array, shells: SoftShells) -> _Errors:
-    r"""Returns what is quadratic in ``delta`` at most, beyond what the spectra know.
-
-    With ``delta = s + u``, s in the span of the pairs, and a function of M from 0 to 1,
-    ``delta^T f delta`` is that of s up to ``|u|^2 + 2 |s| |u|``. Flux and transfers are
-    differences of two such, and slopes of the steps are ``1 / 4w`` at most.
-    """
-    ends = [pairing.before, pairing.after]
-    seen = jnp.stack([norm(end.coefficients[:, 1]) for end in ends])
-    rest = jnp.sqrt(jnp.maximum(jnp.square(change) - jnp.square(seen), 0))
-    bound = jnp.max(jnp.square(rest) + 2 * seen * rest) / 4
-    nothing = jnp.zeros_like(bound)
-    return _Errors(
-        energies=bound,
-        lost=nothing,
-        moved=2 * bound,
-        flux=2 * bound,
-        density=bound / 4 / (shells.width or 1.0),
-    )
-
-
-def _converged(
-    found: _Amounts, coarser: Sequence[_Amounts], floors: _Errors, agreement: float
-) -> jax.Array:
-    """Returns whether fewer steps agree, at each edge and at every one above, [q]."""
-    number = len(found.flux)
-    shell = jnp.arange(number + 1, dtype=jnp.int32)
-    above = (shell[None, :] > shell[:-1, None]).astype(found.moved.dtype)
-    # Over each edge in both directions, which does not vanish where the flux turns.
-    sizes = matmul(above, jnp.abs(found.moved)) * (1 - above)
-    passed = jnp.maximum(jnp.sum(sizes, axis=1), jnp.abs(found.flux))
-    agrees = jnp.isfinite(found.flux)
-    for other in coarser:
-        apart = jnp.abs(other.flux - found.flux)
-        agrees &= apart <= agreement * passed + floors.flux
-        apart = jnp.abs(other.density - found.density)
-        agrees &= apart <= agreement * found.density + floors.density
-    return jnp.flip(jnp.cumprod(jnp.flip(agrees).astype(jnp.int32))) > 0
