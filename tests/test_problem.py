@@ -26,7 +26,7 @@ from grsd_jax import (
     models,
     partition,
 )
-from grsd_jax import problem as module
+from grsd_jax import objective as module
 from grsd_jax._arrays import Seen
 from grsd_jax.kernel import linearize_block_kernels
 from oracles import cast, dense_jacobians, dense_kernel, plain, relative_error

@@ -114,7 +114,7 @@ PUBLIC = [
 ]
 
 #: Helpers that any module may import.
-HELPERS = ("_typing", "_checks", "_arrays", "_files", "_memory", "_targets")
+HELPERS = ("_typing", "_checks", "_arrays", "_batches", "_files", "_memory", "_targets")
 
 #: What each part imports, besides helpers and itself: what is named here, and what
 #: that may import. `linalg` knows nothing of networks, `models` nothing of kernels.
@@ -123,7 +123,8 @@ ARROWS = {
     "results": set(),
     "linalg": {"results"},
     "parameter_blocks": {"results"},
-    "problem": {"errors"},
+    "objective": {"errors"},
+    "problem": {"objective"},
     "jacobian": {"problem", "parameter_blocks"},
     "kernel": {"jacobian", "parameter_blocks"},
     "shells": {"kernel", "linalg"},

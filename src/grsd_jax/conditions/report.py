@@ -48,8 +48,9 @@ from grsd_jax.kernel.derivative import (
     gradient_flow_direction,
     usable_step,
 )
+from grsd_jax.objective import moving_part
 from grsd_jax.parameter_blocks import ParameterBlocks
-from grsd_jax.problem import Problem, moving_part
+from grsd_jax.problem import Problem
 from grsd_jax.results import NamedResult, result
 from grsd_jax.shells.diagnostics import CouplingMeasurement
 from grsd_jax.shells.measurement import Solver, measure_coupling

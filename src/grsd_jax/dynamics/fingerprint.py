@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from grsd_jax._arrays import on_automatic_mesh
-from grsd_jax.problem import ErrorObjective, OutputsObjective, Problem
+from grsd_jax.objective import ErrorObjective, OutputsObjective
+from grsd_jax.problem import Problem
 
 #: How deep a function is followed into the functions that it holds.
 _DEPTH = 3

@@ -74,7 +74,8 @@ from grsd_jax.jacobian.plan import check_independent, verdict_of
 from grsd_jax.kernel.dense import check_dense_fits
 from grsd_jax.kernel.derivative import flow_at, usable_step
 from grsd_jax.kernel.solver import solver_at
-from grsd_jax.problem import Point, Problem, check_problem, moving_part, point_at
+from grsd_jax.objective import moving_part
+from grsd_jax.problem import Point, Problem, check_problem, point_at
 from grsd_jax.results import with_undefined
 from grsd_jax.shells.soft_shells import SoftShells
 

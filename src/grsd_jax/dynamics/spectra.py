@@ -22,13 +22,8 @@ from grsd_jax.kernel.products import held_products
 from grsd_jax.linalg.eigenpairs import leading_eigenpairs
 from grsd_jax.linalg.lanczos import LanczosResult
 from grsd_jax.linalg.ritz import descending_pairs
-from grsd_jax.problem import (
-    Point,
-    Problem,
-    check_digits,
-    evaluate,
-    point_at,
-)
+from grsd_jax.objective import check_digits, evaluate
+from grsd_jax.problem import Point, Problem, point_at
 from grsd_jax.results import NamedResult, result
 
 #: Largest residual of a leading pair, relative to its value.

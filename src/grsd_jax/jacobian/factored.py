@@ -31,7 +31,7 @@ from grsd_jax.jacobian.autodiff import (
 from grsd_jax.jacobian.blocks import leaf_blocks
 from grsd_jax.jacobian.factors import Factor, for_products, like
 from grsd_jax.jacobian.plan import Plan
-from grsd_jax.problem import Objective, evaluate
+from grsd_jax.objective import Objective, evaluate
 
 _einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 

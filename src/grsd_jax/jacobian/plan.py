@@ -20,14 +20,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from grsd_jax._arrays import Seen, all_finite, is_traced
+from grsd_jax._batches import split_batches
 from grsd_jax._checks import check_not_explicit
 from grsd_jax._typing import PyTree
 from grsd_jax.jacobian.blocks import LeafTangents, leaf_tangents
 from grsd_jax.jacobian.independence import what_may_mix
 from grsd_jax.jacobian.raised import RaisedErrorFn
 from grsd_jax.jacobian.tracing import Program, largest_eps, walk
+from grsd_jax.objective import Objective, evaluate
 from grsd_jax.parameter_blocks import parameter_paths
-from grsd_jax.problem import Objective, Point, evaluate, split_batches
+from grsd_jax.problem import Point
 
 #: Outputs C of an example up to which J comes as factors. They take C backward passes
 #: and a basis ``[C, C]``; a block of fewer than C / 4 columns is cheaper without them.

@@ -23,8 +23,9 @@ from grsd_jax._typing import PyTree
 from grsd_jax.jacobian.factored import moving_blocks, output_basis, output_blocks
 from grsd_jax.jacobian.factors import Factor, Rows, for_gram, inner, like
 from grsd_jax.jacobian.plan import Plan, check_independent, plan_of
+from grsd_jax.objective import Objective
 from grsd_jax.parameter_blocks import parameter_paths
-from grsd_jax.problem import Objective, Point, Problem, point_at
+from grsd_jax.problem import Point, Problem, point_at
 
 #: ``(M,)`` or ``(M, Mdot)`` under each label.
 Matrices = dict[str, tuple[jax.Array, ...]]

@@ -53,7 +53,8 @@ from grsd_jax.jacobian.plan import Plan, plan_of
 from grsd_jax.kernel.mesh import layout_of
 from grsd_jax.kernel.operator import multiply_at
 from grsd_jax.kernel.sharded import sharded_half
-from grsd_jax.problem import Objective, Point, Problem, point_at
+from grsd_jax.objective import Objective
+from grsd_jax.problem import Point, Problem, point_at
 
 DERIVATIVES = ("exact", "finite_difference")
 

@@ -13,7 +13,8 @@ from grsd_jax.jacobian.plan import Plan, plan_of
 from grsd_jax.kernel.derivative import Derivative, project_derivative
 from grsd_jax.kernel.mesh import layout_of
 from grsd_jax.kernel.operator import linearize_point, multiply_at
-from grsd_jax.problem import Objective, Point
+from grsd_jax.objective import Objective
+from grsd_jax.problem import Point
 
 
 def held_products(point: Point) -> Matmat:

@@ -23,6 +23,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from grsd_jax._arrays import is_traced
+from grsd_jax._batches import split_batches
 from grsd_jax._typing import PyTree
 from grsd_jax.jacobian.autodiff import (
     Jacobian,
@@ -38,7 +39,8 @@ from grsd_jax.jacobian.columns import (
 from grsd_jax.jacobian.factored import held_jacobian, held_pair
 from grsd_jax.jacobian.plan import Plan, check_independent
 from grsd_jax.kernel.mesh import Layout
-from grsd_jax.problem import Objective, Point, split_batches
+from grsd_jax.objective import Objective
+from grsd_jax.problem import Point
 
 
 @partial(

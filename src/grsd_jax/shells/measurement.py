@@ -47,7 +47,8 @@ from grsd_jax.linalg.ritz import (
     rounding_bound,
     small_rounding,
 )
-from grsd_jax.problem import Point, Problem, evaluate, misfits, point_at
+from grsd_jax.objective import evaluate
+from grsd_jax.problem import Point, Problem, misfits, point_at
 from grsd_jax.shells.diagnostics import (
     CouplingMeasurement,
     CrossChecks,
