@@ -15,11 +15,10 @@ from grsd_jax.shells.power_law import PowerLawFit, fit_power_law
 from grsd_jax.shells.soft_shells import SoftShells
 from grsd_jax.shells.stochastic import (
     Signs,
-    StochasticCoupling,
-    ToeplitzEstimate,
     measure_stochastic_coupling,
     stochastic_shell_coupling,
 )
+from grsd_jax.shells.stochastic_coupling import StochasticCoupling, ToeplitzEstimate
 from grsd_jax.shells.toeplitz import (
     centre_toeplitz_residual,
     toeplitz_approximation,
