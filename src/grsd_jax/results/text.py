@@ -56,8 +56,8 @@ def percent(share: float) -> str:
     if math.isnan(share):
         return MISSING
     away = 100 * min(abs(share), abs(1 - share))
-    digits = math.ceil(-math.log10(away)) if 1e-4 <= away < 0.5 else 0
-    return f"{share:.{digits}%}"
+    digits = math.ceil(-math.log10(away)) if 1e-4 <= away < 0.501 else 0
+    return f"{share:z.{digits}%}"
 
 
 def with_interval(value: Any, interval: Any = None, stderr: Any = None) -> str:
