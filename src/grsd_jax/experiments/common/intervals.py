@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import scipy.stats
 
-from grsd_jax.experiments.common.tables import MISSING
+from grsd_jax.experiments.common.tables import MISSING, number, told_apart
 
 
 class Interval(NamedTuple):
@@ -22,12 +22,17 @@ class Interval(NamedTuple):
     high: float
 
     def __str__(self) -> str:
-        """Returns such as ``"0.912 [0.871, 0.951]"``, ``"n/a"`` where undefined."""
+        """Returns such as ``"0.912 [0.871, 0.951]"``, ``"n/a"`` where undefined.
+
+        Digits tell the mean and both ends apart, and from 0 and 1, where no difference
+        or a ratio of one lies.
+        """
         if np.isnan(self.mean):
             return MISSING
         if np.isnan(self.low):
-            return f"{self.mean:.3f} [{MISSING}]"
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+            return f"{number(self.mean)} [{MISSING}]"
+        mean, low, high = told_apart(self, others=(0.0, 1.0))
+        return f"{mean} [{low}, {high}]"
 
 
 def t_interval(values: np.ndarray) -> Interval:

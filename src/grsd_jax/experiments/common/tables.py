@@ -1,5 +1,6 @@
 """Tables of text, and the numbers in them."""
 
+import itertools
 import math
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -15,6 +16,10 @@ _WIDTH = 88
 
 #: What stands in a table for what is undefined.
 MISSING = "n/a"
+
+#: Characters of a number at most, and how those are written that must be told apart.
+_LONGEST = 15
+_SPECS = (".3f", ".4f", ".5f", ".6f", ".3g", ".5g", ".8g", ".12g")
 
 
 def finite(value: Any) -> float | None:
@@ -35,12 +40,42 @@ def number(value: float | None, spec: str = ".3f") -> str:
 
     Args:
         value: The number; None or NaN where it is undefined.
-        spec: Its format.
+        spec: Its format. A number that it would write as 0, or in a row of digits, has
+            two significant digits.
 
     Returns:
         The text, `MISSING` for what is undefined.
     """
-    return MISSING if finite(value) is None else format(value, spec)
+    known = finite(value)
+    if value is None or known is None:
+        return MISSING
+    text = format(value, spec)
+    reads_zero = bool(known) and not float(text)
+    return f"{known:.2g}" if reads_zero or len(text) > _LONGEST else text
+
+
+def told_apart(values: Sequence[float], others: Sequence[float] = ()) -> list[str]:
+    """Returns numbers with as many digits as tell them apart, three at least.
+
+    Args:
+        values: The numbers, finite.
+        others: What they must not read as if they are not that.
+
+    Returns:
+        Their texts. What differs by rounding alone may read alike.
+    """
+    texts = []
+    for spec in _SPECS:
+        texts = [format(value, spec) for value in values]
+        pairs = zip([*values, *others], map(float, [*texts, *others]), strict=True)
+        read = dict(pairs)
+        apart = all(
+            (read[a] == read[b]) <= math.isclose(a, b)
+            for a, b in itertools.combinations(read, 2)
+        )
+        if apart and max(map(len, texts), default=0) <= _LONGEST:
+            break
+    return texts
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
