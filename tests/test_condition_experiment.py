@@ -151,8 +151,9 @@ def test_table_has_a_row_for_every_check(found):
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     checks = [c for name in analyse.TITLES for c in found[name]["verdict"]["checks"]]
     assert [row[1] for row in rows[2:]] == [check["name"] for check in checks]
-    assert [row[4] for row in rows[2:]] == [analyse.outcome(c) for c in checks]
-    assert {row[4].split(":")[0] for row in rows[2:]} >= {"holds", "fails"}
+    verdicts = [row[4].partition(", of")[0] for row in rows[2:]]
+    assert verdicts == [analyse.outcome(c) for c in checks]
+    assert {text.split(":")[0] for text in verdicts} >= {"holds", "fails"}
     assert len({len(line) for line in lines}) == 1
     broken = json.loads(json.dumps(found))
     drift = analyse.find_check(broken, "condition3", "drift of the leading")
@@ -216,6 +217,23 @@ def test_page_draws_every_check_over_its_threshold(found, tmp_path, monkeypatch)
     for row, check in enumerate(reversed(checks)):
         if row in dots:
             assert (dots[row] <= 1) == (check["outcome"] == "holds"), check
+
+
+def test_the_table_shows_what_decides_and_on_how_much(found):
+    cells = json.loads(json.dumps(found))
+    first, second, third = (
+        cells[name]["verdict"]["checks"][0]
+        for name in ("condition1", "condition2", "condition3")
+    )
+    first |= {"number": 4.0001, "threshold": 4.0, "error": 0.0, "count": 6}
+    first |= {"outcome": "fails", "reason": "", "converged": True}
+    second |= {"number": None, "outcome": "fails", "reason": "", "count": None}
+    second |= {"converged": True}
+    third |= {"number": None, "outcome": "undecided", "reason": "one point"}
+    rows = {(row[0][0], row[1]): row[2:] for row in analyse.condition_rows(cells)[1:]}
+    assert rows["1", first["name"]] == ["4.0001", "<= 4", "fails, of 6"]
+    assert rows["2", second["name"]][::2] == ["infinite", "fails"]
+    assert rows["3", third["name"]][::2] == ["n/a", "undecided: one point"]
 
 
 def test_checks_are_typeset():

@@ -65,6 +65,23 @@ def check_thresholds(thresholds: Thresholds) -> None:
             raise ValueError(f"thresholds.{name}: expected a number, got NaN.")
 
 
+def told_apart(number: float, threshold: float) -> tuple[str, str]:
+    """Returns a number and its threshold, with the digits that show which is larger.
+
+    Args:
+        number: The number.
+        threshold: The threshold.
+
+    Returns:
+        Their texts, of three significant digits unless more are needed.
+    """
+    for digits in range(3, 17):
+        texts = f"{number:.{digits}g}", f"{threshold:.{digits}g}"
+        if number == threshold or float(texts[0]) != float(texts[1]):
+            return texts
+    return repr(float(number)), repr(float(threshold))
+
+
 @result()
 class Check(NamedResult):
     """One number held against one threshold.
@@ -118,7 +135,8 @@ class Check(NamedResult):
         if math.isnan(self.number):
             return f"{self.name}: n/a, undecided ({self.reason or 'not defined'})"
         error = f" +- {self.error:.2g}" if self.error > 0 else ""
-        sides = f"{self.number:.3g}{error} {self.relation} {self.threshold:.3g}"
+        number, threshold = told_apart(self.number, self.threshold)
+        sides = f"{number}{error} {self.relation} {threshold}"
         notes = [] if self.count is None else [f"of {self.count}"]
         notes += [] if self.converged else ["not converged"]
         noted = f" ({', '.join(notes)})" if notes else ""

@@ -6,12 +6,12 @@ from typing import Any
 import jax
 
 from grsd_jax.conditions import ConditionReport, ParameterBlocks, Verdict
+from grsd_jax.conditions.verdicts import told_apart
 from grsd_jax.experiments.common.quantities import coupling_quantities
 from grsd_jax.experiments.common.tables import (
     MISSING,
     Legend,
     finite,
-    number,
     with_legend,
 )
 from grsd_jax.shells import LayerMeasurements
@@ -29,6 +29,7 @@ LEGEND: Legend = (
     "Number: what was measured, +- its error where that is known.",
     "Threshold: a convention; see the flags of grsd conditions.",
     "Undecided: the number is undefined, or an iteration behind it did not converge.",
+    "Of: how many measured numbers a verdict stands on, where that is counted.",
 )
 
 
@@ -169,8 +170,8 @@ def condition_rows(found: Mapping[str, Any]) -> list[list[str]]:
                     title,
                     check["name"],
                     number_with_error(check),
-                    f"{check['relation']} {check['threshold']:.3g}",
-                    outcome(check),
+                    f"{check['relation']} {sides(check)[1]}",
+                    outcome(check) + _standing(check),
                 ]
             )
     return rows
@@ -213,6 +214,18 @@ def format_propagation(found: Mapping[str, Any]) -> str:
     )
 
 
+def comparison(check: Mapping[str, Any]) -> str:
+    """Writes a check as its number, its relation and its threshold.
+
+    Args:
+        check: A check of ``conditions.json``.
+
+    Returns:
+        Such as ``"0.134 +- 0.02 <= 0.2"``.
+    """
+    return f"{number_with_error(check)} {check['relation']} {sides(check)[1]}"
+
+
 def number_with_error(check: Mapping[str, Any]) -> str:
     """Writes the number of a check with its error; "n/a" where undefined.
 
@@ -222,5 +235,28 @@ def number_with_error(check: Mapping[str, Any]) -> str:
     Returns:
         Such as ``"0.134 +- 0.02"``; without an error that is zero or unknown.
     """
-    told, error = number(check["number"], ".3g"), finite(check["error"])
-    return f"{told} +- {error:.1g}" if error and told != MISSING else told
+    told, error = sides(check)[0], finite(check["error"])
+    return f"{told} +- {error:.1g}" if error and finite(check["number"]) else told
+
+
+def sides(check: Mapping[str, Any]) -> tuple[str, str]:
+    """Writes a check's number and its threshold so that one sees which is larger.
+
+    Args:
+        check: A check of ``conditions.json``.
+
+    Returns:
+        Their texts, "n/a" for a number that is undefined.
+    """
+    found, threshold = finite(check["number"]), check["threshold"]
+    if found is not None:
+        return told_apart(found, threshold)
+    # A number that is not finite is null in a file, and decided unless undefined.
+    told = MISSING if check["outcome"] == "undecided" else "infinite"
+    return told, f"{threshold:.3g}"
+
+
+def _standing(check: Mapping[str, Any]) -> str:
+    """Writes on how many numbers a decided check stands, if its file says so."""
+    count = check.get("count")
+    return "" if count is None or check["outcome"] == "undecided" else f", of {count}"

@@ -16,9 +16,11 @@ from grsd_jax.experiments.common.plotting import PANELS_WIDTH, save_figures
 from grsd_jax.experiments.common.tables import finite
 from grsd_jax.experiments.conditions.analyse import (
     TITLES,
+    comparison,
     find_check,
     number_with_error,
     outcome,
+    sides,
 )
 
 _BLUE, _RED, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "0.5"
@@ -99,8 +101,7 @@ def _verdicts(axis: Axes, found: Any) -> None:
         ratio = _over_threshold(check)
         if ratio is not None:
             axis.plot(np.clip(ratio, *_RATIOS), row, "o", color=color, markersize=4.5)
-        told = f"{number_with_error(check)} {check['relation']} "
-        told += f"{check['threshold']:.3g} {outcome(check)}"
+        told = f"{comparison(check)} {outcome(check)}"
         labels.append(_typeset(f"{name}\n{told}"))
     axis.set_yticks(rows, labels, fontsize="small")
     axis.axvspan(_RATIOS[0], 1, color=_GREEN, alpha=0.08, linewidth=0)
@@ -206,7 +207,7 @@ def _coherence_profile(axis: Axes, found: Any) -> None:
     tail = find_check(found, "condition2", "tail sum")
     axis.set_title(
         f"2: tail sum {number_with_error(tail)} "
-        rf"(allowed: $\leq$ {tail['threshold']:.3g})"
+        rf"(allowed: $\leq$ {sides(tail)[1]})"
     )
     axis.set(xlabel=r"distance $|l - m|$", ylim=(0, 1.03))
     axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
