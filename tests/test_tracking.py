@@ -279,6 +279,31 @@ def test_quantities_of_a_line_are_what_they_say():
     assert quantities.whole_intervals(lines) == [line]
 
 
+def test_networks_share_one_clock_and_no_record_is_left_out():
+    """One time that is not known puts all panels over steps, of which none is lost."""
+    shares = {"energies": [[1.0, 1.0]] * 2, "lost": [0.1, 0.2], "moved": [[0, 0.5]] * 2}
+    lines = [
+        line_of(k, k + 1, [1.0], effective_time=0.5 * k, **shares) for k in range(3)
+    ]
+    unknown = [*lines[:2], lines[2] | {"effective_time": None}]
+    for tracks, wanted in (
+        ({"mlp": lines, "cnn": lines}, [0, 0.5, 1]),
+        ({"mlp": lines, "cnn": unknown}, [1, 2, 3]),
+    ):
+        figure = tracking_figures._amounts(tracking_figures._on_one_clock(tracks))
+        drawn = [x for x in figure.axes[0].lines if len(x.get_xdata()) == 3]
+        assert len(drawn) == 4  # moved and lost of both
+        for line in drawn:
+            np.testing.assert_array_equal(line.get_xdata(), wanted)
+        assert ("step" in figure.axes[0].get_xlabel()) == (wanted[0] == 1)
+
+
+def test_shares_of_no_energy_are_undefined():
+    line = line_of(0, 1, [0.0], energies=[[0.0, 0.0]] * 2, lost=[0.0, 0.0])
+    line |= {"moved": [[0.0, 0.0]] * 2}
+    assert np.isnan([quantities.lost_share(line), quantities.moved_share(line)]).all()
+
+
 def test_figures_are_drawn_from_the_lines_alone(whole, tmp_path, monkeypatch):
     lines = records.read_jsonl(whole)
     broken = {name: None for name in lines[-1]} | {"finite": False, "step": 15}
