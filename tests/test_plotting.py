@@ -360,6 +360,28 @@ def test_nothing_recorded_is_said(nothing):
         assert text.get_text().startswith(("no", "nothing"))
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_network_without_a_defined_window_stays_in_the_legend(measured, first):
+    free = np.zeros_like(measured.renormalized.degrees_of_freedom)
+    part = measured.renormalized._replace(degrees_of_freedom=free)
+    none = dataclasses.replace(measured, renormalized=part)
+    ax = axes()
+    for label, result in sorted({"A": measured, "B": none}.items(), reverse=first):
+        plotting.windows(result, ax, label=label, noise_floor=False)
+    labels = ax.get_legend_handles_labels()[1]
+    assert sorted(labels) == ["A", "B: undefined"]
+    assert not ax.texts
+
+
+def test_values_that_are_not_finite_are_not_said_to_lie_below(measured):
+    values = np.array(measured.values)
+    values[[0, 5]] = np.inf, np.nan
+    ax = plotting.spectrum(dataclasses.replace(measured, values=values), axes())
+    _, resolved = ax.lines
+    assert len(resolved.get_xdata()) == 126
+    assert resolved.get_label().startswith("resolved (128, 2 not finite, ")
+
+
 def test_the_noise_floor_is_the_residual_of_sampled_toeplitz_couplings():
     """Against samples: Gaussian entries whose variance depends on a - b alone."""
     rng = np.random.default_rng(0)

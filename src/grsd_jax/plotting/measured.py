@@ -95,8 +95,10 @@ def spectrum(
         ("resolved", resolved, color),
     ):
         x, y = positive(index, values, chosen=chosen & (values >= bottom))
-        hidden = int(chosen.sum()) - x.size
+        lost = int(np.sum(chosen & ~np.isfinite(values)))
+        hidden = int(chosen.sum()) - x.size - lost
         below = f", {hidden} of them below" if hidden else ""
+        below += f", {lost} not finite" if lost else ""
         more = in_shells if name == "resolved" else ""
         label = f"{name} ({int(chosen.sum())}{below}{more})"
         ax.plot(x, y, ".", color=shade, markersize=3.5, label=label)
@@ -158,9 +160,10 @@ def diagonal(
     ends = np.array([x.min(), x.max()])
     modes: Any = dict(color=color, alpha=0.45, markersize=4.5, markeredgewidth=0)
     shells: Any = dict(color=DARK, markersize=4, markerfacecolor="white")
-    shells_name = rf"{shell_x.size} shells, $\sqrt{{K_{{aa}}}}$"
+    modes_name = _counted(x.size, "mode")
+    shells_name = _counted(shell_x.size, "shell") + r", $\sqrt{K_{aa}}$"
     legend = {
-        f"{x.size} modes" + _fit_text(measured.diagonal_fit): (
+        modes_name + _fit_text(measured.diagonal_fit): (
             *ax.plot(x, y, ".", **modes),
             *_draw_fit(ax, measured.diagonal_fit, ends, "-", color),
         ),
@@ -180,6 +183,10 @@ def diagonal(
     place |= {"handlelength": 1.2, "handletextpad": 0.5}
     ax.legend(legend.values(), legend.keys(), **place)
     return ax
+
+
+def _counted(number: int, name: str) -> str:
+    return f"{number} {name}" + ("" if number == 1 else "s")
 
 
 def _draw_fit(
@@ -322,7 +329,8 @@ def windows(
         **style: Of the line, for Matplotlib.
 
     Returns:
-        The axes. A window without a degree of freedom is a gap.
+        The axes. A window without a degree of freedom is a gap; the legend names a
+        network that has no other.
 
     Raises:
         ImportError: If Matplotlib is not installed.
@@ -343,6 +351,8 @@ def windows(
     if not np.isfinite(residuals).any():
         if not ax.lines[1:]:
             say_empty(ax, "no window with degrees of freedom")
+        # A legend of several networks must not lack this one.
+        ax.plot([], [], linestyle="", label=f"{label or kind}: undefined")
         return ax
     for text in [text for text in ax.texts if "no window" in text.get_text()]:
         text.remove()
