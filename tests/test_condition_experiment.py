@@ -17,6 +17,8 @@ from grsd_jax.experiments.common.data import synthetic_textures
 from grsd_jax.experiments.conditions import analyse, figures, run
 from grsd_jax.experiments.report import page
 
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
+
 OPTIONS = run.Options(
     thresholds=Thresholds(max_distant_coherence=0.0, distant=1),
     num_probes=2,
@@ -304,3 +306,24 @@ def test_page_shows_slopes_below_0_and_no_drift_where_none_is_defined(found):
     (means,) = (line for line in lines if line.get_label() == "mean shell")
     assert np.isnan(means.get_ydata()[0])  # a 0 would be perfect stability
     assert np.isfinite(means.get_ydata()[1:]).all()
+
+
+def test_page_names_what_is_undefined_and_tells_zeros_from_small_numbers():
+    found = records.read_json(RESULTS / "conditions" / "conditions.json")
+    for point in found["condition4"]["points"]:
+        point["slope"] = None
+    found["layers"]["depth_average"]["toeplitz_residual"] = None
+    influence = found["condition1"]["points"][-1]["influence"]
+    influence[0] = [0.0, None, *influence[0][2:]]
+    found["condition2"]["coherence"] = [[None] * 10] * 10
+    axes = {axis.get_title(): axis for axis in figures._page(found).subfigs[1].axes}
+    (image,) = axes["1: influence, last point"].images
+    shown = image.norm(image.get_array())
+    assert shown[0, 0] < 0  # below the color bar, and nothing else is
+    assert np.ma.getmaskarray(shown)[0, 1]
+    assert np.ma.sum(shown < 0) == np.ma.count_masked(shown) == 1
+    assert axes["2: coherence, first point"].texts[0].get_text() == "undefined"
+    labels = axes["4: log-shift invariance"].get_legend_handles_labels()[1]
+    assert {"slope: undefined", "residual"} <= set(labels)
+    layers = axes["additive structure, last point"].get_legend_handles_labels()[1]
+    assert "depth average" not in layers
