@@ -192,9 +192,13 @@ def _heat(
 def _series(
     axis: Axes, at: Any, values: np.ndarray, style: str, *, color: str, label: str
 ) -> None:
-    """Draws one quantity, which the legend calls undefined if all of it is."""
-    label = label if np.isfinite(values).any() else f"{label}: undefined"
-    axis.plot(at, values, style, color=color, markersize=3, label=label)
+    """Draws one quantity, or writes that all of it is undefined."""
+    if np.isfinite(values).any():
+        axis.plot(at, values, style, color=color, markersize=3, label=label)
+        return
+    place = (0.04, 0.04 + 0.1 * len(axis.texts))  # one above the other
+    look: Any = {"color": color, "fontsize": "small", "transform": axis.transAxes}
+    axis.text(*place, f"{label}: undefined", **look)
 
 
 def _influence_shares(axis: Axes, found: Any) -> None:
@@ -296,8 +300,8 @@ def _layers(axis: Axes, found: Any) -> None:
         values = _numbers([block[name] for block in layers["blocks"]])
         _series(axis, range(len(values)), values, style, color=color, label=label)
     average = float(_numbers(layers["depth_average"]["toeplitz_residual"]))
-    if np.isfinite(average):
-        axis.axhline(average, color=_BLUE, linewidth=0.9, label="depth average")
+    ends = np.array([0, len(layers["blocks"]) - 1])
+    _series(axis, ends, average + 0 * ends, "-", color=_BLUE, label="depth average")
     axis.axhline(1, color=_RED, linestyle=":", linewidth=0.9, label="slope 1")
     axis.set_title("additive structure, last point")
     names = [name.replace("_", " ") for name in found["blocks"]]
