@@ -213,6 +213,7 @@ def test_krylov_steps_are_those_of_the_settings(dataset, tmp_path, monkeypatch, 
 def test_summary_counts_and_takes_medians(whole):
     summary = analyse.summary(records.read_jsonl(whole))
     assert summary["num_records"] == 8
+    assert summary["num_whole"] == 4  # the others are of --over
     assert summary["finite"]
     assert summary["cost_in_steps_median"] > 0
     assert summary["moved_share_median"] > 0
@@ -220,6 +221,7 @@ def test_summary_counts_and_takes_medians(whole):
     table = analyse.format_tracks({"mlp": summary, "my network": summary})
     assert "moved, share of the energy" in table
     assert re.search(r"MLP +\| +my network", table)
+    assert re.search(r"of them whole intervals, finite +\| 4 +\| +4", table)
     assert table.endswith("|\n\n" + "\n".join(analyse.LEGEND))  # short ones
 
 
