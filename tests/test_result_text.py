@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from grsd_jax import dynamics, shells
-from grsd_jax.results import percent
+from grsd_jax.results import headline, percent
 from grsd_jax.results.fields import field_of, names_of
 from random_results import public_classes, random_result
 
@@ -170,6 +170,24 @@ def test_a_caveat_is_not_cut():
     assert len(caveat) > 100
     for text in (repr(result), result.summary()):
         assert caveat in " ".join(text.split())
+
+
+@pytest.mark.parametrize(
+    ("errors", "told"),
+    [
+        ([0.1, np.inf, 0.2], "1 to 3 |e|^2, 1 of 3 edges not converged"),
+        ([np.inf] * 3, "n/a, 3 of 3 edges not converged"),
+        ([0.1, 0.1, 0.2], "1 to 1e+06 |e|^2"),
+    ],
+)
+def test_a_flux_that_has_not_converged_is_not_in_its_span(errors, told):
+    balance = dataclasses.replace(
+        random_result(CLASSES["ExactBalance"], 0),
+        finite=jnp.bool_(True),
+        flux=jnp.asarray([1.0, 1e6, 3.0]),
+        flux_error=jnp.asarray(errors),
+    )
+    assert dict(headline(balance))["flux past the edges"] == told
 
 
 def test_masked_placeholders_are_not_shown():
