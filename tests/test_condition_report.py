@@ -18,6 +18,7 @@ from grsd_jax import (
 )
 from grsd_jax.conditions import (
     Check,
+    ConditionReport,
     InfluenceProfile,
     Thresholds,
     Verdict,
@@ -199,6 +200,21 @@ def test_a_check_is_told_with_the_digits_that_decide_it(number, threshold, relat
     left, right = str(check).removeprefix("a: ").removesuffix(" fails").split(relation)
     assert (float(left) - float(right)) * (number - threshold) > 0
     assert str(Check("a", 0.134, 0.2)) == "a: 0.134 <= 0.2 holds"
+
+
+def test_the_table_of_a_report_has_the_digits_that_decide_and_the_counts():
+    checks = (
+        Check("a", 0.89996, 0.9, ">=", count=7),
+        Check("b", float("nan"), 1.0, reason="one point"),
+    )
+    found = SimpleNamespace(verdicts={"condition1": Verdict(checks)})
+    columns = ConditionReport._tables(found)["checks"]
+    first, second = (
+        [columns[name][k] for name in ("number", "threshold", "outcome", "of")]
+        for k in (0, 1)
+    )
+    assert first == ["0.89996", ">= 0.9", "fails", 7]
+    assert second == ["n/a", "<= 1", "undecided", "n/a"]
 
 
 def test_an_undefined_drift_is_not_called_a_single_point():

@@ -126,6 +126,21 @@ def test_a_slope_of_little_of_the_error_says_so(measured, share, told):
     assert (r"the modes hold only 26% of $|e\,|^2$" in texts) == told
 
 
+@pytest.mark.parametrize(
+    ("stderr", "r_squared", "told"),
+    [
+        (0.02, 0.97, "± 0.02, $R^2$ = 0.97"),
+        (4e-4, 0.9991, "± 0.0004, $R^2$ = 0.999"),
+        (0.0, 1.0, "± 0.00, $R^2$ = 1.00"),
+        (0.02, 0.001, "± 0.02, $R^2$ = 0.001"),
+    ],
+)
+def test_a_fit_is_called_exact_only_where_it_is(measured, stderr, r_squared, told):
+    fit = measured.diagonal_fit._replace(exponent_stderr=stderr, r_squared=r_squared)
+    ax = plotting.diagonal(dataclasses.replace(measured, diagonal_fit=fit), axes())
+    assert ax.get_legend().get_texts()[0].get_text().endswith(told)
+
+
 def test_one_color_bar_for_several(measured):
     low, high = plotting.coupling_limits([measured, measured], "literal")
     pairs = measured.literal.coupling

@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 
 from grsd_jax._checks import check_at_least, check_choice
 from grsd_jax.results import NamedResult, result
+from grsd_jax.results.text import told_apart
 
 Outcome = Literal["holds", "fails", "undecided"]
 
@@ -63,23 +64,6 @@ def check_thresholds(thresholds: Thresholds) -> None:
     for name, value in thresholds._asdict().items():
         if value is not None and math.isnan(value):
             raise ValueError(f"thresholds.{name}: expected a number, got NaN.")
-
-
-def told_apart(number: float, threshold: float) -> tuple[str, str]:
-    """Returns a number and its threshold, with the digits that show which is larger.
-
-    Args:
-        number: The number.
-        threshold: The threshold.
-
-    Returns:
-        Their texts, of three significant digits unless more are needed.
-    """
-    for digits in range(3, 17):
-        texts = f"{number:.{digits}g}", f"{threshold:.{digits}g}"
-        if number == threshold or float(texts[0]) != float(texts[1]):
-            return texts
-    return repr(float(number)), repr(float(threshold))
 
 
 @result()
@@ -135,7 +119,7 @@ class Check(NamedResult):
         if math.isnan(self.number):
             return f"{self.name}: n/a, undecided ({self.reason or 'not defined'})"
         error = f" +- {self.error:.2g}" if self.error > 0 else ""
-        number, threshold = told_apart(self.number, self.threshold)
+        number, threshold = told_apart([self.number, self.threshold])
         sides = f"{number}{error} {self.relation} {threshold}"
         notes = [] if self.count is None else [f"of {self.count}"]
         notes += [] if self.converged else ["not converged"]

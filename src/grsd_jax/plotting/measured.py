@@ -20,6 +20,7 @@ from grsd_jax.plotting.drawing import (
     say_empty,
 )
 from grsd_jax.results import percent
+from grsd_jax.results.text import told_apart
 from grsd_jax.shells import (
     CouplingMeasurement,
     PowerLawFit,
@@ -206,8 +207,13 @@ def _fit_text(fit: PowerLawFit) -> str:
     )
     if not np.isfinite(slope):
         return ", no fit"
-    text = f": slope {slope:.2f}" + (f" ± {stderr:.2f}" if np.isfinite(stderr) else "")
-    return text + (f", $R^2$ = {r_squared:.2f}" if np.isfinite(r_squared) else "")
+    text = f": slope {slope:.2f}"
+    if np.isfinite(stderr):
+        text += f" ± {told_apart([stderr], [0.0], decimals=2)[0]}"
+    if np.isfinite(r_squared):
+        ends: Any = {"others": [0.0, 1.0], "tolerance": 1e-6}
+        text += f", $R^2$ = {told_apart([r_squared], decimals=2, **ends)[0]}"
+    return text
 
 
 def coupling(

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import numpy as np
 import scipy.stats
 
-from grsd_jax.experiments.common.tables import MISSING, number, told_apart
+from grsd_jax.experiments.common.tables import MISSING, number
+from grsd_jax.results.text import told_apart
 
 
 class Interval(NamedTuple):
@@ -31,7 +32,9 @@ class Interval(NamedTuple):
             return MISSING
         if np.isnan(self.low):
             return f"{number(self.mean)} [{MISSING}]"
-        mean, low, high = told_apart(self, others=(0.0, 1.0))
+        # Seeds that differ by rounding alone may read alike.
+        told = told_apart(self, others=(0.0, 1.0), decimals=3, tolerance=1e-9)
+        mean, low, high = told
         return f"{mean} [{low}, {high}]"
 
 

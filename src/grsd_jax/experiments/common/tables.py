@@ -1,6 +1,5 @@
 """Tables of text, and the numbers in them."""
 
-import itertools
 import math
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -17,9 +16,8 @@ _WIDTH = 88
 #: What stands in a table for what is undefined.
 MISSING = "n/a"
 
-#: Characters of a number at most, and how those are written that must be told apart.
+#: Characters of a number at most.
 _LONGEST = 15
-_SPECS = (".3f", ".4f", ".5f", ".6f", ".3g", ".5g", ".8g", ".12g")
 
 
 def finite(value: Any) -> float | None:
@@ -65,30 +63,6 @@ def counted(number: int, name: str) -> str:
         The text.
     """
     return f"{number} {name}" + ("" if number == 1 else "s")
-
-
-def told_apart(values: Sequence[float], others: Sequence[float] = ()) -> list[str]:
-    """Returns numbers with as many digits as tell them apart, three at least.
-
-    Args:
-        values: The numbers, finite.
-        others: What they must not read as if they are not that.
-
-    Returns:
-        Their texts. What differs by rounding alone may read alike.
-    """
-    texts = []
-    for spec in _SPECS:
-        texts = [format(value, spec) for value in values]
-        pairs = zip([*values, *others], map(float, [*texts, *others]), strict=True)
-        read = dict(pairs)
-        apart = all(
-            (read[a] == read[b]) <= math.isclose(a, b)
-            for a, b in itertools.combinations(read, 2)
-        )
-        if apart and max(map(len, texts), default=0) <= _LONGEST:
-            break
-    return texts
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:

@@ -6,7 +6,6 @@ from typing import Any
 import jax
 
 from grsd_jax.conditions import ConditionReport, ParameterBlocks, Verdict
-from grsd_jax.conditions.verdicts import told_apart
 from grsd_jax.experiments.common.quantities import coupling_quantities
 from grsd_jax.experiments.common.tables import (
     MISSING,
@@ -14,6 +13,7 @@ from grsd_jax.experiments.common.tables import (
     finite,
     with_legend,
 )
+from grsd_jax.results.text import told_apart
 from grsd_jax.shells import LayerMeasurements
 
 TITLES = {
@@ -250,7 +250,8 @@ def sides(check: Mapping[str, Any]) -> tuple[str, str]:
     """
     found, threshold = finite(check["number"]), check["threshold"]
     if found is not None:
-        return told_apart(found, threshold)
+        number, limit = told_apart([found, threshold])
+        return number, limit
     # A number that is not finite is null in a file, and decided unless undefined.
     told = MISSING if check["outcome"] == "undecided" else "infinite"
     return told, f"{threshold:.3g}"
