@@ -300,6 +300,15 @@ def test_networks_share_one_clock_and_no_record_is_left_out():
         assert ("step" in figure.axes[0].get_xlabel()) == (wanted[0] == 1)
 
 
+def test_the_legend_says_whose_velocity_is_undefined():
+    shares = {"velocity": [0.5], "velocity_mask": [True], "counting_velocity": None}
+    known = [line_of(k, k + 1, [1.0], effective_time=k, **shares) for k in range(3)]
+    unknown = [line | {"velocity": [None]} for line in known]
+    figure = tracking_figures._velocity({"mlp": known, "cnn": unknown})
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == ["MLP", "CNN: undefined"]  # and no null, which none has
+
+
 def test_shares_of_no_energy_are_undefined():
     line = line_of(0, 1, [0.0], energies=[[0.0, 0.0]] * 2, lost=[0.0, 0.0])
     line |= {"moved": [[0.0, 0.0]] * 2}

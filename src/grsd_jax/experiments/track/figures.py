@@ -182,14 +182,19 @@ def _over_time(
     """One quantity of each network over its training; dotted, another beside it."""
     figure, axis = _single()
     axis.axhline(0, color="0.8", linewidth=0.6, zorder=0)
+    any_beside = False
     for name, lines in tracks.items():
         xlabel, time = time_of(lines)
         axis.set_xlabel(xlabel)
-        label, look = _title(name), look_of(name)
-        axis.plot(time, of(lines), **look._asdict(), markersize=3, label=label)
+        look, values = look_of(name), of(lines)
+        defined = np.isfinite(values).any()
+        label = _title(name) + ("" if defined else ": undefined")
+        axis.plot(time, values, **look._asdict(), markersize=3, label=label)
         if beside is not None:
-            axis.plot(time, beside(lines), ":", color=look.color)
-    if name_beside:
+            dotted = beside(lines)
+            axis.plot(time, dotted, ":", color=look.color)
+            any_beside |= bool(np.isfinite(dotted).any())
+    if any_beside:
         axis.plot([], [], ":", color="0.4", label=name_beside)
     axis.set_ylabel(ylabel)
     shared_legend(figure, [axis], loc="outside upper center", ncols=3)
