@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from absl import flags as absl_flags
 
-from grsd_jax.conditions import Check, ParameterBlocks, Thresholds
+from grsd_jax.conditions import Check, ParameterBlocks, Thresholds, propagation_report
 from grsd_jax.experiments.common import flags, records
 from grsd_jax.experiments.common.config import TRAINING_FIELDS, Config, UserError
 from grsd_jax.experiments.common.data import synthetic_textures
@@ -187,6 +187,16 @@ def test_table_says_what_proposition_2_does_of_a_state_space_model(found):
     assert "NOT under the bound" in above
     outside = report | {"rho": 1.0, "in_condition": False, "predicted_range": None}
     assert "outside the condition" in analyse.format_propagation(outside)
+    one = analyse.format_propagation(report | {"measured_range": 1})
+    assert "at 1 block," in one
+
+
+def test_an_influence_that_is_not_finite_is_not_said_to_exceed_its_bound():
+    influence = np.array([[1.0, np.nan], [0.0, 1.0]])
+    found = propagation_report(influence, constant=2.0, rho=0.5, epsilon=0.1)
+    told = analyse.format_propagation(found._asdict() | {"rho": 0.5})
+    assert told.endswith("nothing was compared.")
+    assert "bound" not in told
 
 
 def test_page_draws_every_check_over_its_threshold(found, tmp_path, monkeypatch):

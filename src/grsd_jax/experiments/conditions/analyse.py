@@ -10,6 +10,7 @@ from grsd_jax.experiments.common.quantities import coupling_quantities
 from grsd_jax.experiments.common.tables import (
     MISSING,
     Legend,
+    counted,
     finite,
     with_legend,
 )
@@ -200,14 +201,19 @@ def format_propagation(found: Mapping[str, Any]) -> str:
         found: ``propagation`` of ``conditions.json``.
 
     Returns:
-        The sentence; ``rho >= 1`` is told as outside the condition.
+        The sentence; ``rho >= 1`` is told as outside the condition, and an influence
+        that is undefined as not compared.
     """
     start = f"Proposition 2, rho = {found['rho']:g}, squared error: "
     if not found["in_condition"]:
         return start + "outside the condition rho < 1, no range is predicted."
+    if not found.get("defined", True):  # which older files do not say
+        return start + "an influence is not finite, or all are 0: nothing was compared."
     place = "under" if found["below_bound"] else "NOT under"
     measured = found["measured_range"]
-    where = "only beyond the depth" if measured is None else f"at {measured} blocks"
+    where = "only beyond the depth"
+    if measured is not None:
+        where = f"at {counted(measured, 'block')}"
     return (
         f"{start}the influence lies {place} the bound c rho^distance; it falls below "
         f"{found['epsilon']:.2g} {where}, predicted {found['predicted_range']}."
