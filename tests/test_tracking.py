@@ -150,6 +150,7 @@ def test_a_broken_training_goes_on_and_one_record_says_so(dataset, tmp_path):
     metrics = records.read_jsonl(tmp_path / "tiny" / "metrics.jsonl")
     assert metrics[-1]["step"] == STEPS[-1]
     assert metrics[-1]["loss"] is None
+    assert metrics[-1]["accuracy"] is metrics[-1]["test_accuracy"] is None
 
 
 def test_a_run_resumes_under_its_own_settings_only(dataset, tmp_path):
