@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from grsd_jax import dynamics, shells
+from grsd_jax.jacobian.explain import Explanation, LeafForm
 from grsd_jax.results import headline, percent
 from grsd_jax.results.fields import field_of, names_of
 from random_results import public_classes, random_result
@@ -258,3 +259,16 @@ def test_reading_a_result_leaves_the_search_for_nan_on():
             thread.submit(read).result()
     finally:
         jax.config.update("jax_debug_nans", before)
+
+
+@pytest.mark.parametrize(("flops", "told"), [(0, "n/a"), (1200, "1.2k")])
+def test_operations_that_the_compiler_does_not_tell_are_not_0(flops, told):
+    rows = (
+        LeafForm("w", "outer", "dot_general", 64, 500),
+        LeafForm("b", "plain", "a fallback", 0, flops),
+    )
+    found = Explanation(rows, coupled=False)
+    *_, plain, total = [line.split() for line in str(found).splitlines()]
+    assert plain[:4] == ["b", "plain", "0", told]
+    assert total[-1] == ("n/a" if told == "n/a" else "1.7k")
+    assert f"{total[-1]} flops a column" in repr(found)

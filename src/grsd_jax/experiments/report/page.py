@@ -66,8 +66,8 @@ _CAPTIONS = {
     "was lost, as shares of the energy.",
     "track_profiles": "Flux over each edge with its error, and its velocity beside the "
     "null, at several times of the training.",
-    "track_velocity": "Velocity of the energy at each edge, beside that of a kernel "
-    "that only grows.",
+    "track_velocity": "Median velocity of the energy over the usable edges along the "
+    "training, beside that of a kernel that only grows.",
     "track_eigenvalues": "The leading eigenvalues along the training.",
     "track_steps": "How what is seen depends on the training steps between both ends.",
     "track_non_adjacent": "Share of the moved energy between shells that are not "
@@ -78,7 +78,7 @@ _CAPTIONS = {
     "that only grows, at several times.",
     "records_eigenvalues": "The leading eigenvalues over time.",
     "sweep_coupling": "Toeplitz residual, slope and R^2 of the shell coupling against "
-    "depth: the mean over seeds, in a band from the smallest to the largest.",
+    "depth: the mean over seeds, in a bar from the smallest to the largest.",
     "sweep_increments": "Increments of the log-norm against depth, at initialization.",
     "sweep_mixing": "Over how many blocks directions decorrelate, against depth.",
     "sweep_scale": "The deepest residual networks against their branch scale.",
