@@ -191,6 +191,16 @@ def test_a_flux_that_has_not_converged_is_not_in_its_span(errors, told):
     assert dict(headline(balance))["flux past the edges"] == told
 
 
+def test_a_fit_to_two_points_has_no_share_that_it_explains():
+    x, y = jnp.asarray([1.0, 10.0]), jnp.asarray([3.0, 0.2])
+    fit = shells.fit_power_law(x, y)
+    assert float(fit.exponent) == pytest.approx(np.log10(0.2 / 3))
+    assert dict(headline(fit))["R^2"] == "n/a"
+    third = shells.fit_power_law(jnp.asarray([*x, 4.0]), jnp.asarray([*y, 1.0]))
+    logs = np.log([[1, 10, 4], [3, 0.2, 1]])
+    assert float(third.r_squared) == pytest.approx(np.corrcoef(logs)[0, 1] ** 2)
+
+
 def test_masked_placeholders_are_not_shown():
     matrix = jnp.asarray([[0.0, 3.0], [3.0, 5.0]])
     mask = matrix > 0

@@ -20,7 +20,7 @@ from grsd_jax.plotting.drawing import (
     say_empty,
 )
 from grsd_jax.results import percent
-from grsd_jax.results.text import told_apart
+from grsd_jax.results.text import counted, told_apart
 from grsd_jax.shells import (
     CouplingMeasurement,
     PowerLawFit,
@@ -161,8 +161,8 @@ def diagonal(
     ends = np.array([x.min(), x.max()])
     modes: Any = dict(color=color, alpha=0.45, markersize=4.5, markeredgewidth=0)
     shells: Any = dict(color=DARK, markersize=4, markerfacecolor="white")
-    modes_name = _counted(x.size, "mode")
-    shells_name = _counted(shell_x.size, "shell") + r", $\sqrt{K_{aa}}$"
+    modes_name = counted(x.size, "mode")
+    shells_name = counted(shell_x.size, "shell") + r", $\sqrt{K_{aa}}$"
     legend = {
         modes_name + _fit_text(measured.diagonal_fit): (
             *ax.plot(x, y, ".", **modes),
@@ -184,10 +184,6 @@ def diagonal(
     place |= {"handlelength": 1.2, "handletextpad": 0.5}
     ax.legend(legend.values(), legend.keys(), **place)
     return ax
-
-
-def _counted(number: int, name: str) -> str:
-    return f"{number} {name}" + ("" if number == 1 else "s")
 
 
 def _draw_fit(

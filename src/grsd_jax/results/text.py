@@ -61,6 +61,11 @@ def percent(share: float) -> str:
     return f"{share:z.{digits}%}"
 
 
+def counted(number: int, name: str) -> str:
+    """Returns such as ``"1 seed"`` and ``"2 seeds"``."""
+    return f"{number} {name}" + ("" if number == 1 else "s")
+
+
 def told_apart(
     values: Sequence[float],
     others: Sequence[float] = (),
@@ -112,7 +117,8 @@ def span(values: Any, unit: str = "") -> str:
     values = np.asarray(values)
     if not values.size:
         return MISSING
-    ends = f"{number(values.min())} to {number(values.max())}"
+    low, high = number(values.min()), number(values.max())
+    ends = f"{low} to {high}" if low != MISSING else MISSING
     return f"{ends} {unit}".rstrip()
 
 

@@ -12,7 +12,8 @@ import numpy as np
 from grsd_jax.experiments.claims.run import NETWORKS, REDUCTIONS
 from grsd_jax.experiments.common.config import TITLES, UserError
 from grsd_jax.experiments.common.intervals import t_interval
-from grsd_jax.experiments.common.tables import Legend, counted, with_legend
+from grsd_jax.experiments.common.tables import Legend, with_legend
+from grsd_jax.results.text import counted
 
 #: The quantities of the table and the figure, with their headings.
 QUANTITIES = {

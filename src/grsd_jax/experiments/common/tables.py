@@ -52,19 +52,6 @@ def number(value: float | None, spec: str = ".3f") -> str:
     return f"{known:.2g}" if reads_zero or len(text) > _LONGEST else text
 
 
-def counted(number: int, name: str) -> str:
-    """Returns such as ``"1 seed"`` and ``"2 seeds"``.
-
-    Args:
-        number: How many.
-        name: What one of them is called.
-
-    Returns:
-        The text.
-    """
-    return f"{number} {name}" + ("" if number == 1 else "s")
-
-
 def aligned(rows: Sequence[Sequence[str]]) -> str:
     """Returns a table, valid as Markdown, whose columns line up.
 

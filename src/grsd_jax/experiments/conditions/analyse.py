@@ -10,11 +10,10 @@ from grsd_jax.experiments.common.quantities import coupling_quantities
 from grsd_jax.experiments.common.tables import (
     MISSING,
     Legend,
-    counted,
     finite,
     with_legend,
 )
-from grsd_jax.results.text import told_apart
+from grsd_jax.results.text import counted, told_apart
 from grsd_jax.shells import LayerMeasurements
 
 TITLES = {

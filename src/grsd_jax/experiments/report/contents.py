@@ -8,13 +8,14 @@ from grsd_jax.experiments.benchmark import analyse as benchmark
 from grsd_jax.experiments.claims import analyse as claims
 from grsd_jax.experiments.common.config import TITLES
 from grsd_jax.experiments.common.intervals import t_interval
-from grsd_jax.experiments.common.tables import counted, number
+from grsd_jax.experiments.common.tables import number
 from grsd_jax.experiments.conditions import analyse as conditions
 from grsd_jax.experiments.reproduce import analyse as reproduce
 from grsd_jax.experiments.sweep import analyse as sweep
 from grsd_jax.experiments.track import analyse as track
 from grsd_jax.experiments.transport import analyse as transport
 from grsd_jax.results import percent
+from grsd_jax.results.text import counted
 from grsd_jax.shells.diagnostics import mostly_unresolved
 
 
