@@ -38,7 +38,7 @@ from grsd_jax.experiments.common.data import (
 from grsd_jax.experiments.common.measurement import made_by
 from grsd_jax.experiments.common.networks import make_model
 from grsd_jax.experiments.common.runs import cached, environment
-from grsd_jax.experiments.common.tables import aligned
+from grsd_jax.experiments.common.tables import aligned, number
 from grsd_jax.experiments.common.training import TrainState, train
 from grsd_jax.experiments.track.log import balance_line
 from grsd_jax.experiments.track.quantities import lost_share, moved_share
@@ -302,7 +302,7 @@ def _row(entry: Mapping[str, Any]) -> list[str]:
         _median(entry.get("exponents", [])),
         *(looks[h][x] for h in (1, 64) for x in ("moved", "non_adjacent_share")),
     ]
-    cells = ["n/a" if not np.isfinite(x) else f"{x:.2f}" for x in _numbers(numbers)]
+    cells = [number(float(x), ".2f") for x in _numbers(numbers)]
     return [entry["network"], entry["setting"], str(entry["seed"]), *cells]
 
 

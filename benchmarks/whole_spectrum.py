@@ -39,7 +39,7 @@ from grsd_jax.experiments.common.networks import (
     make_model,
 )
 from grsd_jax.experiments.common.runs import environment
-from grsd_jax.experiments.common.tables import aligned
+from grsd_jax.experiments.common.tables import aligned, number
 from grsd_jax.shells import Signs, StochasticCoupling, ToeplitzEstimate
 
 from comparison.harness import peak_mib
@@ -235,10 +235,10 @@ def table(networks: Mapping[str, Mapping[str, Any]]) -> str:
             str(entry["dimension"]),
             _pair(entry["toeplitz"], "residual"),
             _pair(entry["toeplitz"], "windows", 0),
-            f"{entry['noise_floor'][0]:.3f}",
+            number(entry["noise_floor"][0]),
             _pair(entry["toeplitz"], "windows", -1),
-            f"{entry['noise_floor'][-1]:.3f}",
-            f"{np.max(entry['lanczos_error']):.2g}",
+            number(entry["noise_floor"][-1]),
+            number(np.max(np.array(entry["lanczos_error"], float)).item(), ".2g"),
             f"{entry['seconds']:.0f}",
             f"{entry['peak_memory_gib']:.1f}",
         ]
@@ -250,7 +250,7 @@ def table(networks: Mapping[str, Mapping[str, Any]]) -> str:
 def _pair(toeplitz: Mapping[str, Any], name: str, place: int | None = None) -> str:
     both = toeplitz[name], toeplitz[f"{name}_error"]
     value, error = both if place is None else (part[place] for part in both)
-    return f"{value:.3f} ± {error:.3f}"
+    return f"{number(value)} ± {number(error)}"
 
 
 def figure(couplings: Mapping[str, StochasticCoupling]) -> Any:

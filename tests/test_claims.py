@@ -47,6 +47,20 @@ def test_differences_are_taken_within_a_seed():
         assert row[2] != row[3]
 
 
+@pytest.mark.parametrize(("seeds", "told"), [((4,), "1 paired seed."), ((1, 2), "2 p")])
+def test_the_table_says_how_many_seeds_it_stands_on(seeds, told):
+    assert analyse.format_claims(planted(seeds)).split("\n")[-1].startswith(told)
+
+
+def test_the_figure_says_where_a_mean_is_undefined():
+    results = planted()
+    results["rows"][0]["slope"] = None
+    slope, r_squared, *_ = figures._pairs(results).axes
+    (text,) = slope.texts
+    assert (text.get_text(), text.get_position()[0]) == ("n/a", 0)  # of ResNet-18
+    assert not r_squared.texts
+
+
 def test_networks_of_other_seeds_or_undefined_numbers_are_told():
     results = planted()
     results["rows"][0]["slope"] = None

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 from absl import flags as absl_flags
 
-from grsd_jax.conditions import Check, ParameterBlocks, Thresholds
+from grsd_jax.conditions import Check, ParameterBlocks, Thresholds, propagation_report
 from grsd_jax.experiments.common import flags, records
 from grsd_jax.experiments.common.config import TRAINING_FIELDS, Config, UserError
 from grsd_jax.experiments.common.data import synthetic_textures
 from grsd_jax.experiments.conditions import analyse, figures, run
 from grsd_jax.experiments.report import page
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
 
 OPTIONS = run.Options(
     thresholds=Thresholds(max_distant_coherence=0.0, distant=1),
@@ -151,8 +153,9 @@ def test_table_has_a_row_for_every_check(found):
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     checks = [c for name in analyse.TITLES for c in found[name]["verdict"]["checks"]]
     assert [row[1] for row in rows[2:]] == [check["name"] for check in checks]
-    assert [row[4] for row in rows[2:]] == [analyse.outcome(c) for c in checks]
-    assert {row[4].split(":")[0] for row in rows[2:]} >= {"holds", "fails"}
+    verdicts = [row[4].partition(", of")[0] for row in rows[2:]]
+    assert verdicts == [analyse.outcome(c) for c in checks]
+    assert {text.split(":")[0] for text in verdicts} >= {"holds", "fails"}
     assert len({len(line) for line in lines}) == 1
     broken = json.loads(json.dumps(found))
     drift = analyse.find_check(broken, "condition3", "drift of the leading")
@@ -184,6 +187,16 @@ def test_table_says_what_proposition_2_does_of_a_state_space_model(found):
     assert "NOT under the bound" in above
     outside = report | {"rho": 1.0, "in_condition": False, "predicted_range": None}
     assert "outside the condition" in analyse.format_propagation(outside)
+    one = analyse.format_propagation(report | {"measured_range": 1})
+    assert "at 1 block," in one
+
+
+def test_an_influence_that_is_not_finite_is_not_said_to_exceed_its_bound():
+    influence = np.array([[1.0, np.nan], [0.0, 1.0]])
+    found = propagation_report(influence, constant=2.0, rho=0.5, epsilon=0.1)
+    told = analyse.format_propagation(found._asdict() | {"rho": 0.5})
+    assert told.endswith("nothing was compared.")
+    assert "bound" not in told
 
 
 def test_page_draws_every_check_over_its_threshold(found, tmp_path, monkeypatch):
@@ -216,6 +229,23 @@ def test_page_draws_every_check_over_its_threshold(found, tmp_path, monkeypatch)
     for row, check in enumerate(reversed(checks)):
         if row in dots:
             assert (dots[row] <= 1) == (check["outcome"] == "holds"), check
+
+
+def test_the_table_shows_what_decides_and_on_how_much(found):
+    cells = json.loads(json.dumps(found))
+    first, second, third = (
+        cells[name]["verdict"]["checks"][0]
+        for name in ("condition1", "condition2", "condition3")
+    )
+    first |= {"number": 4.0001, "threshold": 4.0, "error": 0.0, "count": 6}
+    first |= {"outcome": "fails", "reason": "", "converged": True}
+    second |= {"number": None, "outcome": "fails", "reason": "", "count": None}
+    second |= {"converged": True}
+    third |= {"number": None, "outcome": "undecided", "reason": "one point"}
+    rows = {(row[0][0], row[1]): row[2:] for row in analyse.condition_rows(cells)[1:]}
+    assert rows["1", first["name"]] == ["4.0001", "<= 4", "fails, of 6"]
+    assert rows["2", second["name"]][::2] == ["infinite", "fails"]
+    assert rows["3", third["name"]][::2] == ["n/a", "undecided: one point"]
 
 
 def test_checks_are_typeset():
@@ -286,3 +316,28 @@ def test_page_shows_slopes_below_0_and_no_drift_where_none_is_defined(found):
     (means,) = (line for line in lines if line.get_label() == "mean shell")
     assert np.isnan(means.get_ydata()[0])  # a 0 would be perfect stability
     assert np.isfinite(means.get_ydata()[1:]).all()
+
+
+def test_page_names_what_is_undefined_and_tells_zeros_from_small_numbers():
+    found = records.read_json(RESULTS / "conditions" / "conditions.json")
+    for point in found["condition4"]["points"]:
+        point["slope"] = None
+    found["layers"]["depth_average"]["toeplitz_residual"] = None
+    influence = found["condition1"]["points"][-1]["influence"]
+    influence[0] = [0.0, None, *influence[0][2:]]
+    found["condition2"]["coherence"] = [[None] * 10] * 10
+    axes = {axis.get_title(): axis for axis in figures._page(found).subfigs[1].axes}
+    (image,) = axes["1: influence, last point"].images
+    shown = image.norm(image.get_array())
+    assert shown[0, 0] < 0  # below the color bar, and nothing else is
+    assert np.ma.getmaskarray(shown)[0, 1]
+    assert np.ma.sum(shown < 0) == np.ma.count_masked(shown) == 1
+    assert axes["2: coherence, first point"].texts[0].get_text() == "undefined"
+    for title, told, drawn in (
+        ("4: log-shift invariance", "slope: undefined", "residual"),
+        ("additive structure, last point", "depth average: undefined", "slope"),
+    ):
+        assert [text.get_text() for text in axes[title].texts] == [told]
+        labels = axes[title].get_legend_handles_labels()[1]
+        assert drawn in labels
+        assert told.partition(":")[0] not in labels

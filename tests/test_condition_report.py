@@ -1,6 +1,7 @@
 """The report of all four conditions: its numbers, its verdicts and what spoils them."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from grsd_jax import (
 )
 from grsd_jax.conditions import (
     Check,
+    ConditionReport,
     InfluenceProfile,
     Thresholds,
     Verdict,
@@ -26,7 +28,7 @@ from grsd_jax.conditions import (
     report,
     smallest_band,
 )
-from grsd_jax.conditions.checks import locality_checks
+from grsd_jax.conditions.checks import drift_check, locality_checks
 from oracles import dense_kernel, network_problem
 
 LENIENT = Thresholds(max_tail_sum=10.0)
@@ -187,6 +189,41 @@ def test_checks():
     assert str(Check("a", 0.5, 1.0, count=7)) == "a: 0.5 <= 1 holds (of 7)"
     told = str(Check("a", float("nan"), 1.0, reason="one point"))
     assert told == "a: n/a, undecided (one point)"
+
+
+@pytest.mark.parametrize(
+    ("number", "threshold", "relation"),
+    [(0.89996, 0.9, ">="), (0.50004, 0.5, "<="), (1 + 1e-12, 1.0, "<=")],
+)
+def test_a_check_is_told_with_the_digits_that_decide_it(number, threshold, relation):
+    check = Check("a", number, threshold, relation)
+    left, right = str(check).removeprefix("a: ").removesuffix(" fails").split(relation)
+    assert (float(left) - float(right)) * (number - threshold) > 0
+    assert str(Check("a", 0.134, 0.2)) == "a: 0.134 <= 0.2 holds"
+
+
+def test_the_table_of_a_report_has_the_digits_that_decide_and_the_counts():
+    checks = (
+        Check("a", 0.89996, 0.9, ">=", count=7),
+        Check("b", float("nan"), 1.0, reason="one point"),
+    )
+    found = SimpleNamespace(verdicts={"condition1": Verdict(checks)})
+    columns = ConditionReport._tables(found)["checks"]
+    first, second = (
+        [columns[name][k] for name in ("number", "threshold", "outcome", "of")]
+        for k in (0, 1)
+    )
+    assert first == ["0.89996", ">= 0.9", "fails", 7]
+    assert second == ["n/a", "<= 1", "undecided", "n/a"]
+
+
+def test_an_undefined_drift_is_not_called_a_single_point():
+    resolved = jnp.ones(2, bool)
+    point = SimpleNamespace(finite=True, operator_disagreement=0.0, resolved=resolved)
+    drifts = [SimpleNamespace(frobenius=x) for x in (0.25, np.nan)]
+    check = drift_check(drifts, [point] * 3, 2, Thresholds())
+    assert (check.outcome, check.reason) == ("undecided", "a drift is undefined")
+    assert drift_check([], [point], 2, Thresholds()).reason == "one point"
 
 
 def test_a_verdict_without_evidence_is_undecided():

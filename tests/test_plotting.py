@@ -52,7 +52,8 @@ def balance(seed):
     made = positive(random_result(ExactBalance, 2 * seed))
     edges = shells.SoftShells(jnp.asarray([0.1, 0.2, 0.4, 0.8, 1.6]), 0.5)
     wide = {"energies": jnp.outer(jnp.asarray([seed, seed + 1.0]), jnp.ones(6))}
-    return type(made)(**{**vars(made), "shells": edges, **wide})
+    sound = {"finite": jnp.bool_(True)}
+    return type(made)(**{**vars(made), "shells": edges, **wide, **sound})
 
 
 class Record(dict):
@@ -125,6 +126,21 @@ def test_a_slope_of_little_of_the_error_says_so(measured, share, told):
     assert (r"the modes hold only 26% of $|e\,|^2$" in texts) == told
 
 
+@pytest.mark.parametrize(
+    ("stderr", "r_squared", "told"),
+    [
+        (0.02, 0.97, "± 0.02, $R^2$ = 0.97"),
+        (4e-4, 0.9991, "± 0.0004, $R^2$ = 0.999"),
+        (0.0, 1.0, "± 0.00, $R^2$ = 1.00"),
+        (0.02, 0.001, "± 0.02, $R^2$ = 0.001"),
+    ],
+)
+def test_a_fit_is_called_exact_only_where_it_is(measured, stderr, r_squared, told):
+    fit = measured.diagonal_fit._replace(exponent_stderr=stderr, r_squared=r_squared)
+    ax = plotting.diagonal(dataclasses.replace(measured, diagonal_fit=fit), axes())
+    assert ax.get_legend().get_texts()[0].get_text().endswith(told)
+
+
 def test_one_color_bar_for_several(measured):
     low, high = plotting.coupling_limits([measured, measured], "literal")
     pairs = measured.literal.coupling
@@ -180,6 +196,92 @@ def test_a_flux_whose_error_is_infinite_is_hollow_and_a_single_band_is_seen():
         assert path.vertices[:, 1].max() == 2.5
         assert band.get_linewidth() > 0  # without it, a band of no width is not seen
     assert len(plotting.flux(line, axes()).lines) == 2  # without any error
+
+
+def unknown_times(times, steps=(10, 20, 30)):
+    return [
+        line | {"effective_time": time, "step": step}
+        for line, time, step in zip(lines(), times, steps, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("times", [(None, 1.0, 2.0), (0.0, np.nan, None), (None,) * 3])
+@pytest.mark.parametrize("draw", [plotting.energies, plotting.eigenvalues])
+def test_records_whose_time_is_not_known_are_drawn_over_steps(draw, times):
+    ax = draw(unknown_times(times), axes())
+    assert ax.get_xlabel() == "training step (not all times are known)"
+    assert not ax.texts
+    for line in ax.lines:
+        np.testing.assert_array_equal(line.get_xdata(), [10, 20, 30])
+    known = draw(unknown_times((0.0, 1.0, 2.0)), axes())
+    assert known.get_xlabel() == r"effective time $\tau$"
+    np.testing.assert_array_equal(known.lines[0].get_xdata(), [0, 1, 2])
+
+
+def test_a_result_without_a_time_is_named_by_its_step():
+    results = [
+        {"edges": [1.0, 2.0], "flux": [1.0, 2.0], "effective_time": time, "step": 7}
+        for time in (None, 0.5)
+    ]
+    legend = plotting.flux(results, axes()).get_legend()
+    assert [x.get_text() for x in legend.get_texts()] == ["step 7", r"$\tau$ = 0.5"]
+
+
+@pytest.mark.parametrize("undefined", ["due", "finite", "timed"])
+def test_what_a_record_of_a_jitted_loop_leaves_at_0_is_not_drawn(undefined):
+    """Inside of `jit` what is undefined is 0, and a mask says so."""
+    sound = dict.fromkeys(("due", "finite", "timed"), jnp.bool_(True))
+    record = random_result(ProbeRecord)._replace(
+        balance=balance(1), values=jnp.ones(2), **sound
+    )
+    first, broken = (
+        record._replace(effective_time=jnp.float32(time), step=step, **mask)
+        for time, step, mask in ((3, 5, {}), (0, 9, {undefined: jnp.bool_(False)}))
+    )
+    ax = plotting.energies([first, broken], axes())
+    found = [
+        np.isfinite(x.get_xdata()) & np.isfinite(x.get_ydata()) for x in ax.lines[:-1]
+    ]
+    if undefined == "timed":
+        assert np.all(found)
+        np.testing.assert_array_equal(ax.lines[0].get_xdata(), [5, 9])
+    else:
+        np.testing.assert_array_equal(found, [[True, False]] * len(found))
+        assert len(plotting.flux([first, broken], axes()).collections) == 1
+
+
+def test_energies_of_other_shells_are_refused():
+    records = lines()
+    records[2] = records[2] | {"edges": [0.1, 1.0, 100.0]}
+    with pytest.raises(ValueError, match="expected the same edges in all"):
+        plotting.energies(records, axes())
+    records[2] = records[2] | {"energies": [1.0], "edges": [0.1, 1.0]}
+    with pytest.raises(ValueError, match=r"energies of one shape in all, got \[\(1,\)"):
+        plotting.energies(records, axes())
+
+
+def test_a_large_eigenvalue_of_one_record_hides_none_of_another():
+    records = lines()
+    records[1] = records[1] | {"values": [1e30, 0.5]}
+    largest, smallest = plotting.eigenvalues(records, axes()).lines
+    np.testing.assert_array_equal(largest.get_ydata(), [9, 1e30, 9])
+    np.testing.assert_array_equal(smallest.get_ydata(), [0.5, np.nan, 0.5])
+
+
+def test_a_legend_says_which_result_is_undefined():
+    line = {"edges": [1.0, 2.0], "flux": [1.0, 2.0], "velocity": [None, None]}
+    whole = line | {"velocity": [0.5, 0.6]}
+    ax = plotting.velocity([line, whole], axes(), labels=["a", "b"])
+    assert [x.get_text() for x in ax.get_legend().get_texts()] == ["b", "a: undefined"]
+    (text,) = plotting.velocity([line, line], axes()).texts
+    assert text.get_text() == "nothing defined was recorded"
+
+
+def test_a_velocity_whose_error_is_not_known_is_hollow():
+    line = {"edges": [1.0, 2.0], "flux": [1.0, 2.0], "velocity": [0.5, 0.6]}
+    ax = plotting.velocity(line | {"velocity_error": [0.1, None]}, axes())
+    np.testing.assert_array_equal(ax.lines[2].get_ydata(), [np.nan, 0.6])
+    assert ax.lines[2].get_markerfacecolor() == "white"
 
 
 def test_energies_of_neighbors_and_the_order_of_eigenvalues_can_be_told():
@@ -271,6 +373,28 @@ def test_nothing_recorded_is_said(nothing):
     for draw in (plotting.energies, plotting.eigenvalues, plotting.flux):
         (text,) = draw(nothing, axes()).texts
         assert text.get_text().startswith(("no", "nothing"))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_network_without_a_defined_window_stays_in_the_legend(measured, first):
+    free = np.zeros_like(measured.renormalized.degrees_of_freedom)
+    part = measured.renormalized._replace(degrees_of_freedom=free)
+    none = dataclasses.replace(measured, renormalized=part)
+    ax = axes()
+    for label, result in sorted({"A": measured, "B": none}.items(), reverse=first):
+        plotting.windows(result, ax, label=label, noise_floor=False)
+    labels = ax.get_legend_handles_labels()[1]
+    assert sorted(labels) == ["A", "B: undefined"]
+    assert not ax.texts
+
+
+def test_values_that_are_not_finite_are_not_said_to_lie_below(measured):
+    values = np.array(measured.values)
+    values[[0, 5]] = np.inf, np.nan
+    ax = plotting.spectrum(dataclasses.replace(measured, values=values), axes())
+    _, resolved = ax.lines
+    assert len(resolved.get_xdata()) == 126
+    assert resolved.get_label().startswith("resolved (128, 2 not finite, ")
 
 
 def test_the_noise_floor_is_the_residual_of_sampled_toeplitz_couplings():

@@ -197,7 +197,7 @@ def test_nothing_is_nan_on_the_way():
     [
         ([1], [2], ()),
         ([3, 3, 3], [1, 2, 4], ()),
-        ([1, 10], [2, 200], ("exponent", "prefactor", "r_squared")),
+        ([1, 10], [2, 200], ("exponent", "prefactor")),
         (
             [1, 10, 100],
             [3, 3, 3],

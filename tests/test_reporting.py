@@ -24,6 +24,7 @@ from grsd_jax.experiments.report import page as reporting
 from grsd_jax.experiments.report.contents import contents_of
 from grsd_jax.experiments.reproduce import figures as reproduce_figures
 from grsd_jax.experiments.reproduce.figures import write_figures
+from grsd_jax.experiments.sweep.analyse import read_rows, write_rows
 from grsd_jax.experiments.sweep.figures import write_sweep_figures
 from grsd_jax.experiments.track.figures import write_tracking_figures
 from grsd_jax.experiments.transport.figures import write_transport_figures
@@ -180,6 +181,42 @@ def test_tables_have_no_long_fractions(workdir):
     cells = Page((workdir / "report.html").read_text()).cells
     assert "0.1235" in cells
     assert not any(re.search(r"\d\.\d{9}", cell) for cell in cells)
+
+
+@pytest.mark.parametrize(
+    ("cell", "told"),
+    [
+        ("0.1234567890123456", "0.1235"),
+        ("1234567890", "1234567890"),  # a seed
+        ("12e4567890", "12e4567890"),  # a checksum, and as a number infinite
+        ("0.99999123456", "0.99999123"),  # not 1
+        ("123456.789012345", "123456.79"),
+        ("11173962.0", "11173962.0"),
+        ("-1.23456789e-30", "-1.235e-30"),
+    ],
+)
+def test_what_is_shortened_stays_what_it_is(cell, told):
+    assert reporting._shortened(cell) == told
+
+
+def test_rows_that_are_not_shown_are_told(tmp_path):
+    records.write_json(tmp_path / "any.json", {"config": {"seed": 1}})
+    for name, number in (("long.csv", 201), ("short.csv", 200)):
+        rows = "\n".join(map(str, range(number)))
+        (tmp_path / name).write_text(f"row\n{rows}\n")
+    (section,) = reporting.find_sections(tmp_path)
+    assert [len(rows) for rows in section.tables] == [201, 201]
+    assert section.notes == ["The first 200 of the 201 rows of long.csv."]
+
+
+def test_a_sweep_says_how_many_trainings_diverged(tmp_path):
+    rows = read_rows(RESULTS / "sweep" / "sweep.csv")[:1]
+    write_rows(tmp_path / "sweep.csv", [row | {"status": "diverged"} for row in rows])
+    records.write_json(tmp_path / "sweep.json", {"config": {}})
+    (section,) = reporting.find_sections(tmp_path)
+    depth = rows[0]["depth"]
+    wanted = f"1 training of 1 network at depth {depth}, of which 1 diverged."
+    assert section.summary == wanted
 
 
 def test_symbols_are_typeset(workdir):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from grsd_jax import shells
+from grsd_jax.results.tables import frame_of_lines
 from random_results import public_classes, random_result
 
 xarray = pytest.importorskip("xarray")
@@ -153,3 +154,13 @@ def test_the_file_of_a_probe_is_a_frame(tmp_path):
     assert list(frame.ends_01_02) == [6, 6]
     assert list(frame.measured_time_start) == [0.25, 0.25]
     assert not [name for name in frame if name.startswith("moved")]
+
+
+def test_a_frame_of_two_shells_has_the_energies_of_both_ends():
+    line = {"step": 3, "energies": [[4.0, 5.0], [1.0, 2.0]]}
+    line |= {"energy_error": [[0.1, 0.2], [0.3, 0.4]], "moved": [[0.0, 1.0], [-1, 0]]}
+    frame = frame_of_lines([line])
+    assert frame.filter(like="energies").to_numpy().tolist() == [[4, 5, 1, 2]]
+    errors = frame.filter(like="energy_error").to_numpy()
+    assert errors.tolist() == [[0.1, 0.2, 0.3, 0.4]]
+    assert not frame.filter(like="moved").size

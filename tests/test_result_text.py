@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from grsd_jax import dynamics, shells
-from grsd_jax.results import percent
+from grsd_jax.jacobian.explain import Explanation, LeafForm
+from grsd_jax.results import headline, percent
 from grsd_jax.results.fields import field_of, names_of
 from random_results import public_classes, random_result
 
@@ -151,6 +152,9 @@ def test_options_are_shown_with_their_values():
         (0.996, "99.6%"),
         (0.004, "0.4%"),
         (0.00003, "0.003%"),
+        (0.005, "0.5%"),
+        (0.995, "99.5%"),
+        (-1e-9, "0%"),
         (0.99996, "99.996%"),
         (1 - 1e-8, "100%"),
         (np.nan, "n/a"),
@@ -167,6 +171,34 @@ def test_a_caveat_is_not_cut():
     assert len(caveat) > 100
     for text in (repr(result), result.summary()):
         assert caveat in " ".join(text.split())
+
+
+@pytest.mark.parametrize(
+    ("errors", "told"),
+    [
+        ([0.1, np.inf, 0.2], "1 to 3 |e|^2, 1 of 3 edges not converged"),
+        ([np.inf] * 3, "n/a, 3 of 3 edges not converged"),
+        ([0.1, 0.1, 0.2], "1 to 1e+06 |e|^2"),
+    ],
+)
+def test_a_flux_that_has_not_converged_is_not_in_its_span(errors, told):
+    balance = dataclasses.replace(
+        random_result(CLASSES["ExactBalance"], 0),
+        finite=jnp.bool_(True),
+        flux=jnp.asarray([1.0, 1e6, 3.0]),
+        flux_error=jnp.asarray(errors),
+    )
+    assert dict(headline(balance))["flux past the edges"] == told
+
+
+def test_a_fit_to_two_points_has_no_share_that_it_explains():
+    x, y = jnp.asarray([1.0, 10.0]), jnp.asarray([3.0, 0.2])
+    fit = shells.fit_power_law(x, y)
+    assert float(fit.exponent) == pytest.approx(np.log10(0.2 / 3))
+    assert dict(headline(fit))["R^2"] == "n/a"
+    third = shells.fit_power_law(jnp.asarray([*x, 4.0]), jnp.asarray([*y, 1.0]))
+    logs = np.log([[1, 10, 4], [3, 0.2, 1]])
+    assert float(third.r_squared) == pytest.approx(np.corrcoef(logs)[0, 1] ** 2)
 
 
 def test_masked_placeholders_are_not_shown():
@@ -237,3 +269,16 @@ def test_reading_a_result_leaves_the_search_for_nan_on():
             thread.submit(read).result()
     finally:
         jax.config.update("jax_debug_nans", before)
+
+
+@pytest.mark.parametrize(("flops", "told"), [(0, "n/a"), (1200, "1.2k")])
+def test_operations_that_the_compiler_does_not_tell_are_not_0(flops, told):
+    rows = (
+        LeafForm("w", "outer", "dot_general", 64, 500),
+        LeafForm("b", "plain", "a fallback", 0, flops),
+    )
+    found = Explanation(rows, coupled=False)
+    *_, plain, total = [line.split() for line in str(found).splitlines()]
+    assert plain[:4] == ["b", "plain", "0", told]
+    assert total[-1] == ("n/a" if told == "n/a" else "1.7k")
+    assert f"{total[-1]} flops a column" in repr(found)

@@ -2,12 +2,15 @@
 
 import copy
 import json
+import re
 
 import numpy as np
 import pytest
 
 import example_results
+from grsd_jax.experiments.common import tables
 from grsd_jax.experiments.common.config import UserError
+from grsd_jax.experiments.common.intervals import Interval
 from grsd_jax.experiments.common.quantities import (
     edge_residual,
     middle_third_residual,
@@ -150,3 +153,37 @@ def test_edge_centre_and_middle_third_are_three_quantities(
 def test_not_a_result():
     with pytest.raises(UserError, match=r"results\.json: expected measurements"):
         format_table({"config": {}})
+
+
+@pytest.mark.parametrize("value", [1e-30, -4e-5, 3.9e-4, 0.5, 12.0, 1e30, -2e17])
+def test_a_number_reads_as_what_it_is(value):
+    text = tables.number(value)
+    assert float(text) == pytest.approx(value, rel=0.05, abs=5e-4 if value > 1 else 0)
+    assert len(text) < 16
+    assert tables.number(0.0) == "0.000"
+    assert tables.number(10**12, ".0f") == "1000000000000"
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-5, 1.0, 1e30])
+def test_an_interval_keeps_its_ends_apart_from_its_mean_and_from_0(scale):
+    mean, low, high = re.findall(
+        r"[-+.\de]+", str(Interval(2.5 * scale, -1e-4 * scale, 7 * scale))
+    )
+    assert float(low) < 0 < float(mean) < float(high)
+    assert [float(mean), float(high)] == pytest.approx([2.5 * scale, 7 * scale], 0.05)
+    assert len(mean) < 16
+
+
+@pytest.mark.parametrize(
+    ("interval", "told"),
+    [
+        ((0.912, 0.871, 0.951), "0.912 [0.871, 0.951]"),
+        ((1.3, 1.0002, 1.6), "1.3000 [1.0002, 1.6000]"),  # decided, above a ratio of 1
+        ((0.1, 0.1 - 1e-17, 0.1 + 1e-17), "0.100 [0.100, 0.100]"),
+        ((0.0, 0.0, 0.0), "0.000 [0.000, 0.000]"),
+        ((0.5, np.nan, np.nan), "0.500 [n/a]"),
+        ((np.nan, np.nan, np.nan), "n/a"),
+    ],
+)
+def test_an_interval_has_the_digits_that_it_needs(interval, told):
+    assert str(Interval(*interval)) == told

@@ -150,6 +150,7 @@ def test_a_broken_training_goes_on_and_one_record_says_so(dataset, tmp_path):
     metrics = records.read_jsonl(tmp_path / "tiny" / "metrics.jsonl")
     assert metrics[-1]["step"] == STEPS[-1]
     assert metrics[-1]["loss"] is None
+    assert metrics[-1]["accuracy"] is metrics[-1]["test_accuracy"] is None
 
 
 def test_a_run_resumes_under_its_own_settings_only(dataset, tmp_path):
@@ -213,6 +214,7 @@ def test_krylov_steps_are_those_of_the_settings(dataset, tmp_path, monkeypatch, 
 def test_summary_counts_and_takes_medians(whole):
     summary = analyse.summary(records.read_jsonl(whole))
     assert summary["num_records"] == 8
+    assert summary["num_whole"] == 4  # the others are of --over
     assert summary["finite"]
     assert summary["cost_in_steps_median"] > 0
     assert summary["moved_share_median"] > 0
@@ -220,6 +222,7 @@ def test_summary_counts_and_takes_medians(whole):
     table = analyse.format_tracks({"mlp": summary, "my network": summary})
     assert "moved, share of the energy" in table
     assert re.search(r"MLP +\| +my network", table)
+    assert re.search(r"of them whole intervals, finite +\| 4 +\| +4", table)
     assert table.endswith("|\n\n" + "\n".join(analyse.LEGEND))  # short ones
 
 
@@ -277,6 +280,40 @@ def test_quantities_of_a_line_are_what_they_say():
     assert quantities.spreads_over_steps(lines) == pytest.approx([0.75])
     assert list(quantities.by_steps(lines)) == [1, 4]
     assert quantities.whole_intervals(lines) == [line]
+
+
+def test_networks_share_one_clock_and_no_record_is_left_out():
+    """One time that is not known puts all panels over steps, of which none is lost."""
+    shares = {"energies": [[1.0, 1.0]] * 2, "lost": [0.1, 0.2], "moved": [[0, 0.5]] * 2}
+    lines = [
+        line_of(k, k + 1, [1.0], effective_time=0.5 * k, **shares) for k in range(3)
+    ]
+    unknown = [*lines[:2], lines[2] | {"effective_time": None}]
+    for tracks, wanted in (
+        ({"mlp": lines, "cnn": lines}, [0, 0.5, 1]),
+        ({"mlp": lines, "cnn": unknown}, [1, 2, 3]),
+    ):
+        figure = tracking_figures._amounts(tracking_figures._on_one_clock(tracks))
+        drawn = [x for x in figure.axes[0].lines if len(x.get_xdata()) == 3]
+        assert len(drawn) == 4  # moved and lost of both
+        for line in drawn:
+            np.testing.assert_array_equal(line.get_xdata(), wanted)
+        assert ("step" in figure.axes[0].get_xlabel()) == (wanted[0] == 1)
+
+
+def test_the_legend_says_whose_velocity_is_undefined():
+    shares = {"velocity": [0.5], "velocity_mask": [True], "counting_velocity": None}
+    known = [line_of(k, k + 1, [1.0], effective_time=k, **shares) for k in range(3)]
+    unknown = [line | {"velocity": [None]} for line in known]
+    figure = tracking_figures._velocity({"mlp": known, "cnn": unknown})
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == ["MLP", "CNN: undefined"]  # and no null, which none has
+
+
+def test_shares_of_no_energy_are_undefined():
+    line = line_of(0, 1, [0.0], energies=[[0.0, 0.0]] * 2, lost=[0.0, 0.0])
+    line |= {"moved": [[0.0, 0.0]] * 2}
+    assert np.isnan([quantities.lost_share(line), quantities.moved_share(line)]).all()
 
 
 def test_figures_are_drawn_from_the_lines_alone(whole, tmp_path, monkeypatch):

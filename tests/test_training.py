@@ -6,10 +6,11 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn
 
-from grsd_jax.experiments.common import data, records, training
+from grsd_jax.experiments.common import data, networks, records, training
 from grsd_jax.experiments.common.checkpoints import Checkpoints
 from grsd_jax.experiments.common.config import Config, UserError
 from grsd_jax.experiments.common.networks import Weights, recalibrate_batch_stats
@@ -366,6 +367,20 @@ def test_accuracy_counts_the_last_batch_right(whole, dataset, batch_size):
     )
     assert found == pytest.approx(wanted)
     assert found == whole[0].test_accuracy
+
+
+def test_the_accuracy_of_a_network_that_is_not_finite_is_undefined(dataset):
+    """As the largest of NaN outputs, the first class would be right where it occurs."""
+    assert np.mean(dataset.test_labels == 0) > 0
+    shape = dataset.train_images.shape[1:]
+    weights = networks.init_weights(TinyNet(), shape, 0)
+    broken = jax.tree.map(lambda x: np.full(x.shape, np.nan, x.dtype), weights)
+    images, labels = dataset.test_images, dataset.test_labels
+    assert np.isnan(training.evaluate(TinyNet(), broken, images, labels))
+    optimizer = optax.sgd(0.1)
+    state = training.init_state(broken, optimizer)
+    _, metrics = training.train_step(TinyNet(), optimizer, state, images, labels)
+    assert np.isnan(metrics["accuracy"])
 
 
 def test_accuracy_of_nothing_is_refused(whole, dataset):

@@ -308,6 +308,11 @@ def test_means_of_some_seeds_are_hollow():
     assert all(str(x.get_markerfacecolor()) != "white" for x in second.lines)
 
 
+def test_a_pair_that_is_there_twice_is_no_second_seed():
+    with pytest.raises(UserError, match=r"each once, got \[0, 0\] and \[0, 0\]"):
+        analyse.runs_by_network(planted(seeds=(0, 0)), "main")
+
+
 def test_spreads_are_compared_over_the_edges_that_both_networks_can_use():
     results = planted()
     for found in results["runs"][1::2]:  # one edge of the plain network alone is wild

@@ -225,6 +225,7 @@ def drift_check(
     largest = math.nan
     if drifts and known:
         largest = float(np.max([float(d.frobenius) for d in drifts]))
+    reason = "a drift is undefined" if drifts else "one point"
     resolved = [jnp.all(found.resolved[:num_leading]) for found in measurements]
     return Check(
         f"drift of the leading {num_leading}",
@@ -232,7 +233,7 @@ def drift_check(
         thresholds.max_drift,
         converged=all(bool(x) for x in resolved),
         count=len(drifts),
-        reason=("one point" if known else _UNTRUSTED) if math.isnan(largest) else "",
+        reason=(reason if known else _UNTRUSTED) if math.isnan(largest) else "",
     )
 
 

@@ -6,6 +6,7 @@ together and held against thresholds.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -52,6 +53,7 @@ from grsd_jax.objective import moving_part
 from grsd_jax.parameter_blocks import ParameterBlocks
 from grsd_jax.problem import Problem
 from grsd_jax.results import NamedResult, result
+from grsd_jax.results.text import MISSING, told_apart
 from grsd_jax.shells.diagnostics import CouplingMeasurement
 from grsd_jax.shells.measurement import Solver, measure_coupling
 from grsd_jax.shells.options import Binning, Window
@@ -188,14 +190,24 @@ class ConditionReport(NamedResult):
     def _tables(self) -> dict[str, dict[str, list[Any]]]:
         pairs = [(n, check) for n, v in self.verdicts.items() for check in v.checks]
         checks = [check for _, check in pairs]
+        sides = [told_apart([check.number, check.threshold]) for check in checks]
         return {
             "checks": {
                 "condition": [name for name, _ in pairs],
                 "check": [check.name for check in checks],
-                "number": [check.number for check in checks],
+                "number": [
+                    MISSING if math.isnan(check.number) else told
+                    for check, (told, _) in zip(checks, sides, strict=True)
+                ],
                 "error": [check.error for check in checks],
-                "threshold": [f"{c.relation} {c.threshold:.3g}" for c in checks],
+                "threshold": [
+                    f"{check.relation} {told}"
+                    for check, (_, told) in zip(checks, sides, strict=True)
+                ],
                 "outcome": [check.outcome for check in checks],
+                "of": [
+                    MISSING if check.count is None else check.count for check in checks
+                ],
             }
         }
 

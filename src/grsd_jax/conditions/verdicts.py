@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 
 from grsd_jax._checks import check_at_least, check_choice
 from grsd_jax.results import NamedResult, result
+from grsd_jax.results.text import told_apart
 
 Outcome = Literal["holds", "fails", "undecided"]
 
@@ -118,7 +119,8 @@ class Check(NamedResult):
         if math.isnan(self.number):
             return f"{self.name}: n/a, undecided ({self.reason or 'not defined'})"
         error = f" +- {self.error:.2g}" if self.error > 0 else ""
-        sides = f"{self.number:.3g}{error} {self.relation} {self.threshold:.3g}"
+        number, threshold = told_apart([self.number, self.threshold])
+        sides = f"{number}{error} {self.relation} {threshold}"
         notes = [] if self.count is None else [f"of {self.count}"]
         notes += [] if self.converged else ["not converged"]
         noted = f" ({', '.join(notes)})" if notes else ""

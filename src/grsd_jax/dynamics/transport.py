@@ -287,7 +287,7 @@ class ExactBalance(Result):
         rows = [
             ("energy |e|^2", f"{totals[0]} before, {totals[1]} after"),
             ("lost as the error changed", number(np.sum(self.lost))),
-            ("flux past the edges", span(self.flux, "|e|^2")),
+            ("flux past the edges", self._flux_text()),
             ("elapsed time", number(self.elapsed)),
             ("edges with a usable velocity", f"{usable} of {q}"),
         ]
@@ -304,6 +304,13 @@ class ExactBalance(Result):
             ("transfers between non-neighbors", share),
             ("both ends", f"{same}, {finite}"),
         ]
+
+    def _flux_text(self) -> str:
+        """Returns the span of the flux where its error is not infinite."""
+        unknown = np.isinf(self.flux_error)
+        text = span(np.asarray(self.flux)[~unknown], "|e|^2")
+        count = f"{unknown.sum()} of {unknown.size} edges not converged"
+        return f"{text}, {count}" if unknown.any() else text
 
     def _tables(self) -> dict[str, dict[str, Any]]:
         before, after = self.energies

@@ -14,6 +14,7 @@ from grsd_jax.jacobian.plan import Plan, verdict_of
 from grsd_jax.jacobian.tracing import Program, Use
 from grsd_jax.problem import Point
 from grsd_jax.results import Result, result
+from grsd_jax.results.text import MISSING
 
 #: What a leaf that meets activations in one way is called.
 _NAMES = {"local": "rows", "entry": "rows"}
@@ -36,7 +37,8 @@ class LeafForm(Result):
         bytes: Held for products, for all batches; 0 if plain.
         flops: Floating-point operations that one column of a product ``M V`` takes for
             this leaf, all batches together. A product of plain leaves passes through
-            the network once for all of them, so each has those of the whole pass.
+            the network once for all of them, so each has those of the whole pass, and
+            0 where the compiler does not tell them.
     """
 
     path: str
@@ -85,7 +87,7 @@ class Explanation(Result):
 
     def _headline(self) -> list[tuple[str, str]]:
         total = f"{self.num_factored} of {self.num_leaves} leaves factored"
-        sizes = f"{_short(self.bytes)} bytes, {_short(self.flops)} flops a column"
+        sizes = f"{_short(self.bytes)} bytes, {self._operations()} flops a column"
         leaves = [(row.path, f"{row.how}: {row.why}") for row in self.rows]
         return [("all", f"{total}, {sizes}"), *leaves]
 
@@ -94,12 +96,22 @@ class Explanation(Result):
         head = ("leaf", "how", "bytes", "flops", "why")
         total = f"{self.num_factored} of {self.num_leaves} leaves factored"
         lines = [
-            (row.path, row.how, _short(row.bytes), _short(row.flops), row.why)
+            (row.path, row.how, _short(row.bytes), _operations(row), row.why)
             for row in self.rows
         ]
-        lines = [head, *lines, (total, "", _short(self.bytes), _short(self.flops), "")]
+        lines = [head, *lines, (total, "", _short(self.bytes), self._operations(), "")]
         widths = [max(len(line[column]) for line in lines) for column in range(4)]
         return "\n".join(_line(line, widths) for line in lines)
+
+    def _operations(self) -> str:
+        """Returns the operations of a column, ``n/a`` if those of a leaf are."""
+        told = [_operations(row) for row in self.rows]
+        return MISSING if MISSING in told else _short(self.flops)
+
+
+def _operations(row: LeafForm) -> str:
+    """Returns the operations of a leaf, ``n/a`` where they are not known."""
+    return MISSING if row.how == "plain" and not row.flops else _short(row.flops)
 
 
 def explain_point(point: Point) -> Explanation:

@@ -20,6 +20,7 @@ from grsd_jax.plotting.drawing import (
     say_empty,
 )
 from grsd_jax.results import percent
+from grsd_jax.results.text import counted, told_apart
 from grsd_jax.shells import (
     CouplingMeasurement,
     PowerLawFit,
@@ -95,8 +96,10 @@ def spectrum(
         ("resolved", resolved, color),
     ):
         x, y = positive(index, values, chosen=chosen & (values >= bottom))
-        hidden = int(chosen.sum()) - x.size
+        lost = int(np.sum(chosen & ~np.isfinite(values)))
+        hidden = int(chosen.sum()) - x.size - lost
         below = f", {hidden} of them below" if hidden else ""
+        below += f", {lost} not finite" if lost else ""
         more = in_shells if name == "resolved" else ""
         label = f"{name} ({int(chosen.sum())}{below}{more})"
         ax.plot(x, y, ".", color=shade, markersize=3.5, label=label)
@@ -158,9 +161,10 @@ def diagonal(
     ends = np.array([x.min(), x.max()])
     modes: Any = dict(color=color, alpha=0.45, markersize=4.5, markeredgewidth=0)
     shells: Any = dict(color=DARK, markersize=4, markerfacecolor="white")
-    shells_name = rf"{shell_x.size} shells, $\sqrt{{K_{{aa}}}}$"
+    modes_name = counted(x.size, "mode")
+    shells_name = counted(shell_x.size, "shell") + r", $\sqrt{K_{aa}}$"
     legend = {
-        f"{x.size} modes" + _fit_text(measured.diagonal_fit): (
+        modes_name + _fit_text(measured.diagonal_fit): (
             *ax.plot(x, y, ".", **modes),
             *_draw_fit(ax, measured.diagonal_fit, ends, "-", color),
         ),
@@ -199,8 +203,13 @@ def _fit_text(fit: PowerLawFit) -> str:
     )
     if not np.isfinite(slope):
         return ", no fit"
-    text = f": slope {slope:.2f}" + (f" ± {stderr:.2f}" if np.isfinite(stderr) else "")
-    return text + (f", $R^2$ = {r_squared:.2f}" if np.isfinite(r_squared) else "")
+    text = f": slope {slope:.2f}"
+    if np.isfinite(stderr):
+        text += f" ± {told_apart([stderr], [0.0], decimals=2)[0]}"
+    if np.isfinite(r_squared):
+        ends: Any = {"others": [0.0, 1.0], "tolerance": 1e-6}
+        text += f", $R^2$ = {told_apart([r_squared], decimals=2, **ends)[0]}"
+    return text
 
 
 def coupling(
@@ -322,7 +331,8 @@ def windows(
         **style: Of the line, for Matplotlib.
 
     Returns:
-        The axes. A window without a degree of freedom is a gap.
+        The axes. A window without a degree of freedom is a gap; the legend names a
+        network that has no other.
 
     Raises:
         ImportError: If Matplotlib is not installed.
@@ -343,6 +353,8 @@ def windows(
     if not np.isfinite(residuals).any():
         if not ax.lines[1:]:
             say_empty(ax, "no window with degrees of freedom")
+        # A legend of several networks must not lack this one.
+        ax.plot([], [], linestyle="", label=f"{label or kind}: undefined")
         return ax
     for text in [text for text in ax.texts if "no window" in text.get_text()]:
         text.remove()

@@ -21,7 +21,7 @@ from grsd_jax.plotting.drawing import (
     leave_room,
     say_empty,
 )
-from grsd_jax.results.fields import description_of, names_of
+from grsd_jax.results.fields import description_of, names_of, with_undefined
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 Record = ProbeRecord | Mapping[str, Any]
 
 TIME = r"effective time $\tau$"
+STEP = "training step (not all times are known)"
 
 #: Results drawn over the edges at most, evenly over the records.
 _MOST = 6
@@ -41,7 +42,8 @@ _MARKS: dict[str, Any] = {"linewidth": 1.0, "markersize": 3.5}
 def energies(records: Sequence[Record], ax: "Axes | None" = None) -> "Axes":
     """Draws the energy of each shell over time, colored by its place in the spectrum.
 
-    Neighboring shells also have different markers.
+    Neighboring shells also have different markers. If not all times are known, training
+    steps are in their place.
 
     Args:
         records: The records of a probe, or the lines of its file.
@@ -52,17 +54,20 @@ def energies(records: Sequence[Record], ax: "Axes | None" = None) -> "Axes":
 
     Raises:
         ImportError: If Matplotlib is not installed.
-        ValueError: If something else is given.
+        ValueError: If something else is given, or records of different shells.
     """
     import matplotlib as mpl
     from matplotlib.colors import LogNorm
 
     ax = axes_of(ax)
-    ax.set(xlabel=TIME, ylabel=r"energy $E_a$")
-    time, found, edges = _columns(records, "effective_time", "energies", "edges")
-    if not len(time) or not np.nanmax(found, initial=0) > 0:
+    label, time, found, edges = _columns(records, "energies", "edges")
+    ax.set(xlabel=label, ylabel=r"energy $E_a$")
+    edges = edges[[np.isfinite(x).all() for x in edges]]  # of those that hold something
+    if not (len(edges) and np.nanmax(found, initial=0) > 0):
         say_empty(ax, "no record with energy")
         return ax
+    if not np.allclose(edges, edges[:1], rtol=1e-5, atol=0):
+        raise ValueError("records: expected the same edges in all, got different ones.")
     ax.set_yscale("log")
     found = found[:, -1] if found.ndim == 3 else found  # before and after
     centers = _centers(edges[0], found.shape[1])
@@ -84,7 +89,9 @@ def energies(records: Sequence[Record], ax: "Axes | None" = None) -> "Axes":
 def eigenvalues(records: Sequence[Record], ax: "Axes | None" = None) -> "Axes":
     """Draws the leading eigenvalues over time, each a line, in order of size.
 
-    Values below ten eps of float32, relative to the largest, are rounding and left out.
+    Values below ten eps of float32, relative to the largest of their record, are
+    rounding and left out. If not all times are known, training steps are in their
+    place.
 
     Args:
         records: The records of a probe, or the lines of its file.
@@ -95,20 +102,22 @@ def eigenvalues(records: Sequence[Record], ax: "Axes | None" = None) -> "Axes":
 
     Raises:
         ImportError: If Matplotlib is not installed.
-        ValueError: If something else is given.
+        ValueError: If something else is given, or records with different numbers of
+            eigenvalues.
     """
     import matplotlib as mpl
     from matplotlib.colors import Normalize
 
     ax = axes_of(ax)
-    ax.set(xlabel=TIME, ylabel=r"eigenvalue $\lambda_i$")
-    time, values = _columns(records, "effective_time", "values")
-    if not len(time) or not np.nanmax(values, initial=0) > 0:
+    label, time, values = _columns(records, "values")
+    ax.set(xlabel=label, ylabel=r"eigenvalue $\lambda_i$")
+    if not np.nanmax(values, initial=0) > 0:
         say_empty(ax, "no record with a positive eigenvalue")
         return ax
     ax.set_yscale("log")
     norm, colors = Normalize(1, max(values.shape[1], 2)), _colors().reversed()
-    rounding = 10 * np.finfo(np.float32).eps * np.nanmax(values)
+    largest = np.max(np.where(np.isfinite(values), values, 0), axis=1)
+    rounding = 10 * np.finfo(np.float32).eps * largest
     for index, track in enumerate(values.T, start=1):
         shown = np.where(track > rounding, track, np.nan)
         shade = colors(norm(index))
@@ -146,7 +155,7 @@ def flux(
         ValueError: If something else is given, or not as many labels as results.
     """
     ax = _edge_axes(ax, r"flux $F_k$ upward")
-    for result, style in _styled(results, labels):
+    for result, style in _styled(ax, results, labels, "flux"):
         edges, found = _over_edges(result, "flux")
         error = _found(result, "flux_error")
         _band(ax, edges, found, error, style)
@@ -180,7 +189,8 @@ def velocity(
     """
     ax = _edge_axes(ax, r"velocity $v_k$")
     seen = [
-        _draw_velocity(ax, result, style) for result, style in _styled(results, labels)
+        _draw_velocity(ax, result, style)
+        for result, style in _styled(ax, results, labels, "velocity")
     ]
     if any(line.get_linestyle() == "--" for line in ax.lines):
         ax.plot([], [], "--", color=GRAY, label="null: growth alone")
@@ -210,6 +220,7 @@ def _draw_velocity(ax: "Axes", result: Any, style: dict[str, Any]) -> np.ndarray
     )
     usable = np.ones(len(found), bool) if mask is None else np.asarray(mask, bool)
     error = np.zeros(len(found)) if error is None else np.asarray(error, np.float64)
+    usable = usable & np.isfinite(error)
     _band(ax, edges, found, np.where(usable, error, np.nan), style)
     _hollow(ax, edges, np.where(usable, np.nan, found), style)
     drawn = [found, found - error, found + error]
@@ -247,25 +258,35 @@ def _hollow(ax: "Axes", x: np.ndarray, y: np.ndarray, style: dict[str, Any]) -> 
 
 
 def _styled(
-    results: Any, labels: Sequence[str] | None
+    ax: "Axes", results: Any, labels: Sequence[str] | None, name: str
 ) -> Iterable[tuple[Any, dict[str, Any]]]:
-    """Yields each result that holds something, with its color and its label."""
+    """Yields each result that holds a quantity, with its color and its label.
+
+    The legend names those that have a label and do not hold it, too.
+    """
     several = _several("results", results)
     if labels is not None and len(labels) != len(several):
         raise ValueError(
             f"labels: expected {len(several)}, one for each result, got {len(labels)}."
         )
-    kept = [k for k, x in enumerate(several) if _found(x, "flux") is not None]
+    kept = [k for k, x in enumerate(several) if _is_known(_found(x, name))]
     if labels is None and len(kept) > _MOST:
         kept = [kept[k] for k in np.linspace(0, len(kept) - 1, _MOST).astype(int)]
     colors = _colors()(np.linspace(0, 1, max(len(kept), 1)))
     for k, color, marker in zip(kept, colors, itertools.cycle(_MARKERS), strict=False):
         label = labels[k] if labels is not None else _time_text(several[k])
         yield several[k], {"color": color, "marker": marker, "label": label}
+    for k, label in enumerate(labels or ()):
+        if k not in kept:
+            ax.plot([], [], linestyle="", label=f"{label}: undefined")
+
+
+def _is_known(values: Any) -> bool:
+    return values is not None and bool(np.isfinite(np.asarray(values, float)).any())
 
 
 def _several(name: str, results: Any) -> list[Any]:
-    """Returns one result, or each of a sequence, after checking what they are."""
+    """Returns one result, or each of a sequence, with NaN where they are undefined."""
     one = _is_result(results) or not isinstance(results, Iterable)
     several = [results] if one or isinstance(results, str) else list(results)
     for result in several:
@@ -274,7 +295,7 @@ def _several(name: str, results: Any) -> list[Any]:
                 f"{name}: expected records of a probe, lines of its file or balances, "
                 f"got a {type(result).__name__}."
             )
-    return several
+    return [x if isinstance(x, Mapping) else with_undefined(x) for x in several]
 
 
 def _is_result(value: Any) -> bool:
@@ -282,8 +303,10 @@ def _is_result(value: Any) -> bool:
 
 
 def _time_text(result: Any) -> str | None:
-    time = _found(result, "effective_time")
-    return None if time is None else rf"$\tau$ = {float(time):.3g}"
+    time, step = _number(result, "effective_time"), _number(result, "step")
+    if np.isfinite(time):
+        return rf"$\tau$ = {time:.3g}"
+    return f"step {step:.0f}" if np.isfinite(step) else None
 
 
 def _legend(ax: "Axes", heights: np.ndarray | None = None) -> None:
@@ -295,16 +318,53 @@ def _legend(ax: "Axes", heights: np.ndarray | None = None) -> None:
         opaque: Any = {"frameon": True, "framealpha": 1.0, "edgecolor": "white"}
         ax.legend(loc="upper left", ncols=2, fontsize=LEGEND, **narrow, **opaque)
     if not ax.lines[1:]:
-        say_empty(ax, "nothing was recorded")
+        say_empty(ax, "nothing defined was recorded")
 
 
-def _columns(records: Sequence[Record], *names: str) -> list[np.ndarray]:
-    """Returns fields of all records that have all of them, ``[records, ...]``."""
+def _columns(records: Sequence[Record], *names: str) -> tuple[Any, ...]:
+    """Returns the label of the time, the times, and fields, ``[records, ...]``.
+
+    Of the records that have all of these fields; NaN where their time is not known.
+
+    Raises:
+        ValueError: If a field has another size in another record.
+    """
     several = _several("records", records)
-    rows = [[_found(record, name) for name in names] for record in several]
-    rows = [row for row in rows if all(value is not None for value in row)]
-    columns = zip(*rows, strict=True) if rows else [[] for _ in names]
-    return [np.array([np.asarray(x, np.float64) for x in column]) for column in columns]
+    found = [[_found(record, name) for name in names] for record in several]
+    kept = [k for k, row in enumerate(found) if all(x is not None for x in row)]
+    label, times = time_of([several[k] for k in kept])
+    columns = []
+    for place, name in enumerate(names):
+        column = [found[k][place] for k in kept]
+        if len(shapes := {np.shape(x) for x in column}) > 1:
+            raise ValueError(
+                f"records: expected {name} of one shape in all, got {sorted(shapes)}."
+            )
+        columns.append(np.array(column, np.float64))
+    return label, times, *columns
+
+
+def time_of(records: Sequence[Any]) -> tuple[str, np.ndarray]:
+    """Returns what records are drawn over, in words, and where each of them lies.
+
+    Args:
+        records: Records of a probe, or lines of its file.
+
+    Returns:
+        The effective time; the training step if a time is not known and the steps are.
+    """
+    times, steps = (
+        np.array([_number(record, name) for record in records])
+        for name in ("effective_time", "step")
+    )
+    unknown = not np.isfinite(times).all() and np.isfinite(steps).all()
+    return (STEP, steps) if unknown else (TIME, times)
+
+
+def _number(result: Any, name: str) -> float:
+    """Returns a single number of a result, NaN without any."""
+    value = _found(result, name)
+    return math.nan if value is None else float(value)
 
 
 def _found(result: Any, name: str) -> Any:

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 #: Names of what the axes mean, which become coordinates.
 _COORDINATES = ("edges", "centers", "effective_edges", "grid", "times")
 
+#: What lines hold before and after, which is square where there are two shells.
+_AT_ENDS = ("energies", "energy_error")
+
 
 def needed(name: str, wanted: str, extra: str) -> Any:
     """Returns an optional module.
@@ -114,8 +117,12 @@ def _cells(line: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield from _cells(value, f"{name}_")
         elif not isinstance(value, list):
             yield name, value
-        elif not (value and isinstance(value[0], list) and len(value[0]) == len(value)):
+        elif key in _AT_ENDS or not _is_square(value):
             yield from _cells({f"{k:02d}": x for k, x in enumerate(value)}, f"{name}_")
+
+
+def _is_square(rows: list[Any]) -> bool:
+    return bool(rows) and isinstance(rows[0], list) and len(rows[0]) == len(rows)
 
 
 def _attributes(variable: Any) -> dict[str, str]:

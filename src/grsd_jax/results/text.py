@@ -2,6 +2,7 @@
 
 import dataclasses
 import html
+import itertools
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -56,8 +57,43 @@ def percent(share: float) -> str:
     if math.isnan(share):
         return MISSING
     away = 100 * min(abs(share), abs(1 - share))
-    digits = math.ceil(-math.log10(away)) if 1e-4 <= away < 0.5 else 0
-    return f"{share:.{digits}%}"
+    digits = math.ceil(-math.log10(away)) if 1e-4 <= away < 0.501 else 0
+    return f"{share:z.{digits}%}"
+
+
+def counted(number: int, name: str) -> str:
+    """Returns such as ``"1 seed"`` and ``"2 seeds"``."""
+    return f"{number} {name}" + ("" if number == 1 else "s")
+
+
+def told_apart(
+    values: Sequence[float],
+    others: Sequence[float] = (),
+    *,
+    decimals: int | None = None,
+    tolerance: float = 0.0,
+) -> list[str]:
+    """Returns numbers with as many digits as tell them apart.
+
+    Args:
+        values: The numbers, finite.
+        others: What they must not read as unless they are that, such as 0.
+        decimals: The least number of decimals; of large numbers, and otherwise, three
+            significant digits are the least.
+        tolerance: The relative difference of those that may read alike.
+    """
+    specs = [f".{digits}g" for digits in range(3, 18)]
+    if decimals is not None and all(abs(value) < 1e7 for value in values):
+        specs = [*(f".{digits}f" for digits in range(decimals, 7)), *specs]
+    for spec in specs:
+        texts = [format(value, spec) for value in values]
+        read = dict(zip([*values, *others], [*map(float, texts), *others], strict=True))
+        if all(
+            read[a] != read[b] or math.isclose(a, b, rel_tol=tolerance)
+            for a, b in itertools.combinations(read, 2)
+        ):
+            return texts
+    return [repr(float(value)) for value in values]
 
 
 def with_interval(value: Any, interval: Any = None, stderr: Any = None) -> str:
@@ -81,7 +117,8 @@ def span(values: Any, unit: str = "") -> str:
     values = np.asarray(values)
     if not values.size:
         return MISSING
-    ends = f"{number(values.min())} to {number(values.max())}"
+    low, high = number(values.min()), number(values.max())
+    ends = f"{low} to {high}" if low != MISSING else MISSING
     return f"{ends} {unit}".rstrip()
 
 

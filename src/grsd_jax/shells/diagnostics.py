@@ -24,6 +24,7 @@ from grsd_jax.results import (
     span,
     with_undefined,
 )
+from grsd_jax.results.text import counted
 from grsd_jax.shells.binning import (
     ShellCoupling,
     Shells,
@@ -201,8 +202,8 @@ class CouplingMeasurement(Result):
             ("resolved pairs", sizes),
             ("resolved eigenvalues", span(values, "units of M")),
             ("|e|^2 outside these pairs", number(self.unresolved_share, 2)),
-            ("slope, mode by mode", _slope_text(self.diagonal_fit, "modes")),
-            ("slope, shell by shell", _slope_text(self.shell_fit, "shells")),
+            ("slope, mode by mode", _slope_text(self.diagonal_fit, "mode")),
+            ("slope, shell by shell", _slope_text(self.shell_fit, "shell")),
             ("Toeplitz residual, literal", literal),
             ("Toeplitz residual, renormalized", renormalized),
             ("secant disagreement", _compared(self.secant_disagreement)),
@@ -273,7 +274,7 @@ def caveats(
             "Nothing was measured: the error, the direction or a product is not finite."
         )
     if num_missing:
-        missing = "1 pair" if num_missing == 1 else f"{num_missing} pairs"
+        missing = counted(num_missing, "pair")
         are = "is" if num_missing == 1 else "are"
         found.append(f"At least {missing} of the spectral window {are} not resolved.")
     if mostly_unresolved(unresolved_share):
@@ -303,9 +304,9 @@ def _compared(disagreement: jax.Array) -> str:
     return number(disagreement, 2)
 
 
-def _slope_text(fit: PowerLawFit, points: str) -> str:
-    (_, exponent), (_, r_squared), (_, count), _ = headline(fit)
-    return f"{exponent}, R^2 {r_squared}, {count} {points}"
+def _slope_text(fit: PowerLawFit, point: str) -> str:
+    (_, exponent), (_, r_squared), *_ = headline(fit)
+    return f"{exponent}, R^2 {r_squared}, {counted(int(fit.num_points), point)}"
 
 
 class CrossChecks(NamedTuple):

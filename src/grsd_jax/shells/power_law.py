@@ -34,7 +34,8 @@ class PowerLawFit(NamedResult):
         exponent: [], the slope p; NaN with fewer than 2 points or a single distinct x.
         prefactor: [], c; NaN with the exponent, 0 or infinite if it leaves the dtype.
         r_squared: [], the share of the variance of ``log y`` that the line explains;
-            NaN with the exponent, or if ``log y`` has no variance.
+            NaN with the exponent, with fewer than 3 points, which any line explains, or
+            if ``log y`` has no variance.
         exponent_stderr: [], the standard error of the exponent for independent errors
             of equal variance in ``log y``; NaN with the exponent, or with fewer than 3
             points.
@@ -144,7 +145,8 @@ def fit_power_law(
     fit = PowerLawFit(
         exponent=jnp.where(line.defined, line.slope, jnp.inf),
         prefactor=jnp.where(line.defined, jnp.exp(intercept), jnp.inf),
-        r_squared=jnp.where(varies, jnp.maximum(1 - rest, 0), jnp.inf),
+        # A line explains two points whatever they are.
+        r_squared=jnp.where(varies & enough, jnp.maximum(1 - rest, 0), jnp.inf),
         exponent_stderr=jnp.where(enough, stderr, jnp.inf),
         num_points=num_points,
         interval=interval,

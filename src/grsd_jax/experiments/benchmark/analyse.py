@@ -28,7 +28,7 @@ def benchmark_rows(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     table = [["case", "", "seconds", "first", "gradients", "FLOP rate", "peak MiB"]]
     for row in rows:
         notes = [
-            f"{key} {value:.2f}" if isinstance(value, float) else f"{key} {value}"
+            f"{key} {number(value, '.2f') if isinstance(value, float) else value}"
             for key, value in row.items()
             if key not in known
         ]

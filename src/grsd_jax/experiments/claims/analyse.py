@@ -13,6 +13,7 @@ from grsd_jax.experiments.claims.run import NETWORKS, REDUCTIONS
 from grsd_jax.experiments.common.config import TITLES, UserError
 from grsd_jax.experiments.common.intervals import t_interval
 from grsd_jax.experiments.common.tables import Legend, with_legend
+from grsd_jax.results.text import counted
 
 #: The quantities of the table and the figure, with their headings.
 QUANTITIES = {
@@ -101,9 +102,12 @@ def format_claims(results: Mapping[str, Any]) -> str:
         results: The contents of ``claims.json``.
 
     Returns:
-        The table of `claim_rows` with its legend, valid as Markdown.
+        The table of `claim_rows` with its legend and the number of seeds, valid as
+        Markdown.
 
     Raises:
         UserError: As for `claim_rows`.
     """
-    return with_legend([claim_rows(results)], LEGEND)
+    rows = claim_rows(results)
+    seeds = values_by_seed(results, REDUCTIONS[0], next(iter(QUANTITIES)))[RESNET]
+    return with_legend([rows], (*LEGEND, f"{counted(len(seeds), 'paired seed')}."))

@@ -12,7 +12,12 @@ from grsd_jax.experiments.claims.run import NETWORKS, REDUCTIONS
 from grsd_jax.experiments.common import files
 from grsd_jax.experiments.common.config import TITLES
 from grsd_jax.experiments.common.intervals import t_interval
-from grsd_jax.experiments.common.plotting import PAGE_WIDTH, look_of, save_figures
+from grsd_jax.experiments.common.plotting import (
+    PAGE_WIDTH,
+    draw_mean,
+    look_of,
+    save_figures,
+)
 
 #: Titles of the quantities, in two lines so that they stay clear of each other.
 _HEADINGS = (
@@ -66,9 +71,7 @@ def _pair(axis: Axes, values: Mapping[str, Any]) -> None:
         color="0.75", linewidth=0.7,
     )  # fmt: skip
     for place, network in enumerate(NETWORKS):
-        look, found = look_of(network), t_interval(values[network])
-        axis.vlines(place, found.low, found.high, color=look.color, linewidth=1.4)
-        axis.plot(place, found.mean, look.marker, color=look.color, markersize=4.5)
+        draw_mean(axis, place, t_interval(values[network]), look_of(network))
     axis.set_xticks(range(len(NETWORKS)), [TITLES[network] for network in NETWORKS])
     axis.tick_params(axis="x", labelrotation=30)
     axis.set_xlim(-0.4, len(NETWORKS) - 0.6)

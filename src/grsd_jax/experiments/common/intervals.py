@@ -5,7 +5,8 @@ from typing import NamedTuple
 import numpy as np
 import scipy.stats
 
-from grsd_jax.experiments.common.tables import MISSING
+from grsd_jax.experiments.common.tables import MISSING, number
+from grsd_jax.results.text import told_apart
 
 
 class Interval(NamedTuple):
@@ -22,12 +23,19 @@ class Interval(NamedTuple):
     high: float
 
     def __str__(self) -> str:
-        """Returns such as ``"0.912 [0.871, 0.951]"``, ``"n/a"`` where undefined."""
+        """Returns such as ``"0.912 [0.871, 0.951]"``, ``"n/a"`` where undefined.
+
+        Digits tell the mean and both ends apart, and from 0 and 1, where no difference
+        or a ratio of one lies.
+        """
         if np.isnan(self.mean):
             return MISSING
         if np.isnan(self.low):
-            return f"{self.mean:.3f} [{MISSING}]"
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+            return f"{number(self.mean)} [{MISSING}]"
+        # Seeds that differ by rounding alone may read alike.
+        told = told_apart(self, others=(0.0, 1.0), decimals=3, tolerance=1e-9)
+        mean, low, high = told
+        return f"{mean} [{low}, {high}]"
 
 
 def t_interval(values: np.ndarray) -> Interval:

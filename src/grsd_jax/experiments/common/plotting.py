@@ -5,6 +5,7 @@ interface is used throughout: no window, no backend and no setting of the caller
 touched.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from grsd_jax.experiments.common import files
+from grsd_jax.experiments.common.intervals import Interval
+from grsd_jax.experiments.common.tables import MISSING
 
 _STYLE = {
     "font.size": 8.5,
@@ -82,6 +85,22 @@ def look_of(network: str, protocol: str = "own") -> Look:
         The look.
     """
     return _LOOKS.get((network, protocol), Look("#009E73", "v", ":"))
+
+
+def draw_mean(axis: Axes, place: float, found: Interval, look: Look) -> None:
+    """Draws a mean over seeds with its interval, or "n/a" where it is undefined.
+
+    Args:
+        axis: The axes.
+        place: Where on their horizontal axis.
+        found: The mean.
+        look: Of the network.
+    """
+    if math.isnan(found.mean):
+        beside: Any = {"transform": axis.get_xaxis_transform(), "ha": "center"}
+        axis.text(place, 0.5, MISSING, color=look.color, fontsize="small", **beside)
+    axis.vlines(place, found.low, found.high, color=look.color, linewidth=1.4)
+    axis.plot(place, found.mean, look.marker, color=look.color, markersize=4.5)
 
 
 def save_figures(

@@ -16,6 +16,9 @@ _WIDTH = 88
 #: What stands in a table for what is undefined.
 MISSING = "n/a"
 
+#: Characters of a number at most.
+_LONGEST = 15
+
 
 def finite(value: Any) -> float | None:
     """Returns ``value`` as a float if it is a finite number, and None otherwise.
@@ -35,12 +38,18 @@ def number(value: float | None, spec: str = ".3f") -> str:
 
     Args:
         value: The number; None or NaN where it is undefined.
-        spec: Its format.
+        spec: Its format. A number that it would write as 0, or in a row of digits, has
+            two significant digits.
 
     Returns:
         The text, `MISSING` for what is undefined.
     """
-    return MISSING if finite(value) is None else format(value, spec)
+    known = finite(value)
+    if value is None or known is None:
+        return MISSING
+    text = format(value, spec)
+    reads_zero = bool(known) and not float(text)
+    return f"{known:.2g}" if reads_zero or len(text) > _LONGEST else text
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:

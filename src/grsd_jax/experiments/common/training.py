@@ -220,10 +220,9 @@ def train_step(
         batch_stats=batch_stats,
         opt_state=opt_state,
     )
-    hits = jnp.argmax(logits, axis=-1) == labels
     metrics = {
         "loss": loss,
-        "accuracy": jnp.mean(hits.astype(jnp.float32)),
+        "accuracy": _hits(logits, labels, state.params) / len(labels),
         # The loss alone does not tell: a relu can turn the NaN of its input into 0.
         "finite": all_finite((loss, new.params, new.batch_stats)),
     }
@@ -264,7 +263,7 @@ def evaluate(
         batch_size: Examples of one forward pass; the last batch is padded.
 
     Returns:
-        The accuracy, in [0, 1].
+        The accuracy, in [0, 1]; NaN if weights or outputs are not finite.
 
     Raises:
         ValueError: If there are no examples or the batch size is below 1.
@@ -281,7 +280,7 @@ def evaluate(
             batch = np.pad(batch, [(0, missing)] + [(0, 0)] * (batch.ndim - 1))
             classes = np.pad(classes, (0, missing), constant_values=-1)
         counts.append(_count_hits(model, weights, batch, classes))
-    return sum(int(count) for count in counts) / len(images)
+    return sum(float(count) for count in counts) / len(images)
 
 
 def train(
@@ -326,7 +325,16 @@ def _count_hits(
 ) -> jax.Array:
     logits = model.apply(weights._asdict(), images, train=False)
     assert isinstance(logits, jax.Array)
-    return jnp.sum(jnp.argmax(logits, axis=-1) == labels, dtype=jnp.int32)
+    return _hits(logits, labels, weights)
+
+
+def _hits(logits: jax.Array, labels: jax.Array, weights: PyTree) -> jax.Array:
+    """Returns how many examples are right, NaN of a network that is not finite.
+
+    NaN would count as the first class.
+    """
+    right = jnp.sum(jnp.argmax(logits, axis=-1) == labels, dtype=jnp.float32)
+    return jnp.where(all_finite((logits, weights)), right, jnp.nan)
 
 
 class _Run:

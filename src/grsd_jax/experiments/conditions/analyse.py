@@ -11,9 +11,9 @@ from grsd_jax.experiments.common.tables import (
     MISSING,
     Legend,
     finite,
-    number,
     with_legend,
 )
+from grsd_jax.results.text import counted, told_apart
 from grsd_jax.shells import LayerMeasurements
 
 TITLES = {
@@ -29,6 +29,7 @@ LEGEND: Legend = (
     "Number: what was measured, +- its error where that is known.",
     "Threshold: a convention; see the flags of grsd conditions.",
     "Undecided: the number is undefined, or an iteration behind it did not converge.",
+    "Of: how many measured numbers a verdict stands on, where that is counted.",
 )
 
 
@@ -169,8 +170,8 @@ def condition_rows(found: Mapping[str, Any]) -> list[list[str]]:
                     title,
                     check["name"],
                     number_with_error(check),
-                    f"{check['relation']} {check['threshold']:.3g}",
-                    outcome(check),
+                    f"{check['relation']} {sides(check)[1]}",
+                    outcome(check) + _standing(check),
                 ]
             )
     return rows
@@ -199,18 +200,35 @@ def format_propagation(found: Mapping[str, Any]) -> str:
         found: ``propagation`` of ``conditions.json``.
 
     Returns:
-        The sentence; ``rho >= 1`` is told as outside the condition.
+        The sentence; ``rho >= 1`` is told as outside the condition, and an influence
+        that is undefined as not compared.
     """
     start = f"Proposition 2, rho = {found['rho']:g}, squared error: "
     if not found["in_condition"]:
         return start + "outside the condition rho < 1, no range is predicted."
+    if not found.get("defined", True):  # which older files do not say
+        return start + "an influence is not finite, or all are 0: nothing was compared."
     place = "under" if found["below_bound"] else "NOT under"
     measured = found["measured_range"]
-    where = "only beyond the depth" if measured is None else f"at {measured} blocks"
+    where = "only beyond the depth"
+    if measured is not None:
+        where = f"at {counted(measured, 'block')}"
     return (
         f"{start}the influence lies {place} the bound c rho^distance; it falls below "
         f"{found['epsilon']:.2g} {where}, predicted {found['predicted_range']}."
     )
+
+
+def comparison(check: Mapping[str, Any]) -> str:
+    """Writes a check as its number, its relation and its threshold.
+
+    Args:
+        check: A check of ``conditions.json``.
+
+    Returns:
+        Such as ``"0.134 +- 0.02 <= 0.2"``.
+    """
+    return f"{number_with_error(check)} {check['relation']} {sides(check)[1]}"
 
 
 def number_with_error(check: Mapping[str, Any]) -> str:
@@ -222,5 +240,29 @@ def number_with_error(check: Mapping[str, Any]) -> str:
     Returns:
         Such as ``"0.134 +- 0.02"``; without an error that is zero or unknown.
     """
-    told, error = number(check["number"], ".3g"), finite(check["error"])
-    return f"{told} +- {error:.1g}" if error and told != MISSING else told
+    told, error = sides(check)[0], finite(check["error"])
+    return f"{told} +- {error:.1g}" if error and finite(check["number"]) else told
+
+
+def sides(check: Mapping[str, Any]) -> tuple[str, str]:
+    """Writes a check's number and its threshold so that one sees which is larger.
+
+    Args:
+        check: A check of ``conditions.json``.
+
+    Returns:
+        Their texts, "n/a" for a number that is undefined.
+    """
+    found, threshold = finite(check["number"]), check["threshold"]
+    if found is not None:
+        number, limit = told_apart([found, threshold])
+        return number, limit
+    # A number that is not finite is null in a file, and decided unless undefined.
+    told = MISSING if check["outcome"] == "undecided" else "infinite"
+    return told, f"{threshold:.3g}"
+
+
+def _standing(check: Mapping[str, Any]) -> str:
+    """Writes on how many numbers a decided check stands, if its file says so."""
+    count = check.get("count")
+    return "" if count is None or check["outcome"] == "undecided" else f", of {count}"

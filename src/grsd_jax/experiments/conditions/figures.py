@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
@@ -16,10 +17,13 @@ from grsd_jax.experiments.common.plotting import PANELS_WIDTH, save_figures
 from grsd_jax.experiments.common.tables import finite
 from grsd_jax.experiments.conditions.analyse import (
     TITLES,
+    comparison,
     find_check,
     number_with_error,
     outcome,
+    sides,
 )
+from grsd_jax.plotting.drawing import say_empty
 
 _BLUE, _RED, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "0.5"
 
@@ -99,8 +103,7 @@ def _verdicts(axis: Axes, found: Any) -> None:
         ratio = _over_threshold(check)
         if ratio is not None:
             axis.plot(np.clip(ratio, *_RATIOS), row, "o", color=color, markersize=4.5)
-        told = f"{number_with_error(check)} {check['relation']} "
-        told += f"{check['threshold']:.3g} {outcome(check)}"
+        told = f"{comparison(check)} {outcome(check)}"
         labels.append(_typeset(f"{name}\n{told}"))
     axis.set_yticks(rows, labels, fontsize="small")
     axis.axvspan(_RATIOS[0], 1, color=_GREEN, alpha=0.08, linewidth=0)
@@ -160,15 +163,23 @@ def _from_zero(axis: Axes) -> None:
 def _heat(
     figure: SubFigure, axis: Axes, values: Any, label: str, top: float | None = None
 ) -> None:
-    """Draws a matrix over blocks, from its smallest positive entry up."""
+    """Draws a matrix over blocks from its smallest positive entry up.
+
+    Zeros are white, below the color bar, and what is undefined is hatched.
+    """
     matrix = _numbers(values)
     positive = matrix[matrix > 0]
     low, high = (positive.min(), positive.max()) if positive.size else (0.1, 1.0)
     high = top or high
     norm = LogNorm(low, high if high > low else low * 1.01)
-    mesh = axis.imshow(np.maximum(matrix, low), norm=norm, cmap="viridis")
-    bar = figure.colorbar(mesh, ax=axis, shrink=0.9, label=label)
+    axis.patch.set(facecolor="0.93", edgecolor="0.7", hatch="/////")
+    colors = mpl.colormaps["viridis"].with_extremes(under="white")
+    mesh = axis.imshow(np.maximum(matrix, low / 2), norm=norm, cmap=colors)
+    ends = "min" if (matrix <= 0).any() else "neither"
+    bar = figure.colorbar(mesh, ax=axis, shrink=0.9, label=label, extend=ends)
     bar.outline.set_linewidth(0.6)
+    if not positive.size:
+        say_empty(axis, "none is above 0" if (matrix == 0).any() else "undefined")
     if high < 10 * low:  # no or one decade is in view
         bar.ax.yaxis.set_major_formatter(ScalarFormatter())
         bar.ax.yaxis.set_minor_formatter(ScalarFormatter())
@@ -178,11 +189,23 @@ def _heat(
     axis.spines[:].set_visible(True)
 
 
+def _series(
+    axis: Axes, at: Any, values: np.ndarray, style: str, *, color: str, label: str
+) -> None:
+    """Draws one quantity, or writes that all of it is undefined."""
+    if np.isfinite(values).any():
+        axis.plot(at, values, style, color=color, markersize=3, label=label)
+        return
+    place = (0.04, 0.04 + 0.1 * len(axis.texts))  # one above the other
+    look: Any = {"color": color, "fontsize": "small", "transform": axis.transAxes}
+    axis.text(*place, f"{label}: undefined", **look)
+
+
 def _influence_shares(axis: Axes, found: Any) -> None:
     for point, color in zip(found["condition1"]["points"], (_RED, _BLUE), strict=False):
         held = np.cumsum(_numbers(point["share_by_distance"]))
         label = f"step {point['step']}"
-        axis.plot(held, "o-", color=color, markersize=3, label=label)
+        _series(axis, range(len(held)), held, "o-", color=color, label=label)
     size = len(found["blocks"])
     distance = np.abs(np.subtract.outer(np.arange(size), np.arange(size)))
     even = np.cumsum(np.bincount(distance.reshape(-1))) / size**2
@@ -199,14 +222,15 @@ def _influence_shares(axis: Axes, found: Any) -> None:
 
 def _coherence_profile(axis: Axes, found: Any) -> None:
     profile = _numbers(found["condition2"]["profile"])
-    axis.plot(profile, "o-", color=_BLUE, markersize=3, label="largest coherence")
+    distances = range(len(profile))
+    _series(axis, distances, profile, "o-", color=_BLUE, label="largest coherence")
     thresholds = found["options"]["thresholds"]
     _dotted(axis, thresholds["max_distant_coherence"])
     axis.axvline(thresholds["distant"], color=_GREY, linestyle=":", linewidth=0.9)
     tail = find_check(found, "condition2", "tail sum")
     axis.set_title(
         f"2: tail sum {number_with_error(tail)} "
-        rf"(allowed: $\leq$ {tail['threshold']:.3g})"
+        rf"(allowed: $\leq$ {sides(tail)[1]})"
     )
     axis.set(xlabel=r"distance $|l - m|$", ylim=(0, 1.03))
     axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
@@ -221,11 +245,11 @@ def _norms(axis: Axes, found: Any) -> None:
         ("derivative", r"$\Vert\dot J\,\Vert$", _RED),
     ):
         values = _numbers([point[name] for point in part["norms"]])
-        axis.plot(found["steps"], values, "o-", color=color, markersize=3, label=label)
+        _series(axis, found["steps"], values, "o-", color=color, label=label)
         limit = values[0] * thresholds["max_growth"]
         axis.axhline(limit, color=color, linestyle=":", linewidth=0.9)
     lipschitz = _numbers(part["lipschitz"])
-    axis.plot(found["steps"], lipschitz, "s--", color=_GREEN, ms=3, label="Lipschitz")
+    _series(axis, found["steps"], lipschitz, "s--", color=_GREEN, label="Lipschitz")
     axis.axhline(
         thresholds["max_lipschitz"], color=_GREEN, linestyle=":", linewidth=0.9
     )
@@ -237,13 +261,11 @@ def _norms(axis: Axes, found: Any) -> None:
 def _drift(axis: Axes, found: Any) -> None:
     part, steps = found["condition3"], found["steps"][1:]
     leading = _numbers([point["frobenius"] for point in part["leading_drift"]])
-    axis.plot(steps, leading, "o-", color=_BLUE, markersize=3, label="leading")
+    _series(axis, steps, leading, "o-", color=_BLUE, label="leading")
     shells = _numbers(part["shell_drift"]["drift"]).reshape(len(steps), -1)
-    defined = np.isfinite(shells)
-    if defined.any():
-        total, number = np.nansum(shells, axis=1), defined.sum(axis=1)
-        means = np.where(number > 0, total / np.maximum(number, 1), np.nan)
-        axis.plot(steps, means, "s--", color=_GREEN, markersize=3, label="mean shell")
+    total, number = np.nansum(shells, axis=1), np.isfinite(shells).sum(axis=1)
+    means = np.where(number > 0, total / np.maximum(number, 1), np.nan)
+    _series(axis, steps, means, "s--", color=_GREEN, label="mean shell")
     _dotted(axis, found["options"]["thresholds"]["max_drift"])
     axis.set(xlabel="step", ylim=(0, 1.03), title="3: drift of spectral projectors")
     _legend_above(axis, 3)
@@ -257,7 +279,7 @@ def _invariance(axis: Axes, found: Any) -> None:
         ("r_squared", "$R^2$", "^:", _GREEN),
     ):
         values = _numbers([point[name] for point in found["condition4"]["points"]])
-        axis.plot(found["steps"], values, style, color=color, ms=3, label=label)
+        _series(axis, found["steps"], values, style, color=color, label=label)
     off = thresholds["max_slope_error"]
     allowed: Any = {"color": _RED, "alpha": 0.08, "linewidth": 0}
     axis.axhspan(1 - off, 1 + off, **allowed, label="slope allowed")
@@ -276,9 +298,10 @@ def _layers(axis: Axes, found: Any) -> None:
         ("slope", "slope", "s--", _RED),
     ):
         values = _numbers([block[name] for block in layers["blocks"]])
-        axis.plot(values, style, color=color, ms=3, label=label)
+        _series(axis, range(len(values)), values, style, color=color, label=label)
     average = float(_numbers(layers["depth_average"]["toeplitz_residual"]))
-    axis.axhline(average, color=_BLUE, linewidth=0.9, label="depth average")
+    ends = np.array([0, len(layers["blocks"]) - 1])
+    _series(axis, ends, average + 0 * ends, "-", color=_BLUE, label="depth average")
     axis.axhline(1, color=_RED, linestyle=":", linewidth=0.9, label="slope 1")
     axis.set_title("additive structure, last point")
     names = [name.replace("_", " ") for name in found["blocks"]]

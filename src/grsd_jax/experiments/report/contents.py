@@ -15,6 +15,7 @@ from grsd_jax.experiments.sweep import analyse as sweep
 from grsd_jax.experiments.track import analyse as track
 from grsd_jax.experiments.transport import analyse as transport
 from grsd_jax.results import percent
+from grsd_jax.results.text import counted
 from grsd_jax.shells.diagnostics import mostly_unresolved
 
 
@@ -73,7 +74,7 @@ def tracked(tracks: Mapping[str, Mapping[str, Any]]) -> Contents:
         The contents.
     """
     counts = "; ".join(
-        f"{TITLES.get(name, name)}, {found['num_records']} records"
+        f"{TITLES.get(name, name)}, {counted(found['num_records'], 'record')}"
         + ("" if found["finite"] else ", not all finite")
         for name, found in tracks.items()
     )
@@ -115,8 +116,8 @@ def _claims(results: Mapping[str, Any]) -> Contents:
     slopes = claims.values_by_seed(results, "mean", "slope")
     less = t_interval(slopes[claims.RESNET] - slopes[claims.PLAIN])
     summary = (
-        f"Over {len(slopes[claims.RESNET])} paired seeds, the slope of ResNet-18 less "
-        f"that of its plain twin, of the mean kernel, is {less}."
+        f"Over {counted(len(slopes[claims.RESNET]), 'paired seed')}, the slope of "
+        f"ResNet-18 less that of its plain twin, of the mean kernel, is {less}."
     )
     return Contents(summary, [claims.claim_rows(results)], claims.LEGEND)
 
@@ -129,9 +130,14 @@ def _transport(results: Mapping[str, Any]) -> Contents:
 
 def _sweep(path: Path) -> Contents:
     rows = sweep.read_rows(path)
-    networks = len({row["model"] for row in rows})
-    depths = ", ".join(str(depth) for depth in sorted({row["depth"] for row in rows}))
-    summary = f"{len(rows)} trainings of {networks} networks at depths {depths}."
+    networks = counted(len({row["model"] for row in rows}), "network")
+    depths = sorted({row["depth"] for row in rows})
+    summary = (
+        f"{counted(len(rows), 'training')} of {networks} at "
+        f"depth{'s' if len(depths) > 1 else ''} {', '.join(map(str, depths))}"
+    )
+    diverged = sum(row["status"] == "diverged" for row in rows)
+    summary += f", of which {diverged} diverged." if diverged else "."
     return Contents(summary, sweep.sweep_tables(rows), sweep.LEGEND)
 
 

@@ -11,6 +11,7 @@ import csv
 import dataclasses
 import io
 import json
+import re
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -34,8 +35,10 @@ _SETTINGS = ("config", "environment")
 #: Rows of a CSV table that are shown; the file itself lies beside the page.
 _MOST_ROWS = 200
 
-#: Characters of a number that is shown as it stands in a table.
+#: Characters of a number that is shown as it stands in a table, and what a fraction is:
+#: no whole number, such as a seed, nor a word of digits, such as a checksum.
 _LONGEST = 8
+_FRACTION = re.compile(r"-?\d+\.\d+(?:e[+-]?\d+)?")
 
 #: Scale of the figures on the page, and the dots per inch of a figure without any.
 _PIXELS_PER_INCH, _DPI = 144, 300
@@ -63,8 +66,8 @@ _CAPTIONS = {
     "was lost, as shares of the energy.",
     "track_profiles": "Flux over each edge with its error, and its velocity beside the "
     "null, at several times of the training.",
-    "track_velocity": "Velocity of the energy at each edge, beside that of a kernel "
-    "that only grows.",
+    "track_velocity": "Median velocity of the energy over the usable edges along the "
+    "training, beside that of a kernel that only grows.",
     "track_eigenvalues": "The leading eigenvalues along the training.",
     "track_steps": "How what is seen depends on the training steps between both ends.",
     "track_non_adjacent": "Share of the moved energy between shells that are not "
@@ -75,7 +78,7 @@ _CAPTIONS = {
     "that only grows, at several times.",
     "records_eigenvalues": "The leading eigenvalues over time.",
     "sweep_coupling": "Toeplitz residual, slope and R^2 of the shell coupling against "
-    "depth: the mean over seeds, in a band from the smallest to the largest.",
+    "depth: the mean over seeds, in a bar from the smallest to the largest.",
     "sweep_increments": "Increments of the log-norm against depth, at initialization.",
     "sweep_mixing": "Over how many blocks directions decorrelate, against depth.",
     "sweep_scale": "The deepest residual networks against their branch scale.",
@@ -224,7 +227,7 @@ def _typeset(text: str) -> str:
 
 
 def _section(path: Path, results: Mapping[str, Any], workdir: Path) -> Section:
-    tables = [_read_csv(file) for file in sorted(path.parent.glob("*.csv"))]
+    csvs = {file.name: _read_csv(file) for file in sorted(path.parent.glob("*.csv"))}
     contents = contents_of(path, results)
     settings = {key: list(_flat(results[key])) for key in _SETTINGS if key in results}
     figures = sorted({*path.parent.glob("*.png"), *path.parent.glob("figures/*.png")})
@@ -233,8 +236,8 @@ def _section(path: Path, results: Mapping[str, Any], workdir: Path) -> Section:
         title=path.relative_to(workdir).as_posix(),
         made=(str(results.get("command") or ""), _date(path)),
         summary=contents.summary,
-        tables=[*contents.tables, *tables],
-        notes=list(contents.notes),
+        tables=[*contents.tables, *(rows[: _MOST_ROWS + 1] for rows in csvs.values())],
+        notes=[*contents.notes, *_left_out(csvs)],
         figures=[_figure(figure) for figure in figures],
         chosen=list(_flat(_chosen(results["config"]))),
         settings=settings,
@@ -298,16 +301,24 @@ def _read_csv(path: Path) -> list[list[str]]:
             rows = [row for row in csv.reader(file, strict=True) if row]
         if len({len(row) for row in rows}) != 1:
             raise ValueError("rows of different lengths, or none")
-    return [[_shortened(cell) for cell in row] for row in rows[: _MOST_ROWS + 1]]
+    return [[_shortened(cell) for cell in row] for row in rows]
+
+
+def _left_out(csvs: Mapping[str, list[list[str]]]) -> Iterator[str]:
+    """Yields what the tables of files do not show."""
+    for name, rows in csvs.items():
+        if len(rows) - 1 > _MOST_ROWS:
+            yield f"The first {_MOST_ROWS} of the {len(rows) - 1} rows of {name}."
 
 
 def _shortened(cell: str) -> str:
-    """Returns a cell, a long fraction to four digits."""
-    try:
-        value = float(cell)
-    except ValueError:
+    """Returns a cell; a long fraction to four digits, or more to remain a fraction."""
+    if len(cell) <= _LONGEST or not _FRACTION.fullmatch(cell):
         return cell
-    return f"{value:.4g}" if len(cell) > _LONGEST else cell
+    if (value := float(cell)).is_integer():
+        return cell
+    texts = [f"{value:.{digits}g}" for digits in (4, 8, 12)]
+    return next((text for text in texts if not float(text).is_integer()), cell)
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:

@@ -429,7 +429,7 @@ def _slope(entry: Entry, fit: str, *, interval: bool) -> str:
     slope = entry.number(fit, "exponent")
     if slope is None:
         return MISSING
-    text = f"{slope:.3f} +- {number(entry.number(fit, 'exponent_stderr'))}"
+    text = f"{number(slope)} +- {number(entry.number(fit, 'exponent_stderr'))}"
     if not interval:
         return text
     ends = _interval(entry, fit)

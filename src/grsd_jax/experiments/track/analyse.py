@@ -24,11 +24,11 @@ def summary(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         lines: The records, in order.
 
     Returns:
-        Counts, and medians over the records of whole intervals: of the shares that were
-        lost and moved, of the velocity and its null over the usable edges, of the share
-        between shells that are not neighbors, of how far the flux of a step varies
-        with the number of steps, and of the cost, the first two records left out of
-        the cost because they compile.
+        Counts of all records and of whole intervals, and medians over these: of the
+        shares that were lost and moved, of the velocity and its null over the usable
+        edges, and of the share between shells that are not neighbors. Also medians of
+        how far the flux of a step varies with the number of steps, and of the cost over
+        all records but the first two, which compile.
     """
     whole = whole_intervals(lines)
     velocities = [usable_velocities(line) for line in whole]
@@ -46,6 +46,7 @@ def summary(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
     return {
         "num_records": len(lines),
+        "num_whole": len(whole),
         "finite": all(line["finite"] for line in lines),
         "num_edges": None if not whole else len(whole[-1]["edges"]),
         "num_resolved": None if not whole else whole[-1]["num_resolved"],
@@ -57,7 +58,8 @@ def summary(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 _ROWS = (
     ("test_accuracy", "test accuracy", ".4f"),
     ("num_records", "records", "d"),
-    ("num_resolved", "resolved edges, last record", "d"),
+    ("num_whole", "of them whole intervals, finite", "d"),
+    ("num_resolved", "resolved edges, last of these", "d"),
     ("lost_share_median", "lost, share of the energy", ".3g"),
     ("moved_share_median", "moved, share of the energy", ".3g"),
     ("velocity_median", "velocity v", ".3g"),
@@ -71,7 +73,8 @@ _ROWS = (
 
 #: What the rows of the table mean.
 LEGEND: Legend = (
-    "Medians over the records of whole intervals; energies before, |e|^2.",
+    "Medians over the records of whole intervals, costs over all but the first two.",
+    "Shares: of the energy before, |e|^2.",
     "Moved: half of sum |T_ab|. Velocities: over the edges where they are usable.",
     "A kernel that only grows moves energy at the counting velocity.",
     "Non-adjacent share: of what moved; only with --shells=sharp.",

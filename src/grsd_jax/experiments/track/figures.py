@@ -32,7 +32,7 @@ from grsd_jax.experiments.track.quantities import (
     whole_intervals,
 )
 from grsd_jax.plotting.drawing import leave_room
-from grsd_jax.plotting.tracked import TIME
+from grsd_jax.plotting.tracked import TIME, time_of
 
 Tracks = Mapping[str, Lines]
 
@@ -61,6 +61,7 @@ def write_tracking_figures(tracks: Tracks, folder: files.PathLike) -> list[Path]
     for name, lines in whole.items():
         if not lines:
             raise UserError(f"{name}: expected records that are finite, got none.")
+    whole = _on_one_clock(whole)
     drawings: dict[str, Callable[[], Figure]] = {
         "track_energies": partial(_each, plotting.energies, whole),
         "track_amounts": partial(_amounts, whole),
@@ -74,6 +75,17 @@ def write_tracking_figures(tracks: Tracks, folder: files.PathLike) -> list[Path]
     if any(np.isfinite(share).any() for share in shares):
         drawings["track_non_adjacent"] = partial(_non_adjacent, whole)
     return save_figures(drawings, folder)
+
+
+def _on_one_clock(tracks: Tracks) -> Tracks:
+    """Returns records without their times if one is not known, as panels share axes."""
+    label, _ = time_of([line for lines in tracks.values() for line in lines])
+    if label == TIME:
+        return tracks
+    return {
+        name: [{**line, "effective_time": None} for line in lines]
+        for name, lines in tracks.items()
+    }
 
 
 def write_log_figures(lines: Lines, title: str, folder: files.PathLike) -> list[Path]:
@@ -170,15 +182,21 @@ def _over_time(
     """One quantity of each network over its training; dotted, another beside it."""
     figure, axis = _single()
     axis.axhline(0, color="0.8", linewidth=0.6, zorder=0)
+    any_beside = False
     for name, lines in tracks.items():
-        time, look = column(lines, "effective_time"), look_of(name)
-        label = _title(name)
-        axis.plot(time, of(lines), **look._asdict(), markersize=3, label=label)
+        xlabel, time = time_of(lines)
+        axis.set_xlabel(xlabel)
+        look, values = look_of(name), of(lines)
+        defined = np.isfinite(values).any()
+        label = _title(name) + ("" if defined else ": undefined")
+        axis.plot(time, values, **look._asdict(), markersize=3, label=label)
         if beside is not None:
-            axis.plot(time, beside(lines), ":", color=look.color)
-    if name_beside:
+            dotted = beside(lines)
+            axis.plot(time, dotted, ":", color=look.color)
+            any_beside |= bool(np.isfinite(dotted).any())
+    if any_beside:
         axis.plot([], [], ":", color="0.4", label=name_beside)
-    axis.set(xlabel=TIME, ylabel=ylabel)
+    axis.set_ylabel(ylabel)
     shared_legend(figure, [axis], loc="outside upper center", ncols=3)
     return figure
 

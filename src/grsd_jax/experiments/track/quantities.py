@@ -52,12 +52,18 @@ def total_energy(line: Line) -> float:
 
 def lost_share(line: Line) -> float:
     """Returns what was lost, as a share of the energy at the beginning."""
-    return float(np.sum(line["lost"])) / total_energy(line)
+    return _share(np.sum(line["lost"]), line)
 
 
 def moved_share(line: Line) -> float:
     """Returns what moved between shells, as a share of the energy at the beginning."""
-    return float(np.sum(np.abs(line["moved"]))) / 2 / total_energy(line)
+    return _share(np.sum(np.abs(line["moved"])) / 2, line)
+
+
+def _share(amount: float, line: Line) -> float:
+    """Returns an amount over the energy at the beginning, NaN if there is none."""
+    energy = total_energy(line)
+    return float(amount) / energy if energy else float("nan")
 
 
 def usable_velocities(line: Line) -> tuple[np.ndarray, np.ndarray]:

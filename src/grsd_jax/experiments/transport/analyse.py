@@ -63,7 +63,8 @@ def runs_by_network(results: Mapping[str, Any], arm: str) -> dict[str, Runs]:
         begun.
 
     Raises:
-        UserError: If a network has seeds that the other one does not have.
+        UserError: If a network has seeds that the other one does not have, or a seed
+            twice.
     """
     found = {
         network: sorted(
@@ -77,10 +78,10 @@ def runs_by_network(results: Mapping[str, Any], arm: str) -> dict[str, Runs]:
         for network in results["networks"]
     }
     seeds = [[run["seed"] for run in runs] for runs in found.values()]
-    if seeds[0] != seeds[1]:
+    if seeds[0] != seeds[1] or len({*seeds[0]}) < len(seeds[0]):
         raise UserError(
             f"transport.json: expected both networks of arm {arm!r} at the same seeds, "
-            f"got {seeds[0]} and {seeds[1]}."
+            f"each once, got {seeds[0]} and {seeds[1]}."
         )
     return found
 

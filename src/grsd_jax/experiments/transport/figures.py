@@ -15,6 +15,7 @@ from grsd_jax.experiments.common.config import TITLES
 from grsd_jax.experiments.common.intervals import t_interval
 from grsd_jax.experiments.common.plotting import (
     PAGE_WIDTH,
+    draw_mean,
     look_of,
     save_figures,
     shared_legend,
@@ -134,9 +135,7 @@ def _spreads(runs: Mapping[str, Runs]) -> Figure:
         values = [[value_of(run, statistic) for run in runs[name]] for name in names]
         axis.plot(range(len(names)), values, "-", color="0.75", linewidth=0.7)
         for place, (name, each) in enumerate(zip(names, values, strict=True)):
-            look, found = look_of(name), t_interval(np.array(each))
-            axis.vlines(place, found.low, found.high, color=look.color, linewidth=1.4)
-            axis.plot(place, found.mean, look.marker, color=look.color, markersize=4.5)
+            draw_mean(axis, place, t_interval(np.array(each)), look_of(name))
         axis.set_xticks(range(len(names)), [TITLES[name] for name in names])
         axis.tick_params(axis="x", labelrotation=30)
         axis.set_xlim(-0.4, len(names) - 0.6)
