@@ -176,16 +176,16 @@ def test_a_caveat_is_not_cut():
 @pytest.mark.parametrize(
     ("errors", "told"),
     [
-        ([0.1, np.inf, 0.2], "1 to 3 |e|^2, 1 of 3 edges not converged"),
-        ([np.inf] * 3, "n/a, 3 of 3 edges not converged"),
-        ([0.1, 0.1, 0.2], "1 to 1e+06 |e|^2"),
+        ([0.1, np.inf, 0.2, 0.1, 0.1], "1 to 3 |e|^2, 1 of 5 edges not converged"),
+        ([np.inf] * 5, "n/a, 5 of 5 edges not converged"),
+        ([0.1] * 5, "1 to 1e+06 |e|^2"),
     ],
 )
 def test_a_flux_that_has_not_converged_is_not_in_its_span(errors, told):
     balance = dataclasses.replace(
         random_result(CLASSES["ExactBalance"], 0),
         finite=jnp.bool_(True),
-        flux=jnp.asarray([1.0, 1e6, 3.0]),
+        flux=jnp.asarray([1.0, 1e6, 3.0, 2.0, 2.0]),
         flux_error=jnp.asarray(errors),
     )
     assert dict(headline(balance))["flux past the edges"] == told
