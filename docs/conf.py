@@ -24,7 +24,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(?!grsd_jax(\.[A-Za-z]|$)).*"),
     # Types of fields that are not part of the interface.
-    (r"py:class", r"grsd_jax\.(problem|jacobian|kernel\.mesh|models\.chain)\..*"),
+    (r"py:class", r"grsd_jax\.(objective|jacobian|kernel\.mesh|models\.chain)\..*"),
 ]
 default_role = "py:obj"
 numfig = True
