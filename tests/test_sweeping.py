@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -344,6 +345,21 @@ def test_rank_correlation_leaves_out_what_is_undefined():
     assert np.isnan(analyse.rank_correlation([1, 2, 3], [None, 1.0, 2.0]))
     assert np.isnan(analyse.rank_correlation([1, 2, 3], [0.5, 0.5, 0.5]))
     assert analyse.rank_correlation([2, 2, 4, 4], [1.0, 2.0, 1.0, 2.0]) == 0
+
+
+def test_a_size_of_0_is_named_where_a_logarithmic_axis_cannot_show_it():
+    path = Path(__file__).parents[1] / "docs" / "results" / "sweep" / "sweep.csv"
+    rows = analyse.read_rows(path)
+    for row in rows:
+        if (row["model"], row["depth"]) == ("mlp", 4):
+            row["initial_increment_variance"] = 0.0
+    figure = figures._increments(figures._titled(analyse.lines_of(rows)))
+    texts = {
+        axis.get_ylabel(): [text.get_text() for text in axis.texts]
+        for axis in figure.axes
+    }
+    assert texts.pop("variance of the\nincrements") == ["0 somewhere: MLP"]
+    assert not any(texts.values())
 
 
 def test_script_draws_again_from_the_rows_alone(swept, tmp_path):

@@ -42,7 +42,8 @@ _MARKS: dict[str, Any] = {"linewidth": 1.0, "markersize": 3.5}
 def energies(records: Sequence[Record], ax: "Axes | None" = None) -> "Axes":
     """Draws the energy of each shell over time, colored by its place in the spectrum.
 
-    Neighboring shells also have different markers. If not all times are known, training
+    Neighboring shells also have different markers. The axis is logarithmic: an energy
+    of 0 is a gap, as is one that is undefined. If not all times are known, training
     steps are in their place.
 
     Args:

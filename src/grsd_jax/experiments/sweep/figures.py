@@ -264,7 +264,7 @@ def _cut_outliers(axis: Axes, bands: Mapping[str, Band]) -> None:
     reach = 3 * (three_quarters - quarter)
     low, high = quarter - reach, three_quarters + reach
     beyond = ((heights < low) | (heights > high)).any(axis=1)
-    if not beyond.any():
+    if not (beyond.any() and reach):  # equal heights are no scale
         return
     axis.set_ylim(low, high)
     told = [
@@ -276,12 +276,22 @@ def _cut_outliers(axis: Axes, bands: Mapping[str, Band]) -> None:
     axis.text(0.03, 0.03, text, transform=axis.transAxes, fontsize="small")
 
 
+def _logarithmic(axis: Axes) -> None:
+    """Draws sizes by their logarithm, and names whose mean is 0 somewhere."""
+    axis.set_yscale("log")
+    heights = {str(x.get_label()): np.asarray(x.get_ydata(), float) for x in axis.lines}
+    zero = [label for label, height in heights.items() if np.any(height <= 0)]
+    if zero:
+        text = f"0 somewhere: {', '.join(zero)}"
+        axis.text(0.03, 0.03, text, transform=axis.transAxes, fontsize="small")
+
+
 def _increments(lines: Sequence[Line]) -> Figure:
     figure = Figure(figsize=(PANELS_WIDTH, 3.9), layout="constrained")
     panels = _panels(figure.subplots(2, 2).flat, lines, "depth", _INCREMENTS)
-    panels["initial_increment_variance"].set_yscale("log")
+    _logarithmic(panels["initial_increment_variance"])
     averaged = panels["initial_variance_of_mean"]
-    averaged.set_yscale("log")
+    _logarithmic(averaged)
     bands = [band_of(line, "depth", "initial_variance_of_mean") for line in lines]
     bands = [band for band in bands if len(band.at) and band.mean[0] > 0]  # not NaN
     if bands:  # a guide above the highest line
@@ -318,7 +328,7 @@ def _scale(lines: Sequence[Line], depth: int) -> Figure:
         "initial_correlation_time",
     )
     for name in logarithmic:
-        panels[name].set_yscale("log")
+        _logarithmic(panels[name])
     if scales:
         grid = np.geomspace(min(scales), max(scales), 50)
         law = [2 / math.log1p(s**2) for s in grid]
