@@ -21,6 +21,7 @@ from grsd_jax._checks import (
     check_real,
     check_shape,
     check_single_or_double,
+    make_plain,
 )
 from grsd_jax._typing import PyTree
 from grsd_jax.dynamics.elapsed_time import MeasuredTime, time_or_zero
@@ -78,6 +79,7 @@ class KrylovSteps:
 
     def __post_init__(self) -> None:
         """Checks the options."""
+        make_plain(self)
         check_at_least("num_steps", self.num_steps, 4)
         check_choice("start", self.start, STARTS)
         check_at_least("num_probes", self.num_probes, 0)

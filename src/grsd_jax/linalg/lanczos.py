@@ -184,7 +184,7 @@ def lanczos_init(
     """
     check_shape("start_block", start_block, [None, None])
     check_single_or_double("start_block", jnp.result_type(start_block))
-    check_at_least("num_steps", num_steps, 1)
+    num_steps = check_at_least("num_steps", num_steps, 1)
     check_key(key)
     size, width = start_block.shape
     if not 1 <= width <= size:

@@ -72,7 +72,7 @@ def ritz_pairs(
     References:
         Paper 7.2 and B.4; Parlett (1998), "The Symmetric Eigenvalue Problem", 11.
     """
-    check_positive("tolerance", tolerance)
+    tolerance = check_positive("tolerance", tolerance)
     # Columns beyond the n dimensions get a value of their own, so that they do not mix
     # with a null space.
     empty = jnp.all(result.basis == 0, axis=0)
@@ -118,9 +118,9 @@ def resolved_pairs(
     """
     values = as_floating("values", values, [None])
     residuals = as_floating("residuals", residuals, values.shape)
-    check_positive("tolerance", tolerance)
+    tolerance = check_positive("tolerance", tolerance)
     floor = default_floor(values.dtype) if floor is None else floor
-    check_positive("floor", floor)
+    floor = check_positive("floor", floor)
     accurate = residuals <= tolerance * values
     return accurate & (values > floor * jnp.max(values, initial=0))
 

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from grsd_jax._arrays import divisor, matmul, outside
-from grsd_jax._checks import check_at_least, check_key, check_shape
+from grsd_jax._checks import check_at_least, check_key, check_shape, make_plain
 from grsd_jax._typing import Matmat, PyTree
 from grsd_jax.kernel.dense import dense_at
 from grsd_jax.kernel.derivative import (
@@ -63,6 +63,7 @@ class Signs:
 
     def __post_init__(self) -> None:
         """Checks the options."""
+        make_plain(self)
         check_at_least("num_signs", self.num_signs, 2)
         check_at_least("num_steps", self.num_steps, 4)
 
@@ -313,7 +314,7 @@ def measure_stochastic_coupling(
     References:
         Ours; see `stochastic_shell_coupling`.
     """
-    check_at_least("num_pairs", num_pairs, 1)
+    num_pairs = check_at_least("num_pairs", num_pairs, 1)
     check_key(key)
     if direction is None:
         direction = gradient_flow_direction(problem, params)
