@@ -30,7 +30,7 @@ DRIVERS = ("scan", "host")
 
 #: A direction is dead below this many eps of the largest product's norm. Larger factors
 #: lose part of the tail, and the second orthogonalization keeps this one safe.
-_DEAD_EPS = 4.0
+DEAD_EPS = 4.0
 
 #: Rows of a block that are factorized at once.
 _QR_ROWS = 256
@@ -380,7 +380,7 @@ def _next_block(
     left, sigma, _ = jnp.linalg.svd(triangular)
     position = jnp.arange(width, dtype=jnp.int32)
     room = offset + position < size  # past n dimensions only zero is left
-    alive = (sigma > _DEAD_EPS * jnp.finfo(block.dtype).eps * scale) & room
+    alive = (sigma > DEAD_EPS * jnp.finfo(block.dtype).eps * scale) & room
     candidates = matmul(orthonormal, left)
     random = jax.random.normal(key, block.shape, block.dtype) / np.sqrt(size).astype(
         block.dtype

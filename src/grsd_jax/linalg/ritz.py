@@ -6,7 +6,7 @@ import numpy as np
 
 from grsd_jax._arrays import as_floating, divisor, magnitude, matmul, norm
 from grsd_jax._checks import check_positive
-from grsd_jax.linalg.lanczos import LanczosResult
+from grsd_jax.linalg.lanczos import DEAD_EPS, LanczosResult
 from grsd_jax.results import NamedResult, result, span
 
 #: Rounding of the run, in eps of ``|M|`` times the root of r, added to residuals.
@@ -143,8 +143,12 @@ def descending_pairs(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def rounding_bound(num_pairs: int, dtype: jax.typing.DTypeLike) -> float:
-    """Returns ``2 eps sqrt(r)``, what rounding adds to a residual, over ``|M|``."""
-    return _ROUNDING_EPS * float(jnp.finfo(dtype).eps) * num_pairs**0.5
+    """Returns what rounding adds to a residual, over ``|M|``.
+
+    ``2 eps sqrt(r)``, and in short runs no less than what a dead direction leaves out.
+    """
+    eps = float(jnp.finfo(dtype).eps)
+    return eps * max(_ROUNDING_EPS * num_pairs**0.5, DEAD_EPS)
 
 
 def small_rounding(dtype: jax.typing.DTypeLike) -> float:
