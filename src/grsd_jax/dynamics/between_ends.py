@@ -411,6 +411,12 @@ def krylov_spaces(
     shape = (points[0].dimension, steps.num_probes)
     probes = jax.random.normal(probes_key, shape, vectors.dtype)
     starts = [start, probes][: 2 if steps.num_probes else 1]
+    widest = max(block.shape[1] for block in starts)
+    if widest > shape[0]:
+        raise ValueError(
+            "solver: expected no more start vectors or probes than n = "
+            f"{shape[0]} errors, got {widest}."
+        )
     # One end after the other, so that the Jacobian of one is held at a time.
     (first, *counted), (second, *counted_after) = (
         _runs(point, starts, steps.num_steps, key) for point in points

@@ -370,7 +370,7 @@ def _check_blocks(size: int, num_pairs: int, width: int) -> None:
     One step is enough where a block fills the bulk, and nothing is needed without one.
     """
     spans = size - num_pairs <= width <= size
-    if size > num_pairs and 2 * width > size and not spans:
+    if width > size or (size > num_pairs and 2 * width > size and not spans):
         raise ValueError(
             "signs.num_signs: expected, as of the shells, at most n / 2 = "
             f"{size / 2:g}, since a block as wide leaves Lanczos less than two steps, "
