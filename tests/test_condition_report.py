@@ -357,7 +357,8 @@ def test_a_path_that_goes_back_in_time_is_refused(mlp):
         ("distant", 0, "an integer >= 1"),  # every block is coherent with itself
         ("distant", -1, "an integer >= 1"),
         ("max_band", 1.5, "an integer >= 0"),
-        ("max_growth", np.nan, "a number, got NaN"),
+        ("max_growth", np.nan, "a number, got nan"),
+        ("max_growth", "x", "a number, got 'x'"),
     ],
 )
 def test_thresholds_that_would_decide_wrongly_are_refused(mlp, name, value, sentence):

@@ -434,3 +434,21 @@ def test_bad_input_is_named():
         call(jnp.ones((4, 2), jnp.int32), 2)
     with pytest.raises(ValueError, match="start_block: expected finite numbers"):
         call(good.at[0, 0].set(jnp.nan), 2)
+
+
+@pytest.mark.parametrize("share", [0.6, 3.9])
+def test_residuals_of_a_short_run_hold_what_a_dead_direction_leaves_out(share):
+    coupling = share * float(jnp.finfo(jnp.float32).eps)
+    matrix = np.eye(4, dtype=np.float32)
+    matrix[0, 1] = matrix[1, 0] = coupling
+    start = jnp.eye(4, 1, dtype=jnp.float32)
+    found = leading_eigenpairs(
+        jax.jit(lambda block: jnp.matmul(matrix, block, precision="highest")),
+        start,
+        1,
+        key=jax.random.key(0),
+        max_steps=1,
+    )
+    vector = np.asarray(found.vectors, np.float64)[:, 0]
+    residual = matrix.astype(np.float64) @ vector - float(found.values[0]) * vector
+    assert np.linalg.norm(residual) <= found.residuals[0]

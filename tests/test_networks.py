@@ -80,7 +80,9 @@ def test_every_setting_reaches_the_network(name):
 
 def test_sizes_that_a_network_cannot_have_are_named():
     odd = dataclasses.replace(TINY, width=3)
-    with pytest.raises(UserError, match="network transformer: width: expected a mult"):
+    with pytest.raises(
+        UserError, match="network transformer: --width: expected a mult"
+    ):
         make_model("transformer", 10, odd)
     still = dataclasses.replace(TINY, rho=0.0)
     with pytest.raises(UserError, match="network ssm: rho: expected"):

@@ -18,7 +18,16 @@ from grsd_jax import (
     make_probe,
     measure_coupling,
 )
-from grsd_jax.linalg import RitzPairs
+from grsd_jax.conditions import smallest_band
+from grsd_jax.dynamics import covariance_check, effective_time, integrate_flow
+from grsd_jax.linalg import (
+    RitzPairs,
+    block_lanczos,
+    leading_eigenpairs,
+    resolved_pairs,
+    spectral_density,
+)
+from grsd_jax.shells import SoftShells, log_shells
 from grsd_jax.shells.measurement import leading_pairs
 
 
@@ -212,3 +221,76 @@ def test_a_measurement_uses_the_leading_pairs_of_its_window(solver):
     np.testing.assert_array_equal(part.values, whole.values)
     np.testing.assert_allclose(part.shells.edges[0], whole.values[2], rtol=1e-6)
     assert int(np.sum(part.shells.counts)) == int(part.diagonal_fit.num_points) == 3
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int16, np.int64])
+def test_integers_of_numpy_count_as_those_of_python(kind):
+    values = jnp.asarray(np.geomspace(1, 1e-3, 8), jnp.float32)
+    edges = log_shells(values, kind(3)).edges
+    np.testing.assert_allclose(edges, np.geomspace(1e-3, 1, 4), rtol=1e-5)
+    assert edges.dtype == jnp.float32
+    # Sums of steps leave 8 bits, as does -2, by which blocks are counted.
+    time = effective_time(lambda step: step * 1.0, kind(7), first_step=kind(122))
+    np.testing.assert_allclose(time[-1], sum(range(122, 129)), rtol=1e-6)
+    found = leading_eigenpairs(
+        jax.jit(lambda block: values[:, None] * block),
+        jax.random.normal(jax.random.key(0), (8, 1)),
+        kind(2),
+        key=jax.random.key(1),
+        check_every=kind(1),
+    )
+    np.testing.assert_allclose(found.values, values[:2], rtol=1e-3)
+    flow = integrate_flow(
+        lambda p: -p, jnp.ones(1), step=kind(1), num_steps=kind(2), substeps=kind(20)
+    )
+    np.testing.assert_allclose(flow[:, 0], np.exp([0, -1, -2]), rtol=1e-4)
+    assert type(Binning(num_shells=kind(6)).num_shells) is int
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_numbers_of_numpy_do_not_change_the_dtype(kind, x64):
+    values = jnp.asarray(np.geomspace(1, 1e-3, 8), jnp.float32)
+    run = block_lanczos(
+        jax.jit(lambda block: values[:, None] * block),
+        jax.random.normal(jax.random.key(0), (8, 2), jnp.float32),
+        3,
+        key=jax.random.key(1),
+    )
+    density = spectral_density(run, np.int64(8), width=kind(0.1))
+    assert {leaf.dtype for leaf in jax.tree.leaves(density)} == {jnp.dtype("float32")}
+    np.testing.assert_array_equal(
+        resolved_pairs(values, 0.01 * values, tolerance=kind(0.5)), True
+    )
+    assert type(Window(tolerance=kind(0.5)).tolerance) is float
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Window(tolerance=10**400), "tolerance: expected a finite number > 0"),
+        (lambda: Binning(num_shells=2**31), "num_shells: expected an integer <= 2147"),
+        (lambda: SoftShells(jnp.ones(1), True), "width: expected a finite number >= 0"),
+        (lambda: Derivative(cross_checked="no"), "cross_checked: expected a bool, got"),
+        (lambda: Derivative(method=np.ones(2)), "method: expected one of 'exact', "),
+        (
+            lambda: smallest_band(jnp.ones(2), "x"),
+            "share: expected a number in (0, 1], got",
+        ),
+        (
+            lambda: integrate_flow(lambda p: p, jnp.ones(1), step="x", num_steps=1),
+            "step: expected an array of numbers, got str",
+        ),
+        (
+            lambda: covariance_check(None, None, scale=1e308, time=1.0, num_steps=1),
+            "scale: expected less than 2147483647, got 1e+308",
+        ),
+    ],
+)
+def test_what_jax_cannot_count_or_compare_is_one_sentence(call, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call()
+
+
+def test_integers_beyond_32_bits_are_numbers_where_any_is():
+    values = jnp.asarray([1.0, 0.5], jnp.float32)
+    assert resolved_pairs(values, values, tolerance=2**40).all()

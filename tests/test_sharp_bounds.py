@@ -8,9 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from grsd_jax import Problem
 from grsd_jax.dynamics import sharp_flux_bounds
 from grsd_jax.dynamics.sharp_bounds import energy_above
 from grsd_jax.linalg import block_lanczos
+from grsd_jax.shells import measure_stochastic_coupling
 from test_between_ends import in_double, make_problem, train
 from test_exact_balance import by_definition
 
@@ -116,3 +118,18 @@ def test_what_does_not_fit_is_one_sentence():
     moved = problem.replace(batches=data | {"image": data["image"] + 1})
     with pytest.raises(ValueError, match=r"^after: expected the examples"):
         sharp_flux_bounds(end, (moved, params), edges, key=KEY)
+
+
+def test_one_error_is_too_few_for_the_steps_and_said():
+    def outputs_fn(params, batch):
+        return batch["x"] @ params
+
+    batches = {"x": jnp.ones((1, 1, 2)), "label": jnp.ones((1, 1, 1))}
+    problem = Problem(outputs_fn, batches, loss="squared")
+    ends = (problem, jnp.ones((2, 1))), (problem, 2 * jnp.ones((2, 1)))
+    with pytest.raises(ValueError, match="solver: expected no more start vectors or"):
+        sharp_flux_bounds(*ends, jnp.ones(1), key=jax.random.key(0))
+    with pytest.raises(ValueError, match="num_signs: expected, as of the shells, at m"):
+        measure_stochastic_coupling(
+            problem, ends[0][1], num_pairs=1, key=jax.random.key(0)
+        )

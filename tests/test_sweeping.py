@@ -291,7 +291,7 @@ def test_flags_give_the_settings_and_name_what_is_wrong():
         parse("--depths=0")
     with pytest.raises(UserError, match="--window: expected at most --num_shells"):
         SweepConfig(window=30)
-    with pytest.raises(UserError, match="network transformer: width: expected a mul"):
+    with pytest.raises(UserError, match="network transformer: --width: expected a mul"):
         cell_network(
             list_cells(SweepConfig(models=("transformer",), widths=(3,)))[0], 3, 0.5
         )

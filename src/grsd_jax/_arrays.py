@@ -66,6 +66,8 @@ def as_scalar(
     """
     check_shape(name, value, [])
     check_real(name, value)
+    if isinstance(value, int):  # JAX would hold it in 32 bits
+        return jnp.asarray(float(value), dtype)
     return jnp.asarray(value).astype(dtype)
 
 

@@ -1,5 +1,7 @@
 """Checks that run at trace time: each raises one sentence that names the argument."""
 
+import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,13 +11,16 @@ import numpy as np
 
 from grsd_jax._typing import PyTree
 
+#: The largest integer that JAX counts with, that of int32.
+_MOST_COUNTED = 2**31 - 1
+
 #: The leading axes of batches.
 _AXES = {"K": "batches", "N": "examples"}
 
 
 def check_choice(name: str, value: object, options: Sequence[object]) -> None:
     """Raises ValueError unless ``value`` is one of ``options``."""
-    if value not in options:
+    if isinstance(value, np.ndarray | jax.Array) or value not in options:
         listed = ", ".join(repr(option) for option in options)
         raise ValueError(f"{name}: expected one of {listed}, got {value!r}.")
 
@@ -26,35 +31,70 @@ def check_type(name: str, value: object, kind: type) -> None:
         raise ValueError(f"{name}: expected a {kind.__name__}, got {value!r}.")
 
 
-def check_at_least(name: str, value: object, minimum: int) -> None:
-    """Raises ValueError unless ``value`` is an integer of at least ``minimum``."""
+def check_at_least(
+    name: str, value: object, minimum: int, maximum: int = _MOST_COUNTED
+) -> int:
+    """Returns an integer as Python's, whose arithmetic does not wrap as NumPy's does.
+
+    Raises:
+        ValueError: Unless ``value`` is an integer from ``minimum`` to ``maximum``.
+    """
     is_integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
     if not is_integer or value < minimum:  # pyrefly: ignore[unsupported-operation]
         raise ValueError(f"{name}: expected an integer >= {minimum}, got {value!r}.")
+    if value > maximum:  # pyrefly: ignore[unsupported-operation]
+        raise ValueError(f"{name}: expected an integer <= {maximum}, got {value!r}.")
+    return int(value)  # pyrefly: ignore[bad-argument-type]
 
 
-def check_positive(name: str, value: object) -> None:
-    """Raises ValueError unless ``value`` is a finite number above zero."""
+def check_positive(name: str, value: object) -> float:
+    """Returns a number as Python's, which takes the dtype of what it meets.
+
+    Raises:
+        ValueError: Unless ``value`` is a finite number above zero.
+    """
     if not (_is_finite(value) and value > 0):  # pyrefly: ignore[unsupported-operation]
         raise ValueError(f"{name}: expected a finite number > 0, got {value!r}.")
+    return float(value)  # pyrefly: ignore[bad-argument-type]
 
 
-def check_not_negative(name: str, value: object) -> None:
-    """Raises ValueError unless ``value`` is a finite number, zero or above."""
+def check_not_negative(name: str, value: object) -> float:
+    """Returns a number as Python's.
+
+    Raises:
+        ValueError: Unless ``value`` is a finite number, zero or above.
+    """
     if not (_is_finite(value) and value >= 0):  # pyrefly: ignore[unsupported-operation]
         raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}.")
+    return float(value)  # pyrefly: ignore[bad-argument-type]
 
 
-def check_share(name: str, value: object) -> None:
-    """Raises ValueError unless ``value`` is a number above 0 and below 1."""
+def check_share(name: str, value: object) -> float:
+    """Returns a number as Python's.
+
+    Raises:
+        ValueError: Unless ``value`` is a number above 0 and below 1.
+    """
     if not (_is_finite(value) and 0 < value < 1):  # pyrefly: ignore
         raise ValueError(f"{name}: expected a number between 0 and 1, got {value!r}.")
+    return float(value)  # pyrefly: ignore[bad-argument-type]
+
+
+def make_plain(options: Any) -> None:
+    """Turns NumPy scalars among the fields of a new dataclass into Python's numbers."""
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if isinstance(value, np.generic):
+            object.__setattr__(options, field.name, value.item())
 
 
 def _is_finite(value: object) -> bool:
     """Whether ``value`` is a finite real number, and no bool."""
     real = isinstance(value, int | float | np.integer | np.floating)
-    return real and not isinstance(value, bool) and bool(np.isfinite(value))
+    try:
+        return real and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer beyond all floats
+        return False
 
 
 def check_floating(name: str, array: jax.typing.ArrayLike) -> None:

@@ -110,7 +110,7 @@ def state_increments(
         Paper A.3.2, "Markov-additive structure of log-spectral increments".
     """
     check_floating("state", state)
-    check_at_least("num_directions", num_directions, 1)
+    num_directions = check_at_least("num_directions", num_directions, 1)
     check_key(key)
     if not maps:
         raise ValueError("maps: expected at least one map, got none.")

@@ -121,8 +121,8 @@ def block_coherence(
         Problem", 4. The form on the error space is ours.
     """
     check_choice("method", method, METHODS)
-    check_positive("tolerance", tolerance)
-    check_at_least("max_iterations", max_iterations, 1)
+    tolerance = check_positive("tolerance", tolerance)
+    max_iterations = check_at_least("max_iterations", max_iterations, 1)
     check_key(key)
     size = point_at(problem, params).dimension
     check_blocks(blocks, params)

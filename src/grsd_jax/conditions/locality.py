@@ -77,7 +77,7 @@ def influence_profile(
     References:
         Paper 3.2 (Condition 1) and A.2; Hutchinson (1990). The profile is ours.
     """
-    check_at_least("column_chunk", column_chunk, 1)
+    column_chunk = check_at_least("column_chunk", column_chunk, 1)
     point = point_at(problem, params, direction)
     check_blocks(blocks, params)
     blocks = blocks.over(point.params)
@@ -151,9 +151,10 @@ def smallest_band(profile: jax.typing.ArrayLike, share: float) -> jax.Array:
     """
     profile = as_floating("profile", profile, [None])
     check_at_least("len(profile)", profile.shape[0], 1)
-    if not 0 < share <= 1:
+    real = isinstance(share, int | float | np.integer | np.floating)
+    if not (real and not isinstance(share, bool) and 0 < share <= 1):
         raise ValueError(f"share: expected a number in (0, 1], got {share!r}.")
-    return _smallest_band(profile, share)
+    return _smallest_band(profile, float(share))
 
 
 @partial(jax.jit, static_argnames="share")
@@ -185,7 +186,7 @@ def _probes(
         size = int(np.prod(error.shape))
         units = jnp.eye(size, dtype=error.dtype).reshape(*error.shape, size)
         return [units] * num_batches
-    check_at_least("num_probes", num_probes, 2)
+    num_probes = check_at_least("num_probes", num_probes, 2)
     key = check_key(key, "random probes")
     shape = (*error.shape, num_probes)
     return [

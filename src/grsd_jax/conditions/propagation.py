@@ -65,8 +65,9 @@ def interaction_range(constant: float, rho: float, epsilon: float) -> int | None
     References:
         Paper A.1, equation 9.
     """
-    for name, value in (("constant", constant), ("rho", rho), ("epsilon", epsilon)):
-        check_positive(name, value)
+    constant = check_positive("constant", constant)
+    rho = check_positive("rho", rho)
+    epsilon = check_positive("epsilon", epsilon)
     if rho >= 1:
         return None
     # Logarithms apart: their quotients may leave the range of floats.
@@ -103,7 +104,7 @@ def propagation_report(
     """
     if np.iscomplexobj(influence):
         raise ValueError("influence: expected real numbers, got complex ones.")
-    check_not_negative("rounding", rounding)
+    rounding = check_not_negative("rounding", rounding)
     matrix = np.asarray(influence, np.float64)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not len(matrix):
         raise ValueError(
@@ -121,7 +122,8 @@ def propagation_report(
             for d in distances.tolist()
         ]
     )
-    bound = constant * rho**distances
+    with np.errstate(over="ignore"):  # outside of the condition
+        bound = constant * np.float64(rho) ** distances
     above = np.flatnonzero(~(profile <= epsilon * (1 + rounding)))
     first = int(above[-1]) + 1 if len(above) else 0
     defined = bool(np.isfinite(matrix).all() and matrix.any())

@@ -85,7 +85,7 @@ def operator_norms(
     References:
         Paper 3.2, Condition 3.
     """
-    check_at_least("block_size", block_size, 1)
+    block_size = check_at_least("block_size", block_size, 1)
     check_key(key)
     operators = (
         linearize_kernel(problem, params),

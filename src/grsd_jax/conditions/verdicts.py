@@ -9,6 +9,8 @@ neither holds nor fails: it is undecided.
 import math
 from typing import Literal, NamedTuple
 
+import numpy as np
+
 from grsd_jax._checks import check_at_least, check_choice
 from grsd_jax.results import NamedResult, result
 from grsd_jax.results.text import told_apart
@@ -62,8 +64,9 @@ def check_thresholds(thresholds: Thresholds) -> None:
     if thresholds.max_band is not None:
         check_at_least("thresholds.max_band", thresholds.max_band, 0)
     for name, value in thresholds._asdict().items():
-        if value is not None and math.isnan(value):
-            raise ValueError(f"thresholds.{name}: expected a number, got NaN.")
+        real = isinstance(value, int | float | np.number)
+        if value is not None and not (real and not math.isnan(value)):
+            raise ValueError(f"thresholds.{name}: expected a number, got {value!r}.")
 
 
 @result()

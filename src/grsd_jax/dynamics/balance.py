@@ -396,7 +396,7 @@ def _tolerance(values: jax.Array, gap: float | None) -> jax.Array:
     """Returns the distance up to which neighboring eigenvalues are one cluster."""
     if gap is None:
         gap = _GAP * float(jnp.finfo(values.dtype).eps)
-    check_positive("gap", gap)
+    gap = check_positive("gap", gap)
     return gap * jnp.max(jnp.abs(values), where=jnp.isfinite(values), initial=0)
 
 

@@ -21,6 +21,7 @@ from grsd_jax._checks import (
     check_real,
     check_shape,
     check_single_or_double,
+    make_plain,
 )
 from grsd_jax._typing import PyTree
 from grsd_jax.dynamics.elapsed_time import MeasuredTime, time_or_zero
@@ -78,6 +79,7 @@ class KrylovSteps:
 
     def __post_init__(self) -> None:
         """Checks the options."""
+        make_plain(self)
         check_at_least("num_steps", self.num_steps, 4)
         check_choice("start", self.start, STARTS)
         check_at_least("num_probes", self.num_probes, 0)
@@ -409,6 +411,12 @@ def krylov_spaces(
     shape = (points[0].dimension, steps.num_probes)
     probes = jax.random.normal(probes_key, shape, vectors.dtype)
     starts = [start, probes][: 2 if steps.num_probes else 1]
+    widest = max(block.shape[1] for block in starts)
+    if widest > shape[0]:
+        raise ValueError(
+            "solver: expected no more start vectors or probes than n = "
+            f"{shape[0]} errors, got {widest}."
+        )
     # One end after the other, so that the Jacobian of one is held at a time.
     (first, *counted), (second, *counted_after) = (
         _runs(point, starts, steps.num_steps, key) for point in points

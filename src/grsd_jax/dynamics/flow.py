@@ -116,12 +116,13 @@ def integrate_flow(
         ValueError: If ``num_steps`` or ``substeps`` is not an integer >= 1, or as for
             `flow_step`.
     """
-    check_at_least("num_steps", num_steps, 1)
-    check_at_least("substeps", substeps, 1)
+    num_steps = check_at_least("num_steps", num_steps, 1)
+    substeps = check_at_least("substeps", substeps, 1)
+    step = as_scalar("step", step, jnp.result_type(float))
 
     def point(current: PyTree, _: None) -> tuple[PyTree, PyTree]:
         def inner(state: PyTree, _: None) -> tuple[PyTree, None]:
-            return flow_step(field, state, jnp.asarray(step) / substeps), None
+            return flow_step(field, state, step / substeps), None
 
         following, _ = jax.lax.scan(inner, current, length=substeps)
         return following, following
@@ -166,8 +167,8 @@ def effective_time(
     References:
         Paper 3.3, Remark 1.
     """
-    check_at_least("num_steps", num_steps, 0)
-    check_at_least("first_step", first_step, 0)
+    num_steps = check_at_least("num_steps", num_steps, 0)
+    first_step = check_at_least("first_step", first_step, 0)
     if first_step + num_steps > _MOST_STEPS:
         raise ValueError(
             f"first_step: expected first_step + num_steps <= {_MOST_STEPS}, got "
@@ -239,9 +240,11 @@ def covariance_check(
     References:
         Paper A.2, Lemma 1 and equation (33).
     """
-    check_positive("scale", scale)
-    check_positive("time", time)
-    check_at_least("num_steps", num_steps, 1)
+    scale = check_positive("scale", scale)
+    if scale >= _MOST_STEPS:  # it takes as many steps
+        raise ValueError(f"scale: expected less than {_MOST_STEPS}, got {scale}.")
+    time = check_positive("time", time)
+    num_steps = check_at_least("num_steps", num_steps, 1)
 
     def field(p: PyTree) -> PyTree:
         return gradient_flow_direction(problem, p)

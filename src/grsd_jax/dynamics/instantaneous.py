@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grsd_jax._arrays import all_finite, matmul, ratio
-from grsd_jax._checks import check_at_least, check_positive, check_type
+from grsd_jax._checks import check_at_least, check_positive, check_type, make_plain
 from grsd_jax._typing import PyTree
 from grsd_jax.dynamics.balance import ShellDynamics, eigenvalue_drift, shell_dynamics
 from grsd_jax.dynamics.closure import (
@@ -64,6 +64,7 @@ class Instantaneous:
 
     def __post_init__(self) -> None:
         """Checks the options."""
+        make_plain(self)
         check_type("window", self.window, Window)
         check_at_least("num_bootstrap", self.num_bootstrap, 0)
         if self.closure_step is not None:

@@ -284,7 +284,7 @@ class Probe:
         """
         step = _concrete_step(step)
         if not np.isnan(step_seconds):
-            check_positive("step_seconds", step_seconds)
+            step_seconds = check_positive("step_seconds", step_seconds)
         if direction is not None and self.instantaneous is None:
             raise ValueError(
                 "direction: expected None without instantaneous records, got one."
@@ -567,11 +567,11 @@ def make_probe(
     check_problem(problem)
     check_batches(problem.batches)
     check_choice("problem.reduction", problem.reduction, ("stack",))
-    check_at_least("every", every, 1)
+    every = check_at_least("every", every, 1)
     if not isinstance(solver, KrylovSteps):
         check_choice("solver", solver, ("auto", "dense"))
     if not isinstance(shells, SoftShells):
-        check_at_least("shells", shells, 2)
+        shells = check_at_least("shells", shells, 2)
     elif isinstance(solver, KrylovSteps):
         check_rational(shells)
     if instantaneous is True:

@@ -84,7 +84,7 @@ def sharp_flux_bounds(
         Golub and Meurant (2010), "Matrices, Moments and Quadrature with Applications",
         chapter 6; ours, ``docs/what_moved.md``.
     """
-    check_at_least("num_steps", num_steps, 4)
+    num_steps = check_at_least("num_steps", num_steps, 4)
     check_key(key)
     points = stacked_point(*before), stacked_point(*after)
     prints = fingerprint(before[0]), fingerprint(after[0])

@@ -81,7 +81,7 @@ def spectral_snapshot(
     point = stacked_point(problem, params)
     if num_pairs is None:
         return dense_snapshot(point, fingerprint(problem))
-    check_at_least("num_pairs", num_pairs, 1)
+    num_pairs = check_at_least("num_pairs", num_pairs, 1)
     key = check_key(key, "leading pairs")
     values, vectors = _leading_pairs(point, num_pairs, key)
     return SpectralSnapshot(values, vectors, errors_at(point), fingerprint(problem))

@@ -164,7 +164,8 @@ class ExactBalance(Result):
         finite: [] bool, whether all numbers are finite. If not, they are NaN.
 
     Inside `jit` no NaN is made: what is undefined is 0 there, where `has_energy`,
-    ``grows``, `timed` or ``finite`` is False, and a velocity or share is infinite.
+    ``grows``, `timed` or ``finite`` is False (the edge in place of its effective
+    one), and a velocity or share is infinite.
     """
 
     shells: SoftShells

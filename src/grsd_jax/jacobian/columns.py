@@ -22,7 +22,7 @@ def in_chunks(
     """Applies ``product`` to the block, in chunks if there is a chunk."""
     if column_chunk is None:
         return product(block)
-    check_at_least("column_chunk", column_chunk, 1)
+    column_chunk = check_at_least("column_chunk", column_chunk, 1)
     check_shape("block", block, [None, None])
     return by_chunks(product, vectors=block, width=column_chunk, mapped=mapped)
 

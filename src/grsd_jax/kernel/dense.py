@@ -9,6 +9,7 @@ over the leaves: ``M = sum_l J_l J_l^T``.
 """
 
 import itertools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple, overload
@@ -213,7 +214,7 @@ def accumulate(point: Point, labels: Sequence[str], chunking: Chunking) -> Matri
     """
     max_bytes = chunking.max_bytes
     max_bytes = default_bytes() // 2 if max_bytes is None else max_bytes
-    check_at_least("max_bytes", max_bytes, 1)
+    max_bytes = check_at_least("max_bytes", max_bytes, 1, sys.maxsize)
     if chunking.example_chunk is not None:
         check_at_least("example_chunk", chunking.example_chunk, 1)
     check_dense_fits(point, len(dict.fromkeys(labels)))

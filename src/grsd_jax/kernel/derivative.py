@@ -30,6 +30,8 @@ from grsd_jax._checks import (
     check_same_tree,
     check_shape,
     check_tree_single_or_double,
+    check_type,
+    make_plain,
 )
 from grsd_jax._typing import DerivativeMethod, PyTree
 from grsd_jax.jacobian.autodiff import (
@@ -87,9 +89,11 @@ class Derivative:
 
     def __post_init__(self) -> None:
         """Checks the options."""
+        make_plain(self)
         check_choice("method", self.method, DERIVATIVES)
         if self.step is not None:
             check_positive("step", self.step)
+        check_type("cross_checked", self.cross_checked, bool)
 
 
 def gradient_flow_direction(problem: Problem, params: PyTree) -> PyTree:
@@ -252,7 +256,7 @@ def project_derivative(
         The symmetric matrix ``[r, r]``.
     """
     if column_chunk is not None:
-        check_at_least("column_chunk", column_chunk, 1)
+        column_chunk = check_at_least("column_chunk", column_chunk, 1)
     split_block("vectors", vectors, point.copies, point.error)
     width = column_chunk or vectors.shape[1]
     if derivative.method == "finite_difference":
@@ -419,7 +423,7 @@ def usable_step(params: PyTree, step: float | None) -> float:
     """
     dtype = coarsest_dtype(params)
     step = default_step(dtype) if step is None else step
-    check_positive("step", step)
+    step = check_positive("step", step)
     if step < jnp.finfo(dtype).eps:
         raise ValueError(
             f"step: expected at least {jnp.finfo(dtype).eps:.2g}, the rounding of "

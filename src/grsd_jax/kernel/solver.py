@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grsd_jax._checks import check_at_least
+from grsd_jax._checks import check_at_least, make_plain
 from grsd_jax._memory import default_bytes
 from grsd_jax._typing import PyTree
 from grsd_jax.jacobian.plan import are_coupled
@@ -38,6 +38,7 @@ class Lanczos:
 
     def __post_init__(self) -> None:
         """Checks the options."""
+        make_plain(self)
         check_at_least("block_size", self.block_size, 1)
         if self.num_steps is not None:
             check_at_least("num_steps", self.num_steps, 1)
@@ -64,7 +65,7 @@ def choose_solver(
     References:
         Ours; see `count_operations`.
     """
-    check_at_least("num_columns", num_columns, 1)
+    num_columns = check_at_least("num_columns", num_columns, 1)
     return solver_at(point_at(problem, params), num_columns)
 
 

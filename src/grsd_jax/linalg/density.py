@@ -66,12 +66,12 @@ def spectral_density(
     """
     runs = [results] if isinstance(results, LanczosResult) else list(results)
     check_at_least("len(results)", len(runs), 1)
-    check_at_least("num_points", num_points, 2)
-    for name, value in (("dimension", dimension), ("width", width)):
-        check_positive(name, value)
+    num_points = check_at_least("num_points", num_points, 2)
+    dimension = check_positive("dimension", dimension)
+    width = check_positive("width", width)
     dtype = runs[0].tridiagonal.dtype
     floor = default_floor(dtype) if floor is None else floor
-    check_positive("floor", floor)
+    floor = check_positive("floor", floor)
 
     nodes, weights = zip(*(_gauss_rule(run) for run in runs), strict=True)
     nodes, weights = jnp.concatenate(nodes), jnp.concatenate(weights)

@@ -5,6 +5,7 @@ projected operator T is small, so its eigenvectors are found on the host, in flo
 """
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -166,18 +167,18 @@ def leading_eigenpairs(
     check_shape("start_block", start_block, [None, None])
     size, width = start_block.shape
     check_at_least("start_block.shape[1]", width, 1)
-    check_at_least("num_pairs", num_pairs, 1)
+    num_pairs = check_at_least("num_pairs", num_pairs, 1)
     if num_pairs > size:
         raise ValueError(f"num_pairs: expected at most n = {size}, got {num_pairs}.")
     check_key(key)
-    check_positive("tolerance", tolerance)
+    tolerance = check_positive("tolerance", tolerance)
     check_choice("relative_to", relative_to, REFERENCES)
     fewest = _blocks(num_pairs, width)
     if max_steps is None:
         max_steps = _blocks(min(size, _MOST_COLUMNS * num_pairs), width)
-    check_at_least("max_steps", max_steps, fewest)
+    max_steps = check_at_least("max_steps", max_steps, fewest, sys.maxsize)
     if check_every is not None:
-        check_at_least("check_every", check_every, 1)
+        check_every = check_at_least("check_every", check_every, 1, sys.maxsize)
     if not all_finite(start_block):
         raise ValueError("start_block: expected finite numbers, got others.")
 

@@ -30,7 +30,7 @@ DRIVERS = ("scan", "host")
 
 #: A direction is dead below this many eps of the largest product's norm. Larger factors
 #: lose part of the tail, and the second orthogonalization keeps this one safe.
-_DEAD_EPS = 4.0
+DEAD_EPS = 4.0
 
 #: Rows of a block that are factorized at once.
 _QR_ROWS = 256
@@ -184,7 +184,7 @@ def lanczos_init(
     """
     check_shape("start_block", start_block, [None, None])
     check_single_or_double("start_block", jnp.result_type(start_block))
-    check_at_least("num_steps", num_steps, 1)
+    num_steps = check_at_least("num_steps", num_steps, 1)
     check_key(key)
     size, width = start_block.shape
     if not 1 <= width <= size:
@@ -380,7 +380,7 @@ def _next_block(
     left, sigma, _ = jnp.linalg.svd(triangular)
     position = jnp.arange(width, dtype=jnp.int32)
     room = offset + position < size  # past n dimensions only zero is left
-    alive = (sigma > _DEAD_EPS * jnp.finfo(block.dtype).eps * scale) & room
+    alive = (sigma > DEAD_EPS * jnp.finfo(block.dtype).eps * scale) & room
     candidates = matmul(orthonormal, left)
     random = jax.random.normal(key, block.shape, block.dtype) / np.sqrt(size).astype(
         block.dtype

@@ -6,7 +6,7 @@ import numpy as np
 
 from grsd_jax._arrays import as_floating, divisor, magnitude, matmul, norm
 from grsd_jax._checks import check_positive
-from grsd_jax.linalg.lanczos import LanczosResult
+from grsd_jax.linalg.lanczos import DEAD_EPS, LanczosResult
 from grsd_jax.results import NamedResult, result, span
 
 #: Rounding of the run, in eps of ``|M|`` times the root of r, added to residuals.
@@ -72,7 +72,7 @@ def ritz_pairs(
     References:
         Paper 7.2 and B.4; Parlett (1998), "The Symmetric Eigenvalue Problem", 11.
     """
-    check_positive("tolerance", tolerance)
+    tolerance = check_positive("tolerance", tolerance)
     # Columns beyond the n dimensions get a value of their own, so that they do not mix
     # with a null space.
     empty = jnp.all(result.basis == 0, axis=0)
@@ -118,9 +118,9 @@ def resolved_pairs(
     """
     values = as_floating("values", values, [None])
     residuals = as_floating("residuals", residuals, values.shape)
-    check_positive("tolerance", tolerance)
+    tolerance = check_positive("tolerance", tolerance)
     floor = default_floor(values.dtype) if floor is None else floor
-    check_positive("floor", floor)
+    floor = check_positive("floor", floor)
     accurate = residuals <= tolerance * values
     return accurate & (values > floor * jnp.max(values, initial=0))
 
@@ -143,8 +143,12 @@ def descending_pairs(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def rounding_bound(num_pairs: int, dtype: jax.typing.DTypeLike) -> float:
-    """Returns ``2 eps sqrt(r)``, what rounding adds to a residual, over ``|M|``."""
-    return _ROUNDING_EPS * float(jnp.finfo(dtype).eps) * num_pairs**0.5
+    """Returns what rounding adds to a residual, over ``|M|``.
+
+    ``2 eps sqrt(r)``, and in short runs no less than what a dead direction leaves out.
+    """
+    eps = float(jnp.finfo(dtype).eps)
+    return eps * max(_ROUNDING_EPS * num_pairs**0.5, DEAD_EPS)
 
 
 def small_rounding(dtype: jax.typing.DTypeLike) -> float:

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from grsd_jax._checks import check_at_least, check_choice, check_positive
+from grsd_jax._checks import check_at_least, check_choice, check_positive, make_plain
 from grsd_jax._typing import PyTree
 from grsd_jax.models.linen_checks import ACTIVATIONS
 
@@ -35,6 +35,7 @@ class DepthChain(nn.Module):
 
     def __post_init__(self) -> None:
         """Checks the attributes."""
+        make_plain(self)
         check_at_least("num_classes", self.num_classes, 1)
         check_at_least("depth", self.depth, 1)
         check_at_least("width", self.width, 1)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from grsd_jax._checks import check_at_least
+from grsd_jax._checks import check_at_least, make_plain
 from grsd_jax.models.chain import DepthChain, linen_chain
 from grsd_jax.models.state_space import LinearStateSpace
 
@@ -237,6 +237,7 @@ class Transformer(DepthChain):
 
     def __post_init__(self) -> None:
         """Checks the attributes."""
+        make_plain(self)
         check_at_least("num_heads", self.num_heads, 1)
         if self.width % self.num_heads:
             raise ValueError(

@@ -157,7 +157,7 @@ def PlainNet18(
 
 
 def _network(num_classes: int, width: int, activation: str, residual: bool) -> ResNet:
-    check_at_least("num_classes", num_classes, 1)
-    check_at_least("width", width, 1)
+    num_classes = check_at_least("num_classes", num_classes, 1)
+    width = check_at_least("width", width, 1)
     check_choice("activation", activation, ACTIVATIONS)
     return ResNet(num_classes, width, activation, residual=residual)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from grsd_jax._checks import check_positive
+from grsd_jax._checks import check_positive, make_plain
 from grsd_jax._typing import PyTree
 from grsd_jax.models.chain import DepthChain
 
@@ -62,6 +62,7 @@ class LinearStateSpace(DepthChain):
 
     def __post_init__(self) -> None:
         """Checks the attributes."""
+        make_plain(self)
         check_positive("rho", self.rho)
         super().__post_init__()
 

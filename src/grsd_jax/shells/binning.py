@@ -96,7 +96,7 @@ def log_shells(
     References:
         Paper 2.1 and 7.3.
     """
-    check_at_least("num_shells", num_shells, 1)
+    num_shells = check_at_least("num_shells", num_shells, 1)
     values = as_floating("values", values, [None])
     info = jnp.finfo(values.dtype)
     usable = as_mask("mask", mask, values.shape)
@@ -229,7 +229,7 @@ def root_mean_squares(
     """
     if not isinstance(renormalize, bool):
         raise ValueError(f"renormalize: expected True or False, got {renormalize!r}.")
-    check_at_least("min_count", min_count, 1)
+    min_count = check_at_least("min_count", min_count, 1)
     values = as_floating("values", values, [None])
     num_values = values.shape[0]
     coupling = as_floating("coupling", coupling, [num_values, num_values])

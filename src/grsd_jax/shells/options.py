@@ -1,8 +1,9 @@
 """Options of a measurement that belong together: which pairs, and which shells."""
 
 import dataclasses
+import sys
 
-from grsd_jax._checks import check_at_least, check_positive
+from grsd_jax._checks import check_at_least, check_positive, make_plain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Window:
 
     def __post_init__(self) -> None:
         """Checks the options."""
+        make_plain(self)
         if self.num_pairs is not None:
             check_at_least("num_pairs", self.num_pairs, 1)
         if self.floor is not None:
@@ -48,10 +50,12 @@ class Binning:
 
     def __post_init__(self) -> None:
         """Checks the options."""
+        make_plain(self)
         check_at_least("num_shells", self.num_shells, 1)
         check_at_least("window", self.window, 1)
         check_at_least("min_count", self.min_count, 1)
-        check_at_least("num_bootstrap", self.num_bootstrap, 0)
+        # What cannot fit is told later, with the number of pairs.
+        check_at_least("num_bootstrap", self.num_bootstrap, 0, sys.maxsize)
         if self.window > self.num_shells:
             raise ValueError(
                 f"window: expected at most num_shells = {self.num_shells}, "

@@ -168,10 +168,10 @@ def _check_bootstrap(
     num_bootstrap: int, key: jax.Array | None, confidence: float
 ) -> None:
     """Raises ValueError unless the bootstrap's arguments make sense together."""
-    check_at_least("num_bootstrap", num_bootstrap, 0)
+    num_bootstrap = check_at_least("num_bootstrap", num_bootstrap, 0)
     if num_bootstrap:
         check_key(key, f"num_bootstrap = {num_bootstrap}")
-    check_share("confidence", confidence)
+    confidence = check_share("confidence", confidence)
 
 
 def _fit_line(log_x: jax.Array, log_y: jax.Array, used: jax.Array) -> _Line:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grsd_jax._arrays import as_floating, is_traced
-from grsd_jax._checks import check_at_least
+from grsd_jax._checks import check_at_least, check_not_negative, make_plain
 from grsd_jax.results import Result, result
 
 #: Widths at which a soft step is a rational function of lambda.
@@ -53,11 +53,8 @@ class SoftShells(Result):
 
     def __post_init__(self) -> None:
         """Checks the width; edges may be placeholders here, see `checked`."""
-        number = isinstance(self.width, int | float | np.floating)
-        if not (number and np.isfinite(self.width) and self.width >= 0):
-            raise ValueError(
-                f"width: expected a finite number >= 0, got {self.width!r}."
-            )
+        make_plain(self)
+        check_not_negative("width", self.width)
 
     def checked(self, dtype: jax.typing.DTypeLike) -> "SoftShells":
         """Returns the shells with edges of a dtype.

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from grsd_jax._arrays import divisor, matmul, outside
-from grsd_jax._checks import check_at_least, check_key, check_shape
+from grsd_jax._checks import check_at_least, check_key, check_shape, make_plain
 from grsd_jax._typing import Matmat, PyTree
 from grsd_jax.kernel.dense import dense_at
 from grsd_jax.kernel.derivative import (
@@ -63,6 +63,7 @@ class Signs:
 
     def __post_init__(self) -> None:
         """Checks the options."""
+        make_plain(self)
         check_at_least("num_signs", self.num_signs, 2)
         check_at_least("num_steps", self.num_steps, 4)
 
@@ -262,9 +263,9 @@ def stochastic_shell_coupling(
     check_shape("vectors", vectors, [None, len(values)])
     shells = shells.checked(vectors.dtype)
     check_at_least("len(shells.edges)", len(shells.edges), 2)
+    check_key(key)
     widest = max(signs.num_signs, len(shells.edges))
     _check_blocks(len(vectors), len(values), widest)
-    check_key(key)
     sign_key, key = jax.random.split(key)
     size = (len(vectors), signs.num_signs)
     weights = _Weights(shells, renormalize)
@@ -313,7 +314,7 @@ def measure_stochastic_coupling(
     References:
         Ours; see `stochastic_shell_coupling`.
     """
-    check_at_least("num_pairs", num_pairs, 1)
+    num_pairs = check_at_least("num_pairs", num_pairs, 1)
     check_key(key)
     if direction is None:
         direction = gradient_flow_direction(problem, params)
@@ -369,7 +370,7 @@ def _check_blocks(size: int, num_pairs: int, width: int) -> None:
     One step is enough where a block fills the bulk, and nothing is needed without one.
     """
     spans = size - num_pairs <= width <= size
-    if size > num_pairs and 2 * width > size and not spans:
+    if width > size or (size > num_pairs and 2 * width > size and not spans):
         raise ValueError(
             "signs.num_signs: expected, as of the shells, at most n / 2 = "
             f"{size / 2:g}, since a block as wide leaves Lanczos less than two steps, "

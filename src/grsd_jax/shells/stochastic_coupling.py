@@ -124,7 +124,7 @@ class StochasticCoupling(NamedResult):
         Raises:
             ValueError: If the level is not between 0 and 1.
         """
-        check_share("confidence", confidence)
+        confidence = check_share("confidence", confidence)
         freedom = self.replicates.shape[0] - 1
         quantile = float(scipy.special.stdtrit(freedom, (1 + confidence) / 2))
         spread = jnp.exp(quantile * self.log_error)

@@ -117,7 +117,7 @@ def windowed_toeplitz_residual(
         Paper 7.5.
     """
     matrix, mask = _matrix_and_mask(matrix, mask)
-    _check_window(window, matrix.shape[0])
+    window = _checked_window(window, matrix.shape[0])
     blocks, masks = _windows(matrix, window), _windows(mask, window)
     return _or_nan(jax.vmap(toeplitz_residual)(blocks, masks))
 
@@ -192,7 +192,7 @@ def windowed_toeplitz_degrees_of_freedom(
             square bool matrix.
     """
     mask = _square_mask(mask)
-    _check_window(window, mask.shape[0])
+    window = _checked_window(window, mask.shape[0])
     return jax.vmap(toeplitz_degrees_of_freedom)(_windows(mask, window))
 
 
@@ -217,13 +217,14 @@ def _square_mask(mask: jax.typing.ArrayLike) -> jax.Array:
     return as_mask("mask", mask, [mask.shape[0]] * 2)
 
 
-def _check_window(window: int, size: int) -> None:
-    """Raises ValueError unless ``1 <= window <= size``."""
-    check_at_least("window", window, 1)
+def _checked_window(window: int, size: int) -> int:
+    """Returns the window, and raises ValueError unless ``1 <= window <= size``."""
+    window = check_at_least("window", window, 1)
     if window > size:
         raise ValueError(
             f"window: expected at most the number of shells, {size}, got {window}."
         )
+    return window
 
 
 def _along_diagonals(matrix: jax.Array) -> jax.Array:

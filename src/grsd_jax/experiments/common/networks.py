@@ -82,7 +82,7 @@ def make_network(
             case _:
                 return LinearStateSpace(*sizes, rho=rho)
     except ValueError as error:
-        raise UserError(f"network {name}: {error}") from error
+        raise UserError(f"network {name}: --{error}") from error
 
 
 def make_model(name: str, num_classes: int, config: Config) -> nn.Module:
