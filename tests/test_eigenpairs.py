@@ -452,3 +452,20 @@ def test_residuals_of_a_short_run_hold_what_a_dead_direction_leaves_out(share):
     vector = np.asarray(found.vectors, np.float64)[:, 0]
     residual = matrix.astype(np.float64) @ vector - float(found.values[0]) * vector
     assert np.linalg.norm(residual) <= found.residuals[0]
+
+
+def test_inside_jit_the_search_says_that_it_must_be_outside():
+    start = jnp.asarray(np.random.default_rng(0).normal(size=(6, 2)), jnp.float32)
+    key = jax.random.key(0)
+    diagonal = jnp.arange(1.0, 7.0, dtype=jnp.float32)[:, None]
+
+    def of_start(block):
+        return leading_eigenpairs(lambda v: diagonal * v, block, 1, key=key).values
+
+    def of_operator(scale):
+        matmat = lambda v: scale * diagonal * v  # noqa: E731
+        return leading_eigenpairs(matmat, start, 1, key=key).values
+
+    for function, traced in ((of_start, start), (of_operator, jnp.float32(2))):
+        with pytest.raises(ValueError, match="call this outside of jit"):
+            jax.jit(function)(traced)

@@ -85,7 +85,7 @@ def test_sizes_that_a_network_cannot_have_are_named():
     ):
         make_model("transformer", 10, odd)
     still = dataclasses.replace(TINY, rho=0.0)
-    with pytest.raises(UserError, match="network ssm: rho: expected"):
+    with pytest.raises(UserError, match="network ssm: --rho: expected"):
         make_model("ssm", 10, still)
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 
-from grsd_jax._arrays import all_finite, matmul
+from grsd_jax._arrays import all_finite, is_traced, matmul
 from grsd_jax._checks import (
     check_at_least,
     check_choice,
@@ -158,8 +158,8 @@ def leading_eigenpairs(
 
     Raises:
         ValueError: If ``num_pairs`` exceeds n or the columns of ``max_steps`` blocks,
-            the start block is not finite, a shape or dtype does not fit, or an option
-            is out of range.
+            the start block is not finite, a shape or dtype does not fit, an option is
+            out of range, or this is called inside `jit`.
 
     References:
         Paper 7.2 and B.3; Parlett (1998), "The Symmetric Eigenvalue Problem", 13.
@@ -179,6 +179,7 @@ def leading_eigenpairs(
     max_steps = check_at_least("max_steps", max_steps, fewest, sys.maxsize)
     if check_every is not None:
         check_every = check_at_least("check_every", check_every, 1, sys.maxsize)
+    _check_not_traced((start_block, key))
     if not all_finite(start_block):
         raise ValueError("start_block: expected finite numbers, got others.")
 
@@ -191,7 +192,10 @@ def leading_eigenpairs(
             if done == room:
                 room = min(max_steps, 2 * room)
                 state = _enlarge(state, room, width)
-            state, block = _advance(state, matmat(block))
+            product = matmat(block)
+            if done == 0:
+                _check_not_traced(product)
+            state, block = _advance(state, product)
             done += 1
             if progress is not None:
                 jax.block_until_ready(state.step)
@@ -202,6 +206,16 @@ def leading_eigenpairs(
             break
         due = min(max_steps, done + (check_every or max(1, missing // (3 * width))))
     return _finish(state, found, done * width)
+
+
+def _check_not_traced(values: Any) -> None:
+    """Raises ValueError inside `jit`, where the number of steps cannot be known."""
+    if is_traced(values):
+        raise ValueError(
+            "start_block, or what matmat multiplies by: expected numbers at hand, got "
+            "some that jit traces; how many steps pairs need follows from the numbers, "
+            "so call this outside of jit, or block_lanczos, whose steps are given."
+        )
 
 
 def _blocks(columns: int, width: int) -> int:
