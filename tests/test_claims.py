@@ -133,7 +133,7 @@ def test_script_makes_the_table_again(tmp_path):
     places = f"{tmp_path / 'claims.json'}\n{tmp_path / 'figures'}"
     ending = f"{places}\nnext: grsd report {tmp_path}\n"
     assert done.out == f"{table}\n\n{legend}\n{ending}"
-    assert " ".join(legend.split()) == " ".join(analyse.LEGEND)
+    assert " ".join(legend.split()) == " ".join([*analyse.LEGEND, "4 paired seeds."])
     wrong = run_script("study.py", f"--workdir={tmp_path}", "--seeds=one")
     assert wrong.code == 1
     assert "--seeds: expected a list of integers" in wrong.err

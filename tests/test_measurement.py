@@ -302,4 +302,4 @@ def test_nothing_is_read_where_no_pair_is_resolved():
     shells = measured.to_pandas()
     assert shells["shells_centers"].isna().all()
     assert measured.to_pandas("pair")["values"].isna().all()
-    assert "edges n/a to n/a" in repr(measured)
+    assert "edges n/a" in repr(measured)
