@@ -321,6 +321,30 @@ def test_nothing_compiles_after_the_first_records(mlp, solver):
     assert record._cache_size() == 1
 
 
+def test_steps_under_way_are_no_part_of_the_cost(mlp, monkeypatch):
+    """Their results are waited for before the clock starts."""
+    problem, params = mlp
+    probe = make_probe(problem, every=1, solver="dense")
+    state = probe.init(jax.random.key(0), params)
+    events, wait, clock = [], jax.block_until_ready, module.time.perf_counter
+
+    def waiting(tree):
+        events.append(jax.tree.leaves(tree))
+        return wait(tree)
+
+    def read():
+        events.append("clock")
+        return clock()
+
+    monkeypatch.setattr(module.jax, "block_until_ready", waiting)
+    monkeypatch.setattr(module.time, "perf_counter", read)
+    probe.update(state, params, 0, problem=problem.replace(batches=problem.batches))
+    first, second = events[:2]
+    assert second == "clock"
+    waited = {id(leaf) for leaf in first}
+    assert {id(leaf) for leaf in jax.tree.leaves((params, problem))} <= waited
+
+
 @pytest.mark.not_in_mode("debug_nans")
 @pytest.mark.parametrize(("solver", "value"), BROKEN)
 def test_a_broken_run_is_told_once_and_then_left_alone(mlp, solver, value):

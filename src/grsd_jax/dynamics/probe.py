@@ -293,6 +293,8 @@ class Probe:
         steps = int(state.last_step), int(state.start_step)
         if not (self._is_due(*steps, step) and bool(state.active)):
             return state, None
+        # Training steps that are still under way are no part of what a record costs.
+        jax.block_until_ready((params, problem))
         started = time.perf_counter()
         problem = problem or self.problem
         point, data = stacked_point(problem, params), fingerprint(problem)
