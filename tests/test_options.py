@@ -234,7 +234,7 @@ def test_integers_of_numpy_count_as_those_of_python(kind):
     np.testing.assert_allclose(time[-1], sum(range(122, 129)), rtol=1e-6)
     found = leading_eigenpairs(
         jax.jit(lambda block: values[:, None] * block),
-        jax.random.normal(jax.random.key(0), (8, 1)),
+        jax.random.normal(jax.random.key(0), (8, 1), jnp.float32),
         kind(2),
         key=jax.random.key(1),
         check_every=kind(1),
