@@ -52,6 +52,11 @@ def number(value: float | None, spec: str = ".3f") -> str:
     return f"{known:.2g}" if reads_zero or len(text) > _LONGEST else text
 
 
+def of_how_many(known: int, whole: int) -> str:
+    """Returns such as ``" (2 of 3)"``, nothing if all are known."""
+    return "" if known == whole else f" ({known} of {whole})"
+
+
 def aligned(rows: Sequence[Sequence[str]]) -> str:
     """Returns a table, valid as Markdown, whose columns line up.
 

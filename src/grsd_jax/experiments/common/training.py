@@ -220,11 +220,12 @@ def train_step(
         batch_stats=batch_stats,
         opt_state=opt_state,
     )
+    # The loss alone does not tell: a relu can turn the NaN of its input into 0.
+    finite = all_finite((loss, new.params, new.batch_stats))
     metrics = {
         "loss": loss,
-        "accuracy": _hits(logits, labels, state.params) / len(labels),
-        # The loss alone does not tell: a relu can turn the NaN of its input into 0.
-        "finite": all_finite((loss, new.params, new.batch_stats)),
+        "accuracy": _hits(logits, labels, finite) / len(labels),
+        "finite": finite,
     }
     return new, metrics
 
@@ -325,16 +326,16 @@ def _count_hits(
 ) -> jax.Array:
     logits = model.apply(weights._asdict(), images, train=False)
     assert isinstance(logits, jax.Array)
-    return _hits(logits, labels, weights)
+    return _hits(logits, labels, all_finite((logits, weights)))
 
 
-def _hits(logits: jax.Array, labels: jax.Array, weights: PyTree) -> jax.Array:
+def _hits(logits: jax.Array, labels: jax.Array, finite: jax.Array) -> jax.Array:
     """Returns how many examples are right, NaN of a network that is not finite.
 
     NaN would count as the first class.
     """
     right = jnp.sum(jnp.argmax(logits, axis=-1) == labels, dtype=jnp.float32)
-    return jnp.where(all_finite((logits, weights)), right, jnp.nan)
+    return jnp.where(finite, right, jnp.nan)
 
 
 class _Run:

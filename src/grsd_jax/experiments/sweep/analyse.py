@@ -15,6 +15,7 @@ from grsd_jax.experiments.common.tables import (
     Legend,
     finite,
     number,
+    of_how_many,
     with_legend,
 )
 from grsd_jax.experiments.sweep.config import Cell
@@ -246,11 +247,7 @@ def _mean(cells: Sequence[Row], key: str) -> str:
     if not values:
         return MISSING
     text = number(sum(values) / len(values), ".3g")
-    return text + _of_how_many(len(values), len(cells))
-
-
-def _of_how_many(known: int, whole: int) -> str:
-    return "" if known == whole else f" ({known} of {whole})"
+    return text + of_how_many(len(values), len(cells))
 
 
 def depth_rows(rows: Sequence[Row]) -> list[list[str]]:
@@ -295,7 +292,7 @@ def depth_rows(rows: Sequence[Row]) -> list[list[str]]:
                 had = sum(value is not None for value in values)
                 known[name] = known.get(name, 0) + had
         cells = [
-            _mean_and_range(found, _of_how_many(known[name], len(line.rows)))
+            _mean_and_range(found, of_how_many(known[name], len(line.rows)))
             for name, found in correlations.items()
         ]
         table.append([line.label, ", ".join(map(str, depths)), *cells])

@@ -11,7 +11,7 @@ import numpy as np
 
 from grsd_jax.experiments.common.config import TITLES, UserError
 from grsd_jax.experiments.common.intervals import Interval, t_interval
-from grsd_jax.experiments.common.tables import Legend, number, with_legend
+from grsd_jax.experiments.common.tables import Legend, number, of_how_many, with_legend
 from grsd_jax.experiments.transport.protocol import (
     ARMS,
     NUM_SEEDS,
@@ -20,6 +20,7 @@ from grsd_jax.experiments.transport.protocol import (
     Reading,
 )
 from grsd_jax.experiments.transport.quantities import STATISTICS, statistics
+from grsd_jax.results.text import counted
 
 Runs = list[Mapping[str, Any]]
 
@@ -193,7 +194,7 @@ def arm_rows(results: Mapping[str, Any], arm: str) -> list[list[str]]:
     for quantity, heading in HEADINGS.items():
         values = [_values(x, quantity) for x in runs.values()]
         each = [
-            f"{t_interval(x)}{_of_how_many(runs[name], quantity)}"
+            f"{t_interval(x)}{_standing(runs[name], quantity)}"
             for name, x in zip(runs, values, strict=True)
         ]
         kind = "ratio " if quantity.endswith("spread") else "difference "
@@ -203,7 +204,7 @@ def arm_rows(results: Mapping[str, Any], arm: str) -> list[list[str]]:
     return rows
 
 
-def _of_how_many(runs: Runs, quantity: str) -> str:
+def _standing(runs: Runs, quantity: str) -> str:
     """Returns how many intervals a quantity stands on, if not on all of them.
 
     The statistics need edges enough, and the fits are undefined without.
@@ -218,7 +219,7 @@ def _of_how_many(runs: Runs, quantity: str) -> str:
     else:
         return ""
     have, whole = int(np.sum(known)), np.size(known)
-    return "" if have == whole else f" ({have} of {whole})"
+    return of_how_many(have, whole)
 
 
 def reading_rows(results: Mapping[str, Any], arm: str) -> list[list[str]]:
@@ -328,9 +329,7 @@ def verdict_sentence(results: Mapping[str, Any], arm: str) -> str:
         f"{DECISIVE[quantity].capitalize()}? {verdict.capitalize()}."
         for quantity, verdict in verdicts(results, arm).items()
     )
-    seeds = (
-        "1 paired seed" if number_of_seeds == 1 else f"{number_of_seeds} paired seeds"
-    )
+    seeds = counted(number_of_seeds, "paired seed")
     return f"{arm}, {seeds}, {TITLES[first]}. {said}"
 
 
