@@ -35,6 +35,17 @@ def test_zero_operator_has_all_its_mass_below():
     assert np.all(np.isfinite(density.density))
 
 
+@pytest.mark.parametrize("values", [np.full(30, 2.0), np.geomspace(1e-4, 1, 30)])
+@pytest.mark.parametrize("width", [1e-3, 1e-8, 1e-25, 1e-200])
+def test_a_density_narrower_than_its_grid_keeps_its_mass(values, width):
+    density = spectral_density(run_spectrum(values, 2, 3), 30, width=width)
+    assert np.all(np.isfinite(density.density))
+    low, high = (np.log(np.asarray(density.grid[end], np.float64)) for end in (0, -1))
+    total = np.sum(np.asarray(density.density, np.float64)) * (high - low) / 255
+    wide = high - low > 1e-2  # a narrower grid is known to few digits
+    np.testing.assert_allclose(total + density.mass_below, 30, rtol=1e-3 if wide else 1)
+
+
 def test_bad_input_is_named():
     result = run_spectrum(np.full(30, 2.0), 2, 3)
     with pytest.raises(ValueError, match=r"len\(results\): expected an integer >= 1"):

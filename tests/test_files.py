@@ -11,9 +11,11 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import grsd_jax as grsd
 from example_results import one_model
 from grsd_jax.experiments.common import files, records, runs
 from grsd_jax.experiments.common.checkpoints import Checkpoints, restore_latest
@@ -21,7 +23,8 @@ from grsd_jax.experiments.common.config import Config, UserError
 from grsd_jax.experiments.common.networks import make_model, weights_template
 from grsd_jax.experiments.conditions.run import starts_here
 from grsd_jax.experiments.sweep.analyse import COLUMNS, read_rows
-from grsd_jax.experiments.track.log import read_tracks
+from grsd_jax.experiments.track.log import ProbeLog, read_tracks
+from grsd_jax.shells import log_shells
 from running import finish, run_script, small, start_script
 
 ROOT = Path(__file__).parents[1]
@@ -103,6 +106,21 @@ def test_a_file_cut_at_any_byte_is_noticed_or_ends_with_a_whole_line(written):
             assert found is None or same(found, held), length
     path.write_bytes(whole)
     assert same(read(path), held)
+
+
+def test_a_path_with_a_null_byte_is_refused():
+    tried = (
+        log_shells(jnp.ones(3), 2).save,
+        grsd.load,
+        ProbeLog,
+        lambda path: records.write_json(path, VALUE),
+        records.read_json,
+    )
+    for use in tried:
+        with pytest.raises(
+            ValueError, match=r"path: expected no null byte, got 'a\\x00"
+        ):
+            use("a\0b")
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,12 @@ def test_a_step_or_a_field_of_another_shape_is_refused():
         flow_step(jnp.negative, start, start)
     with pytest.raises(ValueError, match="step: expected real numbers"):
         flow_step(jnp.negative, start, 0.1j)
+    for follow in (
+        lambda step: flow_step(jnp.negative, start, step),
+        lambda step: integrate_flow(jnp.negative, start, step=step, num_steps=2),
+    ):
+        with pytest.raises(ValueError, match="step: expected a finite number, got nan"):
+            follow(jnp.nan)
     with pytest.raises(ValueError, match=r"field\(params\): expected shape \[3\]"):
         flow_step(jnp.sum, start, 0.1)
 

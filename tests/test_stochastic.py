@@ -334,8 +334,35 @@ def test_nothing_is_left_of_a_coupling_without_its_leading_pairs(shells, monkeyp
         return found._replace(converged=found.converged & False)
 
     monkeypatch.setattr(stochastic, "leading_eigenpairs", unconverged)
+    found, _ = measured_at(np.random.default_rng(1).normal(size=(1, 12, 6)), shells)
+    assert not found.finite
+    assert not found.mask.any()
+    for numbers in (found.matrix, found.replicates, found.log_error):
+        assert np.all(numbers == 0)
+
+
+def test_shells_lie_below_the_largest_eigenvalue_where_none_are_given():
+    inputs = np.random.default_rng(1).normal(size=(1, 12, 6))
+    found, kernel = measured_at(inputs, None)
+    assert found.finite
+    largest = np.linalg.eigvalsh(np.asarray(kernel, np.float64))[-1]
+    np.testing.assert_allclose(
+        found.edges, largest * np.exp(-np.arange(8, 0, -1.0)), 1e-5
+    )
+
+
+def test_a_kernel_without_an_eigenvalue_that_places_shells_has_no_coupling():
+    found, _ = measured_at(np.zeros((1, 12, 6)), None)
+    assert not found.finite
+    assert not found.mask.any()
+    text = str(found).splitlines()
+    assert any("edges" in line and "n/a" in line for line in text)
+
+
+def measured_at(inputs, shells):
+    """Returns the coupling of ``sin(x p)`` at given inputs x, with the kernel."""
     weights = jnp.asarray(np.random.default_rng(0).normal(size=(6, 3)))
-    batches = {"x": jnp.asarray(np.random.default_rng(1).normal(size=(1, 12, 6)))}
+    batches = {"x": jnp.asarray(inputs)}
     problem = Problem.from_error(lambda p, batch: jnp.sin(batch["x"] @ p), batches)
     found = measure_stochastic_coupling(
         problem,
@@ -346,10 +373,7 @@ def test_nothing_is_left_of_a_coupling_without_its_leading_pairs(shells, monkeyp
         num_pairs=2,
         signs=Signs(2, 4),
     )
-    assert not found.finite
-    assert not found.mask.any()
-    for numbers in (found.matrix, found.replicates, found.log_error):
-        assert np.all(numbers == 0)
+    return found, kernel_dense(problem, weights)
 
 
 @pytest.mark.parametrize("formed", [True, False])
@@ -398,6 +422,7 @@ def single_cell():
         replicates=jnp.ones((4, 1, 1)),
         log_error=one,
         lanczos_error=one,
+        edges=one[0],
         counts=one[0],
         relative_drift=one[0],
         finite=jnp.bool_(True),

@@ -26,8 +26,15 @@ _COMMENT_SIZE = len(_TAG) + 64
 
 
 def as_path(path: PathLike) -> Path:
-    """Returns a path with ``~`` as the home folder."""
-    return Path(os.path.expanduser(path))
+    """Returns a path with ``~`` as the home folder.
+
+    Raises:
+        ValueError: If it holds a null byte, which no file system takes.
+    """
+    found = Path(os.path.expanduser(path))
+    if "\0" in str(found):
+        raise ValueError(f"path: expected no null byte, got {str(found)!r}.")
+    return found
 
 
 def temporary_path(path: Path) -> Path:

@@ -11,8 +11,9 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from grsd_jax._arrays import as_scalar, at_least_single
+from grsd_jax._arrays import as_scalar, at_least_single, is_traced
 from grsd_jax._checks import (
     check_at_least,
     check_positive,
@@ -65,14 +66,14 @@ def flow_step(field: Field, params: PyTree, step: jax.typing.ArrayLike) -> PyTre
 
     Raises:
         ValueError: If a parameter is of another dtype, where small steps may vanish,
-            the step is not a single real number, or the field does not give a tree like
-            ``params``.
+            the step is not a single real number or known not to be finite, or the
+            field does not give a tree like ``params``.
 
     References:
         Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, II.1.
     """
     check_tree_single_or_double("params", params)
-    step = as_scalar("step", step, jnp.result_type(float))
+    step = _as_step(step)
 
     def ahead(tangent: PyTree, share: float) -> PyTree:
         def move(p: jax.Array, t: jax.Array) -> jax.Array:
@@ -89,6 +90,14 @@ def flow_step(field: Field, params: PyTree, step: jax.typing.ArrayLike) -> PyTre
         lambda a, b, c, d: (a + 2 * b + 2 * c + d) / 6, first, second, third, fourth
     )
     return ahead(mean, 1.0)
+
+
+def _as_step(step: jax.typing.ArrayLike) -> jax.Array:
+    """Returns a step as a number, finite if it is known."""
+    number = as_scalar("step", step, jnp.result_type(float))
+    if not is_traced(number) and not np.isfinite(number):
+        raise ValueError(f"step: expected a finite number, got {number}.")
+    return number
 
 
 def integrate_flow(
@@ -118,7 +127,7 @@ def integrate_flow(
     """
     num_steps = check_at_least("num_steps", num_steps, 1)
     substeps = check_at_least("substeps", substeps, 1)
-    step = as_scalar("step", step, jnp.result_type(float))
+    step = _as_step(step)
 
     def point(current: PyTree, _: None) -> tuple[PyTree, PyTree]:
         def inner(state: PyTree, _: None) -> tuple[PyTree, None]:

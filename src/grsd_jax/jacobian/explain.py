@@ -37,15 +37,15 @@ class LeafForm(Result):
         bytes: Held for products, for all batches; 0 if plain.
         flops: Floating-point operations that one column of a product ``M V`` takes for
             this leaf, all batches together. A product of plain leaves passes through
-            the network once for all of them, so each has those of the whole pass, and
-            0 where the compiler does not tell them.
+            the network once for all of them, so each has those of the whole pass, or
+            None where the compiler does not tell them.
     """
 
     path: str
     how: str
     why: str
     bytes: int
-    flops: int
+    flops: int | None
 
 
 @result()
@@ -78,16 +78,24 @@ class Explanation(Result):
         return sum(row.bytes for row in self.rows)
 
     @property
-    def flops(self) -> int:
-        """The operations of one column of a product, the plain pass counted once."""
-        plain = [row.flops for row in self.rows if row.how == "plain"]
-        return sum(row.flops for row in self.rows if row.how != "plain") + max(
-            plain, default=0
-        )
+    def flops(self) -> int | None:
+        """The operations of one column of a product, the plain pass counted once.
+
+        None if those of a leaf are not known.
+        """
+        total, plain = 0, 0
+        for row in self.rows:
+            if row.flops is None:
+                return None
+            if row.how == "plain":
+                plain = row.flops
+            else:
+                total += row.flops
+        return total + plain
 
     def _headline(self) -> list[tuple[str, str]]:
         total = f"{self.num_factored} of {self.num_leaves} leaves factored"
-        sizes = f"{_short(self.bytes)} bytes, {self._operations()} flops a column"
+        sizes = f"{_short(self.bytes)} bytes, {_short(self.flops)} flops a column"
         leaves = [(row.path, f"{row.how}: {row.why}") for row in self.rows]
         return [("all", f"{total}, {sizes}"), *leaves]
 
@@ -96,22 +104,12 @@ class Explanation(Result):
         head = ("leaf", "how", "bytes", "flops", "why")
         total = f"{self.num_factored} of {self.num_leaves} leaves factored"
         lines = [
-            (row.path, row.how, _short(row.bytes), _operations(row), row.why)
+            (row.path, row.how, _short(row.bytes), _short(row.flops), row.why)
             for row in self.rows
         ]
-        lines = [head, *lines, (total, "", _short(self.bytes), self._operations(), "")]
+        lines = [head, *lines, (total, "", _short(self.bytes), _short(self.flops), "")]
         widths = [max(len(line[column]) for line in lines) for column in range(4)]
         return "\n".join(_line(line, widths) for line in lines)
-
-    def _operations(self) -> str:
-        """Returns the operations of a column, ``n/a`` if those of a leaf are."""
-        told = [_operations(row) for row in self.rows]
-        return MISSING if MISSING in told else _short(self.flops)
-
-
-def _operations(row: LeafForm) -> str:
-    """Returns the operations of a leaf, ``n/a`` where they are not known."""
-    return MISSING if row.how == "plain" and not row.flops else _short(row.flops)
 
 
 def explain_point(point: Point) -> Explanation:
@@ -127,7 +125,7 @@ def explain_point(point: Point) -> Explanation:
     if plan is not None:
         reasons = plan.reasons
         blocks = _block_shapes(point, plan)
-    passes = _plain_operations(point) if any(b is None for b in blocks) else 0
+    passes = _plain_operations(point) if any(b is None for b in blocks) else None
     rows = []
     for leaf, (path, block) in enumerate(zip(paths, blocks, strict=True)):
         if plan is None or block is None:
@@ -177,8 +175,8 @@ def _place(program: Program, use: Use) -> str:
     return name
 
 
-def _plain_operations(point: Point) -> int:
-    """Returns the operations of one column of a plain product, 0 if unknown."""
+def _plain_operations(point: Point) -> int | None:
+    """Returns the operations of one column of a plain product, None if unknown."""
 
     def product(params: PyTree, batch: PyTree, column: jax.Array) -> jax.Array:
         return linearize(point.error_fn, params, batch).multiply(column)
@@ -186,12 +184,14 @@ def _plain_operations(point: Point) -> int:
     shape = (*point.error.shape, 1)
     column = jax.ShapeDtypeStruct(shape, point.error.dtype)
     lowered = jax.jit(product).lower(point.params, point.batch_shapes, column)
-    costs = lowered.cost_analysis()
-    return int((costs or {}).get("flops", 0)) * point.num_batches
+    count = (lowered.cost_analysis() or {}).get("flops")
+    return None if count is None else int(count) * point.num_batches
 
 
-def _short(count: int) -> str:
-    """Returns a count in at most five characters."""
+def _short(count: int | None) -> str:
+    """Returns a count in at most five characters, ``n/a`` if it is not known."""
+    if count is None:
+        return MISSING
     value, unit = float(count), 0
     while value >= 999.5 and unit < len(_UNITS) - 1:
         value, unit = value / 1000, unit + 1

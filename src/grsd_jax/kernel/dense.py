@@ -150,7 +150,7 @@ def layer_kernels(
 
     Returns:
         ``{name: M_l}``, or ``{name: (M_l, Mdot_l)}``, each ``[n, n]``, in the order of
-        the tree.
+        the tree (`jax.jit` around it sorts the names).
 
     Raises:
         ValueError: If a shape, tree, dtype or leading axis does not fit.
@@ -241,9 +241,9 @@ def accumulate(point: Point, labels: Sequence[str], chunking: Chunking) -> Matri
             for label, matrices in _gram(held, names).items():
                 earlier = total.get(label)
                 total[label] = matrices if earlier is None else _add(earlier, matrices)
-    return {
-        label: tuple(_finish(matrix, basis, num_spaces) for matrix in matrices)
-        for label, matrices in total.items()
+    return {  # in the order of the tree: a compiled function sorts the names it returns
+        label: tuple(_finish(matrix, basis, num_spaces) for matrix in total[label])
+        for label in dict.fromkeys(labels)
     }
 
 

@@ -50,7 +50,8 @@ def spectral_density(
         dimension: The dimension of the space that the start blocks were drawn from: n,
             or n less the null vectors that were projected out of them.
         num_points: Points of the grid.
-        width: Standard deviation of the Gaussians in log lambda.
+        width: Standard deviation of the Gaussians in log lambda. One far below the
+            spacing of the grid puts a node's weight on the nearest point.
         floor: Nodes below ``floor theta_max`` count as ``mass_below``; ten eps of the
             dtype if None.
 
@@ -82,9 +83,13 @@ def spectral_density(
     above = nodes > floor * top
     logs = jnp.log(jnp.where(above, nodes, top))
     low = jnp.min(jnp.where(above, logs, jnp.log(top)))
+    width = max(width, float(jnp.finfo(dtype).eps))
     grid = jnp.linspace(low - 4 * width, jnp.log(top) + 4 * width, num_points)
-    spacing = grid[1] - grid[0]
-    bumps = jax.nn.softmax(-(((grid[:, None] - logs[None]) / width) ** 2) / 2, axis=0)
+    spacing = (jnp.log(top) - low + 8 * width) / (num_points - 1)
+    distances = jnp.abs(grid[:, None] - logs[None])
+    nearest = jnp.min(distances, 0, keepdims=True)  # here no Gaussian may vanish
+    excess = (distances - nearest) * (distances + nearest)
+    bumps = jax.nn.softmax(-excess / (2 * width**2), axis=0)
     density = matmul(bumps, jnp.where(above, weights, 0)) / spacing
     mass_below = jnp.sum(jnp.where(above, 0, weights))
     finite = jnp.all(jnp.stack([run.finite for run in runs]))

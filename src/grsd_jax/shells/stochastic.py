@@ -306,7 +306,8 @@ def measure_stochastic_coupling(
         renormalize: Whether each square is divided by ``lambda_i lambda_j``.
 
     Returns:
-        A `StochasticCoupling`, not finite if the leading pairs did not converge.
+        A `StochasticCoupling`, not finite if the leading pairs did not converge or,
+        without shells, no eigenvalue is there to place them.
 
     Raises:
         ValueError: If a shape, tree, dtype or leading axis does not fit.
@@ -332,9 +333,9 @@ def measure_stochastic_coupling(
     leading = leading_eigenpairs(
         matmat, start, num_pairs, key=pairs_key, tolerance=_CONVERGENCE
     )
+    placed = jnp.asarray(True)
     if shells is None:
-        steps = 1 + jnp.arange(_EDGES, dtype=leading.values.dtype)
-        shells = SoftShells(leading.values[0] * jnp.exp(-steps)[::-1], 1 / 3)
+        shells, placed = _shells_below(leading.values[0])
     found = stochastic_shell_coupling(
         matmat,
         derivative,
@@ -346,8 +347,19 @@ def measure_stochastic_coupling(
         renormalize=renormalize,
         driver="host",
     )
-    usable = found.finite & jnp.all(leading.converged)
+    usable = found.finite & jnp.all(leading.converged) & placed
     return _only_if(usable, found)
+
+
+def _shells_below(largest: jax.Array) -> tuple[SoftShells, jax.Array]:
+    """Returns the shells where none are given, and whether an eigenvalue places them.
+
+    Without one, as of a kernel that is zero, they lie below 1.
+    """
+    relative = jnp.exp(-1 - jnp.arange(_EDGES, dtype=largest.dtype))[::-1]
+    edges = largest * relative
+    placed = jnp.isfinite(largest) & (edges[0] >= jnp.finfo(largest.dtype).tiny)
+    return SoftShells(jnp.where(placed, edges, relative), 1 / 3), placed
 
 
 def _only_if(usable: jax.Array, found: StochasticCoupling) -> StochasticCoupling:
@@ -608,6 +620,7 @@ def _assembled(
         replicates=jnp.where(mask, replicates, 0) * scale * scale,
         log_error=jackknife_error(logs),
         lanczos_error=jnp.abs(change) / jnp.where(mask, first, jnp.inf),
+        edges=weights.shells.edges,
         counts=counts,
         relative_drift=drift.relative,
         finite=bulk.finite,

@@ -74,7 +74,11 @@ class ToeplitzEstimate(NamedResult):
 
 @result(
     axes={"q": "sign"},
-    masks=dict.fromkeys(("matrix", "replicates", "log_error", "lanczos_error"), "mask"),
+    units={"edges": "units of M"},
+    masks={
+        **dict.fromkeys(("matrix", "replicates", "log_error", "lanczos_error"), "mask"),
+        "edges": "finite",
+    },
 )
 class StochasticCoupling(NamedResult):
     r"""The coupling between the soft shells above the lowest edge, S of them.
@@ -93,13 +97,14 @@ class StochasticCoupling(NamedResult):
         log_error: ``[S, S]``, the standard error of the logarithm, by that jackknife.
         lanczos_error: ``[S, S]``, the relative change of the first sample when every
             run takes three quarters of its steps.
+        edges: ``[S]``, the lower edge of each shell.
         counts: ``[S]``, ``n_a = tr f_a``, by the same signs. They have no error of
             their own: a bulk shell of about one eigenvalue can be far off.
         relative_drift: ``[S]``, ``tr(f_a Mdot) / tr(f_a M)``. ``g(lambda)`` is lambda
             times this, interpolated in log lambda between the middles of the shells.
             Below the rounding of M that of the lowest shell above.
         finite: [] bool, whether all products were finite and, where leading pairs were
-            searched for, all converged.
+            searched for, all converged and could place the shells.
     """
 
     matrix: jax.Array
@@ -107,6 +112,7 @@ class StochasticCoupling(NamedResult):
     replicates: jax.Array
     log_error: jax.Array
     lanczos_error: jax.Array
+    edges: jax.Array
     counts: jax.Array
     relative_drift: jax.Array
     finite: jax.Array
