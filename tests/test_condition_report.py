@@ -140,7 +140,7 @@ def test_a_planted_pair_is_flagged():
     distant = verdict.checks[1]
     assert distant.number == pytest.approx(1, rel=1e-3)
     assert not distant.holds
-    lenient = Thresholds(max_distant_coherence=1.1, max_tail_sum=1.1)
+    lenient = Thresholds(max_distant_coherence=1.0, max_tail_sum=1.1)
     got = condition_report(points, blocks, thresholds=lenient, **quick())
     assert got.verdicts["condition2"].holds
 
@@ -357,8 +357,11 @@ def test_a_path_that_goes_back_in_time_is_refused(mlp):
         ("distant", 0, "an integer >= 1"),  # every block is coherent with itself
         ("distant", -1, "an integer >= 1"),
         ("max_band", 1.5, "an integer >= 0"),
-        ("max_growth", np.nan, "a number, got nan"),
-        ("max_growth", "x", "a number, got 'x'"),
+        ("max_growth", np.nan, "a finite number >= 0, got nan"),
+        ("max_growth", "x", "a finite number >= 0, got 'x'"),
+        ("max_growth", -1.0, "a finite number >= 0, got -1.0"),
+        ("max_residual", np.inf, "a finite number >= 0, got inf"),
+        ("influence_share", 2.0, "a number <= 1, got 2.0"),
     ],
 )
 def test_thresholds_that_would_decide_wrongly_are_refused(mlp, name, value, sentence):

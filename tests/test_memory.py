@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from grsd_jax import Problem, measure_coupling
 from grsd_jax import _memory as memory
 from grsd_jax._memory import (
     default_bytes,
@@ -18,6 +19,7 @@ from grsd_jax._memory import (
     naming_what_to_lower,
     tree_bytes,
 )
+from grsd_jax.shells import measurement
 
 HERE = Path(__file__).parent
 
@@ -58,6 +60,24 @@ def test_running_out_of_memory_names_what_to_lower():
         naming_what_to_lower("block_size", "batches"),
     ):
         jax.block_until_ready(jnp.zeros((2**24, 2**24)))
+
+
+def test_memory_that_ends_after_the_call_returned_is_named_too(monkeypatch):
+    """Devices compute asynchronously: the error comes where the result is read."""
+
+    def fail(_):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    def diagnose(pairs, *_, **__):
+        lost = jax.pure_callback(fail, jax.ShapeDtypeStruct((), jnp.float32), 1.0)
+        return pairs._replace(values=lost)
+
+    monkeypatch.setattr(measurement, "diagnose", diagnose)
+    batches = {"x": jnp.ones((1, 3, 2)), "y": jnp.ones((1, 3, 1))}
+    problem = Problem.from_error(lambda p, b: b["x"] @ p - b["y"], batches)
+    weights = jnp.ones((2, 1))
+    with pytest.raises(MemoryError, match="lower one of: block_size, num_steps, batch"):
+        measure_coupling(problem, weights, weights, key=jax.random.key(0))
 
 
 def test_other_errors_pass_as_they_are():

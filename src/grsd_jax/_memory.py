@@ -1,15 +1,21 @@
 """How much memory there is, and what a run will take of it."""
 
+import functools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import jax
 import numpy as np
 
+from grsd_jax._arrays import is_traced
 from grsd_jax._typing import PyTree
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 #: Share of the free memory that the library fills by default.
 _SHARE = 0.5
@@ -130,3 +136,28 @@ def naming_what_to_lower(*arguments: str) -> Iterator[None]:
         raise MemoryError(
             f"out of memory; lower one of: {listed}. {str(error).splitlines()[0]}"
         ) from error
+
+
+def waits_for_memory(*arguments: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Makes a function wait for its result, and name what to lower if memory ends.
+
+    Devices compute after a call has returned, and would report the lack of memory where
+    the result is read. Under a transformation nothing waits.
+
+    Args:
+        *arguments: The arguments that bound memory, most effective first.
+
+    Returns:
+        A decorator. The function raises MemoryError if the device runs out of memory.
+    """
+
+    def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
+        @functools.wraps(function)
+        def waiting(*args: _P.args, **options: _P.kwargs) -> _R:
+            with naming_what_to_lower(*arguments):
+                found = function(*args, **options)
+                return found if is_traced(found) else jax.block_until_ready(found)
+
+        return waiting
+
+    return decorate

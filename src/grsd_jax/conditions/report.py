@@ -16,6 +16,7 @@ import numpy as np
 
 from grsd_jax._arrays import divisor, magnitude
 from grsd_jax._checks import check_at_least, check_key
+from grsd_jax._memory import waits_for_memory
 from grsd_jax._typing import PyTree
 from grsd_jax.conditions.checks import (
     drift_check,
@@ -212,6 +213,7 @@ class ConditionReport(NamedResult):
         }
 
 
+@waits_for_memory("num_probes", "window.num_pairs", "batches")
 def condition_report(
     points: Sequence[PathPoint],
     blocks: ParameterBlocks,
@@ -246,9 +248,10 @@ def condition_report(
 
     Raises:
         ValueError: If there is no point, points are not in order, or differ in
-            examples, targets or loss, a threshold is NaN or a distance below 1, a
-            parameter is of less than single precision, or a shape, tree, dtype, leading
-            axis, partition or option does not fit.
+            examples, targets or loss, a threshold is one that every number or none
+            meets, a parameter is of less than single precision, or a shape, tree,
+            dtype, leading axis, partition or option does not fit.
+        MemoryError: If the device runs out of memory; it names what to lower.
 
     References:
         Paper 3.2, 5 and A.2; how each condition is made a number is ours.

@@ -9,9 +9,7 @@ neither holds nor fails: it is undecided.
 import math
 from typing import Literal, NamedTuple
 
-import numpy as np
-
-from grsd_jax._checks import check_at_least, check_choice
+from grsd_jax._checks import check_at_least, check_choice, check_not_negative
 from grsd_jax.results import NamedResult, result
 from grsd_jax.results.text import told_apart
 
@@ -55,18 +53,34 @@ class Thresholds(NamedTuple):
     min_r_squared: float = 0.9
 
 
-def check_thresholds(thresholds: Thresholds) -> None:
-    """Raises ValueError unless numbers can be held against the thresholds.
+#: The thresholds that no number beyond 1 can be held against.
+_SHARES = ("influence_share", "max_distant_coherence", "min_r_squared")
 
-    At a distance of 0 every block would be coherent with itself.
-    """
-    check_at_least("thresholds.distant", thresholds.distant, 1)
-    if thresholds.max_band is not None:
-        check_at_least("thresholds.max_band", thresholds.max_band, 0)
+
+def check_thresholds(thresholds: Thresholds) -> None:
+    """Raises ValueError unless every threshold is one that a number can miss."""
     for name, value in thresholds._asdict().items():
-        real = isinstance(value, int | float | np.number)
-        if value is not None and not (real and not math.isnan(value)):
-            raise ValueError(f"thresholds.{name}: expected a number, got {value!r}.")
+        check_threshold(f"thresholds.{name}", name, value)
+
+
+def check_threshold(label: str, name: str, value: object) -> None:
+    """Checks one threshold.
+
+    Args:
+        label: What to call it.
+        name: Its field of `Thresholds`.
+        value: Its value.
+
+    Raises:
+        ValueError: If it is not a finite number >= 0, or a share above 1.
+    """
+    if name == "distant":  # at a distance of 0 every block is coherent with itself
+        check_at_least(label, value, 1)
+    elif name == "max_band":
+        if value is not None:
+            check_at_least(label, value, 0)
+    elif check_not_negative(label, value) > 1 and name in _SHARES:
+        raise ValueError(f"{label}: expected a number <= 1, got {value!r}.")
 
 
 @result()

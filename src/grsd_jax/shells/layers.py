@@ -16,6 +16,7 @@ import numpy as np
 
 from grsd_jax._arrays import all_finite, divisor, is_traced, matmul, norm
 from grsd_jax._checks import check_key
+from grsd_jax._memory import waits_for_memory
 from grsd_jax._typing import PyTree
 from grsd_jax.jacobian.plan import plan_of
 from grsd_jax.kernel.dense import layer_kernels
@@ -52,6 +53,7 @@ class LayerMeasurements(NamedResult):
     average: ToeplitzDiagnostics
 
 
+@waits_for_memory("layer_of", "batches")
 def measure_layers(
     problem: Problem,
     params: PyTree,
@@ -81,6 +83,8 @@ def measure_layers(
 
     Raises:
         ValueError: If a shape, tree, dtype, leading axis or choice does not fit.
+        MemoryError: If the matrices are larger than all memory, before any work, or the
+            device runs out of it; it names what to lower.
 
     References:
         Paper 4.1, Theorem 2 and Proposition 1 (A.3, A.4).

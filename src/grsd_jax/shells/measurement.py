@@ -17,7 +17,7 @@ import numpy as np
 
 from grsd_jax._arrays import all_finite, is_traced, magnitude, matmul, norm, ratio
 from grsd_jax._checks import check_choice, check_key, check_type
-from grsd_jax._memory import check_fits, naming_what_to_lower
+from grsd_jax._memory import check_fits, waits_for_memory
 from grsd_jax._typing import Matmat, PyTree
 from grsd_jax.jacobian.plan import plan_of, verdict_of
 from grsd_jax.kernel.dense import check_dense_fits, dense_at
@@ -64,6 +64,7 @@ Solver = Literal["auto", "dense", "lanczos"] | Lanczos
 _FIRST_PAIRS = 64
 
 
+@waits_for_memory("block_size", "num_steps", "batches")
 def measure_coupling(
     problem: Problem,
     params: PyTree,
@@ -133,16 +134,15 @@ def measure_coupling(
     _check_sizes(point, lanczos, window, shells)
     width = min((lanczos or Lanczos()).block_size, point.dimension)
     start_key, bootstrap_key = jax.random.split(key)
-    with naming_what_to_lower("block_size", "num_steps", "batches"):
-        if lanczos is None:
-            plan = plan_of(point)
-            pairs, coupling = _dense_pairs(point, window, derivative)
-        else:
-            plan = held_factors(point)
-            pairs = _lanczos_pairs(point, lanczos, window, start_key, progress)
-            coupling = projected_derivative(point, pairs.vectors, derivative, width)
-        pairs = leading_pairs(pairs, window)
-        checks = _cross_checks(point, pairs, coupling, derivative, width, window)
+    if lanczos is None:
+        plan = plan_of(point)
+        pairs, coupling = _dense_pairs(point, window, derivative)
+    else:
+        plan = held_factors(point)
+        pairs = _lanczos_pairs(point, lanczos, window, start_key, progress)
+        coupling = projected_derivative(point, pairs.vectors, derivative, width)
+    pairs = leading_pairs(pairs, window)
+    checks = _cross_checks(point, pairs, coupling, derivative, width, window)
     labels = Labels(
         "dense" if lanczos is None else "lanczos",
         "plain" if plan is None else "factored",

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from grsd_jax._arrays import divisor, matmul, outside
 from grsd_jax._checks import check_at_least, check_key, check_shape, make_plain
+from grsd_jax._memory import waits_for_memory
 from grsd_jax._typing import Matmat, PyTree
 from grsd_jax.kernel.dense import dense_at
 from grsd_jax.kernel.derivative import (
@@ -275,6 +276,7 @@ def stochastic_shell_coupling(
     return _estimated(estimate, block, leading)
 
 
+@waits_for_memory("signs.num_signs", "num_pairs", "batches")
 def measure_stochastic_coupling(
     problem: Problem,
     params: PyTree,
@@ -311,6 +313,7 @@ def measure_stochastic_coupling(
 
     Raises:
         ValueError: If a shape, tree, dtype or leading axis does not fit.
+        MemoryError: If the device runs out of memory; it names what to lower.
 
     References:
         Ours; see `stochastic_shell_coupling`.

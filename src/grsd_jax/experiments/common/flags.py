@@ -14,13 +14,13 @@ from absl import app, flags, logging
 
 from grsd_jax._memory import naming_what_to_lower
 from grsd_jax.conditions import Thresholds
+from grsd_jax.conditions.verdicts import check_threshold
 from grsd_jax.experiments.common import records
 from grsd_jax.experiments.common.config import (
     TRAINING_FIELDS,
     Config,
     UserError,
     check_field,
-    check_interval,
 )
 
 #: Where absl keeps the flags that a script takes and does not heed.
@@ -219,10 +219,6 @@ _THRESHOLD_HELP = {
 }
 
 
-#: The thresholds that no number beyond 1 can be held against.
-_SHARES = ("influence_share", "max_distant_coherence", "min_r_squared")
-
-
 def define_threshold_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines one absl flag for every field of `Thresholds`.
 
@@ -241,15 +237,11 @@ def define_threshold_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
 
 
 def _check_threshold(name: str, value: float | None) -> bool:
-    """Raises ValidationError unless a threshold is finite, >= 0, and a share <= 1."""
-    if value is None:  # the default of some
-        return True
+    """Raises ValidationError unless a number can miss the threshold."""
     try:
-        check_interval(f"--{name}", value, 0.0)
-    except UserError as error:
-        raise flags.ValidationError(str(error).removeprefix(f"--{name}: ")) from None
-    if name in _SHARES and value > 1:
-        raise flags.ValidationError(f"expected a number <= 1, got {value!r}.")
+        check_threshold(name, name, value)
+    except ValueError as error:
+        raise flags.ValidationError(str(error).removeprefix(f"{name}: ")) from None
     return True
 
 
