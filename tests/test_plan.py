@@ -1,5 +1,6 @@
 """The check of the factors: what it finds, and that the numbers stay right."""
 
+import contextlib
 import warnings
 
 import jax
@@ -338,6 +339,13 @@ def test_without_factors_the_examples_are_checked_under_jit_too(monkeypatch):
             dense(problem, params)
 
 
+def reported(match, *, where):
+    """Expects a warning, or else none, since one is an error in tests."""
+    if where:
+        return pytest.warns(RuntimeWarning, match=match)
+    return contextlib.nullcontext()
+
+
 @pytest.mark.parametrize("mode", ["clip", "fill", None])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_embeddings_read_the_rows_that_the_network_reads(mode, dtype):
@@ -354,7 +362,8 @@ def test_embeddings_read_the_rows_that_the_network_reads(mode, dtype):
     batches = {"token": tokens, "label": jnp.asarray([[0, 1, 2, 0]])}
     problem = Problem(embedded, batches)
     bound = 1e-5 if dtype == jnp.float32 else 2e-2
-    assert explained(problem, params)["table"].how == "lookup"
+    with reported("table is read .* such as 2000 of 700; ", where=mode is None):
+        assert explained(problem, params)["table"].how == "lookup"
 
     def rows(p):
         error = problem.error(p, jax.tree.map(lambda leaf: leaf[0], batches))
@@ -430,6 +439,7 @@ FACTORED = [by_rows, by_entries, of_a_weight]  # the others are of their kinds
     ("fn", "path"),
     [*((fn, "plain") for fn in LOOKUPS), *((fn, "factored") for fn in FACTORED)],
 )
+@pytest.mark.filterwarnings("ignore:.*rows that it does not have:RuntimeWarning")
 def test_rows_out_of_range_leave_every_product_symmetric(fn, path):
     noise = np.random.default_rng(0)
     shapes = {"table": (7, 2), "out": (4, 3)}
@@ -465,6 +475,25 @@ def test_rows_out_of_range_leave_every_product_symmetric(fn, path):
     got = kernel_derivative(problem, params, direction, jnp.eye(12))
     assert relative_error(got, got.T) < 1e-6
     assert relative_error(got, moved) < 1e-5
+
+
+@pytest.mark.parametrize("fn", [by_rows, by_entries])
+@pytest.mark.parametrize("token", [60, -30, 9])
+def test_rows_out_of_range_are_reported_with_their_index(fn, token):
+    noise = np.random.default_rng(0)
+    params = {"table": noise.normal(size=(9, 2)), "out": noise.normal(size=(4, 3))}
+    params = {name: jnp.asarray(leaf, jnp.float32) for name, leaf in params.items()}
+
+    def measured(token):
+        tokens = jnp.asarray([[[8, -9], [0, 1], [3, token]]])
+        batches = {"token": tokens, "label": jnp.asarray([[0, 1, 2]])}
+        plan._VERDICTS.clear()
+        kernel_dense(Problem(fn, batches), params)
+
+    row = token if token > 0 else token + 9
+    with reported(f"table is read .* such as {row} of 9; ", where=True):
+        measured(token)
+    measured(5)
 
 
 def test_a_linear_program_that_cannot_be_read_says_so_and_is_used(monkeypatch):

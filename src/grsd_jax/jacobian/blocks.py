@@ -105,7 +105,7 @@ def leaf_blocks(
     Returns:
         In the order of the leaves: a block, or None for a leaf that is left out.
     """
-    traced, parts, rows = _collected(program, plain, error_fn, params, batch, basis)
+    traced, parts, rows, _ = _collected(program, plain, error_fn, params, batch, basis)
     num_examples, q = jax.tree.leaves(batch)[0].shape[0], basis.shape[1]
     nothing = Rows(jnp.zeros((num_examples, q, 1), basis.dtype))
     return [
@@ -122,10 +122,14 @@ class LeafTangents(NamedTuple):
     Attributes:
         tangents: In the shape of the leaf, with all uses added up in its coordinates.
         squares: ``|J_l^T u|^2`` from the leaf's block.
+        strays: For each leaf that is looked up ``[3]``, whether rows are read outside
+            the table, where what JAX gives is undefined, one of their indices, and the
+            number of rows.
     """
 
     tangents: list[jax.Array | None]
     squares: list[jax.Array | None]
+    strays: dict[int, jax.Array]
 
 
 def leaf_tangents(
@@ -148,8 +152,10 @@ def leaf_tangents(
         column: ``[C, 1]``, and
         weights: ``[N, 1, 1]``, whose product is u.
     """
-    traced, parts, rows = _collected(program, plain, error_fn, params, batch, column)
-    found = LeafTangents([], [])
+    traced, parts, rows, strays = _collected(
+        program, plain, error_fn, params, batch, column
+    )
+    found = LeafTangents([], [], strays)
     for leaf, value in enumerate(traced.leaves):
         if leaf in plain:
             found.tangents.append(None)
@@ -171,13 +177,14 @@ def _collected(
     params: PyTree,
     batch: PyTree,
     basis: jax.Array,
-) -> tuple[Traced, list[list[_Share]], dict[int, Rows]]:
-    """Runs the program, and returns the parts and the rows of every leaf."""
+) -> tuple[Traced, list[list[_Share]], dict[int, Rows], dict[int, jax.Array]]:
+    """Runs the program, and returns parts, rows and strays of every leaf."""
     state, leaves = jax.tree.leaves(error_fn), jax.tree.leaves(params)
     traced = Traced(program, state, leaves, basis.dtype)
     records, deltas = _run(traced, jax.tree.leaves(batch), basis)
     parts: list[list[_Share]] = [[] for _ in leaves]
     cotangents: dict[int, jax.Array] = {}
+    strays: dict[int, jax.Array] = {}
     for index, use in enumerate(program.uses):
         wanted = use.weight.leaves - plain
         if not wanted:
@@ -188,9 +195,14 @@ def _collected(
             part = _factored(index, use, meeting, record[0], delta, traced)
             for leaf in wanted:
                 parts[leaf].append(part)
+            if meeting.kind == "lookup":
+                stray = _stray(meeting.equation, record[0])
+                for leaf in wanted:
+                    earlier = strays.get(leaf, stray)
+                    strays[leaf] = jnp.where(earlier[0] > 0, earlier, stray)
         else:
             cotangents[index] = _cotangent(use, meeting, record, delta)
-    return traced, parts, _rows(traced, cotangents, plain)
+    return traced, parts, _rows(traced, cotangents, plain), strays
 
 
 def _run(
@@ -444,6 +456,20 @@ def _lookup(
         return weight.reshape(1, size, -1)
 
     return (rows[:, None], deltas[:, :, None]), arrange
+
+
+def _stray(equation: Any, indices: jax.Array) -> jax.Array:
+    """Returns whether a gather reads outside its table, one such index, and the size.
+
+    A mode that says what it reads there is the caller's wish.
+    """
+    size = equation.invars[0].aval.shape[0]
+    indices = indices.reshape(-1)
+    outside = (indices < 0) | (indices >= size)
+    mode = GatherScatterMode.from_any(equation.params["mode"])
+    undefined = mode == GatherScatterMode.PROMISE_IN_BOUNDS
+    found = (jnp.any(outside) & undefined, indices[jnp.argmax(outside)], size)
+    return jnp.stack([jnp.asarray(each, jnp.int32) for each in found])
 
 
 def _cotangent(

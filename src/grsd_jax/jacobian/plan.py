@@ -320,24 +320,29 @@ class _Comparison(NamedTuple):
         settled: Whether any gradient was finite and not zero.
         wrong: The leaves that differ.
         coupled: Whether the examples alone differ as well.
+        strays: For leaves that are looked up at a row which they do not have, its index
+            and the number of rows.
     """
 
     settled: bool
     wrong: set[int]
     coupled: bool
+    strays: dict[int, tuple[int, int]]
 
 
 def _checked(point: Point, plan: Plan) -> tuple[Verdict, bool]:
     """Returns the plan without the leaves whose factors fail, and whether settled."""
-    settled, wrong, coupled = _beside_vjp(
+    settled, wrong, coupled, strays = _beside_vjp(
         point, plan, _rounding(plan.program.eps, point)
     )
+    if not is_traced(_data(point)):  # else they are of random indices
+        _warn_of(strays, point)
     sharp = None if coupled else _sharp(point, plan.program.eps)
     if sharp is not None:
         program = _walked(*sharp)
         raised = Plan(program, plan.reasons | program.refused)
         rounding = _rounding(program.eps, sharp[0])
-        _, more, coupled = _beside_vjp(sharp[0], raised, rounding)
+        _, more, coupled, _ = _beside_vjp(sharp[0], raised, rounding)
         wrong |= more
     if coupled:
         _warn("the examples of the error are coupled; products are taken plainly")
@@ -358,11 +363,16 @@ def _checked(point: Point, plan: Plan) -> tuple[Verdict, bool]:
 
 def _beside_vjp(point: Point, plan: Plan, rounding: float) -> _Comparison:
     """Compares ``J_l^T u`` from the factors with `jax.vjp`."""
-    settled, wrong = False, set[int]()
+    settled, wrong, strays = False, set[int](), dict[int, tuple[int, int]]()
     sets = _values(point)
     run = _compiled(_tangents, sets[0], plan=plan)
     for values in sets:
         found, wanted = run(values)
+        strays |= {
+            leaf: (int(row), int(size))
+            for leaf, (some, row, size) in found.strays.items()
+            if some
+        }
         differing = _disagreeing(found, wanted, rounding)
         if differing is None:  # not finite: says nothing of the structure
             continue
@@ -372,9 +382,19 @@ def _beside_vjp(point: Point, plan: Plan, rounding: float) -> _Comparison:
         noise = _noise(run(_nudged(values))[1], wanted)
         alone = _compiled(_tangents_alone, values)(values)
         if _differing(alone, wanted, rounding, noise=noise):
-            return _Comparison(settled, wrong, coupled=True)
+            return _Comparison(settled, wrong, coupled=True, strays=strays)
         wrong |= set(_disagreeing(found, wanted, rounding, noise) or ())
-    return _Comparison(settled, wrong, coupled=False)
+    return _Comparison(settled, wrong, coupled=False, strays=strays)
+
+
+def _warn_of(strays: dict[int, tuple[int, int]], point: Point) -> None:
+    """Warns of tables that are read at rows which they do not have."""
+    for leaf, (row, size) in strays.items():
+        path = "/".join(parameter_paths(point.params)[leaf])
+        _warn(
+            f"{path} is read at rows that it does not have, such as {row} of {size}; "
+            "what JAX gives there is undefined, and so is what is measured"
+        )
 
 
 def _disagreeing(
