@@ -250,6 +250,7 @@ def planted(seeds=(0, 1, 2, 3), ratio=2.0):
                 "steps": [[16, 32], [32, 64], [64, 128]],
                 "times": [0.5, 1.0, 2.0],
                 "means": wider.mean(1).tolist(),
+                "counted": [[0.1 * edge for edge in range(8)]] * 3,
                 "exponents": [1.0, None, 1.2],
                 "curvatures": [0.0, 0.1, 0.2],
                 "decay": -1.0,
@@ -292,6 +293,27 @@ def test_quantities_say_of_how_many_intervals_they_are():
     size = rows[analyse.HEADINGS["size"]]
     assert size[2].endswith("] (11 of 12)")
     assert size[3].endswith("]")
+
+
+def test_velocities_of_intervals_are_those_of_the_usable_edges():
+    results = planted()
+    for index, run_ in enumerate(results["runs"][0::2]):
+        read = analyse.reading_of(run_)
+        read["products"][0] = [None, 0.5, 0.5, 0.5, None, None, None, None]
+        if index == 0:
+            read["products"][1] = [None] * 6 + [0.5, 0.5]
+    heads, *rows = analyse.interval_rows(results, "main")
+    assert heads[3:] == ["v tau", "v^N tau", "(v - v^N) tau", "p"]
+    assert [row[1] for row in rows[::2]] == ["16 to 32", "32 to 64", "64 to 128"]
+    first, _, second, *_ = rows
+    assert first[3:6] == [
+        "0.700 [0.700, 0.700]",
+        "0.200 [0.200, 0.200]",
+        "0.500 [0.500, 0.500]",
+    ]
+    assert first[6] == "1.000 [1.000, 1.000]"
+    assert all(cell.endswith("] (3 of 4)") for cell in second[3:6])
+    assert second[6] == "n/a"
 
 
 def test_means_of_some_seeds_are_hollow():
@@ -372,7 +394,7 @@ def test_report_and_command_show_what_is_finished(tmp_path):
     results = planted()
     records.write_json(tmp_path / run.RESULTS, results)
     (section,) = page.find_sections(tmp_path)
-    rows = analyse.arm_rows, analyse.reading_rows
+    rows = analyse.arm_rows, analyse.interval_rows, analyse.reading_rows
     assert section.tables == [of(results, "main") for of in rows]
     with small():
         done = run_script("transport.py", f"--workdir={tmp_path}", "--report_only")

@@ -46,6 +46,8 @@ LEGEND: Legend = (
     "intervals), and of the intervals' means. Their ratio is above 1 where the first "
     "network is flatter or steadier. Common edges are those that are usable in both "
     "networks of a seed.",
+    "Velocities of an interval are means over its usable edges, over the seeds that "
+    "have at least three; '(7 of 8)' if only so many have.",
 )
 
 #: The statistic of the study, by which "flatter" and "steadier" are decided.
@@ -251,6 +253,52 @@ def reading_rows(results: Mapping[str, Any], arm: str) -> list[list[str]]:
     return rows
 
 
+def interval_rows(results: Mapping[str, Any], arm: str) -> list[list[str]]:
+    """Lists the velocities of an arm under the reading that decides, by intervals.
+
+    Args:
+        results: The contents of ``transport.json``.
+        arm: The arm.
+
+    Returns:
+        Rows of cells, headings first: means over the usable edges of the velocity, of
+        that of the eigenvalues, and of their difference, times tau, and the exponent p;
+        over the seeds where they are known, with 95% intervals.
+
+    Raises:
+        UserError: As for `runs_by_network`.
+    """
+    runs = runs_by_network(results, arm)
+    rows = [["arm", "steps", "network", "v tau", "v^N tau", "(v - v^N) tau", "p"]]
+    for index, (start, end) in enumerate(reading_of(_any(runs))["steps"]):
+        for network, each in runs.items():
+            columns = np.array([_velocities(run, index) for run in each]).T
+            cells = [_mean_of_known(column) for column in columns]
+            rows.append([arm, f"{start} to {end}", TITLES[network], *cells])
+    return rows
+
+
+def _velocities(run: Mapping[str, Any], interval: int) -> list[float]:
+    """Returns the means over usable edges of one interval, and its exponent."""
+    found = reading_of(run)
+    products, null = (
+        np.array(found[name][interval], np.float64) for name in ("products", "counted")
+    )
+    usable = np.isfinite(products)
+    exponent = _float(found["exponents"][interval])
+    if np.sum(usable) < Protocol().min_edges:
+        return [np.nan, np.nan, np.nan, exponent]
+    excess, growth = np.mean(products[usable]), np.mean(null[usable])
+    return [float(excess + growth), float(growth), float(excess), exponent]
+
+
+def _mean_of_known(values: np.ndarray) -> str:
+    known = values[np.isfinite(values)]
+    if not len(known):
+        return number(None)
+    return f"{t_interval(known)}{of_how_many(len(known), len(values))}"
+
+
 def ratio_over_common_edges(runs: Mapping[str, Runs], reading: Reading) -> Interval:
     """Returns the ratio of the spreads over the edges that both networks can use.
 
@@ -275,13 +323,13 @@ def ratio_over_common_edges(runs: Mapping[str, Runs], reading: Reading) -> Inter
 
 
 def transport_tables(results: Mapping[str, Any]) -> list[list[list[str]]]:
-    """Returns both tables of every arm that has a finished pair.
+    """Returns the tables of every arm that has a finished pair.
 
     Args:
         results: The contents of ``transport.json``.
 
     Returns:
-        The rows of `arm_rows` and `reading_rows`, arm by arm.
+        The rows of `arm_rows`, `interval_rows` and `reading_rows`, arm by arm.
 
     Raises:
         UserError: If there is no finished pair, or the seeds of the networks differ.
@@ -289,7 +337,7 @@ def transport_tables(results: Mapping[str, Any]) -> list[list[list[str]]]:
     return [
         rows(results, arm)
         for arm in arms_of(results)
-        for rows in (arm_rows, reading_rows)
+        for rows in (arm_rows, interval_rows, reading_rows)
     ]
 
 
