@@ -144,6 +144,50 @@ def test_balance_of_a_training_is_right_within_its_errors(activation, optimizer)
             assert_converged_within_errors(found, expected)
 
 
+def barely_moved(way, dtype):
+    """Returns two ends whose errors differ by 1e-5 of their size."""
+    problem, params = make_problem()
+    labels = problem.batches["label"]
+    if way == "along":
+        labels = jnp.zeros((*labels.shape, 3), dtype)
+        problem = problem.replace(loss="squared")
+    image = problem.batches["image"].astype(dtype)
+    problem = problem.replace(batches={"image": image, "label": labels})
+    params = cast(params, dtype)
+    if way == "along":  # e is linear in these parameters, and M is not
+        after = params | {"out": params["out"] * jnp.asarray(1 + 1e-5, dtype)}
+    else:
+        after = train(problem, params, optax.sgd(4.3e-5), [1])[1]
+    return (problem, params), (problem, after)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("way", ["aside", "along"])
+def test_a_block_of_the_error_and_a_tiny_change_is_right(way, dtype):
+    """``delta`` is 1e-5 of ``e``, or lies along it up to rounding: no second column."""
+    single = dtype == "float32"
+    with jax.enable_x64(not single):
+        ends = barely_moved(way, dtype)
+        oracle = [in_double(*end) for end in ends]
+        first, second = (np.asarray(end.error) for end in oracle)
+        size = np.linalg.norm(second - first) / np.linalg.norm(first)
+        assert size == pytest.approx(1e-5, rel=0.01)
+        expected = by_definition(*oracle, EDGES, 0.5)
+        edges = SoftShells(jnp.asarray(EDGES, dtype))
+        found = exact_balance(*ends, edges, solver=PARTIAL[1], elapsed=1.0, key=KEY)
+        assert_within_errors(found, expected, num_used=0)
+    top = np.asarray(found.converged)
+    assert np.sum(top) >= (1 if way == "along" else 2)
+    # Rounding of the errors leaves two digits of their difference in float32.
+    lost, flux = (expected[name] for name in ("lost", "flux"))
+    off = np.abs(np.asarray(found.lost) - lost)[1:][top]
+    assert np.max(off) <= (1e-2 if single else 1e-4) * np.max(np.abs(lost))
+    if not single:
+        off = np.abs(np.asarray(found.flux) - flux)[top]
+        assert np.max(off) <= 1e-4 * np.max(np.abs(flux))
+        assert np.max(np.asarray(found.flux_error)[top]) <= 0.02 * np.max(np.abs(flux))
+
+
 def test_a_short_run_says_which_edges_it_has_reached():
     problem, params = make_problem()
     _, after = train(problem, params, optax.sgd(0.3), [4])
