@@ -618,6 +618,48 @@ def test_measured_time_is_that_of_the_steps():
     )
 
 
+def tanh_gradient(problem, params):
+    """Returns the gradient of the mean cross-entropy, flat, by NumPy in float64."""
+    image, label = (np.asarray(problem.batches[k][0]) for k in ("image", "label"))
+    first, last = (np.asarray(params[name], np.float64) for name in ("in", "out"))
+    hidden = np.tanh(image @ first)
+    shares = np.exp(hidden @ last)
+    errors = shares / shares.sum(axis=1, keepdims=True) - np.eye(3)[label]
+    back = (errors @ last.T) * (1 - hidden**2)
+    parts = image.T @ back, hidden.T @ errors
+    return np.concatenate([part.ravel() for part in parts]) / len(image)
+
+
+@pytest.mark.parametrize(
+    ("decay", "verdicts"), [(1e-4, [True, True, False, True]), (10.0, 4 * [False])]
+)
+def test_time_of_an_adaptive_optimizer_is_that_of_its_definition(decay, verdicts):
+    """AdamW may follow the flow, but not over many steps or while weights decay."""
+    problem, params = make_problem("tanh")
+    optimizer = optax.adamw(0.003, weight_decay=decay)
+    points = train(problem, params, optimizer, [1, 4, 60, 64])
+    for (before, after), verdict in zip(
+        itertools.pairwise(points), verdicts, strict=True
+    ):
+        first, second = (
+            np.concatenate([np.ravel(end[name]) for name in ("in", "out")])
+            for end in (before, after)
+        )
+        motion = second.astype(float) - first.astype(float)
+        slopes = [tanh_gradient(problem, end) for end in (before, after)]
+        times = [-motion @ slope / (slope @ slope) for slope in slopes]
+        lengths = np.linalg.norm(motion) * np.linalg.norm(slopes, axis=1)
+        cosine = np.min(-np.dot(slopes, motion) / lengths)
+        agree = 0 < max(times) <= 2 * min(times)
+        assert (agree and cosine >= 0.5) == verdict
+        found = measured_time(problem, before, after)
+        np.testing.assert_allclose([found.start, found.end], times, rtol=1e-3)
+        np.testing.assert_allclose(found.alignment, cosine, rtol=1e-3)
+        assert found.meaningful == verdict
+        expected = np.mean(times) if verdict else np.nan
+        np.testing.assert_allclose(found.elapsed, expected, rtol=1e-3)
+
+
 def test_time_of_a_parabola_has_its_closed_form():
     # One step of L = x^2 / 2 at rate eta: eta by its start, eta / (1 - eta) by its end.
     problem = Problem.from_error(
