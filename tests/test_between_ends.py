@@ -345,6 +345,7 @@ def test_leading_pairs_leave_the_rest_in_the_lowest_shell():
             getattr(found, name), getattr(whole, name), rtol=1e-3, atol=1e-3
         )
     assert np.all(found.converged)
+    assert found.counting is None  # which takes all pairs
     lower = exact_balance(first, second, shells(edges / 2, width=0), elapsed=1.0)
     assert not lower.converged[0]
     assert np.isinf(lower.energy_error[0, 0])
