@@ -121,6 +121,25 @@ def test_scatter_over_edges_is_the_error_of_a_rate():
 
 
 @pytest.mark.usefixtures("x64")
+def test_a_fit_says_from_where_to_where_it_stands():
+    # Below exp(-2) all energy moves down, above it up: the fit is that of most edges.
+    step = 0.01
+    parted = between(drifting("flat", step * np.sign(LOGS + 2)), step)
+    whole = between(drifting("steep", step), step)
+    unknown = between(drifting("flat", step), np.nan)
+    law = laws([whole, parted, unknown], [1.0, 2.0, 3.0])
+    places = np.asarray(whole.effective_edges)[np.asarray(whole.velocity_mask)]
+    down = np.asarray(parted.effective_edges)[np.asarray(parted.velocity) < 0]
+    assert [len(places), len(down)] == [6, 5]
+    np.testing.assert_array_equal(law.fits.fit.num_points, [6, 5, 0])
+    lowest = [places[0], down[0], np.nan]
+    np.testing.assert_allclose(law.lowest_lambda, lowest, rtol=1e-12)
+    highest = [places[-1], down[-1], np.nan]
+    np.testing.assert_allclose(law.highest_lambda, highest, rtol=1e-12)
+    assert "highest_lambda" in law.summary()
+
+
+@pytest.mark.usefixtures("x64")
 def test_balances_without_a_time_or_a_start_are_left_out():
     good = between(drifting("flat", 0.01), 0.01)
     unknown = between(drifting("flat", 0.01), np.nan)
