@@ -155,8 +155,9 @@ class SoftShells(Result):
         # The ratio first: logarithms of very small or large numbers are less accurate.
         values, edges = values[:, None], self.edges[None, :]
         ratios = jnp.maximum(values, 0) / edges
-        # Compiled, that is a product with 1 / edge, which may fall short of 1.
-        ratios = jnp.where(values == edges, 1, ratios)
+        if not self.width:
+            # Compiled, that is a product with 1 / edge, which may fall short of 1.
+            ratios = jnp.where(values == edges, 1, ratios)
         return jnp.where(jnp.isnan(values), jnp.nan, jnp.log(ratios))
 
     def _step(self, logs: jax.Array) -> jax.Array:
