@@ -22,6 +22,8 @@ KEY = jax.random.key(0)
 EDGES = np.geomspace(1e-3, 10, 6)
 # Few sizes, since every one of them is compiled.
 LONG, SHORT = KrylovSteps(24), KrylovSteps(8)
+# Krylov spaces of a third and half of all dimensions, where Lanczos has an error.
+PARTIAL = SHORT, KrylovSteps(12)
 MEAN = KrylovSteps(16, start="mean")
 AMOUNTS = {
     "energies": "energy_error",
@@ -92,6 +94,20 @@ def assert_within_errors(found, expected, num_used=1):
     assert found.finite
 
 
+def assert_converged_within_errors(found, expected, num_converged=2):
+    """Compares what part of the space tells, velocities at every converged edge."""
+    assert_within_errors(found, expected, num_used=0)
+    known = np.asarray(found.converged)
+    assert np.sum(known) >= num_converged
+    shift = expected["flux"] / expected["density"] / float(found.elapsed)
+    off = np.abs(np.asarray(found.velocity, np.float64) - shift)
+    error = np.asarray(found.velocity_error)
+    assert np.all(off[known] <= error[known])
+    # The errors tell something, and what fewer steps change counts among them.
+    assert np.all(error[known] < 0.5 * np.max(np.abs(shift)))
+    assert np.all(np.asarray(found.flux_error)[known] > found.floor[known])
+
+
 def assert_growth_within_errors(found, whole):
     known = np.asarray(found.grows & whole.grows)
     off = np.abs(found.growth - whole.growth)
@@ -123,6 +139,53 @@ def test_balance_of_a_training_is_right_within_its_errors(activation, optimizer)
         assert_within_errors(found, expected)
         assert np.sum(assert_growth_within_errors(found, dense)) >= 3
         assert np.sum(found.converged) >= 3
+        for steps in PARTIAL:
+            found = exact_balance(*ends, shells(), solver=steps, elapsed=0.5, key=KEY)
+            assert_converged_within_errors(found, expected)
+
+
+def barely_moved(way, dtype):
+    """Returns two ends whose errors differ by 1e-5 of their size."""
+    problem, params = make_problem()
+    labels = problem.batches["label"]
+    if way == "along":
+        labels = jnp.zeros((*labels.shape, 3), dtype)
+        problem = problem.replace(loss="squared")
+    image = problem.batches["image"].astype(dtype)
+    problem = problem.replace(batches={"image": image, "label": labels})
+    params = cast(params, dtype)
+    if way == "along":  # e is linear in these parameters, and M is not
+        after = params | {"out": params["out"] * jnp.asarray(1 + 1e-5, dtype)}
+    else:
+        after = train(problem, params, optax.sgd(4.3e-5), [1])[1]
+    return (problem, params), (problem, after)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("way", ["aside", "along"])
+def test_a_block_of_the_error_and_a_tiny_change_is_right(way, dtype):
+    """``delta`` is 1e-5 of ``e``, or lies along it up to rounding: no second column."""
+    single = dtype == "float32"
+    with jax.enable_x64(not single):
+        ends = barely_moved(way, dtype)
+        oracle = [in_double(*end) for end in ends]
+        first, second = (np.asarray(end.error) for end in oracle)
+        size = np.linalg.norm(second - first) / np.linalg.norm(first)
+        assert size == pytest.approx(1e-5, rel=0.01)
+        expected = by_definition(*oracle, EDGES, 0.5)
+        edges = SoftShells(jnp.asarray(EDGES, dtype))
+        found = exact_balance(*ends, edges, solver=PARTIAL[1], elapsed=1.0, key=KEY)
+        assert_within_errors(found, expected, num_used=0)
+    top = np.asarray(found.converged)
+    assert np.sum(top) >= (1 if way == "along" else 2)
+    # Rounding of the errors leaves two digits of their difference in float32.
+    lost, flux = (expected[name] for name in ("lost", "flux"))
+    off = np.abs(np.asarray(found.lost) - lost)[1:][top]
+    assert np.max(off) <= (1e-2 if single else 1e-4) * np.max(np.abs(lost))
+    if not single:
+        off = np.abs(np.asarray(found.flux) - flux)[top]
+        assert np.max(off) <= 1e-4 * np.max(np.abs(flux))
+        assert np.max(np.asarray(found.flux_error)[top]) <= 0.02 * np.max(np.abs(flux))
 
 
 def test_a_short_run_says_which_edges_it_has_reached():
@@ -282,6 +345,7 @@ def test_leading_pairs_leave_the_rest_in_the_lowest_shell():
             getattr(found, name), getattr(whole, name), rtol=1e-3, atol=1e-3
         )
     assert np.all(found.converged)
+    assert found.counting is None  # which takes all pairs
     lower = exact_balance(first, second, shells(edges / 2, width=0), elapsed=1.0)
     assert not lower.converged[0]
     assert np.isinf(lower.energy_error[0, 0])
@@ -553,6 +617,48 @@ def test_measured_time_is_that_of_the_steps():
     np.testing.assert_allclose(
         measured_time(problem, *settled[1:]).elapsed, rate / 2, rtol=0.1
     )
+
+
+def tanh_gradient(problem, params):
+    """Returns the gradient of the mean cross-entropy, flat, by NumPy in float64."""
+    image, label = (np.asarray(problem.batches[k][0]) for k in ("image", "label"))
+    first, last = (np.asarray(params[name], np.float64) for name in ("in", "out"))
+    hidden = np.tanh(image @ first)
+    shares = np.exp(hidden @ last)
+    errors = shares / shares.sum(axis=1, keepdims=True) - np.eye(3)[label]
+    back = (errors @ last.T) * (1 - hidden**2)
+    parts = image.T @ back, hidden.T @ errors
+    return np.concatenate([part.ravel() for part in parts]) / len(image)
+
+
+@pytest.mark.parametrize(
+    ("decay", "verdicts"), [(1e-4, [True, True, False, True]), (10.0, 4 * [False])]
+)
+def test_time_of_an_adaptive_optimizer_is_that_of_its_definition(decay, verdicts):
+    """AdamW may follow the flow, but not over many steps or while weights decay."""
+    problem, params = make_problem("tanh")
+    optimizer = optax.adamw(0.003, weight_decay=decay)
+    points = train(problem, params, optimizer, [1, 4, 60, 64])
+    for (before, after), verdict in zip(
+        itertools.pairwise(points), verdicts, strict=True
+    ):
+        first, second = (
+            np.concatenate([np.ravel(end[name]) for name in ("in", "out")])
+            for end in (before, after)
+        )
+        motion = second.astype(float) - first.astype(float)
+        slopes = [tanh_gradient(problem, end) for end in (before, after)]
+        times = [-motion @ slope / (slope @ slope) for slope in slopes]
+        lengths = np.linalg.norm(motion) * np.linalg.norm(slopes, axis=1)
+        cosine = np.min(-np.dot(slopes, motion) / lengths)
+        agree = 0 < max(times) <= 2 * min(times)
+        assert (agree and cosine >= 0.5) == verdict
+        found = measured_time(problem, before, after)
+        np.testing.assert_allclose([found.start, found.end], times, rtol=1e-3)
+        np.testing.assert_allclose(found.alignment, cosine, rtol=1e-3)
+        assert found.meaningful == verdict
+        expected = np.mean(times) if verdict else np.nan
+        np.testing.assert_allclose(found.elapsed, expected, rtol=1e-3)
 
 
 def test_time_of_a_parabola_has_its_closed_form():

@@ -19,6 +19,8 @@ from oracles import dense_kernel, network_problem
 from test_between_ends import (
     AMOUNTS,
     EDGES,
+    PARTIAL,
+    assert_converged_within_errors,
     assert_within_errors,
     in_double,
     make_problem,
@@ -94,8 +96,10 @@ def assert_same(one, other):
     ("optimizer", "solver"),
     [
         (optax.sgd(0.3), "dense"),
-        (optax.adamw(0.01), KrylovSteps(24)),
+        (optax.adamw(0.01), KrylovSteps(12)),
         pytest.param(optax.adamw(0.01), "dense", marks=pytest.mark.scheduled),
+        pytest.param(optax.adamw(0.01), KrylovSteps(24), marks=pytest.mark.scheduled),
+        pytest.param(optax.sgd(0.3), KrylovSteps(8), marks=pytest.mark.scheduled),
         pytest.param(optax.sgd(0.3), KrylovSteps(24), marks=pytest.mark.scheduled),
     ],
 )
@@ -122,9 +126,13 @@ def test_records_are_the_balances_of_the_run_within_their_errors(optimizer, solv
         steps = record.start_step, record.step
         expected = by_definition(*(ends[step] for step in steps), EDGES, 0.5)
         assert record.balance.elapsed == pytest.approx(0.1 * (steps[1] - steps[0]))
-        assert_within_errors(record.balance, expected)
+        if solver in PARTIAL:
+            assert_converged_within_errors(record.balance, expected)
+        else:
+            assert_within_errors(record.balance, expected)
         reached = np.abs(record.balance.flux) > record.balance.flux_error
-        assert record.num_resolved == np.sum(reached & record.balance.converged) >= 3
+        resolved = np.sum(reached & record.balance.converged)
+        assert record.num_resolved == resolved >= (2 if solver in PARTIAL else 3)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

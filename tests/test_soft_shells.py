@@ -40,6 +40,16 @@ def test_steps_and_shells_are_their_definitions(width):
     np.testing.assert_allclose(np.sum(members, axis=1), 1, rtol=1e-14)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_a_value_on_a_sharp_edge_lies_above_it_in_programs_too(dtype):
+    # For some of these numbers the product with the reciprocal is less than one.
+    edges = np.geomspace(1e-3, 10, 60)
+    with jax.enable_x64(dtype == jnp.float64):
+        shells = checked(edges, width=0, dtype=dtype)
+        members = find_members(shells, shells.edges)
+        np.testing.assert_array_equal(members, np.eye(61)[1:])
+
+
 @settings(deadline=None, max_examples=30)
 @given(
     st.lists(

@@ -114,6 +114,7 @@ def test_caveats_stand_below_the_tables():
     _, _, _, missing, outside = table.split("\n\n")
     assert missing.startswith("CNN: At least 7 pairs")
     assert outside.startswith("CNN: Ask for more pairs: 96% of the error's energy")
+    assert "measure_stochastic_coupling(...).toeplitz()" in outside
 
 
 def test_a_legend_stands_apart_from_its_table_in_lines_that_fit():

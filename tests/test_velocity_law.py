@@ -6,46 +6,45 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.special import ndtr
 
-from grsd_jax.dynamics import SpectralSnapshot, exact_balance, velocity_law
+from grsd_jax.dynamics import exact_balance, velocity_law
 from grsd_jax.results import with_undefined
 from grsd_jax.shells import SoftShells
 from modes import no_nan
+from planted import energies, flowed, snapshot, turned
 
 VALUES = np.geomspace(1e-6, 1e3, 250)
 EDGES = np.geomspace(1e-3, 1, 8)
 LOGS = np.log(VALUES)
-ENERGIES = {
-    "flat": np.ones_like(VALUES),
-    "rising": np.exp(-((LOGS - np.log(1e2)) ** 2) / 50),
-    "steep": np.exp(-((LOGS - np.log(3e-2)) ** 2) / 8),
-    "falling": np.exp(-((LOGS - np.log(1e-4)) ** 2) / 50),
+
+
+def bell(middle, spread):
+    """Returns the energy below each log lambda, of a Gaussian density."""
+    return lambda logs: 100 * ndtr((logs - np.log(middle)) / spread)
+
+
+BELOW = {
+    "flat": lambda logs: logs,
+    "rising": bell(1e2, 5),
+    "steep": bell(3e-2, 2),
+    "falling": bell(1e-4, 5),
 }
 
 
-def snapshot(values, vectors, error):
-    parts = values[::-1], vectors[:, ::-1], error
-    return SpectralSnapshot(*map(jnp.asarray, parts), jnp.zeros(2, jnp.uint32))
-
-
-def drifting(energy, shift):
+def drifting(name, shift):
     """Returns both ends: the eigenvalues move by ``shift`` in log lambda."""
-    basis, error = np.eye(len(VALUES)), np.sqrt(energy)
+    basis, error = np.eye(len(VALUES)), np.sqrt(energies(LOGS, BELOW[name]))
     moved = snapshot(VALUES * np.exp(shift), basis, error)
     return snapshot(VALUES, basis, error), moved
 
 
-def turning(energy, shift):
-    """Returns both ends: eigenvalues stay, and the energy moves as in `drifting`."""
-    below = np.cumsum(energy)
-    moved = np.interp(LOGS, LOGS + shift, below)
-    new = np.maximum(np.diff(np.append(0, moved)), 1e-14)
-    new[-1] += below[-1] - moved[-1]
-    error, turned = np.sqrt(energy), np.sqrt(new * below[-1] / np.sum(new))
-    axis = (error - turned) / np.linalg.norm(error - turned)
-    basis = np.eye(len(VALUES))
-    mirror = basis - 2 * np.outer(axis, axis)
-    return snapshot(VALUES, basis, error), snapshot(VALUES, mirror, error)
+def turning(name, time, exponent=0.0):
+    """Returns both ends: eigenvalues stay, and the energy flows between them."""
+    first = energies(LOGS, BELOW[name])
+    before = snapshot(VALUES, np.eye(len(VALUES)), np.sqrt(first))
+    flown = energies(LOGS, BELOW[name], time, exponent)
+    return before, turned(VALUES, first, flown)
 
 
 def between(ends, elapsed=1.0, width=0.5):
@@ -61,9 +60,9 @@ def laws(balances, starts, **options):
 @pytest.mark.parametrize("exponent", [0.0, 0.2, -0.3])
 def test_planted_exponents_are_recovered_within_their_errors(exponent):
     step = 0.02
-    shift = step * VALUES**exponent
-    balances = [between(drifting(e, shift), step) for e in ENERGIES.values()]
-    turns = [between(turning(e, shift), step) for e in ENERGIES.values()]
+    shift = flowed(LOGS, step, exponent) - LOGS
+    balances = [between(drifting(name, shift), step) for name in BELOW]
+    turns = [between(turning(name, step, exponent), step) for name in BELOW]
     for velocity in ("flux", "shift"):
         law = laws(balances, [1.0] * 4, velocity=velocity)
         off = np.abs(law.fits.fit.exponent - 1 - exponent)
@@ -71,19 +70,18 @@ def test_planted_exponents_are_recovered_within_their_errors(exponent):
         assert np.all(law.exponent_error < 0.07)
         assert np.all(off < 0.01)
         assert np.all(law.num_edges >= 5)
-        # The interpolation that plants a turning costs half a hundredth.
         law = laws(turns, [1.0] * 4, velocity=velocity)
         off = np.abs(law.fits.fit.exponent - 1 - exponent)
-        assert np.all(off <= law.exponent_error + 0.012)
+        assert np.all(off <= law.exponent_error + 1e-8)
     excess = laws(turns, [1.0] * 4, velocity="excess")
     off = np.abs(excess.fits.fit.exponent - 1 - exponent)
-    assert np.all(off <= excess.exponent_error + 0.012)
+    assert np.all(off <= excess.exponent_error + 1e-8)
 
 
 @pytest.mark.usefixtures("x64")
 def test_a_kernel_that_only_grows_has_no_excess():
     step = 0.01
-    grown = [between(drifting(e, step), step) for e in ENERGIES.values()]
+    grown = [between(drifting(name, step), step) for name in BELOW]
     law = laws(grown, [1.0] * 4)
     np.testing.assert_allclose(law.rates, 1, rtol=1e-3)
     np.testing.assert_allclose(law.fits.fit.exponent, 1, atol=1e-4)
@@ -98,16 +96,14 @@ def test_rates_that_fall_as_one_over_time_have_a_constant_product():
     balances = []
     for start, time in zip(starts, elapsed, strict=True):
         # v = c / tau at all edges moves by c log of the ratio of times.
-        shift = np.full_like(VALUES, rate * np.log1p(time / start))
-        balances.append(between(turning(ENERGIES["flat"], shift), time))
+        moved = rate * np.log1p(time / start)
+        balances.append(between(turning("flat", moved), time))
     law = laws(balances, starts, velocity="shift")
     np.testing.assert_allclose(law.products, rate, rtol=2e-3)
     np.testing.assert_allclose(law.decay.exponent, -1, atol=3e-3)
     np.testing.assert_allclose(law.times, elapsed / np.log1p(elapsed / starts))
     assert np.all(law.rate_stderr < 0.01)
-    constant = [
-        between(turning(ENERGIES["flat"], 0.05 * t + 0 * VALUES), t) for t in elapsed
-    ]
+    constant = [between(turning("flat", 0.05 * t), t) for t in elapsed]
     law = laws(constant, starts, velocity="shift")
     np.testing.assert_allclose(law.decay.exponent, 0, atol=1e-2)
 
@@ -115,7 +111,7 @@ def test_rates_that_fall_as_one_over_time_have_a_constant_product():
 @pytest.mark.usefixtures("x64")
 def test_scatter_over_edges_is_the_error_of_a_rate():
     shift = 0.01 * (1 + 0.3 * np.sin(3 * LOGS))
-    balance = between(drifting(ENERGIES["flat"], shift), 0.01)
+    balance = between(drifting("flat", shift), 0.01)
     law = laws([balance], [1.0])
     used = np.asarray(balance.velocity_mask)
     velocity = np.asarray(balance.velocity)[used]
@@ -125,9 +121,28 @@ def test_scatter_over_edges_is_the_error_of_a_rate():
 
 
 @pytest.mark.usefixtures("x64")
+def test_a_fit_says_from_where_to_where_it_stands():
+    # Below exp(-2) all energy moves down, above it up: the fit is that of most edges.
+    step = 0.01
+    parted = between(drifting("flat", step * np.sign(LOGS + 2)), step)
+    whole = between(drifting("steep", step), step)
+    unknown = between(drifting("flat", step), np.nan)
+    law = laws([whole, parted, unknown], [1.0, 2.0, 3.0])
+    places = np.asarray(whole.effective_edges)[np.asarray(whole.velocity_mask)]
+    down = np.asarray(parted.effective_edges)[np.asarray(parted.velocity) < 0]
+    assert [len(places), len(down)] == [6, 5]
+    np.testing.assert_array_equal(law.fits.fit.num_points, [6, 5, 0])
+    lowest = [places[0], down[0], np.nan]
+    np.testing.assert_allclose(law.lowest_lambda, lowest, rtol=1e-12)
+    highest = [places[-1], down[-1], np.nan]
+    np.testing.assert_allclose(law.highest_lambda, highest, rtol=1e-12)
+    assert "highest_lambda" in law.summary()
+
+
+@pytest.mark.usefixtures("x64")
 def test_balances_without_a_time_or_a_start_are_left_out():
-    good = between(drifting(ENERGIES["flat"], 0.01), 0.01)
-    unknown = between(drifting(ENERGIES["flat"], 0.01), np.nan)
+    good = between(drifting("flat", 0.01), 0.01)
+    unknown = between(drifting("flat", 0.01), np.nan)
     law = laws([good, unknown, good], [1.0, 2.0, 0.0])
     assert law.decay.num_points == 1
     np.testing.assert_array_equal(law.num_edges, [8, 0, 8])
@@ -138,7 +153,7 @@ def test_balances_without_a_time_or_a_start_are_left_out():
 
 @pytest.mark.usefixtures("x64")
 def test_a_law_in_a_program_makes_no_nan():
-    ends = drifting(ENERGIES["flat"], 0.01)
+    ends = drifting("flat", 0.01)
     balances = [between(ends, elapsed) for elapsed in (0.01, np.nan)]
     starts = jnp.ones(2)
     with no_nan():
@@ -155,7 +170,7 @@ def test_a_law_in_a_program_makes_no_nan():
 
 @pytest.mark.usefixtures("x64")
 def test_each_velocity_has_its_own_error():
-    balance = between(drifting(ENERGIES["flat"], 0.3), 0.3)
+    balance = between(drifting("flat", 0.3), 0.3)
     still = dataclasses.replace(balance, growth_error=0 * balance.growth_error)
     loose = dataclasses.replace(balance, growth_error=0.1 + 0 * balance.growth_error)
     for velocity, wider in (("flux", False), ("excess", False), ("shift", True)):
@@ -171,7 +186,7 @@ def test_each_velocity_has_its_own_error():
 
 def test_bad_laws_are_told():
     with jax.enable_x64(True):
-        balance = between(drifting(ENERGIES["flat"], 0.01))
+        balance = between(drifting("flat", 0.01))
         with pytest.raises(ValueError, match=r"len\(balances\): expected"):
             velocity_law([], jnp.zeros(0))
         with pytest.raises(ValueError, match="starts: expected shape"):
@@ -185,7 +200,7 @@ def test_bad_laws_are_told():
 
 @pytest.mark.usefixtures("x64")
 def test_an_edge_that_has_not_converged_has_an_infinite_error():
-    balance = between(drifting(ENERGIES["flat"], 0.01), 0.01)
+    balance = between(drifting("flat", 0.01), 0.01)
     unknown = jnp.full_like(balance.flux, jnp.inf)
     still = dataclasses.replace(
         balance, flux=jnp.zeros_like(unknown), flux_error=unknown, density_error=unknown

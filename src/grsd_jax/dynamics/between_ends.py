@@ -111,7 +111,7 @@ def exact_balance(
         after: The same of the second end.
         shells: The shells; with `KrylovSteps` of width 1/2 or 1/3.
         solver: ``"dense"`` for all n pairs; `KrylovSteps`; ``"auto"`` for the cheaper
-            of the two.
+            of the two. Steps without probes, as those of ``"auto"``, count nothing.
         elapsed: The time that passed, such as `measured_time` gives it; without it
             there are amounts, but no velocities.
         key: Consumed by `KrylovSteps`, and needed for it alone.

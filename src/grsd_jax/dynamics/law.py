@@ -23,6 +23,7 @@ VELOCITIES = ("flux", "shift", "excess")
 @result(
     masks={
         **{name: name for name in ("times", "exponent_error", "rates", "products")},
+        **{name: name for name in ("lowest_lambda", "highest_lambda")},
         "rate_stderr": "has_scatter",
     }
 )
@@ -34,6 +35,9 @@ class VelocityLaw(NamedResult):
             ``v = c lambda / tau`` the time at which the velocity is its mean. NaN where
             the time that passed has no meaning, or starts at 0.
         fits: [B] fits of ``lambda_eff v = c lambda_eff^p``, with their curvature.
+        lowest_lambda: [B], the lowest ``lambda_eff`` of the edges that the fit stands
+            on, the usable ones where v has its sign; NaN without any.
+        highest_lambda: [B], the highest; likewise.
         exponent_error: [B], of p: twice its standard error, what p changes by with the
             edges themselves for ``lambda_eff``, and twice what it changes by between
             flux and shift, which differ where an interval is too large for a velocity.
@@ -50,6 +54,8 @@ class VelocityLaw(NamedResult):
 
     times: jax.Array
     fits: VelocityFit
+    lowest_lambda: jax.Array
+    highest_lambda: jax.Array
     exponent_error: jax.Array
     rates: jax.Array
     rate_stderr: jax.Array
@@ -158,6 +164,7 @@ def _law(forms: _Forms, starts: jax.Array) -> VelocityLaw:
         return jax.vmap(velocity_fit)(edges, edges * velocities, masks)
 
     fits = fitted(forms.effective_edges, velocities)
+    lowest, highest = _range(forms.effective_edges, masks, velocities, fits.sign)
     at_edges = fitted(forms.edges, velocities).fit.exponent
     otherwise = fitted(forms.effective_edges, forms.other).fit.exponent
     found, stderr = fits.fit.exponent, fits.fit.exponent_stderr
@@ -176,6 +183,8 @@ def _law(forms: _Forms, starts: jax.Array) -> VelocityLaw:
     return VelocityLaw(
         times=times,
         fits=fits,
+        lowest_lambda=lowest,
+        highest_lambda=highest,
         exponent_error=2 * stderr + _apart(at_edges, found) + 2 * apart,
         rates=rates,
         rate_stderr=jnp.where(number > 1, rate_error, jnp.inf),
@@ -183,6 +192,16 @@ def _law(forms: _Forms, starts: jax.Array) -> VelocityLaw:
         decay=fit_power_law(times, rates, moves & timed),
         num_edges=number,
     )
+
+
+def _range(
+    edges: jax.Array, masks: jax.Array, velocities: jax.Array, sign: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the ends of the edges whose velocity has a sign, infinite without any."""
+    used = masks & (velocities != 0) & (jnp.sign(velocities) == sign[:, None])
+    lowest = jnp.min(edges, axis=1, where=used, initial=jnp.inf)
+    highest = jnp.max(edges, axis=1, where=used, initial=0)
+    return lowest, jnp.where(jnp.isfinite(lowest), highest, jnp.inf)
 
 
 def _apart(first: jax.Array, second: jax.Array) -> jax.Array:

@@ -134,7 +134,8 @@ class ExactBalance(Result):
             antisymmetric.
         flux: [q], ``F_k``, net energy that passed each edge upward.
         rotation: [q], the part of it that is due to the turning of eigenvectors: pairs
-            matched by rank, each kept in its old shell. None from Lanczos.
+            matched by rank, each kept in its old shell. None from `KrylovSteps`, or if
+            the ends differ in the number of their pairs.
         density: [q], ``eps_k``, energy per unit of log lambda at each edge.
         effective_edges: [q], ``lambda_eff``, where the energy at each edge lies; NaN
             where there is none.
@@ -144,7 +145,8 @@ class ExactBalance(Result):
         growth_error: [q], how far ``growth`` moves if the flux is off by its error;
             infinite where no growth at all may put as much energy above the edge.
         grows: [q] bool, where it is: not for sharp shells, nor if no growth does it.
-        counting: The same of the number of eigenvalues; None if it was not computed.
+        counting: The same of the number of eigenvalues; None from leading pairs, and
+            from `KrylovSteps` without probes.
         elapsed: [], the time that passed; NaN if it is unknown or has no meaning.
         floor: [q], what rounding may do to the flux.
         flux_error: [q], the floor, and what fewer steps of Lanczos change, or the
@@ -256,8 +258,9 @@ class ExactBalance(Result):
     def velocity_mask(self) -> jax.Array:
         """The edges whose velocity can be used, [q] bool.
 
-        Those that have converged and have more energy than rounding makes, which lies
-        within w of the edge in log lambda.
+        Those that have converged and have more energy than its error, which lies within
+        w of the edge in log lambda; none if the balance is not finite, not comparable
+        or not timed. The velocity itself may be smaller than its error.
         """
         places = jnp.where(self.has_energy, self.effective_edges, self.shells.edges)
         near = jnp.abs(jnp.log(places / self.shells.edges)) <= self.shells.reach()

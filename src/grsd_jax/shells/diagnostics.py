@@ -281,7 +281,9 @@ def caveats(
         found.append(
             f"Ask for more pairs: {percent(unresolved_share)} of the error's energy "
             "lies outside the measured ones, and exponents and residuals describe only "
-            "the rest."
+            "the rest; if more take too long, "
+            "grsd_jax.shells.measure_stochastic_coupling(...).toeplitz() gives "
+            "residuals without them."
         )
     return tuple(found)
 

@@ -87,6 +87,10 @@ def measure_coupling(
     pairs. Lanczos runs until they have converged. ``num_missing`` counts those that did
     not, and ``unresolved_share`` is the share of the error outside the pairs.
 
+    Where the pairs that the error lies in are too many to compute, or lie too close
+    together to converge, ``measure_stochastic_coupling(...).toeplitz()`` gives the
+    Toeplitz residuals of the spectrum down to a lowest edge without them.
+
     Call it eagerly (its programs are compiled once and reused while shapes stay the
     same), or inside `jit`, where nothing is checked but shapes.
 

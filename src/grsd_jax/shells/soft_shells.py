@@ -153,8 +153,12 @@ class SoftShells(Result):
     def _logs(self, values: jax.Array) -> jax.Array:
         """Returns ``log(lambda / lambda_k)``, minus infinity where lambda <= 0."""
         # The ratio first: logarithms of very small or large numbers are less accurate.
-        ratios = jnp.maximum(values, 0)[:, None] / self.edges[None, :]
-        return jnp.where(jnp.isnan(values)[:, None], jnp.nan, jnp.log(ratios))
+        values, edges = values[:, None], self.edges[None, :]
+        ratios = jnp.maximum(values, 0) / edges
+        if not self.width:
+            # Compiled, that is a product with 1 / edge, which may fall short of 1.
+            ratios = jnp.where(values == edges, 1, ratios)
+        return jnp.where(jnp.isnan(values), jnp.nan, jnp.log(ratios))
 
     def _step(self, logs: jax.Array) -> jax.Array:
         if self.width:
