@@ -185,6 +185,7 @@ def test_a_flux_that_has_not_converged_is_not_in_its_span(errors, told):
     balance = dataclasses.replace(
         random_result(CLASSES["ExactBalance"], 0),
         finite=jnp.bool_(True),
+        in_range=jnp.bool_(True),
         flux=jnp.asarray([1.0, 1e6, 3.0, 2.0, 2.0]),
         flux_error=jnp.asarray(errors),
     )

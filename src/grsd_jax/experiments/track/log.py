@@ -204,6 +204,9 @@ _LAST = (
     "cost_in_steps",
 )
 
+#: What says where they are undefined, which older files lack.
+_RANGE = ("in_range",)
+
 #: What every line has, whatever its loop adds.
 _EVERY = (*_FIRST, "edges", *_BALANCE, *_LAST)
 
@@ -240,8 +243,8 @@ def balance_line(balance: ExactBalance | None) -> dict[str, Any]:
         The names and values, and the shells' ``edges``.
     """
     if balance is None:
-        return dict.fromkeys(("edges", *_BALANCE))
-    fields = {name: getattr(balance, name) for name in _BALANCE}
+        return dict.fromkeys(("edges", *_BALANCE, *_RANGE))
+    fields = {name: getattr(balance, name) for name in (*_BALANCE, *_RANGE)}
     return {"edges": balance.shells.edges} | fields
 
 
