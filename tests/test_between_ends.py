@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from grsd_jax import Problem, dynamics
-from grsd_jax.dynamics import KrylovSteps, exact_balance, measured_time
+from grsd_jax.dynamics import KrylovSteps, exact_balance, measured_time, spectra
 from grsd_jax.dynamics.fingerprint import fingerprint
 from grsd_jax.shells import SoftShells
 from oracles import cast, dense_kernel
@@ -536,6 +536,35 @@ def test_products_in_reduced_precision_are_seen(solver):
     assert found[problem].rounding < 20 * eps
     assert found[coarse].rounding > 1000 * eps
     assert np.all(found[coarse].floor > 100 * found[problem].floor)
+
+
+@pytest.mark.parametrize("num_pairs", [None, 5])
+def test_snapshots_in_reduced_precision_are_seen(num_pairs):
+    problem, params = make_problem("tanh")
+    coarse = problem.replace(outputs_fn=coarse_outputs)
+    eps = float(jnp.finfo(jnp.float32).eps)
+    fine, other = (
+        dynamics.spectral_snapshot(which, params, num_pairs=num_pairs, key=KEY)
+        for which in (problem, coarse)
+    )
+    assert fine.rounding < 20 * eps
+    assert other.rounding > 1000 * eps
+    sharp = shells(EDGES[-3:], width=0)
+    # The larger rounding of both ends counts, whether they are snapshots or points.
+    ends = itertools.product((fine, other), (fine, other, (coarse, params)))
+    for before, after in ends:
+        found = exact_balance(before, after, sharp, key=KEY)
+        worst = fine if before is fine and after is fine else other
+        np.testing.assert_allclose(found.rounding, worst.rounding, rtol=1e-6)
+
+
+def test_the_rounding_beside_an_error_of_zero_is_that_of_every_pair():
+    values, vectors = np.array([3.0, 1.0], np.float32), np.eye(4, dtype=np.float32)
+    column, product = spectra._spectral_product(
+        *map(jnp.asarray, (values, vectors[:, :2])), jnp.zeros(4)
+    )
+    np.testing.assert_array_equal(column, [1, 1, 0, 0])
+    np.testing.assert_array_equal(product, [3, 1, 0, 0])
 
 
 def test_measured_time_is_that_of_the_steps():

@@ -30,9 +30,9 @@ def snapshot(values, vectors, error, dtype=jnp.float64):
     """Returns a snapshot; pairs in any order."""
     order = np.argsort(-np.asarray(values))
     parts = (np.asarray(values)[order], np.asarray(vectors)[:, order], error)
-    return SpectralSnapshot(
-        *(jnp.asarray(part, dtype) for part in parts), jnp.zeros(2, jnp.uint32)
-    )
+    parts = (jnp.asarray(part, dtype) for part in parts)
+    eps = jnp.asarray(jnp.finfo(dtype).eps, dtype)
+    return SpectralSnapshot(*parts, jnp.zeros(2, jnp.uint32), eps)
 
 
 def snapshot_of(matrix, error, dtype=jnp.float64, rank=None):

@@ -124,10 +124,10 @@ ORTHONORMAL = np.linalg.qr(KERNEL)[0]
 
 
 def _ends(values, error):
-    print_ = jnp.zeros(2, jnp.uint32)
-    first = dynamics.SpectralSnapshot(jnp.asarray(values), ORTHONORMAL, error, print_)
+    rest = jnp.zeros(2, jnp.uint32), jnp.asarray(np.finfo(VALUES.dtype).eps)
+    first = dynamics.SpectralSnapshot(jnp.asarray(values), ORTHONORMAL, error, *rest)
     second = dynamics.SpectralSnapshot(
-        jnp.asarray(1.2 * VALUES), ORTHONORMAL[:, ::-1], 0.9 * VECTOR, print_
+        jnp.asarray(1.2 * VALUES), ORTHONORMAL[:, ::-1], 0.9 * VECTOR, *rest
     )
     return first, second
 

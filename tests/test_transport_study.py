@@ -89,7 +89,9 @@ TIMES = 0.02 * np.arange(129)
 
 def snapshot(values, vectors, error):
     parts = values[::-1], vectors[:, ::-1], error
-    return SpectralSnapshot(*map(jnp.asarray, parts), jnp.zeros(2, jnp.uint32))
+    parts = [jnp.asarray(part) for part in parts]
+    eps = jnp.asarray(jnp.finfo(parts[0].dtype).eps, parts[0].dtype)
+    return SpectralSnapshot(*parts, jnp.zeros(2, jnp.uint32), eps)
 
 
 def turned(shift):
@@ -502,6 +504,10 @@ def test_a_writer_keeps_what_the_network_was_at_its_steps(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, found, expected)
     with pytest.raises(UserError, match=r"1\.npz': expected"):
         snapshots.read_snapshot(tmp_path, 1)
+    older = {k: x for k, x in found._asdict().items() if k != "rounding"}
+    records.write_npz(tmp_path / "3.npz", older)
+    with pytest.raises(UserError, match=r"3\.npz': expected .* with its rounding"):
+        snapshots.read_snapshot(tmp_path, 3)
 
 
 @pytest.mark.scheduled

@@ -25,7 +25,9 @@ ENERGIES = {
 
 def snapshot(values, vectors, error):
     parts = values[::-1], vectors[:, ::-1], error
-    return SpectralSnapshot(*map(jnp.asarray, parts), jnp.zeros(2, jnp.uint32))
+    parts = [jnp.asarray(part) for part in parts]
+    eps = jnp.asarray(jnp.finfo(parts[0].dtype).eps, parts[0].dtype)
+    return SpectralSnapshot(*parts, jnp.zeros(2, jnp.uint32), eps)
 
 
 def drifting(energy, shift):

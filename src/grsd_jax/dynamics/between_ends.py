@@ -33,6 +33,7 @@ from grsd_jax.dynamics.spectra import (
     mean_and_change,
     pair_krylov,
     pair_snapshots,
+    product_rounding,
     spectral_snapshot,
     stacked_point,
 )
@@ -44,7 +45,6 @@ from grsd_jax.dynamics.transport import (
     count_pairs,
 )
 from grsd_jax.kernel.mesh import layout_of
-from grsd_jax.kernel.operator import multiply_at
 from grsd_jax.kernel.products import held_products
 from grsd_jax.kernel.solver import solver_at
 from grsd_jax.linalg.lanczos import LanczosResult, block_lanczos
@@ -148,63 +148,7 @@ def exact_balance(
         return with_undefined(balance)
     check_choice("solver", solver, ("auto", "dense"))
     first, second = map(dense_snapshot, points, prints)
-    rounding = snapshot_rounding(points, (first, second))
-    return with_undefined(_between(first, second, shells, moment, rounding))
-
-
-def snapshot_rounding(
-    points: tuple[Point, Point], snapshots: tuple[SpectralSnapshot, SpectralSnapshot]
-) -> jax.Array:
-    """Returns the rounding of the kernels behind two snapshots, relative, [].
-
-    Args:
-        points: The problem at both ends.
-        snapshots: All pairs of both kernels.
-
-    Returns:
-        The larger `product_rounding`.
-    """
-    column = _probing_column(*(snapshot.error for snapshot in snapshots))
-    rounding = [
-        product_rounding(point, column, _spectral_product(snapshot, column))
-        for point, snapshot in zip(points, snapshots, strict=True)
-    ]
-    return jnp.maximum(*rounding)
-
-
-@jax.jit
-def _probing_column(before: jax.Array, after: jax.Array) -> jax.Array:
-    return jnp.sum(_unit_columns(mean_and_change(before, after)), axis=1)
-
-
-def product_rounding(point: Point, column: jax.Array, product: jax.Array) -> jax.Array:
-    """Returns the rounding of the kernel behind a product, relative, [].
-
-    The same product is taken afresh, by another program: in reduced precision the two
-    round differently. At least epsilon.
-
-    Args:
-        point: The problem at its parameters.
-        column: ``[n]``, v.
-        product: ``[n]``, ``M v`` by the spectrum that is used.
-
-    Returns:
-        [], the root mean square of the difference over the largest entry.
-    """
-    return _difference(multiply_at(point, column[:, None])[:, 0], product)
-
-
-@jax.jit
-def _difference(fresh: jax.Array, product: jax.Array) -> jax.Array:
-    size = divisor(jnp.max(jnp.abs(fresh)))
-    apart = jnp.sqrt(jnp.mean(jnp.square((fresh - product) / size)))
-    return jnp.maximum(apart, jnp.finfo(fresh.dtype).eps)
-
-
-@jax.jit
-def _spectral_product(snapshot: SpectralSnapshot, column: jax.Array) -> jax.Array:
-    inside = snapshot.values * matmul(snapshot.vectors.T, column)
-    return matmul(snapshot.vectors, inside)
+    return with_undefined(_between(first, second, shells, moment))
 
 
 def cheaper_solver(
@@ -259,7 +203,6 @@ def _between(
     after: SpectralSnapshot,
     shells: SoftShells,
     elapsed: jax.typing.ArrayLike,
-    rounding: jax.Array | None = None,
 ) -> ExactBalance:
     """Returns the balance of two snapshots, after checking that they fit."""
     _check_snapshot("before", before)
@@ -267,7 +210,7 @@ def _between(
     _check_same_space(*((len(e.error), e.error.dtype) for e in (before, after)))
     _check_comparable(before.fingerprint, after.fingerprint)
     shells = shells.checked(before.error.dtype)
-    return balance_snapshots(before, after, shells, elapsed, rounding)
+    return balance_snapshots(before, after, shells, elapsed)
 
 
 def check_same_ends(
@@ -284,6 +227,7 @@ def _check_snapshot(name: str, snapshot: SpectralSnapshot) -> None:
     check_shape(f"{name}.values", snapshot.values, [None])
     size = [len(snapshot.error), len(snapshot.values)]
     check_shape(f"{name}.vectors", snapshot.vectors, size)
+    check_shape(f"{name}.rounding", snapshot.rounding, [])
     wanted = jnp.result_type(snapshot.error)
     check_single_or_double(f"{name}.error", wanted)
     for part in ("values", "vectors"):
@@ -321,7 +265,6 @@ def balance_snapshots(
     after: SpectralSnapshot,
     shells: SoftShells,
     elapsed: jax.typing.ArrayLike,
-    rounding: jax.Array | None,
 ) -> ExactBalance:
     """Returns the balance of two snapshots that fit.
 
@@ -330,7 +273,6 @@ def balance_snapshots(
         after: The second.
         shells: The shells, checked.
         elapsed: [], the time that passed, 0 if it is unknown.
-        rounding: [], of products with the kernel, relative; epsilon if None.
 
     Returns:
         The balance.
@@ -341,7 +283,7 @@ def balance_snapshots(
         pair_snapshots(before, after),
         shells,
         matched=ranks[0] == ranks[1],
-        rounding=rounding,
+        rounding=jnp.maximum(before.rounding, after.rounding),
     )
     counting = None
     if ranks == (size, size):

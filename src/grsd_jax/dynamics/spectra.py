@@ -7,7 +7,7 @@ Two such snapshots, or two Krylov spaces of the same two errors, are what
 import jax
 import jax.numpy as jnp
 
-from grsd_jax._arrays import matmul, outside
+from grsd_jax._arrays import divisor, magnitude, matmul, outside, unit_vectors
 from grsd_jax._checks import (
     check_at_least,
     check_choice,
@@ -18,6 +18,7 @@ from grsd_jax._typing import PyTree
 from grsd_jax.dynamics.amounts import Pairing, Spectrum
 from grsd_jax.dynamics.fingerprint import fingerprint
 from grsd_jax.kernel.dense import dense_at
+from grsd_jax.kernel.operator import multiply_at
 from grsd_jax.kernel.products import held_products
 from grsd_jax.linalg.eigenpairs import leading_eigenpairs
 from grsd_jax.linalg.lanczos import LanczosResult
@@ -43,12 +44,16 @@ class SpectralSnapshot(NamedResult):
         error: ``[n]``, e.
         fingerprint: [2] uint32, of the batches and targets, in their order, and of the
             name of the loss.
+        rounding: [], the rounding of products with the kernel, relative, which one more
+            product measures; far above the dtype's epsilon if they run in reduced
+            precision.
     """
 
     values: jax.Array
     vectors: jax.Array
     error: jax.Array
     fingerprint: jax.Array
+    rounding: jax.Array
 
 
 def spectral_snapshot(
@@ -84,7 +89,7 @@ def spectral_snapshot(
     num_pairs = check_at_least("num_pairs", num_pairs, 1)
     key = check_key(key, "leading pairs")
     values, vectors = _leading_pairs(point, num_pairs, key)
-    return SpectralSnapshot(values, vectors, errors_at(point), fingerprint(problem))
+    return _snapshot(point, values, vectors, fingerprint(problem))
 
 
 def dense_snapshot(point: Point, data: jax.Array) -> SpectralSnapshot:
@@ -99,7 +104,50 @@ def dense_snapshot(point: Point, data: jax.Array) -> SpectralSnapshot:
     """
     (kernel,) = dense_at(point)
     values, vectors = all_pairs(kernel)
-    return SpectralSnapshot(values, vectors, errors_at(point), data)
+    return _snapshot(point, values, vectors, data)
+
+
+def _snapshot(
+    point: Point, values: jax.Array, vectors: jax.Array, data: jax.Array
+) -> SpectralSnapshot:
+    """Returns the snapshot of pairs, with the rounding of the error's part in them."""
+    error = errors_at(point)
+    rounding = product_rounding(point, *_spectral_product(values, vectors, error))
+    return SpectralSnapshot(values, vectors, error, data, rounding)
+
+
+@jax.jit
+def _spectral_product(
+    values: jax.Array, vectors: jax.Array, error: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the error's part in the pairs, of norm one, and its product with M."""
+    inside, _ = unit_vectors(matmul(vectors.T, error / magnitude(error)), axes=0)
+    inside = jnp.where(jnp.any(inside != 0), inside, 1)  # of no error: of every pair
+    return matmul(vectors, inside), matmul(vectors, values * inside)
+
+
+def product_rounding(point: Point, column: jax.Array, product: jax.Array) -> jax.Array:
+    """Returns the rounding of the kernel behind a product, relative, [].
+
+    The same product is taken afresh, by another program: in reduced precision the two
+    round differently. At least epsilon.
+
+    Args:
+        point: The problem at its parameters.
+        column: ``[n]``, v.
+        product: ``[n]``, ``M v`` by the spectrum that is used.
+
+    Returns:
+        [], the root mean square of the difference over the largest entry.
+    """
+    return _difference(multiply_at(point, column[:, None])[:, 0], product)
+
+
+@jax.jit
+def _difference(fresh: jax.Array, product: jax.Array) -> jax.Array:
+    size = divisor(jnp.max(jnp.abs(fresh)))
+    apart = jnp.sqrt(jnp.mean(jnp.square((fresh - product) / size)))
+    return jnp.maximum(apart, jnp.finfo(fresh.dtype).eps)
 
 
 def stacked_point(problem: Problem, params: PyTree) -> Point:
