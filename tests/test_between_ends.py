@@ -11,10 +11,13 @@ import optax
 import pytest
 
 from grsd_jax import Problem, dynamics
+from grsd_jax._arrays import matmul
 from grsd_jax.dynamics import KrylovSteps, exact_balance, measured_time, spectra
+from grsd_jax.dynamics.between_ends import count_by_quadrature
 from grsd_jax.dynamics.fingerprint import fingerprint
+from grsd_jax.linalg import block_lanczos
 from grsd_jax.shells import SoftShells
-from oracles import cast, dense_kernel
+from oracles import cast, dense_kernel, symmetric_with_spectrum
 from test_compiles import compilations
 from test_exact_balance import by_definition, snapshot_of
 
@@ -244,8 +247,33 @@ def test_counts_from_as_many_vectors_as_dimensions_are_exact():
     np.testing.assert_allclose(dense.moved, above[1] - above[0], atol=2e-3)
     steps = KrylovSteps(4, num_probes=48)
     found = exact_balance(*ends, shells(), solver=steps, key=KEY).counting
+    assert np.all(dense.error == 0)
+    assert np.all(dense.converged)
     np.testing.assert_allclose(found.density, dense.density, rtol=1e-3)
     np.testing.assert_allclose(found.moved, dense.moved, atol=2e-3)
+
+
+def test_counts_of_few_steps_say_what_more_of_them_would_change():
+    size, width, num_steps = 300, 8, 8
+    rng = np.random.default_rng(0)
+    first, _ = symmetric_with_spectrum(np.geomspace(1e-5, 5, size), 0)
+    turn = np.eye(size) + 0.15 / np.sqrt(size) * rng.normal(size=(size, size))
+    kernels = first, turn @ first @ turn.T
+    edges = np.geomspace(1e-3, 3, 6)
+    values = [np.linalg.eigvalsh(kernel)[:, None] for kernel in kernels]
+    above = [1 / (1 + (edges / np.maximum(x, 1e-30)) ** 2) for x in values]
+    density = sum(np.sum(up * (1 - up), axis=0) for up in above)  # 1/w is 2, halved
+    expected = np.sum(above[1] - above[0], axis=0) / density
+    start = jax.random.normal(KEY, (size, width))
+    matmats = (functools.partial(matmul, jnp.asarray(k, start.dtype)) for k in kernels)
+    runs = [block_lanczos(f, start, num_steps, key=KEY, driver="scan") for f in matmats]
+    found = count_by_quadrature(*runs, shells(edges))
+    off = np.abs(found.moved / found.density - expected)
+    assert np.all(off <= 3 * found.error)
+    # The vectors alone do not tell: at low edges eight steps are too few.
+    assert np.all((off > 3 * found.stderr)[:2])
+    np.testing.assert_array_equal(found.converged, np.arange(6) >= 2)
+    np.testing.assert_allclose(found.error[-1], found.stderr[-1], rtol=0.01)
 
 
 @pytest.mark.scheduled

@@ -62,11 +62,17 @@ class Counting(NamedResult):
         density: ``[q]``, ``tr (d up_k / d log lambda)``, the mean of both kernels.
         stderr: ``[q]``, the standard error of the ratio of both; 0 from all pairs,
             infinite from a single random vector.
+        error: ``[q]``, the error of the ratio: the standard error, and what fewer steps
+            of Lanczos change.
+        converged: ``[q]`` bool, whether three quarters and half of the Lanczos steps
+            change the ratio by no more than its standard error. True from all pairs.
     """
 
     moved: jax.Array
     density: jax.Array
     stderr: jax.Array
+    error: jax.Array
+    converged: jax.Array
 
 
 @result(
@@ -86,6 +92,7 @@ class Counting(NamedResult):
         "shift_velocity",
         "shift_velocity_error",
         "counting_velocity",
+        "counting_velocity_error",
         "excess_velocity",
         "velocity_mask",
         "non_adjacent_share",
@@ -251,6 +258,14 @@ class ExactBalance(Result):
         if self.counting is None:
             return None
         return _over(self.counting.moved, self.counting.density, self._time)
+
+    @property
+    def counting_velocity_error(self) -> jax.Array | None:
+        """The error of `counting_velocity`, [q]."""
+        if self.counting is None:
+            return None
+        counted = self.counting.density != 0
+        return _over(self.counting.error, self._time, where=counted)
 
     @property
     def excess_velocity(self) -> jax.Array | None:
@@ -456,9 +471,9 @@ def count_pairs(before: jax.Array, after: jax.Array, shells: SoftShells) -> Coun
     """
     moved = jnp.sum(shells.above(after), axis=0) - jnp.sum(shells.above(before), axis=0)
     both = jnp.concatenate([before, after])
-    return Counting(
-        moved, jnp.sum(shells.windows(both), axis=0) / 2, jnp.zeros_like(moved)
-    )
+    density = jnp.sum(shells.windows(both), axis=0) / 2
+    exact, converged = jnp.zeros_like(moved), jnp.ones(moved.shape, bool)
+    return Counting(moved, density, stderr=exact, error=exact, converged=converged)
 
 
 def _over(

@@ -204,8 +204,8 @@ _LAST = (
     "cost_in_steps",
 )
 
-#: What says where they are undefined, which older files lack.
-_RANGE = ("in_range",)
+#: What else a line has of a balance; older files lack it.
+_LATER = ("counting_velocity_error", "in_range")
 
 #: What every line has, whatever its loop adds.
 _EVERY = (*_FIRST, "edges", *_BALANCE, *_LAST)
@@ -243,8 +243,8 @@ def balance_line(balance: ExactBalance | None) -> dict[str, Any]:
         The names and values, and the shells' ``edges``.
     """
     if balance is None:
-        return dict.fromkeys(("edges", *_BALANCE, *_RANGE))
-    fields = {name: getattr(balance, name) for name in (*_BALANCE, *_RANGE)}
+        return dict.fromkeys(("edges", *_BALANCE, *_LATER))
+    fields = {name: getattr(balance, name) for name in (*_BALANCE, *_LATER)}
     return {"edges": balance.shells.edges} | fields
 
 
