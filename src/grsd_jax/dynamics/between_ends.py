@@ -283,6 +283,7 @@ def balance_snapshots(
         pair_snapshots(before, after),
         shells,
         matched=ranks[0] == ranks[1],
+        closest=-1,  # the rest may lie as high as the last pair
         rounding=jnp.maximum(before.rounding, after.rounding),
     )
     counting = None

@@ -7,7 +7,7 @@ Two such snapshots, or two Krylov spaces of the same two errors, are what
 import jax
 import jax.numpy as jnp
 
-from grsd_jax._arrays import divisor, magnitude, matmul, outside, unit_vectors
+from grsd_jax._arrays import divisor, magnitude, matmul, outside, ratio, unit_vectors
 from grsd_jax._checks import (
     check_at_least,
     check_choice,
@@ -46,7 +46,7 @@ class SpectralSnapshot(NamedResult):
             name of the loss.
         rounding: [], the rounding of products with the kernel, relative, which one more
             product measures; far above the dtype's epsilon if they run in reduced
-            precision.
+            precision. At least half the largest residual of leading pairs.
     """
 
     values: jax.Array
@@ -88,8 +88,9 @@ def spectral_snapshot(
         return dense_snapshot(point, fingerprint(problem))
     num_pairs = check_at_least("num_pairs", num_pairs, 1)
     key = check_key(key, "leading pairs")
-    values, vectors = _leading_pairs(point, num_pairs, key)
-    return _snapshot(point, values, vectors, fingerprint(problem))
+    values, vectors, residual = _leading_pairs(point, num_pairs, key)
+    found = _snapshot(point, values, vectors, fingerprint(problem))
+    return found._replace(rounding=jnp.maximum(found.rounding, residual))
 
 
 def dense_snapshot(point: Point, data: jax.Array) -> SpectralSnapshot:
@@ -247,8 +248,11 @@ all_pairs = jax.jit(descending_pairs)
 
 def _leading_pairs(
     point: Point, num_pairs: int, key: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Returns leading pairs by Lanczos; those that did not converge are zero."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns leading pairs by Lanczos, and half their largest relative residual.
+
+    Pairs that did not converge are zero.
+    """
     start_key, key = jax.random.split(key)
     width = min(_BLOCK, num_pairs)
     start = jax.random.normal(start_key, (point.dimension, width), point.error.dtype)
@@ -257,7 +261,11 @@ def _leading_pairs(
     )
     values = jnp.where(found.converged, found.values, 0)
     values = jnp.where(found.finite, values, jnp.nan)
-    return values, jnp.where(found.converged[None, :], found.vectors, 0)
+    vectors = jnp.where(found.converged[None, :], found.vectors, 0)
+    # A residual turns its vector as a kernel would that is off by as much. Half of it,
+    # since floors take the kernel to be off by three times the rounding.
+    worst = jnp.max(jnp.where(found.converged, found.residuals, 0))
+    return values, vectors, ratio(worst, found.values[0]) / 2
 
 
 def _with_rest(

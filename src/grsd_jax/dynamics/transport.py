@@ -378,6 +378,7 @@ def balance_spectra(
     square: bool = True,
     change: jax.typing.ArrayLike | None = None,
     rounding: jax.typing.ArrayLike | None = None,
+    closest: int = 0,
     agreement: float = 0.02,
 ) -> ExactBalance:
     r"""Returns the balance between two kernels whose spectra are given.
@@ -400,6 +401,7 @@ def balance_spectra(
         change: [], ``|delta|``, of which the spectra may hold a part alone; None if
             they hold all of it.
         rounding: [], of products with the kernel, relative; epsilon if None.
+        closest: Which of the spectra has the gaps at which rounding turns vectors.
         agreement: By how much of what passed an edge, in both directions, the others
             may change its flux for it to count as converged.
 
@@ -415,7 +417,7 @@ def balance_spectra(
     size = size_of(pairings[0])
     pairings = [scaled(pairing, size) for pairing in pairings]
     found, *coarser = (amounts_of(pairing, shells, square) for pairing in pairings)
-    floors = rounding_floors(pairings[0], shells, rounding)
+    floors = rounding_floors(pairings[closest], shells, rounding)
     others = [*coarser]
     if not square:  # four times what was left out, as far as the spectra know it
         others += 4 * [amounts_of(pairings[0], shells, square=True)]
