@@ -373,6 +373,29 @@ def test_errors_cover_the_residuals_of_leading_pairs(monkeypatch):
     assert np.abs(balance.flux[0] - expected["flux"][0]) > 1e-4
 
 
+def test_missing_copies_of_an_eigenvalue_leave_no_edge_converged():
+    values = np.r_[np.full(12, 5.0), 4, 3.5, 3, 2.5, np.linspace(1, 0.1, 184)]
+    size = len(values)
+    target = jnp.asarray(np.random.default_rng(0).normal(size=(1, size)), jnp.float32)
+    batches = {"row": jnp.arange(size, dtype=jnp.int32)[None], "target": target}
+    root = jnp.diag(jnp.sqrt(jnp.asarray(values, jnp.float32)))
+    problem = Problem.from_error(jax.tree_util.Partial(rows_error, root), batches)
+    found = dynamics.spectral_snapshot(problem, jnp.zeros(size), num_pairs=10, key=KEY)
+    assert np.sum(np.abs(found.values - 5) < 1e-3) < 12  # the block is too narrow
+    assert not found.complete
+    edges = np.array([4.5, 6.0])
+    whole = dynamics.spectral_snapshot(problem, jnp.zeros(size))
+    assert whole.complete
+    balance = exact_balance(whole, found, shells(edges, width=0))
+    np.testing.assert_array_equal(balance.converged, [False, True])
+    assert np.all(np.isinf(balance.energy_error[:, :2]))
+    # Nothing moved, and the missing copies would pass for what did.
+    believed = found._replace(complete=jnp.bool_(True))
+    wrong = exact_balance(whole, believed, shells(edges, width=0))
+    assert wrong.converged[0]
+    assert np.abs(wrong.flux[0]) > 10 * wrong.flux_error[0]
+
+
 @pytest.mark.parametrize(
     "solver", ["dense", pytest.param(SHORT, marks=pytest.mark.scheduled)]
 )

@@ -32,7 +32,8 @@ def snapshot(values, vectors, error, dtype=jnp.float64):
     parts = (np.asarray(values)[order], np.asarray(vectors)[:, order], error)
     parts = (jnp.asarray(part, dtype) for part in parts)
     eps = jnp.asarray(jnp.finfo(dtype).eps, dtype)
-    return SpectralSnapshot(*parts, jnp.zeros(2, jnp.uint32), eps)
+    rest = jnp.zeros(2, jnp.uint32), eps, jnp.bool_(True)
+    return SpectralSnapshot(*parts, *rest)
 
 
 def snapshot_of(matrix, error, dtype=jnp.float64, rank=None):

@@ -91,7 +91,8 @@ def snapshot(values, vectors, error):
     parts = values[::-1], vectors[:, ::-1], error
     parts = [jnp.asarray(part) for part in parts]
     eps = jnp.asarray(jnp.finfo(parts[0].dtype).eps, parts[0].dtype)
-    return SpectralSnapshot(*parts, jnp.zeros(2, jnp.uint32), eps)
+    rest = jnp.zeros(2, jnp.uint32), eps, jnp.bool_(True)
+    return SpectralSnapshot(*parts, *rest)
 
 
 def turned(shift):

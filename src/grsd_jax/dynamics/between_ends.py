@@ -227,7 +227,8 @@ def _check_snapshot(name: str, snapshot: SpectralSnapshot) -> None:
     check_shape(f"{name}.values", snapshot.values, [None])
     size = [len(snapshot.error), len(snapshot.values)]
     check_shape(f"{name}.vectors", snapshot.vectors, size)
-    check_shape(f"{name}.rounding", snapshot.rounding, [])
+    for part in ("rounding", "complete"):
+        check_shape(f"{name}.{part}", getattr(snapshot, part), [])
     wanted = jnp.result_type(snapshot.error)
     check_single_or_double(f"{name}.error", wanted)
     for part in ("values", "vectors"):

@@ -170,7 +170,8 @@ class Probe:
             vectors = jnp.zeros((size, size), dtype)
             zeros = [jnp.zeros(shape, dtype) for shape in (size, size, ())]
             own = jnp.array(data, copy=True)  # no buffer can be donated twice
-            snapshot = SpectralSnapshot(zeros[0], vectors, zeros[1], own, zeros[2])
+            rest = zeros[1], own, zeros[2], jnp.bool_(True)
+            snapshot = SpectralSnapshot(zeros[0], vectors, *rest)
         if isinstance(self.shells, SoftShells):
             edges = self.shells.checked(dtype).edges
         else:

@@ -47,6 +47,8 @@ class SpectralSnapshot(NamedResult):
         rounding: [], the rounding of products with the kernel, relative, which one more
             product measures; far above the dtype's epsilon if they run in reduced
             precision. At least half the largest residual of leading pairs.
+        complete: [] bool, whether no copy of a repeated eigenvalue can be missing among
+            the pairs. If not, the rest of the spectrum may lie as high as the first.
     """
 
     values: jax.Array
@@ -54,6 +56,7 @@ class SpectralSnapshot(NamedResult):
     error: jax.Array
     fingerprint: jax.Array
     rounding: jax.Array
+    complete: jax.Array
 
 
 def spectral_snapshot(
@@ -88,9 +91,10 @@ def spectral_snapshot(
         return dense_snapshot(point, fingerprint(problem))
     num_pairs = check_at_least("num_pairs", num_pairs, 1)
     key = check_key(key, "leading pairs")
-    values, vectors, residual = _leading_pairs(point, num_pairs, key)
+    values, vectors, residual, complete = _leading_pairs(point, num_pairs, key)
     found = _snapshot(point, values, vectors, fingerprint(problem))
-    return found._replace(rounding=jnp.maximum(found.rounding, residual))
+    rounding = jnp.maximum(found.rounding, residual)
+    return found._replace(rounding=rounding, complete=complete)
 
 
 def dense_snapshot(point: Point, data: jax.Array) -> SpectralSnapshot:
@@ -114,7 +118,7 @@ def _snapshot(
     """Returns the snapshot of pairs, with the rounding of the error's part in them."""
     error = errors_at(point)
     rounding = product_rounding(point, *_spectral_product(values, vectors, error))
-    return SpectralSnapshot(values, vectors, error, data, rounding)
+    return SpectralSnapshot(values, vectors, error, data, rounding, jnp.bool_(True))
 
 
 @jax.jit
@@ -203,12 +207,16 @@ def pair_snapshots(before: SpectralSnapshot, after: SpectralSnapshot) -> list[Pa
 
 
 def _raised(spectrum: Spectrum, snapshot: SpectralSnapshot, size: int) -> Spectrum:
-    """Returns the spectrum with the rest at the last pair before one is missing."""
+    """Returns the spectrum with the rest at the last pair before one is missing.
+
+    At the first, if copies of any may be missing.
+    """
     rank = snapshot.vectors.shape[1]
     if rank == size:
         return spectrum
     found = jnp.cumprod((snapshot.values > 0).astype(jnp.int32)) > 0
     last = jnp.min(snapshot.values, where=found, initial=jnp.inf)
+    last = jnp.where(snapshot.complete, last, snapshot.values[0])
     return spectrum._replace(values=spectrum.values.at[rank:].set(last))
 
 
@@ -248,10 +256,10 @@ all_pairs = jax.jit(descending_pairs)
 
 def _leading_pairs(
     point: Point, num_pairs: int, key: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Returns leading pairs by Lanczos, and half their largest relative residual.
 
-    Pairs that did not converge are zero.
+    Pairs that did not converge are zero. Last, whether no copy is missing above them.
     """
     start_key, key = jax.random.split(key)
     width = min(_BLOCK, num_pairs)
@@ -265,7 +273,9 @@ def _leading_pairs(
     # A residual turns its vector as a kernel would that is off by as much. Half of it,
     # since floors take the kernel to be off by three times the rounding.
     worst = jnp.max(jnp.where(found.converged, found.residuals, 0))
-    return values, vectors, ratio(worst, found.values[0]) / 2
+    # What has converged is proven, but for copies that a narrow block does not see.
+    complete = found.complete | ~jnp.all(found.converged)
+    return values, vectors, ratio(worst, found.values[0]) / 2, complete
 
 
 def _with_rest(

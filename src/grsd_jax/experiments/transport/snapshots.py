@@ -96,7 +96,7 @@ def read_snapshot(folder: Path, step: int) -> SpectralSnapshot:
     """
     path = _path(folder, step)
     arrays = records.read_npz(path)
-    if "values" in arrays and "rounding" not in arrays:
+    if "values" in arrays and not {"rounding", "complete"} <= arrays.keys():
         wanted = "a spectral snapshot with its rounding, as a new training writes it"
         raise files.cannot_read(path, wanted, "one without")
     with files.reading(path, "a spectral snapshot"):
