@@ -373,13 +373,19 @@ def test_errors_cover_the_residuals_of_leading_pairs(monkeypatch):
     assert np.abs(balance.flux[0] - expected["flux"][0]) > 1e-4
 
 
-def test_missing_copies_of_an_eigenvalue_leave_no_edge_converged():
+def repeated_top():
+    """Returns a problem of n = 200 whose largest eigenvalue has twelve copies."""
     values = np.r_[np.full(12, 5.0), 4, 3.5, 3, 2.5, np.linspace(1, 0.1, 184)]
     size = len(values)
     target = jnp.asarray(np.random.default_rng(0).normal(size=(1, size)), jnp.float32)
     batches = {"row": jnp.arange(size, dtype=jnp.int32)[None], "target": target}
     root = jnp.diag(jnp.sqrt(jnp.asarray(values, jnp.float32)))
-    problem = Problem.from_error(jax.tree_util.Partial(rows_error, root), batches)
+    error_fn = jax.tree_util.Partial(rows_error, root)
+    return Problem.from_error(error_fn, batches), size
+
+
+def test_missing_copies_of_an_eigenvalue_leave_no_edge_converged():
+    problem, size = repeated_top()
     found = dynamics.spectral_snapshot(problem, jnp.zeros(size), num_pairs=10, key=KEY)
     assert np.sum(np.abs(found.values - 5) < 1e-3) < 12  # the block is too narrow
     assert not found.complete

@@ -75,7 +75,6 @@ def _stirred(
     To first order ``e^T (up_k(M + E) - up_k(M)) e = sum_ij g_i g_j up_k[i, j] E_ij``,
     with the divided differences of the step; this is its root mean square.
     """
-    values = jnp.where(jnp.isinf(values), 0, values)  # of a rest of no known place
     largest = jnp.max(values, initial=0)
 
     def one(edge: jax.Array, up: jax.Array, window: jax.Array) -> jax.Array:

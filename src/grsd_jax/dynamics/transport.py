@@ -417,7 +417,13 @@ def balance_spectra(
     size = size_of(pairings[0])
     pairings = [scaled(pairing, size) for pairing in pairings]
     found, *coarser = (amounts_of(pairing, shells, square) for pairing in pairings)
-    floors = rounding_floors(pairings[closest], shells, rounding)
+    # Beside no pair at all the rest has no place, and only the lowest one has gaps.
+    near = jax.tree.map(
+        lambda low, high: jnp.where(jnp.isinf(high), low, high),
+        pairings[0],
+        pairings[closest],
+    )
+    floors = rounding_floors(near, shells, rounding)
     others = [*coarser]
     if not square:  # four times what was left out, as far as the spectra know it
         others += 4 * [amounts_of(pairings[0], shells, square=True)]

@@ -253,6 +253,7 @@ def _instant_line(record: InstantRecord) -> dict[str, Any]:
     fit, closure, crossings = record.velocity_fit, record.closure, record.crossings
     return {
         "num_resolved": record.num_resolved,
+        "complete": record.complete,
         "total_energy": record.total_energy,
         "edges": record.shells.edges,
         "counts": record.shells.counts,
