@@ -125,9 +125,11 @@ def _snapshot(
 def _spectral_product(
     values: jax.Array, vectors: jax.Array, error: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the error's part in the pairs, of norm one, and its product with M."""
-    inside, _ = unit_vectors(matmul(vectors.T, error / magnitude(error)), axes=0)
+    """Returns the error's part in the pairs and where M moves it, and their product."""
+    inside = matmul(vectors.T, error / magnitude(error))
     inside = jnp.where(jnp.any(inside != 0), inside, 1)  # of no error: of every pair
+    both = jnp.stack([inside, values * inside], axis=1)
+    inside = jnp.sum(unit_vectors(both, axes=0)[0], axis=1)
     return matmul(vectors, inside), matmul(vectors, values * inside)
 
 
