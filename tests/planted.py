@@ -38,8 +38,9 @@ def energies(logs, cumulative, time=0.0, exponent=0.0):
 
 def snapshot(values, vectors, error):
     """Returns the snapshot of pairs in ascending order."""
-    parts = values[::-1], vectors[:, ::-1], error
-    return SpectralSnapshot(*map(jnp.asarray, parts), jnp.zeros(2, jnp.uint32))
+    parts = [jnp.asarray(x) for x in (values[::-1], vectors[:, ::-1], error)]
+    eps = jnp.asarray(jnp.finfo(parts[0].dtype).eps, parts[0].dtype)
+    return SpectralSnapshot(*parts, jnp.zeros(2, jnp.uint32), eps, jnp.bool_(True))
 
 
 def turned(values, energies, turned_energies):

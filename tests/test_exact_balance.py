@@ -18,6 +18,7 @@ from grsd_jax.dynamics import (
 )
 from grsd_jax.dynamics.spectra import pair_snapshots
 from grsd_jax.dynamics.transport import balance_spectra
+from grsd_jax.experiments.track.log import balance_line
 from grsd_jax.shells import SoftShells, assign_shells
 from modes import no_nan
 from oracles import symmetric_with_spectrum
@@ -29,9 +30,10 @@ def snapshot(values, vectors, error, dtype=jnp.float64):
     """Returns a snapshot; pairs in any order."""
     order = np.argsort(-np.asarray(values))
     parts = (np.asarray(values)[order], np.asarray(vectors)[:, order], error)
-    return SpectralSnapshot(
-        *(jnp.asarray(part, dtype) for part in parts), jnp.zeros(2, jnp.uint32)
-    )
+    parts = (jnp.asarray(part, dtype) for part in parts)
+    eps = jnp.asarray(jnp.finfo(dtype).eps, dtype)
+    rest = jnp.zeros(2, jnp.uint32), eps, jnp.bool_(True)
+    return SpectralSnapshot(*parts, *rest)
 
 
 def snapshot_of(matrix, error, dtype=jnp.float64, rank=None):
@@ -311,7 +313,7 @@ def test_errors_close_to_each_other_lose_what_they_lose():
     np.testing.assert_allclose(found.lost, expected, rtol=2e-5, atol=1e-9)
 
 
-@pytest.mark.parametrize("scale", [1e-15, 1e15])
+@pytest.mark.parametrize("scale", [1e-15, 1e-12, 1e15])
 def test_balance_follows_the_scales_of_kernel_and_error(scale):
     (first, e0), (second, e1) = random_end(10), random_end(11)
     ends = [snapshot_of(m, e, jnp.float32) for m, e in ((first, e0), (second, e1))]
@@ -334,6 +336,47 @@ def test_balance_follows_the_scales_of_kernel_and_error(scale):
         np.testing.assert_allclose(other.growth, found.growth, rtol=1e-4)
         np.testing.assert_allclose(other.growth_error, found.growth_error, rtol=1e-2)
         assert other.finite
+        assert other.in_range
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e-21, 1e-18, 1e21])
+def test_amounts_that_the_dtype_cannot_hold_are_undefined_and_told(scale):
+    points = [random_end(seed) for seed in (10, 11)]
+    ends = [snapshot_of(matrix, error, jnp.float32) for matrix, error in points]
+    far = [end._replace(error=end.error * scale) for end in ends]
+    whole, found = balance(*ends), balance(*far)
+    assert whole.in_range
+    assert not found.in_range
+    assert found.finite == (scale < 1)  # infinite amounts are not finite
+    for name in ("energies", "lost", "moved", "flux", "rotation", "density", "floor"):
+        assert np.all(np.isnan(getattr(found, name))), name
+    for name in ("flux_error", "velocity", "excess_velocity", "velocity_error"):
+        assert np.all(np.isnan(getattr(found, name))), name
+    assert np.isnan(found.non_adjacent_share)
+    assert not np.any(found.velocity_mask)
+    np.testing.assert_allclose(found.growth, whole.growth, rtol=1e-4)
+    assert "n/a" in str(found)
+    assert ("OUT OF THE RANGE" in str(found)) == (scale < 1)
+    line = balance_line(found)
+    assert not line["in_range"]
+    assert np.all(np.isnan(line["flux"]))
+    nothing = [end._replace(error=0 * end.error) for end in ends]
+    assert balance(*nothing).in_range  # zero is no error that was lost
+
+
+def test_what_the_dtype_cannot_hold_makes_no_nan_in_programs():
+    @jax.jit
+    def inside(before, after, scale):
+        ends = (end._replace(error=scale * end.error) for end in (before, after))
+        found = balance(*ends)
+        return found.in_range, found.velocity_mask, found.velocity, found.flux_error
+
+    ends = [snapshot_of(*random_end(seed), jnp.float32) for seed in (10, 11)]
+    with no_nan():
+        for scale in (1e-21, 1e21):
+            in_range, mask, *_ = inside(*ends, scale)
+            assert not in_range
+            assert not np.any(mask)
 
 
 @pytest.mark.usefixtures("x64")

@@ -124,10 +124,11 @@ ORTHONORMAL = np.linalg.qr(KERNEL)[0]
 
 
 def _ends(values, error):
-    print_ = jnp.zeros(2, jnp.uint32)
-    first = dynamics.SpectralSnapshot(jnp.asarray(values), ORTHONORMAL, error, print_)
+    eps = jnp.asarray(np.finfo(VALUES.dtype).eps)
+    rest = jnp.zeros(2, jnp.uint32), eps, jnp.bool_(True)
+    first = dynamics.SpectralSnapshot(jnp.asarray(values), ORTHONORMAL, error, *rest)
     second = dynamics.SpectralSnapshot(
-        jnp.asarray(1.2 * VALUES), ORTHONORMAL[:, ::-1], 0.9 * VECTOR, print_
+        jnp.asarray(1.2 * VALUES), ORTHONORMAL[:, ::-1], 0.9 * VECTOR, *rest
     )
     return first, second
 

@@ -9,6 +9,7 @@ import pytest
 from grsd_jax import gradient_flow_direction
 from grsd_jax.dynamics import KrylovSteps, exact_balance, midpoint_flux
 from grsd_jax.dynamics import midpoint as module
+from grsd_jax.results import with_undefined
 from grsd_jax.shells import SoftShells
 from oracles import cast
 from test_between_ends import EDGES, in_double, make_problem, shells, train
@@ -154,6 +155,11 @@ def test_units_change_nothing(of_m, of_e):
         np.testing.assert_allclose(
             getattr(scaled, name) / of_e**2, getattr(once, name), rtol=1e-5
         )
+    assert np.all(scaled.in_range)
+    for size in (1e-21, 1e21):
+        lost = with_undefined(found(1.0, size))
+        assert not np.any(lost.in_range)
+        assert np.all(np.isnan([lost.flux, lost.floor, lost.flux_error]))
 
 
 def test_what_does_not_fit_is_one_sentence():

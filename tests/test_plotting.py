@@ -52,7 +52,7 @@ def balance(seed):
     made = positive(random_result(ExactBalance, 2 * seed))
     edges = shells.SoftShells(jnp.asarray([0.1, 0.2, 0.4, 0.8, 1.6]), 0.5)
     wide = {"energies": jnp.outer(jnp.asarray([seed, seed + 1.0]), jnp.ones(6))}
-    sound = {"finite": jnp.bool_(True)}
+    sound = {"finite": jnp.bool_(True), "in_range": jnp.bool_(True)}
     return type(made)(**{**vars(made), "shells": edges, **wide, **sound})
 
 

@@ -109,6 +109,7 @@ def test_derived_quantities_are_columns():
         random_result(CLASSES["ExactBalance"]),
         elapsed=jnp.ones(()),
         finite=jnp.bool_(True),
+        in_range=jnp.bool_(True),
     )
     frame = balance.to_pandas("edge")
     np.testing.assert_allclose(frame.velocity, balance.velocity, rtol=1e-6)

@@ -138,8 +138,10 @@ def test_an_undefined_fit_says_why():
 def test_options_are_shown_with_their_values():
     result = random_result(CLASSES["CouplingMeasurement"], 0)
     window = shells.Window(num_pairs=7)
-    fitting = jnp.zeros_like(result.num_misfits)  # no caveat, which needs a line
-    text = repr(dataclasses.replace(result, window=window, num_misfits=fitting))
+    # No caveats, which need lines.
+    fitting = {"num_misfits": jnp.zeros_like(result.num_misfits)}
+    fitting |= {"complete": jnp.bool_(True)}
+    text = repr(dataclasses.replace(result, window=window, **fitting))
     assert re.search(rf"^  window +{re.escape(repr(window))}$", text, re.M)
 
 
@@ -185,6 +187,7 @@ def test_a_flux_that_has_not_converged_is_not_in_its_span(errors, told):
     balance = dataclasses.replace(
         random_result(CLASSES["ExactBalance"], 0),
         finite=jnp.bool_(True),
+        in_range=jnp.bool_(True),
         flux=jnp.asarray([1.0, 1e6, 3.0, 2.0, 2.0]),
         flux_error=jnp.asarray(errors),
     )

@@ -1,5 +1,7 @@
 """Bounds for sharp edges: they hold for every measure, and close with the steps."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,10 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grsd_jax import Problem
+from grsd_jax._arrays import matmul
 from grsd_jax.dynamics import sharp_flux_bounds
-from grsd_jax.dynamics.sharp_bounds import energy_above
+from grsd_jax.dynamics.between_ends import KrylovSpaces
+from grsd_jax.dynamics.sharp_bounds import _bounds, energy_above
 from grsd_jax.linalg import block_lanczos
-from grsd_jax.shells import measure_stochastic_coupling
+from grsd_jax.results import with_undefined
+from grsd_jax.shells import SoftShells, measure_stochastic_coupling
+from oracles import symmetric_with_spectrum
 from test_between_ends import in_double, make_problem, train
 from test_exact_balance import by_definition
 
@@ -102,6 +108,31 @@ def test_the_flux_of_a_training_lies_between_its_bounds(activation):
     assert np.sum(widths[1]) < 0.5 * np.sum(widths[0])
     energy = float(np.sum(np.square(oracle[0].error)))
     assert np.median(widths[1]) < 0.02 * energy
+
+
+def test_bounds_that_the_dtype_cannot_hold_are_undefined():
+    rng = np.random.default_rng(0)
+    vectors = jnp.asarray(rng.normal(size=(SIZE, 2)), jnp.float32)
+    runs = []
+    for seed in (0, 1):
+        kernel, _ = symmetric_with_spectrum(np.geomspace(1e-4, 5, SIZE), seed)
+        matmat = partial(matmul, jnp.asarray(kernel, jnp.float32))
+        runs.append(block_lanczos(matmat, vectors, STEPS, key=KEY))
+    eps = jnp.finfo(jnp.float32).eps
+    spaces = KrylovSpaces(*runs, vectors, jnp.asarray(eps), ())
+    sharp = SoftShells(jnp.asarray(EDGES, jnp.float32), width=0)
+
+    def found(size):
+        far = spaces._replace(vectors=size * spaces.vectors)
+        return _bounds(far, sharp, jnp.bool_(True), KEY, num_steps=STEPS)
+
+    once, small = found(1.0), found(1e-12)
+    assert np.all(once.in_range & small.in_range)
+    np.testing.assert_allclose(small.upper / 1e-24, once.upper, rtol=1e-3, atol=1e-4)
+    for size in (1e-21, 1e21):
+        lost = with_undefined(found(size))
+        assert not np.any(lost.in_range)
+        assert np.all(np.isnan([lost.lower, lost.upper]))
 
 
 def test_what_does_not_fit_is_one_sentence():

@@ -13,8 +13,11 @@ from grsd_jax import (
     gradient_flow_direction,
     measure_coupling,
 )
+from grsd_jax.dynamics.moving_spectrum import Finder, moving_spectrum
+from grsd_jax.problem import point_at
 from grsd_jax.shells import measurement
 from network_parts import normals, rms_norm
+from test_between_ends import repeated_top
 
 WINDOW = Window(num_pairs=24)
 SHELLS = Binning(num_shells=5, window=3, num_bootstrap=0)
@@ -127,6 +130,7 @@ def test_the_share_of_the_error_outside_the_pairs(solver, reduction):
 def test_a_floor_ends_the_window_of_both_solvers(solver):
     problem, params = problem_of(dense_layers)
     got = measure(problem, params, solver, window=Window(num_pairs=None, floor=1e-2))
+    assert got.complete
     values = np.asarray(measure(problem, params, "dense").values)
     expected = int(np.sum(values > 1e-2 * values[0]))
     assert 3 < expected < 60
@@ -137,11 +141,40 @@ def test_a_floor_ends_the_window_of_both_solvers(solver):
 def test_values_at_their_rounding_are_not_resolved_by_lanczos_either():
     values = jnp.asarray([1, 1e-3, 2e-5, 5e-6], jnp.float32)
     start = jax.random.normal(jax.random.key(0), (4, 2), jnp.float32)
-    pairs = measurement._converged_pairs(
+    pairs, complete = measurement._converged_pairs(
         lambda v: values[:, None] * v, start, Window(4), jax.random.key(1), None
     )
     np.testing.assert_array_equal(pairs.resolved, [True, True, True, False])
     assert measurement.missing_pairs(pairs, 4, Window(4)) == 1
+    assert complete
+
+
+def test_copies_that_a_narrow_block_may_miss_are_a_caveat():
+    problem, size = repeated_top()
+    params = jnp.zeros(size)
+    options = {"window": Window(10), "shells": SHELLS, "key": jax.random.key(0)}
+    narrow = measure_coupling(
+        problem, params, jnp.ones(size), solver=Lanczos(block_size=4), **options
+    )
+    assert narrow.num_missing == 0  # ten pairs, of which twelve should be the largest
+    assert np.sum(narrow.values > 4.9) < 10
+    assert not narrow.complete
+    assert any("Copies of a repeated eigenvalue" in said for said in narrow.caveats)
+    assert "Copies of a repeated eigenvalue" in str(narrow)
+    given = Lanczos(block_size=4, num_steps=8)
+    steps = measure_coupling(problem, params, jnp.ones(size), solver=given, **options)
+    assert steps.complete is None
+    assert not any("Copies" in said for said in steps.caveats)
+
+
+def test_a_moving_spectrum_says_if_copies_may_be_missing():
+    problem, size = repeated_top()
+    point = point_at(problem, jnp.zeros(size))
+    finder = Finder(Window(10), block_size=4, convergence=1e-3)
+    basis = {"vectors": jnp.zeros((size, 10))}
+    for start, complete in ((basis, False), ({}, True)):
+        found = moving_spectrum(point, start, finder, warm=False, key=jax.random.key(0))
+        assert found.complete == complete
 
 
 def test_pairs_that_too_few_steps_leave_out_are_counted():

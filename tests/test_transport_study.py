@@ -519,6 +519,10 @@ def test_a_writer_keeps_what_the_network_was_at_its_steps(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, found, expected)
     with pytest.raises(UserError, match=r"1\.npz': expected"):
         snapshots.read_snapshot(tmp_path, 1)
+    older = {k: x for k, x in found._asdict().items() if k != "rounding"}
+    records.write_npz(tmp_path / "3.npz", older)
+    with pytest.raises(UserError, match=r"3\.npz': expected .* with its rounding"):
+        snapshots.read_snapshot(tmp_path, 3)
 
 
 @pytest.mark.scheduled

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from grsd_jax._arrays import matmul, ratio
+from grsd_jax._arrays import divisor, matmul, ratio
 from grsd_jax.shells.soft_shells import SoftShells
 
 #: How far a spectrum may have grown or shrunk, in log lambda, and the halvings to it.
@@ -64,11 +64,34 @@ class Amounts(NamedTuple):
     effective_edges: jax.Array
 
 
-def units_of(pairing: Pairing) -> tuple[jax.Array, jax.Array]:
-    """Returns the size of the errors, by which they are divided, and its square."""
-    size = jnp.max(jnp.abs(pairing.before.coefficients), initial=0)
-    size = jnp.where(size > 0, size, 1)
-    return size, jnp.square(size)
+def size_of(pairing: Pairing) -> jax.Array:
+    """Returns the size of the errors, by which they are divided, [], above zero."""
+    return divisor(jnp.max(jnp.abs(pairing.before.coefficients), initial=0))
+
+
+def restored(amount: jax.Array, size: jax.Array) -> jax.Array:
+    """Returns what is quadratic in the error, of errors that are larger by a size.
+
+    In two factors, since the square of the size alone may leave the dtype.
+    """
+    return amount * size * size
+
+
+def in_dtype(amount: jax.Array, floor: jax.Array, size: jax.Array) -> jax.Array:
+    """Returns where the dtype holds restored amounts.
+
+    Args:
+        amount: The amounts of errors of size one.
+        floor: What rounding may do to them, so that what is smaller does not count; of
+            their last axes.
+        size: [], of the errors.
+
+    Returns:
+        Booleans: no amount is infinite, and no floor is lost.
+    """
+    floor, least = jnp.broadcast_to(floor, amount.shape), jnp.finfo(floor.dtype).tiny
+    kept = (floor == 0) | (restored(floor, size) >= least)
+    return kept & jnp.isfinite(restored(amount, size))
 
 
 def scaled(pairing: Pairing, scale: jax.Array) -> Pairing:

@@ -33,6 +33,7 @@ from grsd_jax.dynamics.spectra import (
     mean_and_change,
     pair_krylov,
     pair_snapshots,
+    product_rounding,
     spectral_snapshot,
     stacked_point,
 )
@@ -44,7 +45,6 @@ from grsd_jax.dynamics.transport import (
     count_pairs,
 )
 from grsd_jax.kernel.mesh import layout_of
-from grsd_jax.kernel.operator import multiply_at
 from grsd_jax.kernel.products import held_products
 from grsd_jax.kernel.solver import solver_at
 from grsd_jax.linalg.lanczos import LanczosResult, block_lanczos
@@ -148,63 +148,7 @@ def exact_balance(
         return with_undefined(balance)
     check_choice("solver", solver, ("auto", "dense"))
     first, second = map(dense_snapshot, points, prints)
-    rounding = snapshot_rounding(points, (first, second))
-    return with_undefined(_between(first, second, shells, moment, rounding))
-
-
-def snapshot_rounding(
-    points: tuple[Point, Point], snapshots: tuple[SpectralSnapshot, SpectralSnapshot]
-) -> jax.Array:
-    """Returns the rounding of the kernels behind two snapshots, relative, [].
-
-    Args:
-        points: The problem at both ends.
-        snapshots: All pairs of both kernels.
-
-    Returns:
-        The larger `product_rounding`.
-    """
-    column = _probing_column(*(snapshot.error for snapshot in snapshots))
-    rounding = [
-        product_rounding(point, column, _spectral_product(snapshot, column))
-        for point, snapshot in zip(points, snapshots, strict=True)
-    ]
-    return jnp.maximum(*rounding)
-
-
-@jax.jit
-def _probing_column(before: jax.Array, after: jax.Array) -> jax.Array:
-    return jnp.sum(_unit_columns(mean_and_change(before, after)), axis=1)
-
-
-def product_rounding(point: Point, column: jax.Array, product: jax.Array) -> jax.Array:
-    """Returns the rounding of the kernel behind a product, relative, [].
-
-    The same product is taken afresh, by another program: in reduced precision the two
-    round differently. At least epsilon.
-
-    Args:
-        point: The problem at its parameters.
-        column: ``[n]``, v.
-        product: ``[n]``, ``M v`` by the spectrum that is used.
-
-    Returns:
-        [], the root mean square of the difference over the largest entry.
-    """
-    return _difference(multiply_at(point, column[:, None])[:, 0], product)
-
-
-@jax.jit
-def _difference(fresh: jax.Array, product: jax.Array) -> jax.Array:
-    size = divisor(jnp.max(jnp.abs(fresh)))
-    apart = jnp.sqrt(jnp.mean(jnp.square((fresh - product) / size)))
-    return jnp.maximum(apart, jnp.finfo(fresh.dtype).eps)
-
-
-@jax.jit
-def _spectral_product(snapshot: SpectralSnapshot, column: jax.Array) -> jax.Array:
-    inside = snapshot.values * matmul(snapshot.vectors.T, column)
-    return matmul(snapshot.vectors, inside)
+    return with_undefined(_between(first, second, shells, moment))
 
 
 def cheaper_solver(
@@ -259,7 +203,6 @@ def _between(
     after: SpectralSnapshot,
     shells: SoftShells,
     elapsed: jax.typing.ArrayLike,
-    rounding: jax.Array | None = None,
 ) -> ExactBalance:
     """Returns the balance of two snapshots, after checking that they fit."""
     _check_snapshot("before", before)
@@ -267,7 +210,7 @@ def _between(
     _check_same_space(*((len(e.error), e.error.dtype) for e in (before, after)))
     _check_comparable(before.fingerprint, after.fingerprint)
     shells = shells.checked(before.error.dtype)
-    return balance_snapshots(before, after, shells, elapsed, rounding)
+    return balance_snapshots(before, after, shells, elapsed)
 
 
 def check_same_ends(
@@ -284,6 +227,8 @@ def _check_snapshot(name: str, snapshot: SpectralSnapshot) -> None:
     check_shape(f"{name}.values", snapshot.values, [None])
     size = [len(snapshot.error), len(snapshot.values)]
     check_shape(f"{name}.vectors", snapshot.vectors, size)
+    for part in ("rounding", "complete"):
+        check_shape(f"{name}.{part}", getattr(snapshot, part), [])
     wanted = jnp.result_type(snapshot.error)
     check_single_or_double(f"{name}.error", wanted)
     for part in ("values", "vectors"):
@@ -321,7 +266,6 @@ def balance_snapshots(
     after: SpectralSnapshot,
     shells: SoftShells,
     elapsed: jax.typing.ArrayLike,
-    rounding: jax.Array | None,
 ) -> ExactBalance:
     """Returns the balance of two snapshots that fit.
 
@@ -330,7 +274,6 @@ def balance_snapshots(
         after: The second.
         shells: The shells, checked.
         elapsed: [], the time that passed, 0 if it is unknown.
-        rounding: [], of products with the kernel, relative; epsilon if None.
 
     Returns:
         The balance.
@@ -341,7 +284,8 @@ def balance_snapshots(
         pair_snapshots(before, after),
         shells,
         matched=ranks[0] == ranks[1],
-        rounding=rounding,
+        closest=-1,  # the rest may lie as high as the last pair
+        rounding=jnp.maximum(before.rounding, after.rounding),
     )
     counting = None
     if ranks == (size, size):
@@ -555,23 +499,42 @@ def count_by_quadrature(
         shells: The shells.
 
     Returns:
-        The count, with the standard error over the p vectors; infinite if p = 1.
+        The count, with the standard error over the p vectors, infinite if p = 1, and
+        with what three quarters and half of the steps change.
 
     References:
         Ubaru, Chen and Saad (2017), "Fast estimation of tr(f(A)) via stochastic Lanczos
         quadrature".
     """
-    number, size = before.block_size, before.basis.shape[0]
-    above, at_edge = [], []
-    for run in (before, after):
-        values, rotation = jnp.linalg.eigh(run.tridiagonal)
-        weights = size * jnp.square(rotation[:number])
-        above.append(matmul(weights, shells.above(values)))
-        at_edge.append(matmul(weights, shells.windows(values)))
-    moved, density = above[1] - above[0], (at_edge[0] + at_edge[1]) / 2
+    width, size = before.block_size, before.basis.shape[0]
+    number = len(before.tridiagonal) // width
+
+    def counted(used: int) -> tuple[jax.Array, jax.Array]:
+        above, at_edge = [], []
+        for run in (before, after):
+            leading = run.tridiagonal[: used * width, : used * width]
+            values, rotation = jnp.linalg.eigh(leading)
+            weights = size * jnp.square(rotation[:width])
+            above.append(matmul(weights, shells.above(values)))
+            at_edge.append(matmul(weights, shells.windows(values)))
+        return above[1] - above[0], (at_edge[0] + at_edge[1]) / 2
+
+    (moved, density), *coarser = map(counted, (number, 3 * number // 4, number // 2))
     mean_moved, mean_density = jnp.mean(moved, axis=0), jnp.mean(density, axis=0)
-    share = ratio(mean_moved, mean_density)[None, :]
-    spread = jnp.sum(jnp.square(moved - share * density), axis=0)
-    stderr = ratio(jnp.sqrt(spread / (number * max(number - 1, 1))), mean_density)
-    stderr = stderr if number > 1 else jnp.full_like(stderr, jnp.inf)
-    return Counting(mean_moved, mean_density, stderr)
+    share = ratio(mean_moved, mean_density)
+    spread = jnp.sum(jnp.square(moved - share[None, :] * density), axis=0)
+    stderr = ratio(jnp.sqrt(spread / (width * max(width - 1, 1))), mean_density)
+    stderr = stderr if width > 1 else jnp.full_like(stderr, jnp.inf)
+    apart = jnp.stack(
+        [
+            jnp.abs(ratio(jnp.mean(part, axis=0), jnp.mean(at_edge, axis=0)) - share)
+            for part, at_edge in coarser
+        ]
+    )
+    return Counting(
+        mean_moved,
+        mean_density,
+        stderr=stderr,
+        error=stderr + jnp.sum(apart, axis=0),
+        converged=jnp.all(apart <= stderr[None, :], axis=0),
+    )

@@ -101,6 +101,9 @@ class InstantRecord(NamedResult):
         crossings: Resolved pairs that passed the inner edges since the last record.
         values: ``[num_values]``, the leading eigenvalues.
         drift: ``[num_values]``, ``d lambda_i / dt``.
+        complete: [] bool, whether no copy of a repeated eigenvalue can be missing among
+            the pairs. If not, the energy of such copies is not in their shell. True
+            with the dense solver.
         num_columns: Columns that were multiplied by M, those of the small step
             included; 0 with the dense solver.
     """
@@ -115,6 +118,7 @@ class InstantRecord(NamedResult):
     crossings: EdgeCrossings
     values: jax.Array
     drift: jax.Array
+    complete: jax.Array
     num_columns: int = 0
 
 
@@ -329,6 +333,7 @@ def _transport_record(
         crossings=crossings,
         values=pairs.values[:num_values],
         drift=eigenvalue_drift(spectrum.coupling)[:num_values],
+        complete=spectrum.complete,
     )
 
 
@@ -349,7 +354,7 @@ def empty_record(
     column, mask = square[0], jnp.zeros(num_pairs, bool)
     pairs = RitzPairs(column, square, column, mask)
     shapes = _transport_record.eval_shape(
-        MovingSpectrum(pairs, square, column, column, 0),
+        MovingSpectrum(pairs, square, column, column, 0, jnp.bool_(True)),
         edges,
         (column, mask),
         edges[1:],

@@ -129,7 +129,7 @@ def _forms(balance: ExactBalance, velocity: str) -> _Forms:
         if balance.counting is None or balance.counting_velocity is None:
             raise ValueError("balances: expected counts for the excess, got none.")
         counted = balance.counting_velocity
-        stderr = balance.counting.stderr / divisor(elapsed)
+        stderr = balance.counting.error / divisor(elapsed)
 
     def form(values: jax.Array) -> tuple[jax.Array, jax.Array]:
         known = jnp.isfinite(values) & jnp.isfinite(counted) & balance.velocity_mask

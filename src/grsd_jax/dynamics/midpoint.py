@@ -20,6 +20,7 @@ from grsd_jax._checks import (
     check_tree_single_or_double,
 )
 from grsd_jax._typing import PyTree
+from grsd_jax.dynamics.amounts import in_dtype, restored
 from grsd_jax.dynamics.between_ends import (
     KrylovSteps,
     cheaper_solver,
@@ -36,7 +37,7 @@ from grsd_jax.kernel.dense import dense_at
 from grsd_jax.kernel.derivative import Derivative
 from grsd_jax.kernel.products import projected_derivative
 from grsd_jax.problem import Point, Problem
-from grsd_jax.results import NamedResult, result
+from grsd_jax.results import NamedResult, result, with_undefined
 from grsd_jax.shells.soft_shells import RATIONAL_WIDTHS, SoftShells
 
 #: The size of what rounding does, over epsilon: a bound on small networks.
@@ -50,7 +51,10 @@ _AGREEMENT = 0.02
 _COLUMNS = 8
 
 
-@result(units=dict.fromkeys(("flux", "floor", "flux_error"), "|e|^2"))
+@result(
+    masks=dict.fromkeys(("flux", "density", "floor", "flux_error"), "in_range"),
+    units=dict.fromkeys(("flux", "floor", "flux_error"), "|e|^2"),
+)
 class MidpointFlux(NamedResult):
     """The flux past the edges over a small step; the fields as in `ExactBalance`.
 
@@ -67,6 +71,9 @@ class MidpointFlux(NamedResult):
         converged: [q] bool, whether three quarters and half of the Lanczos steps agree
             with all of them, here and at every edge above. True from all pairs.
         finite: [] bool, whether all numbers are finite.
+        in_range: [q] bool, whether the dtype holds the amounts, down to their rounding.
+            If not, the error is too small or too large for its square, or the motion
+            too small for its product with it, and the amounts are NaN.
     """
 
     shells: SoftShells
@@ -76,6 +83,7 @@ class MidpointFlux(NamedResult):
     flux_error: jax.Array
     converged: jax.Array
     finite: jax.Array
+    in_range: jax.Array
 
 
 def midpoint_flux(
@@ -137,13 +145,14 @@ def midpoint_flux(
         check_choice("solver", solver, ("auto", "dense"))
         kernel, moved = dense_at(middle)
         values, basis = all_pairs(kernel)
-        return _by_all_pairs(values, basis, moved, vectors, shells)
+        return with_undefined(_by_all_pairs(values, basis, moved, vectors, shells))
     key = check_key(key, "KrylovSteps")
     still = dataclasses.replace(middle, direction=None)
     run = krylov_space(still, vectors[:, 0], solver, key)
     moved = projected_derivative(middle, run.basis, Derivative(), _COLUMNS)
     inside = matmul(run.basis.T, vectors)
-    return _by_krylov(run.tridiagonal, moved, inside, shells, run.finite)
+    found = _by_krylov(run.tridiagonal, moved, inside, shells, run.finite)
+    return with_undefined(found)
 
 
 def _check_same_state(before: Point, after: Point) -> None:
@@ -188,9 +197,9 @@ def _by_all_pairs(
     vectors: jax.Array,
     shells: SoftShells,
 ) -> MidpointFlux:
-    inside = matmul(basis.T, vectors)
+    inside, size = _in_units(matmul(basis.T, vectors))
     found = _flux(values, inside, matmul(basis.T, matmul(moved, basis)), shells)
-    return _finished(found, [], shells, jnp.bool_(True))
+    return _finished(found, [], size, shells, jnp.bool_(True))
 
 
 @jax.jit
@@ -202,11 +211,18 @@ def _by_krylov(
     finite: jax.Array,
 ) -> MidpointFlux:
     number, found = len(tridiagonal), []
+    inside, size = _in_units(inside)
     for used in (number, 3 * number // 4, number // 2):
         values, rotation = jnp.linalg.eigh(tridiagonal[:used, :used])
         turned = matmul(rotation.T, matmul(moved[:used, :used], rotation))
         found.append(_flux(values, matmul(rotation.T, inside[:used]), turned, shells))
-    return _finished(found[0], found[1:], shells, finite)
+    return _finished(found[0], found[1:], size, shells, finite)
+
+
+def _in_units(inside: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns coefficients of size one, and the size that they had."""
+    size = divisor(jnp.max(jnp.abs(inside), initial=0))
+    return inside / size, size
 
 
 def _flux(
@@ -217,8 +233,7 @@ def _flux(
     The divided difference of ``x^p / (1 + x^p)`` is ``u(x) u(y) sum_j x^j y^(p-1-j)``
     with ``u(x) = 1 / (1 + x^p)``: p terms, each a product, so that nothing cancels.
     """
-    size = divisor(jnp.max(jnp.abs(inside), initial=0))
-    mean, change = (inside / size).T
+    mean, change = inside.T
     order = round(1 / shells.width)
     powers = _powers(values, shells.edges, order)
     pairs = [(powers[j], powers[order - 1 - j]) for j in range(order)]
@@ -241,14 +256,13 @@ def _flux(
     changes = jnp.square(_relative(change, mean)) + jnp.square(_relative(moved, values))
     # Halfway between distant ends there may be nothing that tells of them.
     left_out = jnp.abs(summed(change, moved)) / 4 + passed * jnp.minimum(changes, 1)
-    found = _Flux(
+    return _Flux(
         flux=summed(mean, moved),
         passed=passed,
         left_out=jnp.where((changes <= 1) | ~jnp.any(inside), left_out, jnp.inf),
         density=matmul(shells.windows(values).T, jnp.square(mean)),
         floor=eps * (passed * (1 + largest) + stirred),
     )
-    return _Flux(*(amount * size * size for amount in found))
 
 
 def _relative(change: jax.Array, whole: jax.Array) -> jax.Array:
@@ -270,7 +284,11 @@ def _powers(values: jax.Array, edges: jax.Array, order: int) -> list[jax.Array]:
 
 
 def _finished(
-    found: _Flux, coarser: list[_Flux], shells: SoftShells, finite: jax.Array
+    found: _Flux,
+    coarser: list[_Flux],
+    size: jax.Array,
+    shells: SoftShells,
+    finite: jax.Array,
 ) -> MidpointFlux:
     agrees, apart = jnp.isfinite(found.flux), jnp.zeros_like(found.flux)
     for other in coarser:
@@ -279,12 +297,14 @@ def _finished(
         apart = apart + change
     converged = jnp.flip(jnp.cumprod(jnp.flip(agrees).astype(jnp.int32))) > 0
     error = found.floor + apart + found.left_out
+    flux, density = restored(found.flux, size), restored(found.density, size)
     return MidpointFlux(
         shells=shells,
-        flux=found.flux,
-        density=found.density,
-        floor=found.floor,
-        flux_error=jnp.where(converged, error, jnp.inf),
+        flux=flux,
+        density=density,
+        floor=restored(found.floor, size),
+        flux_error=restored(jnp.where(converged, error, jnp.inf), size),
         converged=converged,
-        finite=finite & all_finite((found.flux, found.density)),
+        finite=finite & all_finite((flux, density)),
+        in_range=in_dtype(found.flux, found.floor, size) & jnp.isfinite(density),
     )

@@ -39,6 +39,8 @@ class MovingSpectrum(NamedTuple):
         error: e, ``[n]``.
         error_rate: ``e_dot = J d``, ``[n]``; zeros if no direction was given.
         num_columns: Columns that were multiplied by M, 0 for the dense kernel.
+        complete: [] bool, whether no copy of a repeated eigenvalue can be missing among
+            the leading pairs.
     """
 
     pairs: RitzPairs
@@ -46,6 +48,7 @@ class MovingSpectrum(NamedTuple):
     error: jax.Array
     error_rate: jax.Array
     num_columns: int
+    complete: jax.Array
 
 
 class Finder(NamedTuple):
@@ -122,7 +125,8 @@ def dense_spectrum(point: Point, finder: Finder) -> MovingSpectrum:
     )
     error = errors_at(point)
     error_rate = _error_rate(point, error)
-    return MovingSpectrum(pairs, coupling, error, error_rate, num_columns=0)
+    complete = jnp.bool_(True)
+    return MovingSpectrum(pairs, coupling, error, error_rate, 0, complete)
 
 
 @partial(jax.jit, static_argnames="width")
@@ -176,15 +180,16 @@ def lanczos_spectrum(
     pairs = RitzPairs(found.values, found.vectors, found.residuals, resolved)
     error = errors_at(point)
     error_rate = _error_rate(point, error)
-    num_columns = found.num_columns
+    num_columns, complete = found.num_columns, found.complete
     if point.direction is None:
         coupling = jnp.zeros((num_pairs,) * 2, start.dtype)
-        return MovingSpectrum(pairs, coupling, error, error_rate, num_columns)
+        return MovingSpectrum(pairs, coupling, error, error_rate, num_columns, complete)
     num_rest = min(_REST_STEPS, point.dimension - num_pairs)
     if num_rest:
         pairs = _with_rest(matmat, pairs, error, num_rest, rest_key)
     coupling = projected_derivative(point, pairs.vectors, Derivative(), start.shape[1])
-    return MovingSpectrum(pairs, coupling, error, error_rate, num_columns + num_rest)
+    num_columns += num_rest
+    return MovingSpectrum(pairs, coupling, error, error_rate, num_columns, complete)
 
 
 def _with_rest(

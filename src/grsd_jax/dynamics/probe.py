@@ -39,7 +39,6 @@ from grsd_jax.dynamics.between_ends import (
     krylov_space,
     krylov_spaces,
     leading_ritz_values,
-    snapshot_rounding,
 )
 from grsd_jax.dynamics.contents import (
     check_same_shapes,
@@ -169,9 +168,10 @@ class Probe:
             check_dense_fits(point, extra=3)  # V of both ends, and their overlap
             check_independent(point)
             vectors = jnp.zeros((size, size), dtype)
-            zeros = (jnp.zeros(size, dtype) for _ in range(2))
+            zeros = [jnp.zeros(shape, dtype) for shape in (size, size, ())]
             own = jnp.array(data, copy=True)  # no buffer can be donated twice
-            snapshot = SpectralSnapshot(next(zeros), vectors, next(zeros), own)
+            rest = zeros[1], own, zeros[2], jnp.bool_(True)
+            snapshot = SpectralSnapshot(zeros[0], vectors, *rest)
         if isinstance(self.shells, SoftShells):
             edges = self.shells.checked(dtype).edges
         else:
@@ -439,13 +439,7 @@ class Probe:
         if state.snapshot:
             now = dense_snapshot(look.point, look.data)
             shells = self._shells(state, now.values[0])
-            balance = balance_snapshots(
-                state.snapshot,
-                now,
-                shells,
-                elapsed,
-                snapshot_rounding(points, (state.snapshot, now)),
-            )
+            balance = balance_snapshots(state.snapshot, now, shells, elapsed)
             return Found(balance, now, shells.edges, now.values[:number])
         spaces = krylov_spaces(points, self._steps, look.key)
         values = leading_ritz_values(spaces.after, number=number)

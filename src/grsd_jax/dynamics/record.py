@@ -196,7 +196,8 @@ def concluded(
     resolved = jnp.zeros((), bool)
     if balance is not None:
         finite &= balance.finite
-        resolved = balance.converged & (jnp.abs(balance.flux) > balance.flux_error)
+        resolved = jnp.abs(balance.flux) > balance.flux_error
+        resolved &= balance.converged & balance.known
     time, known, measured = elapsed
     if measured is not None:  # by a motion that there was not
         time, known = jnp.where(first, 0, time), known | first

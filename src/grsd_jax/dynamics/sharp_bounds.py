@@ -14,6 +14,7 @@ from grsd_jax._arrays import all_finite, divisor, matmul
 from grsd_jax._checks import check_at_least, check_key
 from grsd_jax._typing import PyTree
 from grsd_jax.dynamics.amount_errors import rounding_floors
+from grsd_jax.dynamics.amounts import in_dtype, restored
 from grsd_jax.dynamics.between_ends import (
     KrylovSpaces,
     KrylovSteps,
@@ -24,11 +25,13 @@ from grsd_jax.dynamics.fingerprint import fingerprint
 from grsd_jax.dynamics.spectra import pair_krylov, stacked_point
 from grsd_jax.linalg.lanczos import block_lanczos
 from grsd_jax.problem import Problem
-from grsd_jax.results import NamedResult, result
+from grsd_jax.results import NamedResult, result, with_undefined
 from grsd_jax.shells.soft_shells import SoftShells
 
+_BOUNDS = ("lower", "upper")
 
-@result(units=dict.fromkeys(("lower", "upper"), "|e|^2"))
+
+@result(masks=dict.fromkeys(_BOUNDS, "in_range"), units=dict.fromkeys(_BOUNDS, "|e|^2"))
 class SharpFlux(NamedResult):
     """Bounds for the flux past sharp edges between two ends.
 
@@ -39,6 +42,9 @@ class SharpFlux(NamedResult):
         comparable: [] bool, whether both ends hold the same examples and targets in the
             same order, and the same loss. If not, no number means anything.
         finite: [] bool, whether all numbers are finite.
+        in_range: [q] bool, whether the dtype holds the bounds, down to their rounding.
+            If not, the error is too small or too large for its square, and the bounds
+            are NaN.
     """
 
     edges: jax.Array
@@ -46,6 +52,7 @@ class SharpFlux(NamedResult):
     upper: jax.Array
     comparable: jax.Array
     finite: jax.Array
+    in_range: jax.Array
 
 
 def sharp_flux_bounds(
@@ -93,7 +100,7 @@ def sharp_flux_bounds(
     spaces = krylov_spaces(points, KrylovSteps(num_steps), run_key)
     shells = SoftShells(edges, width=0).checked(spaces.vectors.dtype)
     same = jnp.all(prints[0] == prints[1])
-    return _bounds(spaces, shells, same, key, num_steps=num_steps)
+    return with_undefined(_bounds(spaces, shells, same, key, num_steps=num_steps))
 
 
 @partial(jax.jit, static_argnames="num_steps")
@@ -124,10 +131,11 @@ def _bounds(
     least, most = jax.lax.map(of_kernel, (kernels, starts))
     pairing = pair_krylov(*runs, spaces.vectors / size, num_steps)
     floor = rounding_floors(pairing, shells, spaces.rounding).flux
-    lower = (least[1] - most[0] - floor) * size * size
-    upper = (most[1] - least[0] + floor) * size * size
+    bounds = least[1] - most[0] - floor, most[1] - least[0] + floor
+    in_range = in_dtype(bounds[0], floor, size) & in_dtype(bounds[1], floor, size)
+    lower, upper = (restored(bound, size) for bound in bounds)
     finite = all_finite((lower, upper)) & runs[0].finite & runs[1].finite
-    return SharpFlux(edges, lower, upper, comparable, finite)
+    return SharpFlux(edges, lower, upper, comparable, finite, in_range)
 
 
 def _scalar_run(

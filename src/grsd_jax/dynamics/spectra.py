@@ -7,7 +7,7 @@ Two such snapshots, or two Krylov spaces of the same two errors, are what
 import jax
 import jax.numpy as jnp
 
-from grsd_jax._arrays import matmul, outside
+from grsd_jax._arrays import divisor, magnitude, matmul, outside, ratio, unit_vectors
 from grsd_jax._checks import (
     check_at_least,
     check_choice,
@@ -18,6 +18,7 @@ from grsd_jax._typing import PyTree
 from grsd_jax.dynamics.amounts import Pairing, Spectrum
 from grsd_jax.dynamics.fingerprint import fingerprint
 from grsd_jax.kernel.dense import dense_at
+from grsd_jax.kernel.operator import multiply_at
 from grsd_jax.kernel.products import held_products
 from grsd_jax.linalg.eigenpairs import leading_eigenpairs
 from grsd_jax.linalg.lanczos import LanczosResult
@@ -43,12 +44,19 @@ class SpectralSnapshot(NamedResult):
         error: ``[n]``, e.
         fingerprint: [2] uint32, of the batches and targets, in their order, and of the
             name of the loss.
+        rounding: [], the rounding of products with the kernel, relative, which one more
+            product measures; far above the dtype's epsilon if they run in reduced
+            precision. At least half the largest residual of leading pairs.
+        complete: [] bool, whether no copy of a repeated eigenvalue can be missing among
+            the pairs. If not, the rest of the spectrum may lie as high as the first.
     """
 
     values: jax.Array
     vectors: jax.Array
     error: jax.Array
     fingerprint: jax.Array
+    rounding: jax.Array
+    complete: jax.Array
 
 
 def spectral_snapshot(
@@ -83,8 +91,10 @@ def spectral_snapshot(
         return dense_snapshot(point, fingerprint(problem))
     num_pairs = check_at_least("num_pairs", num_pairs, 1)
     key = check_key(key, "leading pairs")
-    values, vectors = _leading_pairs(point, num_pairs, key)
-    return SpectralSnapshot(values, vectors, errors_at(point), fingerprint(problem))
+    values, vectors, residual, complete = _leading_pairs(point, num_pairs, key)
+    found = _snapshot(point, values, vectors, fingerprint(problem))
+    rounding = jnp.maximum(found.rounding, residual)
+    return found._replace(rounding=rounding, complete=complete)
 
 
 def dense_snapshot(point: Point, data: jax.Array) -> SpectralSnapshot:
@@ -99,7 +109,52 @@ def dense_snapshot(point: Point, data: jax.Array) -> SpectralSnapshot:
     """
     (kernel,) = dense_at(point)
     values, vectors = all_pairs(kernel)
-    return SpectralSnapshot(values, vectors, errors_at(point), data)
+    return _snapshot(point, values, vectors, data)
+
+
+def _snapshot(
+    point: Point, values: jax.Array, vectors: jax.Array, data: jax.Array
+) -> SpectralSnapshot:
+    """Returns the snapshot of pairs, with the rounding of the error's part in them."""
+    error = errors_at(point)
+    rounding = product_rounding(point, *_spectral_product(values, vectors, error))
+    return SpectralSnapshot(values, vectors, error, data, rounding, jnp.bool_(True))
+
+
+@jax.jit
+def _spectral_product(
+    values: jax.Array, vectors: jax.Array, error: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the error's part in the pairs and where M moves it, and their product."""
+    inside = matmul(vectors.T, error / magnitude(error))
+    inside = jnp.where(jnp.any(inside != 0), inside, 1)  # of no error: of every pair
+    both = jnp.stack([inside, values * inside], axis=1)
+    inside = jnp.sum(unit_vectors(both, axes=0)[0], axis=1)
+    return matmul(vectors, inside), matmul(vectors, values * inside)
+
+
+def product_rounding(point: Point, column: jax.Array, product: jax.Array) -> jax.Array:
+    """Returns the rounding of the kernel behind a product, relative, [].
+
+    The same product is taken afresh, by another program: in reduced precision the two
+    round differently. At least epsilon.
+
+    Args:
+        point: The problem at its parameters.
+        column: ``[n]``, v.
+        product: ``[n]``, ``M v`` by the spectrum that is used.
+
+    Returns:
+        [], the root mean square of the difference over the largest entry.
+    """
+    return _difference(multiply_at(point, column[:, None])[:, 0], product)
+
+
+@jax.jit
+def _difference(fresh: jax.Array, product: jax.Array) -> jax.Array:
+    size = divisor(jnp.max(jnp.abs(fresh)))
+    apart = jnp.sqrt(jnp.mean(jnp.square((fresh - product) / size)))
+    return jnp.maximum(apart, jnp.finfo(fresh.dtype).eps)
 
 
 def stacked_point(problem: Problem, params: PyTree) -> Point:
@@ -154,12 +209,16 @@ def pair_snapshots(before: SpectralSnapshot, after: SpectralSnapshot) -> list[Pa
 
 
 def _raised(spectrum: Spectrum, snapshot: SpectralSnapshot, size: int) -> Spectrum:
-    """Returns the spectrum with the rest at the last pair before one is missing."""
+    """Returns the spectrum with the rest at the last pair before one is missing.
+
+    At the first, if copies of any may be missing.
+    """
     rank = snapshot.vectors.shape[1]
     if rank == size:
         return spectrum
     found = jnp.cumprod((snapshot.values > 0).astype(jnp.int32)) > 0
     last = jnp.min(snapshot.values, where=found, initial=jnp.inf)
+    last = jnp.where(snapshot.complete, last, snapshot.values[0])
     return spectrum._replace(values=spectrum.values.at[rank:].set(last))
 
 
@@ -199,8 +258,11 @@ all_pairs = jax.jit(descending_pairs)
 
 def _leading_pairs(
     point: Point, num_pairs: int, key: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Returns leading pairs by Lanczos; those that did not converge are zero."""
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Returns leading pairs by Lanczos, and half their largest relative residual.
+
+    Pairs that did not converge are zero. Last, whether no copy is missing above them.
+    """
     start_key, key = jax.random.split(key)
     width = min(_BLOCK, num_pairs)
     start = jax.random.normal(start_key, (point.dimension, width), point.error.dtype)
@@ -209,7 +271,13 @@ def _leading_pairs(
     )
     values = jnp.where(found.converged, found.values, 0)
     values = jnp.where(found.finite, values, jnp.nan)
-    return values, jnp.where(found.converged[None, :], found.vectors, 0)
+    vectors = jnp.where(found.converged[None, :], found.vectors, 0)
+    # A residual turns its vector as a kernel would that is off by as much. Half of it,
+    # since floors take the kernel to be off by three times the rounding.
+    worst = jnp.max(jnp.where(found.converged, found.residuals, 0))
+    # What has converged is proven, but for copies that a narrow block does not see.
+    complete = found.complete | ~jnp.all(found.converged)
+    return values, vectors, ratio(worst, found.values[0]) / 2, complete
 
 
 def _with_rest(

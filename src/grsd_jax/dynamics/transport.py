@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grsd_jax._arrays import matmul, ratio, where_defined
+from grsd_jax._arrays import all_finite, matmul, ratio, where_defined
 from grsd_jax.dynamics.amount_errors import (
+    AmountErrors,
     amount_errors,
     converged_edges,
     rounding_floors,
@@ -27,8 +28,10 @@ from grsd_jax.dynamics.amounts import (
     Pairing,
     amounts_of,
     growth_of,
+    in_dtype,
+    restored,
     scaled,
-    units_of,
+    size_of,
     weights_of,
 )
 from grsd_jax.results import NamedResult, Result, number, result, span
@@ -37,7 +40,7 @@ from grsd_jax.shells.soft_shells import SoftShells
 #: The fields of a balance that are errors.
 ERRORS = ("energy_error", "lost_error", "moved_error", "flux_error", "density_error")
 
-#: The fields of a balance that mean nothing if one of them is not finite.
+#: The fields of a balance that mean nothing if one of them leaves the dtype.
 _NUMBERS = (
     "energies",
     "lost",
@@ -46,7 +49,6 @@ _NUMBERS = (
     "rotation",
     "density",
     "floor",
-    "rounding",
     *ERRORS,
 )
 
@@ -60,16 +62,23 @@ class Counting(NamedResult):
         density: ``[q]``, ``tr (d up_k / d log lambda)``, the mean of both kernels.
         stderr: ``[q]``, the standard error of the ratio of both; 0 from all pairs,
             infinite from a single random vector.
+        error: ``[q]``, the error of the ratio: the standard error, and what fewer steps
+            of Lanczos change.
+        converged: ``[q]`` bool, whether three quarters and half of the Lanczos steps
+            change the ratio by no more than its standard error. True from all pairs.
     """
 
     moved: jax.Array
     density: jax.Array
     stderr: jax.Array
+    error: jax.Array
+    converged: jax.Array
 
 
 @result(
     masks={
-        **dict.fromkeys(_NUMBERS, "finite"),
+        **dict.fromkeys(_NUMBERS, "known"),
+        "rounding": "finite",
         "effective_edges": "has_energy",
         "growth": "grows",
         "growth_error": "grows",
@@ -83,6 +92,7 @@ class Counting(NamedResult):
         "shift_velocity",
         "shift_velocity_error",
         "counting_velocity",
+        "counting_velocity_error",
         "excess_velocity",
         "velocity_mask",
         "non_adjacent_share",
@@ -114,6 +124,7 @@ class Counting(NamedResult):
         "rounding",
         "comparable",
         "finite",
+        "in_range",
     ],
     meta_fields=[],
 )
@@ -164,10 +175,14 @@ class ExactBalance(Result):
         comparable: [] bool, whether both ends hold the same examples and targets in the
             same order, and the same loss. If not, no number means anything.
         finite: [] bool, whether all numbers are finite. If not, they are NaN.
+        in_range: [] bool, whether the dtype holds the amounts, down to their rounding.
+            If not, the error is too small or too large for its square: in float32 below
+            some 1e-16 or above 1e19. Amounts are then NaN; the growth is right all the
+            same.
 
-    Inside `jit` no NaN is made: what is undefined is 0 there, where `has_energy`,
-    ``grows``, `timed` or ``finite`` is False (the edge in place of its effective
-    one), and a velocity or share is infinite.
+    Inside `jit` no NaN is made: what is undefined is 0 or infinite there, where
+    `has_energy`, ``grows``, `timed` or `known` is False (the edge in place of its
+    effective one), and a velocity or share is infinite.
     """
 
     shells: SoftShells
@@ -193,6 +208,12 @@ class ExactBalance(Result):
     rounding: jax.Array
     comparable: jax.Array
     finite: jax.Array
+    in_range: jax.Array
+
+    @property
+    def known(self) -> jax.Array:
+        """Whether the amounts are finite and in the range of the dtype, [] bool."""
+        return self.finite & self.in_range
 
     @property
     def drift(self) -> jax.Array | None:
@@ -202,7 +223,7 @@ class ExactBalance(Result):
     @property
     def has_energy(self) -> jax.Array:
         """Whether there is energy at each edge, [q] bool."""
-        return self.density != 0
+        return self.density > 0
 
     @property
     def timed(self) -> jax.Array:
@@ -212,15 +233,16 @@ class ExactBalance(Result):
     @property
     def velocity(self) -> jax.Array:
         """``v_k = F_k / (Delta tau eps_k)``, [q], in log lambda per time."""
-        return _over(self.flux, self.density, self._time)
+        return _over(self.flux, self.density, self._time, where=self._all_known)
 
     @property
     def velocity_error(self) -> jax.Array:
         """The error of `velocity`, [q], from those of flux and density."""
-        shift = jnp.abs(ratio(self.flux, self.density))
+        known = self._all_known  # infinities have no ratio
+        shift = jnp.abs(ratio(jnp.where(known, self.flux, 0), self.density))
         # Both errors are infinite where an edge has not converged.
         error = self.flux_error + shift * jnp.where(shift > 0, self.density_error, 0)
-        return _over(error, self.density, self._time)
+        return _over(error, self.density, self._time, where=known)
 
     @property
     def shift_velocity(self) -> jax.Array:
@@ -240,18 +262,21 @@ class ExactBalance(Result):
         return _over(self.counting.moved, self.counting.density, self._time)
 
     @property
+    def counting_velocity_error(self) -> jax.Array | None:
+        """The error of `counting_velocity`, [q]."""
+        if self.counting is None:
+            return None
+        counted = self.counting.density != 0
+        return _over(self.counting.error, self._time, where=counted)
+
+    @property
     def excess_velocity(self) -> jax.Array | None:
         """``v_k - v^N_k``, [q]: zero for a kernel that only grows."""
         if self.counting is None:
             return None
-        shift, counted = (
-            ratio(part, density)
-            for part, density in (
-                (self.flux, self.density),
-                (self.counting.moved, self.counting.density),
-            )
-        )
-        both = self.has_energy & (self.counting.density != 0)
+        shift = ratio(jnp.where(self._all_known, self.flux, 0), self.density)
+        counted = ratio(self.counting.moved, self.counting.density)
+        both = self._all_known & self.has_energy & (self.counting.density != 0)
         return _over(shift - counted, self._time, where=both)
 
     @property
@@ -265,7 +290,7 @@ class ExactBalance(Result):
         places = jnp.where(self.has_energy, self.effective_edges, self.shells.edges)
         near = jnp.abs(jnp.log(places / self.shells.edges)) <= self.shells.reach()
         usable = self.converged & near & (self.density > self.density_error)
-        sound = self.finite & self.comparable & self.timed
+        sound = self.known & self.comparable & self.timed
         return usable & sound[..., None]
 
     @property
@@ -279,7 +304,11 @@ class ExactBalance(Result):
         sizes = jnp.where(sizes > self.moved_error, sizes, 0)
         far = jnp.triu(sizes, 2) + jnp.tril(sizes, -2)
         far, whole = (jnp.sum(part, axis=(-2, -1)) for part in (far, sizes))
-        return _over(far, whole, where=self.shells.are_wide())
+        return _over(far, whole, where=self.shells.are_wide() & self.known)
+
+    @property
+    def _all_known(self) -> jax.Array:
+        return self.known[..., None]
 
     @property
     def _time(self) -> jax.Array:
@@ -303,6 +332,8 @@ class ExactBalance(Result):
             share = "n/a (narrow shells, or none above its error)"
         same = "the same examples" if self.comparable else "NOT the same examples"
         finite = "finite" if self.finite else "NOT finite"
+        if self.finite and not self.in_range:
+            finite = f"OUT OF THE RANGE of squares in {self.flux.dtype}"
         return [
             *rows,
             ("transfers between non-neighbors", share),
@@ -350,6 +381,7 @@ def balance_spectra(
     square: bool = True,
     change: jax.typing.ArrayLike | None = None,
     rounding: jax.typing.ArrayLike | None = None,
+    closest: int = 0,
     agreement: float = 0.02,
 ) -> ExactBalance:
     r"""Returns the balance between two kernels whose spectra are given.
@@ -372,6 +404,7 @@ def balance_spectra(
         change: [], ``|delta|``, of which the spectra may hold a part alone; None if
             they hold all of it.
         rounding: [], of products with the kernel, relative; epsilon if None.
+        closest: Which of the spectra has the gaps at which rounding turns vectors.
         agreement: By how much of what passed an edge, in both directions, the others
             may change its flux for it to count as converged.
 
@@ -384,17 +417,23 @@ def balance_spectra(
     dtype = pairings[0].overlap.dtype
     rounding = jnp.finfo(dtype).eps if rounding is None else rounding
     rounding = jnp.asarray(rounding, dtype)
-    scale, units = units_of(pairings[0])
-    pairings = [scaled(pairing, scale) for pairing in pairings]
+    size = size_of(pairings[0])
+    pairings = [scaled(pairing, size) for pairing in pairings]
     found, *coarser = (amounts_of(pairing, shells, square) for pairing in pairings)
-    floors = rounding_floors(pairings[0], shells, rounding)
+    # Beside no pair at all the rest has no place, and only the lowest one has gaps.
+    near = jax.tree.map(
+        lambda low, high: jnp.where(jnp.isinf(high), low, high),
+        pairings[0],
+        pairings[closest],
+    )
+    floors = rounding_floors(near, shells, rounding)
     others = [*coarser]
     if not square:  # four times what was left out, as far as the spectra know it
         others += 4 * [amounts_of(pairings[0], shells, square=True)]
     converged = converged_edges(found, coarser, floors, agreement)
     errors = amount_errors(floors, found, others, converged)
     if change is not None:
-        unseen = unseen_errors(pairings[0], jnp.asarray(change, dtype) / scale, shells)
+        unseen = unseen_errors(pairings[0], jnp.asarray(change, dtype) / size, shells)
         errors = jax.tree.map(jnp.add, errors, unseen)
     rotation = None
     if matched:
@@ -402,31 +441,31 @@ def balance_spectra(
         turned = weights_of(after, square) - weights_of(before, square)
         rotation = matmul(shells.above(before.values).T, turned)
     growth, growth_error, grows = growth_of(pairings, shells, errors.flux, square)
-    amounts = (found.energies, found.lost, found.moved, found.flux, found.density)
+    names = AmountErrors._fields
+    fits = [in_dtype(getattr(found, x), getattr(floors, x), size) for x in names]
+    amounts = {x: restored(getattr(found, x), size) for x in names}
+    errors = AmountErrors(*(restored(error, size) for error in errors))
     return ExactBalance(
         shells=shells,
-        energies=units * found.energies,
-        lost=units * found.lost,
-        moved=units * found.moved,
-        flux=units * found.flux,
-        rotation=None if rotation is None else units * rotation,
-        density=units * found.density,
+        **amounts,
+        rotation=None if rotation is None else restored(rotation, size),
         effective_edges=found.effective_edges,
         growth=growth,
         growth_error=growth_error,
         grows=grows,
         counting=None,
         elapsed=jnp.zeros((), dtype),
-        floor=units * floors.flux,
-        flux_error=units * errors.flux,
-        energy_error=units * errors.energies,
-        lost_error=units * errors.lost,
-        moved_error=units * errors.moved,
-        density_error=units * errors.density,
+        floor=restored(floors.flux, size),
+        flux_error=errors.flux,
+        energy_error=errors.energies,
+        lost_error=errors.lost,
+        moved_error=errors.moved,
+        density_error=errors.density,
         converged=converged,
         rounding=rounding,
         comparable=jnp.bool_(True),
-        finite=jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in amounts])),
+        finite=all_finite(amounts),
+        in_range=jnp.all(jnp.stack([jnp.all(fit) for fit in fits])),
     )
 
 
@@ -443,9 +482,9 @@ def count_pairs(before: jax.Array, after: jax.Array, shells: SoftShells) -> Coun
     """
     moved = jnp.sum(shells.above(after), axis=0) - jnp.sum(shells.above(before), axis=0)
     both = jnp.concatenate([before, after])
-    return Counting(
-        moved, jnp.sum(shells.windows(both), axis=0) / 2, jnp.zeros_like(moved)
-    )
+    density = jnp.sum(shells.windows(both), axis=0) / 2
+    exact, converged = jnp.zeros_like(moved), jnp.ones(moved.shape, bool)
+    return Counting(moved, density, stderr=exact, error=exact, converged=converged)
 
 
 def _over(

@@ -104,6 +104,7 @@ class ToeplitzDiagnostics(NamedResult):
         "num_missing",
         "num_misfits",
         "finite",
+        "complete",
     ],
     meta_fields=["solver", "jacobian", "derivative", "reduction", "coupled", "window"],
 )
@@ -143,6 +144,9 @@ class CouplingMeasurement(Result):
             not refused; their errors are NaN.
         finite: [] bool, whether errors, direction and products were finite. If not,
             nothing is resolved.
+        complete: [] bool, whether no copy of a repeated eigenvalue can be missing among
+            the pairs, as in `LeadingEigenpairs`; True for the dense solver. None after
+            a number of Lanczos steps, where that is not checked.
         solver: ``"dense"`` or ``"lanczos"``, the one that ran.
         jacobian: ``"factored"`` or ``"plain"``, the path that was taken.
         derivative: ``"exact"`` or ``"finite_difference"``, behind ``coupling``.
@@ -168,6 +172,7 @@ class CouplingMeasurement(Result):
     num_missing: jax.Array
     num_misfits: jax.Array
     finite: jax.Array
+    complete: jax.Array | None
     solver: str
     jacobian: str
     derivative: str
@@ -188,6 +193,7 @@ class CouplingMeasurement(Result):
             num_misfits=int(self.num_misfits),
             unresolved_share=float(self.unresolved_share),
             finite=bool(self.finite),
+            complete=self.complete is None or bool(self.complete),
         )
 
     def _headline(self) -> list[tuple[str, str]]:
@@ -251,6 +257,7 @@ def caveats(
     unresolved_share: float,
     num_misfits: int = 0,
     finite: bool = True,
+    complete: bool = True,
 ) -> tuple[str, ...]:
     """Returns what a reader of a measurement's exponents must know.
 
@@ -259,10 +266,11 @@ def caveats(
         unresolved_share: As there; NaN if it is not known.
         num_misfits: As there.
         finite: As there.
+        complete: As there, True if it is not known.
 
     Returns:
-        Sentences, none if all targets fit, all numbers are finite, and all pairs of the
-        window are resolved and hold most of the error.
+        Sentences, none if all targets fit, all numbers are finite, no copies can be
+        missing, and all pairs of the window are resolved and hold most of the error.
     """
     found = []
     if num_misfits:
@@ -277,6 +285,11 @@ def caveats(
         missing = counted(num_missing, "pair")
         are = "is" if num_missing == 1 else "are"
         found.append(f"At least {missing} of the spectral window {are} not resolved.")
+    if finite and not complete:
+        found.append(
+            "Copies of a repeated eigenvalue may be missing: ask for a wider block, "
+            "Lanczos(block_size=...)."
+        )
     if mostly_unresolved(unresolved_share):
         found.append(
             f"Ask for more pairs: {percent(unresolved_share)} of the error's energy "
@@ -320,6 +333,7 @@ class CrossChecks(NamedTuple):
     num_missing: jax.Array
     num_misfits: jax.Array
     finite: jax.Array
+    complete: jax.Array | None
 
 
 class Labels(NamedTuple):

@@ -114,6 +114,7 @@ def measure_layers(
                 missing_pairs(pairs, point.dimension, window),
                 num_misfits,
                 all_finite((kernel, moved)),
+                complete=jnp.bool_(True),
             ),
             key,
             labels=Labels("dense", form, "exact", point.reduction, False, window),

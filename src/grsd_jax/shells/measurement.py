@@ -141,12 +141,14 @@ def measure_coupling(
     if lanczos is None:
         plan = plan_of(point)
         pairs, coupling = _dense_pairs(point, window, derivative)
+        complete = jnp.bool_(True)
     else:
         plan = held_factors(point)
-        pairs = _lanczos_pairs(point, lanczos, window, start_key, progress)
+        pairs, complete = _lanczos_pairs(point, lanczos, window, start_key, progress)
         coupling = projected_derivative(point, pairs.vectors, derivative, width)
     pairs = leading_pairs(pairs, window)
     checks = _cross_checks(point, pairs, coupling, derivative, width, window)
+    checks = checks._replace(complete=complete)
     labels = Labels(
         "dense" if lanczos is None else "lanczos",
         "plain" if plan is None else "factored",
@@ -301,8 +303,11 @@ def _lanczos_pairs(
     window: Window,
     key: jax.Array,
     progress: Callable[[int], None] | None,
-) -> RitzPairs:
-    """Returns leading pairs by block Lanczos: converged, or of a number of steps."""
+) -> tuple[RitzPairs, jax.Array | None]:
+    """Returns leading pairs by block Lanczos: converged, or of a number of steps.
+
+    And whether no copy of a value is missing, None after a number of steps.
+    """
     start_key, probe_key, lanczos_key = jax.random.split(key, 3)
     shape = (point.dimension, lanczos.block_size)
     start = jax.random.normal(start_key, shape, point.error.dtype)
@@ -324,7 +329,7 @@ def _lanczos_pairs(
         driver="host" if on_host else "scan",
         progress=progress,
     )
-    return _ritz_pairs(run, tolerance=window.tolerance, floor=window.floor)
+    return _ritz_pairs(run, tolerance=window.tolerance, floor=window.floor), None
 
 
 def _converged_pairs(
@@ -333,8 +338,11 @@ def _converged_pairs(
     window: Window,
     key: jax.Array,
     progress: Callable[[int], None] | None,
-) -> RitzPairs:
-    """Returns the pairs of the window, from as many steps as they need."""
+) -> tuple[RitzPairs, jax.Array]:
+    """Returns the pairs of the window, from as many steps as they need.
+
+    And whether no copy of a value is missing.
+    """
     size = start.shape[0]
     floor = window.floor or default_floor(start.dtype)
     num_pairs = min(window.num_pairs or _FIRST_PAIRS, size)
@@ -353,7 +361,8 @@ def _converged_pairs(
             rounding = small_rounding(start.dtype) * found.values[0]
             accurate = rounding <= window.tolerance * found.values
             resolved = found.converged & above & accurate
-            return RitzPairs(found.values, found.vectors, found.residuals, resolved)
+            pairs = RitzPairs(found.values, found.vectors, found.residuals, resolved)
+            return pairs, found.complete
         num_pairs = min(2 * num_pairs, size)
 
 
@@ -387,6 +396,7 @@ def _cross_checks(
         num_missing=missing_pairs(pairs, point.dimension, window),
         num_misfits=misfits(point),
         finite=all_finite(numbers),
+        complete=None,
     )
 
 

@@ -227,6 +227,7 @@ def measurement_entry(measured: CouplingMeasurement, config: Config) -> dict[str
         "num_resolved": int(np.sum(measured.resolved)),
         "num_missing": int(measured.num_missing),
         "unresolved_share": float(measured.unresolved_share),
+        "complete": None if measured.complete is None else bool(measured.complete),
         "solver": measured.solver,
         "jacobian": measured.jacobian,
         "derivative": measured.derivative,

@@ -256,6 +256,7 @@ def as_measurement(
         "num_misfits": np.int32(0),  # refused outside of jit
         "window": Window(num_pairs=int(entry.number("num_pairs") or values.size)),
         "finite": np.bool_(True),
+        "complete": np.bool_(_is_complete(entry)),
         "coupled": None,
         **{label: str(entry.fields.get(label)) for label in labels},
     }
@@ -351,8 +352,14 @@ def result_caveats(results: Any) -> list[str]:
         for sentence in caveats(
             num_missing=int(entry.number("num_missing") or 0),
             unresolved_share=entry.number("unresolved_share") or 0.0,
+            complete=_is_complete(entry),
         )
     ]
+
+
+def _is_complete(entry: Entry) -> bool:
+    """Returns whether copies are not known to be missing; older files do not say."""
+    return entry.fields.get("complete") is not False
 
 
 def result_tables(results: Any) -> list[list[list[str]]]:

@@ -204,6 +204,9 @@ _LAST = (
     "cost_in_steps",
 )
 
+#: What else a line has of a balance; older files lack it.
+_LATER = ("counting_velocity_error", "in_range")
+
 #: What every line has, whatever its loop adds.
 _EVERY = (*_FIRST, "edges", *_BALANCE, *_LAST)
 
@@ -240,8 +243,8 @@ def balance_line(balance: ExactBalance | None) -> dict[str, Any]:
         The names and values, and the shells' ``edges``.
     """
     if balance is None:
-        return dict.fromkeys(("edges", *_BALANCE))
-    fields = {name: getattr(balance, name) for name in _BALANCE}
+        return dict.fromkeys(("edges", *_BALANCE, *_LATER))
+    fields = {name: getattr(balance, name) for name in (*_BALANCE, *_LATER)}
     return {"edges": balance.shells.edges} | fields
 
 
@@ -250,6 +253,7 @@ def _instant_line(record: InstantRecord) -> dict[str, Any]:
     fit, closure, crossings = record.velocity_fit, record.closure, record.crossings
     return {
         "num_resolved": record.num_resolved,
+        "complete": record.complete,
         "total_energy": record.total_energy,
         "edges": record.shells.edges,
         "counts": record.shells.counts,

@@ -91,10 +91,14 @@ def read_snapshot(folder: Path, step: int) -> SpectralSnapshot:
         The snapshot.
 
     Raises:
-        UserError: If it is not there, or damaged.
+        UserError: If it is not there, damaged, or of a version that did not measure the
+            rounding of products.
     """
     path = _path(folder, step)
     arrays = records.read_npz(path)
+    if "values" in arrays and not {"rounding", "complete"} <= arrays.keys():
+        wanted = "a spectral snapshot with its rounding, as a new training writes it"
+        raise files.cannot_read(path, wanted, "one without")
     with files.reading(path, "a spectral snapshot"):
         return SpectralSnapshot(**{k: jnp.asarray(x) for k, x in arrays.items()})
 
