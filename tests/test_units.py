@@ -25,7 +25,7 @@ from grsd_jax import (
     shells,
 )
 from grsd_jax.kernel import kernel_dense, kernel_derivative
-from oracles import symmetric_with_spectrum
+from oracles import degree, symmetric_with_spectrum
 
 #: The dtype and its reach: float64 in the mode x64, else float32.
 FLOAT = jnp.zeros(()).dtype.type
@@ -314,17 +314,6 @@ def _numbers(result):
     return [np.asarray(leaf, np.float64) for leaf in leaves], plain
 
 
-def _degree(one, two):
-    """Returns p of ``two = 2^(8 p) one``, 0 where nothing can be told."""
-    known = np.isfinite(one) & (one != 0)
-    if not known.any():
-        return 0.0
-    largest = np.argmax(np.where(known, np.abs(one), 0))
-    degree = np.log2(two.flat[largest] / one.flat[largest]) / 8
-    nearest = np.round(2 * degree) / 2
-    return nearest if abs(degree - nearest) < 1e-5 else degree
-
-
 def exponents_for(degrees, plain_squares):
     """Returns the exponents to follow, some of which hold the largest power."""
     largest = max(map(abs, degrees))
@@ -346,7 +335,7 @@ def test_results_follow_their_units(row, which, plain_squares):
     one, plain = at(0)
     two, _ = at(8)
     degrees = [
-        0.0 if fixed else _degree(a, b)
+        0.0 if fixed else degree(a, b)
         for a, b, fixed in zip(one, two, plain, strict=True)
     ]
     followed = np.array(plain)
