@@ -10,12 +10,13 @@ from pathlib import Path
 TESTS = Path(__file__).parent
 
 
-def used_names(file, mode=None):
+def used_names(file, mode=None, test="test_"):
     """Returns the names that the tests of a file use, without those that are scheduled.
 
     Args:
         file: The name of a file in this folder, without its ending.
         mode: Tests that are not in this mode are left out too.
+        test: How the names of the tests begin.
     """
     body = ast.parse((TESTS / f"{file}.py").read_text(encoding="utf-8")).body
     defined, helpers = _definitions(body), _helpers(body)
@@ -25,7 +26,7 @@ def used_names(file, mode=None):
         node
         for node in body
         if isinstance(node, ast.FunctionDef)
-        and node.name.startswith("test_")
+        and node.name.startswith(test)
         and not ({node.name} | of_all | _marks(node.decorator_list)) & left_out
     ]
     found, seen = set(), set()

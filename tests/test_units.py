@@ -14,17 +14,19 @@ import numpy as np
 import pytest
 
 import block_problems
+from called_names import used_names
 from grsd_jax import (
     Binning,
     Lanczos,
     Problem,
+    Window,
     conditions,
     dynamics,
     errors,
+    kernel,
     linalg,
     shells,
 )
-from grsd_jax.kernel import kernel_dense, kernel_derivative
 from oracles import degree, symmetric_with_spectrum
 
 #: The dtype and its reach: float64 in the mode x64, else float32.
@@ -95,8 +97,12 @@ def _scaled_problem(s):
     _, params, blocks = block_problems.branches()
     x = jax.random.normal(jax.random.key(2), (2, 4, 3))
     batches = {"x": x, "s": jnp.full((2, 4, 1), s, FLOAT)}
-    problem = Problem.from_error(_scaled_error, batches)
+    problem = Problem.from_error(_scaled_error, batches, loss_fn=_scaled_loss)
     return problem, params, blocks
+
+
+def _scaled_loss(params, batch):
+    return jnp.mean(jnp.square(_scaled_error(params, batch)))
 
 
 def _scaled_error(params, batch):
@@ -138,6 +144,140 @@ def _measure(s, solver):
         found.shell_fit,
         conditions.coupling_exponent(found),
     )
+
+
+def _layers(s):
+    problem, params, _ = _scaled_problem(s)
+    bins = Binning(num_shells=4, window=3, num_bootstrap=0)
+    found = shells.measure_layers(
+        problem,
+        params,
+        params,
+        key=jax.random.key(1),
+        window=Window(floor=0.01),  # below it values are rounding
+        shells=bins,
+    )
+    lead = found.total.resolved
+    of_layers = [layer.values[:2] for layer in found.layers.values()]
+    return jnp.where(lead, found.total.values, 0), found.average, of_layers
+
+
+#: Edges for problems of unit scale, and the parameters of a step.
+EDGES = np.array([0.5, 2.0, 5.0], FLOAT)
+
+
+def _moved(params, by=1.01):
+    return jax.tree.map(lambda leaf: FLOAT(by) * leaf, params)
+
+
+def _midpoint(s):
+    problem, params, _ = _scaled_problem(s)
+    soft = shells.SoftShells(jnp.asarray(EDGES * s * s), 1 / 2)
+    ends = params, _moved(params)
+    return dynamics.midpoint_flux(problem, *ends, soft, solver="dense").flux
+
+
+def _sharp(s):
+    problem, params, _ = _scaled_problem(s)
+    ends = (problem, params), (problem, _moved(params))
+    key = jax.random.key(1)
+    return dynamics.sharp_flux_bounds(*ends, EDGES * s * s, num_steps=6, key=key)
+
+
+def _snapshot(s):
+    found = dynamics.spectral_snapshot(*_scaled_problem(s)[:2])
+    return found.values[:8], jnp.sort(jnp.abs(found.error))[-3:]
+
+
+def _time(s):
+    problem, params, _ = _scaled_problem(s)
+    flow = kernel.gradient_flow_direction(problem, params)
+    moved = jax.tree.map(lambda p, d: p + d / (FLOAT(50) * s * s), params, flow)
+    return dynamics.measured_time(problem, params, moved)
+
+
+def _record(s):
+    problem, params, _ = _scaled_problem(s)
+    soft = shells.SoftShells(jnp.asarray(EDGES * s * s), 1 / 2)
+    probe = dynamics.make_probe(
+        problem, every=1, shells=soft, solver="dense", schedule=1.0
+    )
+    state, _ = probe.update(probe.init(jax.random.key(1), params), params, 0)
+    _, record = probe.update(state, _moved(params, 1.5), 1)
+    balance = record.balance
+    assert record.finite
+    return record.values[:8], balance.energies, balance.flux, record.effective_time
+
+
+def _law(s, t):
+    ends = [
+        dynamics.SpectralSnapshot(
+            jnp.asarray(s * FLOAT(growth) * VALUES),
+            jnp.eye(SIZE, dtype=FLOAT),
+            jnp.asarray(t * np.abs(G)),
+            jnp.zeros(2, jnp.uint32),
+        )
+        for growth in (1.0, 1.1, 1.3)
+    ]
+    soft = shells.SoftShells(s * np.array([0.01, 0.05, 0.2], FLOAT), 1 / 2)
+    balances = [
+        dynamics.exact_balance(*pair, soft, elapsed=1.0)
+        for pair in (ends[:2], ends[1:])
+    ]
+    law = dynamics.velocity_law(balances, [1.0, 2.0])
+    # Each fit's prefactor has a degree of its own.
+    fits = law.fits.fit.exponent, law.decay.exponent
+    energies = [balance.energies for balance in balances]
+    return law.times, law.rates, law.products, law.num_edges, fits, energies
+
+
+def _along(s):
+    """Returns the increments of a state in units of s, by maps without a unit."""
+    weight = jnp.asarray(MATRIX[:4, :4] + np.eye(4, dtype=FLOAT))
+    maps = [lambda h: jax.nn.relu(_matmul(h, weight)) + h / 2] * 3
+    state = s * jnp.asarray(MATRIX[:5, :4])
+    return conditions.state_increments(maps, state, key=jax.random.key(1))
+
+
+def _field(s):
+    return lambda tree: jax.tree.map(lambda p: -s * p, tree)
+
+
+def _by_blocks(s):
+    problem, params, blocks = _scaled_problem(s)
+    found = kernel.linearize_block_kernels(problem, params, blocks)
+    return [one.matmat(COLUMNS) for one in found]
+
+
+def _on_problem(function, *arguments):
+    """Returns a row: a function of the problem, its parameters, and a direction."""
+    return lambda t: function(*_scaled_problem(t)[:2], *arguments)
+
+
+def _along_itself(function, *arguments):
+    return lambda t: function(
+        *_scaled_problem(t)[:2], _scaled_problem(t)[1], *arguments
+    )
+
+
+def _signs(s):
+    problem, params, _ = _scaled_problem(s)
+    soft = shells.SoftShells(jnp.asarray(EDGES[:2] * s * s), 1 / 2)
+    found = shells.measure_stochastic_coupling(
+        problem,
+        params,
+        params,
+        key=jax.random.key(1),
+        shells=soft,
+        num_pairs=3,
+        signs=shells.Signs(2, 4),
+        renormalize=False,
+    )
+    return found.matrix, found.mask, found.edges, found.relative_drift
+
+
+#: Columns of the size of the scaled problem.
+COLUMNS = jnp.eye(64, 2, dtype=FLOAT)
 
 
 #: Calls by the name of the function, several in a list: of s, the unit of the operator,
@@ -219,50 +359,74 @@ ROWS = {
     "half_squared_loss": lambda t: errors.half_squared_loss(
         t * START, t * jnp.ones_like(START)
     ),
-    "kernel_dense": lambda t: kernel_dense(*_scaled_problem(t)[:2]),
-    "kernel_derivative": lambda t: kernel_derivative(
-        *_scaled_problem(t)[:2], _scaled_problem(t)[1], jnp.eye(64, 2)
+    "measure_layers": lambda t: _layers(t),
+    "measure_stochastic_coupling": lambda t: _signs(t),
+    "midpoint_flux": lambda t: _midpoint(t),
+    "sharp_flux_bounds": lambda t: _sharp(t),
+    "spectral_snapshot": lambda t: _snapshot(t),
+    "measured_time": lambda t: _time(t),
+    "make_probe": lambda t: _record(t),
+    "velocity_law": _law,
+    "state_increments": lambda s: _along(s),
+    "increment_statistics": lambda s: conditions.increment_statistics(
+        _along(s).increments
+    ),
+    "flow_step": lambda s, t: dynamics.flow_step(
+        _field(s), {"w": t * jnp.asarray(G)}, FLOAT(0.1) / s
+    ),
+    "integrate_flow": lambda s, t: dynamics.integrate_flow(
+        _field(s), {"w": t * jnp.asarray(G)}, step=FLOAT(0.1) / s, num_steps=2
+    ),
+    "effective_time": lambda s: dynamics.effective_time(
+        lambda step: s * jnp.asarray(VALUES)[step], SIZE
+    ),
+    "covariance_check": lambda t: dynamics.covariance_check(
+        *_scaled_problem(t)[:2], scale=2.0, time=0.01 / float(t) ** 2, num_steps=1
+    ).scaled[:, -8:],
+    "kernel_dense": _on_problem(kernel.kernel_dense),
+    "layer_kernels": _on_problem(kernel.layer_kernels),
+    "kernel_matmat": _on_problem(kernel.kernel_matmat, COLUMNS),
+    "linearize_kernel": lambda t: kernel.linearize_kernel(
+        *_scaled_problem(t)[:2]
+    ).matmat(COLUMNS),
+    "linearize_block_kernels": lambda t: _by_blocks(t),
+    "linearize_derivative": lambda t: _along_itself(kernel.linearize_derivative)(
+        t
+    ).matmat(COLUMNS),
+    "gradient_flow_direction": _on_problem(kernel.gradient_flow_direction),
+    "kernel_derivative": _along_itself(kernel.kernel_derivative, COLUMNS),
+    "kernel_derivative_matmat": _along_itself(kernel.kernel_derivative_matmat, COLUMNS),
+    "central_difference": lambda s, t: kernel.central_difference(
+        lambda p: t * jnp.sin(p / s), jnp.asarray(s * G), jnp.asarray(s * VALUES)
     ),
 }
 
 #: Nothing in them has a unit: counts, dimensionless numbers, or calls of the others.
 WITHOUT_UNITS = {
-    "default_floor",
-    "toeplitz_degrees_of_freedom",
-    "windowed_toeplitz_degrees_of_freedom",
     "centre_toeplitz_residual",
-    "measure_layers",
-    "covariance_check",
-    "effective_time",
-    "flow_step",
-    "integrate_flow",
-    "make_probe",
+    "choose_solver",
     "condition_report",
-    "coupling_exponent",
-    "shell_drift",
     "correlation_time",
+    "coupling_exponent",
+    "default_floor",
+    "default_step",
     "direction_memory",
-    "increment_statistics",
-    "state_increments",
     "partition",
     "partition_by_prefix",
     "restrict_to_block",
-    "softmax_error",
-    "softmax_cross_entropy",
+    "shard_batches",
+    "shell_drift",
     "softmax_basis",
+    "softmax_cross_entropy",
+    "softmax_error",
+    "toeplitz_degrees_of_freedom",
+    "windowed_toeplitz_degrees_of_freedom",
 }
 
-#: Scaled by tests of their own files, test_exact_balance, test_midpoint and
-#: test_stochastic, or made of those that are.
+#: Scaled by tests of other files.
 ELSEWHERE = {
-    "exact_balance",
-    "measure_stochastic_coupling",
-    "measured_time",
-    "midpoint_flux",
-    "sharp_flux_bounds",
-    "spectral_snapshot",
-    "stochastic_shell_coupling",
-    "velocity_law",
+    "exact_balance": "test_exact_balance::test_balance_follows_the_scales",
+    "stochastic_shell_coupling": "test_stochastic::test_scales_drop_out",
 }
 
 #: Squares without a flag: what leaves the dtype is 0 or infinite, as in any product.
@@ -272,7 +436,23 @@ PLAIN_SQUARES = {
     "kernel_dense",
     "kernel_derivative",
     "measure_coupling",
+    "measure_layers",
+    "measure_stochastic_coupling",
     "block_coherence",
+    "covariance_check",
+    "gradient_flow_direction",
+    "kernel_derivative_matmat",
+    "kernel_matmat",
+    "layer_kernels",
+    "linearize_block_kernels",
+    "linearize_derivative",
+    "linearize_kernel",
+    "make_probe",
+    "measured_time",
+    "midpoint_flux",
+    "sharp_flux_bounds",
+    "spectral_snapshot",
+    "velocity_law",
     "operator_norms",
     "fit_power_law",
     "velocity_fit",
@@ -287,7 +467,7 @@ CASES = [
 
 
 def public_functions():
-    modules = (linalg, shells, dynamics, conditions)
+    modules = (kernel, linalg, shells, dynamics, conditions)
     names = {name for module in modules for name in module.__all__}
     names |= {name for name, value in vars(errors).items() if _is_public(name, value)}
     return {name for name in names if not name[0].isupper()}
@@ -298,9 +478,14 @@ def _is_public(name, value):
 
 
 def test_every_public_function_is_scaled_or_has_no_units():
-    assert set(ROWS) & WITHOUT_UNITS == set()
-    kernel = {"kernel_dense", "kernel_derivative"}
-    assert public_functions() == (set(ROWS) | WITHOUT_UNITS | ELSEWHERE) - kernel
+    named = [*ROWS, *WITHOUT_UNITS, *ELSEWHERE]
+    assert sorted(named) == sorted(public_functions())
+
+
+@pytest.mark.parametrize(("name", "place"), ELSEWHERE.items())
+def test_what_has_no_row_is_scaled_where_it_is_said(name, place):
+    file, _, test = place.partition("::")
+    assert name in used_names(file, test=test)
 
 
 def _numbers(result):
