@@ -95,7 +95,7 @@ def measure_layers(
     num_misfits = misfits(point)
 
     def measure(
-        kernel: jax.Array, moved: jax.Array, key: jax.Array
+        key: jax.Array, kernel: jax.Array, moved: jax.Array
     ) -> CouplingMeasurement:
         pairs, coupling = diagonalize(
             kernel, moved, tolerance=window.tolerance, floor=window.floor
@@ -128,18 +128,16 @@ def measure_layers(
         )
 
     kernels, moved = (list(part) for part in zip(*matrices.values(), strict=True))
-    keys = list(jax.random.split(key, 1 + len(kernels)))
+    keys = jax.random.split(key, 1 + len(kernels))
     whole = sum(kernels[1:], kernels[0]), sum(moved[1:], moved[0])
-    total = measure(*whole, keys[0])
+    total = measure(keys[0], *whole)
     leading = total.vectors[:, :1]
     apart = jnp.abs(project_kernel(point, leading)[0, 0] - total.values[0])
     disagreement = apart / divisor(total.values[0])
     total = dataclasses.replace(total, operator_disagreement=disagreement)
     average = _average(moved, total.vectors, total.values, total.shells, binning=shells)
-    layers = {
-        name: measure(*pair, own)
-        for (name, pair), own in zip(matrices.items(), keys[1:], strict=True)
-    }
+    each = enumerate(matrices.items(), 1)
+    layers = {name: measure(keys[k], *pair) for k, (name, pair) in each}
     return LayerMeasurements(layers, total, without_infinity(average))
 
 
