@@ -45,13 +45,18 @@ EDGES = np.geomspace(1e-3, 1, 5).astype(np.float32)
 START = RNG.normal(size=(SIZE, 2)).astype(np.float32)
 BASIS = np.linalg.qr(START)[0]
 LOGITS = RNG.normal(size=(4, 3)).astype(np.float32)
-KEY = jax.random.key(0)
+
 FEW = Binning(num_shells=3, window=3, num_bootstrap=0)
+
+
+def _key():
+    """Returns the key of every row, made again since each is consumed."""
+    return jax.random.key(0)
 
 
 def _lanczos(matrix, start):
     return linalg.block_lanczos(
-        lambda block: jnp.matmul(matrix, block), start, 3, key=KEY
+        lambda block: jnp.matmul(matrix, block), start, 3, key=_key()
     )
 
 
@@ -60,14 +65,14 @@ def _start(matrix):
 
 
 def _step(start, product):
-    state = linalg.lanczos_init(start, 2, key=KEY)
+    state = linalg.lanczos_init(start, 2, key=_key())
     state = linalg.lanczos_step(state, product)
     return linalg.lanczos_finish(state, 2)
 
 
 def _leading(matrix, start):
     return linalg.leading_eigenpairs(
-        lambda block: jnp.matmul(matrix, block), start, min(2, len(start)), key=KEY
+        lambda block: jnp.matmul(matrix, block), start, min(2, len(start)), key=_key()
     )
 
 
@@ -113,21 +118,21 @@ def _problem(x):
 def _measure(x):
     problem, params, _ = _problem(x)
     found = shells_.measure_coupling(
-        problem, params, params, key=KEY, shells=FEW, solver="dense"
+        problem, params, params, key=_key(), shells=FEW, solver="dense"
     )
     return found, conditions.coupling_exponent(found)
 
 
 def _layers(x):
     problem, params, _ = _problem(x)
-    found = shells_.measure_layers(problem, params, params, key=KEY, shells=FEW)
+    found = shells_.measure_layers(problem, params, params, key=_key(), shells=FEW)
     return found.total, found.average
 
 
 def _report(x):
     problem, params, blocks = _problem(x)
     points = [PathPoint(t, problem, params, params) for t in (0.0, 1.0)]
-    report = conditions.condition_report(points, blocks, key=KEY, shells=FEW)
+    report = conditions.condition_report(points, blocks, key=_key(), shells=FEW)
     assert not any(v.holds for v in report.verdicts.values())
     return [c.number for v in report.verdicts.values() for c in v.checks]
 
@@ -135,7 +140,7 @@ def _report(x):
 def _drift(x):
     problem, params, _ = _problem(x)
     found = shells_.measure_coupling(
-        problem, params, params, key=KEY, shells=FEW, solver="dense"
+        problem, params, params, key=_key(), shells=FEW, solver="dense"
     )
     return conditions.shell_drift([found, found]).drift
 
@@ -183,7 +188,7 @@ def _sharp(x):
     moved = jax.tree.map(lambda p: 1.1 * p, params)
     edges = _like(EDGES[1:-1], x)
     ends = (problem, params), (problem, moved)
-    return dynamics.sharp_flux_bounds(*ends, edges, num_steps=4, key=KEY)
+    return dynamics.sharp_flux_bounds(*ends, edges, num_steps=4, key=_key())
 
 
 def _by_signs(kernel, moved):
@@ -193,7 +198,7 @@ def _by_signs(kernel, moved):
         _like(np.zeros(0), kernel),
         _like(np.zeros((len(kernel), 0)), kernel),
         shells_.SoftShells(_like([1.0, 10.0], kernel), 1 / 2),
-        key=KEY,
+        key=_key(),
         signs=shells_.Signs(2, 4),
     )
 
@@ -201,7 +206,7 @@ def _by_signs(kernel, moved):
 def _measure_by_signs(x):
     problem, params, _ = _problem(x)
     return shells_.measure_stochastic_coupling(
-        problem, params, params, key=KEY, num_pairs=3, signs=shells_.Signs(2, 4)
+        problem, params, params, key=_key(), num_pairs=3, signs=shells_.Signs(2, 4)
     )
 
 
@@ -321,14 +326,14 @@ ROWS = {
         {"increments": RNG.normal(size=(3, 5)).astype(np.float32)},
     ),
     "state_increments": (
-        lambda state: conditions.state_increments([jnp.sin], state, key=KEY),
+        lambda state: conditions.state_increments([jnp.sin], state, key=_key()),
         {"state": LOGITS},
     ),
     "block_coherence": (
         lambda x: _on_blocks(
             lambda p, w, b: (
-                conditions.block_coherence(p, w, b, key=KEY),
-                conditions.block_coherence(p, w, b, key=KEY, method="power_iteration"),
+                conditions.block_coherence(p, w, b, key=_key()),
+                conditions.block_coherence(p, w, b, key=_key(), method="power_iteration"),
             ),
             x,
         ),
@@ -336,13 +341,13 @@ ROWS = {
     ),
     "influence_profile": (
         lambda x: _on_blocks(
-            lambda p, w, b: conditions.influence_profile(p, w, w, b, key=KEY), x
+            lambda p, w, b: conditions.influence_profile(p, w, w, b, key=_key()), x
         ),
         {"x": X},
     ),
     "operator_norms": (
         lambda x: _on_blocks(
-            lambda p, w, b: conditions.operator_norms(p, w, w, key=KEY), x
+            lambda p, w, b: conditions.operator_norms(p, w, w, key=_key()), x
         ),
         {"x": X},
     ),
@@ -692,7 +697,7 @@ def test_one_shell_is_answered():
 
 def test_one_shell_of_a_network_is_answered():
     problem, params, _ = _problem(X)
-    options = {"key": KEY, "solver": "dense"}
+    options = {"key": _key(), "solver": "dense"}
     one = Binning(num_shells=1, window=1, num_bootstrap=0)
     found = shells_.measure_coupling(problem, params, params, shells=one, **options)
     kept = np.ix_(found.resolved, found.resolved)
