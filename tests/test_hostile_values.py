@@ -333,7 +333,9 @@ ROWS = {
         lambda x: _on_blocks(
             lambda p, w, b: (
                 conditions.block_coherence(p, w, b, key=_key()),
-                conditions.block_coherence(p, w, b, key=_key(), method="power_iteration"),
+                conditions.block_coherence(
+                    p, w, b, key=_key(), method="power_iteration"
+                ),
             ),
             x,
         ),
