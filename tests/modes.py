@@ -29,6 +29,7 @@ FILES = (
     "test_density",
     "test_derivative",
     "test_errors",
+    "test_healthy_values",
     "test_instantaneous",
     "test_kernel",
     "test_lanczos",

@@ -129,3 +129,14 @@ def symmetric_with_spectrum(values, seed=0):
     rng = np.random.default_rng(seed)
     basis, _ = np.linalg.qr(rng.normal(size=(len(values), len(values))))
     return (basis * values) @ basis.T, basis
+
+
+def degree(one, two):
+    """Returns p of ``two = 2^(8 p) one``, 0 where nothing can be told."""
+    known = np.isfinite(one) & (one != 0)
+    if not known.any():
+        return 0.0
+    largest = np.argmax(np.where(known, np.abs(one), 0))
+    found = np.log2(two.flat[largest] / one.flat[largest]) / 8
+    nearest = np.round(2 * found) / 2
+    return nearest if abs(found - nearest) < 1e-5 else found

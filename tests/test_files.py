@@ -3,12 +3,14 @@
 import errno
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +19,17 @@ import pytest
 
 import grsd_jax as grsd
 from example_results import one_model
-from grsd_jax.experiments.common import files, records, runs
+from grsd_jax.experiments.commands import train
+from grsd_jax.experiments.common import files, flags, records, runs
 from grsd_jax.experiments.common.checkpoints import Checkpoints, restore_latest
 from grsd_jax.experiments.common.config import Config, UserError
 from grsd_jax.experiments.common.networks import make_model, weights_template
 from grsd_jax.experiments.conditions.run import starts_here
 from grsd_jax.experiments.sweep.analyse import COLUMNS, read_rows
+from grsd_jax.experiments.track import run as track
 from grsd_jax.experiments.track.log import ProbeLog, read_tracks
+from grsd_jax.experiments.transport import run as transport
+from grsd_jax.experiments.transport.snapshots import read_snapshot
 from grsd_jax.shells import log_shells
 from running import finish, run_script, small, start_script
 
@@ -410,10 +416,26 @@ FOREIGN = {
 }
 
 
+ONE_ROW = ",".join("1" if c != "model" else "mlp" for c in COLUMNS)
+
+
 def plot(folder):
     return run_script("plot.py", f"--workdir={folder}")
 
 
+#: What a training returns to the command that reads its metrics.
+TRAINED = SimpleNamespace(state=SimpleNamespace(step=3), test_accuracy=0.5)
+
+
+def text_of_metrics(path):
+    with files.reading(path, "the metrics of a training"):
+        return train._format_training("mlp", records.read_jsonl(path), TRAINED)
+
+
+#: A study whose settings are those of a file without any: its runs are read.
+STUDY = ("protocol", "networks", "data_fingerprint", "config")
+
+#: By the file's name, and what else is to be said, what reads it.
 READERS = {
     "results.json": plot,
     "arrays.npz": plot,
@@ -424,10 +446,38 @@ READERS = {
         "sweep.py", f"--workdir={folder}", "--figures_only"
     ),
     "config.json": lambda folder: starts_here(folder, Config()),
-    "settings": lambda folder: runs.check_same_run(folder, {"seed": 0}),
+    "config.json settings": lambda folder: runs.check_same_run(folder, {"seed": 0}),
+    "config.json flags": lambda folder: flags._settings_of_training(
+        folder.parent, folder.name
+    ),
+    "sweep.json": lambda folder: read_rows(folder / "sweep.csv"),
+    "transport.json": lambda folder: run_script(
+        "transport.py", f"--workdir={folder}", "--report_only"
+    ),
+    "transport.json resumed": lambda folder: transport._finished_runs(
+        folder / "transport.json", dict.fromkeys(STUDY)
+    ),
+    "4.npz": lambda folder: read_snapshot(folder, 4),
+    "cell.json": lambda folder: runs.cached(folder / "cell", {}, lambda: ({}, {})),
+    "metrics.jsonl": lambda folder: text_of_metrics(folder / "metrics.jsonl"),
+    "metrics.jsonl tracked": lambda folder: track._train_seconds(
+        folder / "metrics.jsonl"
+    ),
+    "records.jsonl": lambda folder: run_script(
+        "plot.py", f"--workdir={folder / 'records.jsonl'}"
+    ),
+    "records.jsonl tracked": lambda folder: read_tracks(folder),
     "conditions.json": lambda folder: run_script("report.py", folder),
     "table.csv": lambda folder: run_script("report.py", folder),
     "figure.png": lambda folder: run_script("report.py", folder),
+}
+
+
+#: How many of the foreign contents are told, where it is not most of them.
+TOLD = {
+    "cell.json": 0,  # computed again
+    "conditions.json": 2,
+    "table.csv": 2,
 }
 
 
@@ -437,11 +487,17 @@ def test_a_foreign_file_is_one_sentence_with_its_name(tmp_path, name):
     results, arrays = one_model()
     records.write_json(tmp_path / "results.json", results)
     records.write_npz(tmp_path / "arrays.npz", arrays)
-    path = tmp_path / ("config.json" if name == "settings" else name)
+    if name == "records.jsonl tracked":
+        records.write_json(
+            tmp_path / "results.json", {"tracks": {".": {"num_records": 9}}}
+        )
+    (tmp_path / "sweep.csv").write_text(",".join(COLUMNS) + "\n" + ONE_ROW + "\n")
+    path = tmp_path / name.partition(" ")[0]
     reader, told = READERS[name], 0
     with small():
         for kind, contents in FOREIGN.items():
-            path.write_bytes(contents)
+            # A last line without its end is one that was cut short.
+            path.write_bytes(contents + b"\n" * (path.suffix == ".jsonl"))
             try:
                 done = reader(tmp_path)
             except UserError as error:
@@ -455,11 +511,49 @@ def test_a_foreign_file_is_one_sentence_with_its_name(tmp_path, name):
             assert "Traceback" not in text, (kind, text)
             assert text.strip().count("\n") == 0, (kind, text)
             assert path.name in text, (kind, text)
-    assert told >= (2 if name in ("table.csv", "conditions.json") else 8)
+    assert told >= TOLD.get(name, 8)
+
+
+#: The modules that read files of ours, and the rows of `READERS` for what they read, or
+#: the test file that damages it.
+READ_IN = {
+    "commands/plot.py": ["results.json"],
+    "commands/study.py": ["claims.json"],
+    "commands/train.py": ["metrics.jsonl"],
+    "commands/transport.py": ["transport.json"],
+    "common/checkpoints.py": "test_checkpoints",
+    "common/flags.py": ["config.json flags"],
+    "common/records.py": "test_files",
+    "common/runs.py": ["config.json settings", "cell.json"],
+    "conditions/run.py": ["config.json"],
+    "report/page.py": ["conditions.json"],
+    "reproduce/analyse.py": ["results.json", "arrays.npz"],
+    "reproduce/run.py": "test_pipeline",
+    "sweep/analyse.py": ["sweep.csv", "sweep.json"],
+    "track/log.py": ["records.jsonl", "records.jsonl tracked"],
+    "track/run.py": ["metrics.jsonl tracked"],
+    "transport/run.py": ["transport.json resumed"],
+    "transport/snapshots.py": ["4.npz"],
+}
+
+
+def test_every_module_that_reads_a_file_is_handed_a_foreign_one():
+    folder = Path(records.__file__).parents[1]
+    reads = re.compile(r"\b(records\.)?read_(json|any_json|jsonl|npz)\(")
+    found = {
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*.py")
+        if reads.search(path.read_text(encoding="utf-8"))
+    }
+    assert found == set(READ_IN)
+    rows = {row for told in READ_IN.values() if isinstance(told, list) for row in told}
+    assert rows <= set(READERS)
+    others = [told for told in READ_IN.values() if isinstance(told, str)]
+    assert all((Path(__file__).parent / f"{told}.py").exists() for told in others)
 
 
 def test_a_number_that_is_a_list_in_any_place_is_one_sentence(tmp_path):
-    """Every leaf of an unsigned claims.json and records.jsonl, made a list in turn."""
+    """Every leaf of a row of an unsigned claims.json, made a list in turn."""
     row = {"seed": 0, "reduction": "stack", "network": "resnet18", "slope": 1.0}
     row |= dict.fromkeys(("r_squared", "toeplitz_residual", "toeplitz_edge"), 0.5)
     rows = [row, row | {"network": "plainnet18"}]
@@ -485,7 +579,7 @@ def test_arrays_and_rows_of_another_measurement_are_noticed(tmp_path):
     with pytest.raises(UserError, match=r"arrays.npz': expected the arrays that"):
         read_results(tmp_path)
 
-    line = ",".join("1" if c != "model" else "mlp" for c in COLUMNS)
+    line = ONE_ROW
     (tmp_path / "sweep.csv").write_text(",".join(COLUMNS) + "\n" + line + "\n")
     checksum = files.checksum(tmp_path / "sweep.csv")
     records.write_json(tmp_path / "sweep.json", {"rows_sha256": checksum})

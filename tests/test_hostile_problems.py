@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 import grsd_jax as grsd
+from called_names import TESTS, used_names
 from grsd_jax import kernel
-from oracles import dense_kernel
+from oracles import dense_jacobians, dense_kernel
 
 KEY = jax.random.key(0)
 SHELLS = grsd.Binning(num_shells=2, window=2, num_bootstrap=2)
@@ -44,6 +45,17 @@ def with_batches(**leaves):
     return problem.replace(batches={**problem.batches, **leaves}), params
 
 
+def squared(num_batches=1, num_examples=1, size=1):
+    """Returns a problem of the squared loss, of one number where not told otherwise."""
+    problem, params = make(num_batches, num_examples, size)
+    target = jnp.cos(jnp.arange(float(num_batches * num_examples * size)))
+    batches = {
+        "x": problem.batches["x"],
+        "label": target.reshape(num_batches, num_examples, size),
+    }
+    return problem.replace(batches=batches, loss="squared"), params
+
+
 def with_outputs(change):
     problem, params = make()
     return problem.replace(outputs_fn=lambda p, b: change(outputs_fn(p, b))), params
@@ -66,6 +78,8 @@ PROBLEMS = {
     "one example": (lambda: make(1, 1), "right"),
     "many batches of one": (lambda: make(4, 1), "right"),
     "one class": (lambda: make(classes=1), "right"),
+    "one number": (squared, "right"),
+    "squared loss": (lambda: squared(2, 3, 2), "right"),
     "one feature": (lambda: make(dim=1), "right"),
     "zero parameters": (
         lambda: with_params(lambda p: jax.tree.map(jnp.zeros_like, p)),
@@ -298,7 +312,7 @@ FUNCTIONS = {
         lambda p, x: nan(
             kernel.linearize_derivative(p, x, direction_of(x)).matmat(columns_of(p, x))
         ),
-        None,  # held against itself: it is checked by its own tests
+        "moved",
     ),
     "gradient_flow_direction": (flow, "flow"),
     "measure_coupling": (measured("dense"), "values"),
@@ -310,33 +324,37 @@ FUNCTIONS = {
     "Problem.error": (lambda p, x: nan(p.error(x, first_batch(p))), "error"),
 }
 
-#: Public names that take no problem, and what holds them to their word.
+#: Public names that take no problem, and the file whose tests hold them to their word.
 WITHOUT_A_PROBLEM = {
     "Binning": "test_options",
     "Derivative": "test_options",
     "Lanczos": "test_options",
     "Window": "test_options",
-    "Problem": "its methods have rows",
-    "PathPoint": "a record",
-    "Explanation": "what Problem.explain returns",
-    "LeafForm": "what Problem.explain returns",
-    "LinearizedKernel": "what linearize_kernel returns",
-    "ShardedKernel": "what linearize_kernel returns",
-    "condition_report": "the conditions' own tests",
+    "PathPoint": "test_condition_report",
+    "condition_report": "test_hostile_values",
     "load": "test_result_files",
     "central_difference": "test_derivative",
-    "default_step": "takes a dtype",
+    "default_step": "test_derivative",
     "partition": "test_parameter_blocks",
     "softmax_error": "test_targets",
     "squared_error": "test_targets",
 }
+
+#: Classes that a row makes, or what it calls returns.
+IN_A_ROW = {"Explanation", "LeafForm", "LinearizedKernel", "Problem", "ShardedKernel"}
+
+
+@pytest.mark.parametrize(("name", "file"), WITHOUT_A_PROBLEM.items())
+def test_what_has_no_row_is_used_where_it_is_said(name, file):
+    assert (TESTS / f"{file}.py").exists()
+    assert name in used_names(file)
 
 
 def test_every_public_name_has_a_row():
     public = {*grsd.__all__, *kernel.__all__}
     modules = {name for name in public if inspect.ismodule(getattr(grsd, name, None))}
     rows = {name.split(" ")[0] for name in FUNCTIONS if "." not in name}
-    assert public - modules == rows | set(WITHOUT_A_PROBLEM)
+    assert public - modules == rows | set(WITHOUT_A_PROBLEM) | IN_A_ROW
     methods = {
         name
         for name, member in inspect.getmembers(grsd.Problem, inspect.isfunction)
@@ -368,6 +386,8 @@ def right_answer(kind, problem, params, columns):
     b = problem.batches
 
     def loss_of(z, batches, k):
+        if problem.objective.loss == "squared":
+            return jnp.sum(jnp.square(z - batches["label"][k]), 1) / 2
         chosen = jnp.take_along_axis(z, batches["label"][k][:, None], 1)[:, 0]
         return jax.nn.logsumexp(z, 1) - chosen
 
@@ -379,9 +399,16 @@ def right_answer(kind, problem, params, columns):
         return np.concatenate([*flat])
     if kind == "error":
         z = np.asarray(raised(params, first_batch(problem)), np.float64)
+        if problem.objective.loss == "squared":
+            return z - np.asarray(b["label"][0])
         p = np.exp(z - z.max(1, keepdims=True))
         one_hot = np.eye(z.shape[1])[np.asarray(b["label"][0])]
         return p / p.sum(1, keepdims=True) - one_hot
+    if kind == "moved":
+        rows = lambda p: jnp.concatenate(dense_jacobians(problem, p))  # noqa: E731
+        _, moved = jax.jvp(rows, (params,), (direction,))
+        moved = np.asarray(moved, np.float64)
+        return moved @ (moved.T @ np.asarray(columns))
     plain = lambda p: dense_kernel(problem, p)  # noqa: E731
     m, d = map(np.asarray, jax.jvp(plain, (params,), (direction,)))
     if kind in ("values", "leading"):
@@ -404,7 +431,13 @@ FINITE_THERE = {"Problem.error", "Problem.loss", "gradient_flow_direction"}
 
 
 #: What is always run of the pairs that compute: these problems, or these functions.
-PROBLEMS_FIRST = {"one example", "one class", "half outputs", "an infinite input"}
+PROBLEMS_FIRST = {
+    "one example",
+    "one class",
+    "one number",
+    "half outputs",
+    "an infinite input",
+}
 FUNCTIONS_FIRST = {"kernel_dense", "Problem.error"}
 
 

@@ -182,6 +182,14 @@ def test_one_layer_is_the_whole(mlp):
     )
 
 
+def test_layers_are_resampled_by_keys_of_their_own(mlp):
+    shells = Binning(num_shells=4, window=2, num_bootstrap=16)
+    got = measure_layers(*mlp, key=KEY, layer_of=lambda _: "all", shells=shells)
+    one, whole = got.layers["all"].diagonal_fit, got.total.diagonal_fit
+    np.testing.assert_array_equal(one.exponent, whole.exponent)
+    assert np.any(one.interval != whole.interval)
+
+
 def test_orthogonal_layers_are_all_alike():
     problem, params, blocks = block_problems.orthogonal_layers()
     got = measure_layers(

@@ -5,16 +5,13 @@ import inspect
 import re
 from pathlib import Path
 
+import pytest
+
 import modes
+from called_names import used_names
 from test_public_api import PUBLIC
 
 TESTS = Path(__file__).parent
-
-#: The words of every file that runs in every mode.
-WORDS = {
-    name: set(re.findall(r"\w+", (TESTS / f"{name}.py").read_text()))
-    for name in modes.FILES
-}
 
 
 def is_result(value):
@@ -28,9 +25,10 @@ def returned_by(functions):
     return {word for hint in hints for word in re.findall(r"\w+", str(hint))}
 
 
-def test_every_public_name_is_in_a_file_that_runs_in_every_mode():
+@pytest.mark.parametrize("mode", modes.MODES)
+def test_every_public_name_is_used_by_a_test_that_runs_in_the_mode(mode):
     assert "test_result_files" in modes.FILES
-    found = set().union(*WORDS.values())
+    found = set().union(*(used_names(file, mode) for file in modes.FILES))
     values = {name: getattr(importlib.import_module(t), name) for t, name in PUBLIC}
     functions = filter(inspect.isfunction, values.values())
     names = {name for name, value in values.items() if not is_result(value)}

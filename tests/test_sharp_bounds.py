@@ -160,7 +160,7 @@ def test_one_error_is_too_few_for_the_steps_and_said():
     ends = (problem, jnp.ones((2, 1))), (problem, 2 * jnp.ones((2, 1)))
     with pytest.raises(ValueError, match="solver: expected no more start vectors or"):
         sharp_flux_bounds(*ends, jnp.ones(1), key=jax.random.key(0))
-    with pytest.raises(ValueError, match="num_signs: expected, as of the shells, at m"):
+    with pytest.raises(ValueError, match="num_signs: expected at most n / 2 = "):
         measure_stochastic_coupling(
             problem, ends[0][1], num_pairs=1, key=jax.random.key(0)
         )

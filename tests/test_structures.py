@@ -135,8 +135,16 @@ class ByPosition(nn.Module):
     @nn.compact
     def __call__(self, x):
         h = nn.Dense(4)(x)[:, None] * jnp.arange(1.0, 4.0)[:, None]
-        attention = nn.MultiHeadDotProductAttention(2, dropout_rate=0.1)
-        return nn.Dense(3)(attention(h, h, deterministic=True).mean(1))
+        attention = nn.SelfAttention(2, dropout_rate=0.1)
+        return nn.Dense(3)(attention(h, None, True).mean(1))
+
+
+class ConvOnImages(nn.Module):
+    """A convolution of whole numbers, which it converts itself."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(nn.tanh(nn.Conv(4, (3, 3))(x) / 255).mean((1, 2)))
 
 
 def linen_problem(model, batches=BATCHES):
@@ -145,6 +153,7 @@ def linen_problem(model, batches=BATCHES):
     return grsd.Problem(models.linen_outputs(model, variables), batches), params
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of SelfAttention
 @pytest.mark.parametrize(
     "model",
     [
@@ -160,6 +169,15 @@ def linen_problem(model, batches=BATCHES):
 )
 def test_every_use_of_a_linen_layer_is_counted(model):
     agrees(*linen_problem(model))
+
+
+def test_a_convolution_of_images_of_bytes_moves_as_that_of_jacrev():
+    image = jax.random.randint(KEY, (1, 4, 6, 6, 1), 0, 255).astype(jnp.uint8)
+    problem, params = linen_problem(ConvOnImages(), {**BATCHES, "image": image})
+    _, moved = agrees(problem, params)
+    direction = grsd.gradient_flow_direction(problem, params)
+    oracle = jax.jvp(lambda p: dense_kernel(problem, p), (params,), (direction,))[1]
+    assert relative_error(moved, oracle) < 1e-4
 
 
 class Tokens(nn.Module):
@@ -368,10 +386,13 @@ def test_numbers_in_a_state_are_arrays_in_all_but_name(scale):
     params = model.init(KEY, BATCHES["image"][0])["params"]
     state = {"norm": {"mean": np.zeros(5, np.float32), "scale": scale}}
     problem = grsd.Problem(models.linen_outputs(model, state), BATCHES)
-    arrays = {"norm": {"mean": jnp.zeros(5), "scale": jnp.float32(2)}}
-    expected = problem.replace(outputs_fn=models.linen_outputs(model, arrays))
-    got = grsd.kernel_dense(problem, params)
-    assert relative_error(got, grsd.kernel_dense(expected, params)) < 1e-6
+
+    def by_hand(params, batch):
+        second, first = params["Dense_0"], params["Dense_1"]
+        hidden = 2 * batch["image"] @ first["kernel"] + first["bias"]
+        return jnp.tanh(hidden) @ second["kernel"] + second["bias"]
+
+    agrees(problem, params, dense_kernel(problem.replace(outputs_fn=by_hand), params))
 
 
 def test_a_state_that_holds_no_numbers_is_named_by_its_path():
@@ -453,10 +474,18 @@ def test_a_direction_is_cast_to_the_parameters_once(dtype):
     identity = jnp.eye(12, dtype=jnp.float32)
     probe = grsd.make_probe(problem, every=1, shells=3, instantaneous=INSTANT)
     state = probe.init(KEY, params)
+
+    def coupling_along(d, solver):
+        return grsd.measure_coupling(
+            problem, params, d, key=KEY, solver=solver, shells=SHELLS
+        ).coupling
+
     uses = [
         lambda d: grsd.kernel_dense(problem, params, d)[1],
         lambda d: grsd.kernel_derivative(problem, params, d, identity),
         lambda d: probe.update(state, params, 0, direction=d)[1].instantaneous.drift,
+        lambda d: coupling_along(d, "dense"),
+        lambda d: coupling_along(d, grsd.Lanczos(4, 2)),
     ]
     for use in uses:
         assert use(given).dtype == jnp.float32
@@ -513,7 +542,8 @@ def test_outputs_in_half_precision_are_raised_before_the_error(dtype, loss):
     whole = problem.replace(outputs_fn=outputs_fn)
     direction = grsd.gradient_flow_direction(whole, params)
     got = grsd.kernel_dense(problem, params, direction)
-    expected = grsd.kernel_dense(whole, params, direction)
+    oracle = lambda p: dense_kernel(whole, p)  # noqa: E731
+    expected = jax.jvp(oracle, (params,), (direction,))
     for one, other in zip(got, expected, strict=True):
         assert one.dtype == jnp.float32
         assert relative_error(one, other) < 0.05

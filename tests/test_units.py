@@ -14,9 +14,20 @@ import numpy as np
 import pytest
 
 import block_problems
-from grsd_jax import Binning, Problem, conditions, dynamics, errors, linalg, shells
-from grsd_jax.kernel import kernel_dense, kernel_derivative
-from oracles import symmetric_with_spectrum
+from called_names import used_names
+from grsd_jax import (
+    Binning,
+    Lanczos,
+    Problem,
+    Window,
+    conditions,
+    dynamics,
+    errors,
+    kernel,
+    linalg,
+    shells,
+)
+from oracles import degree, symmetric_with_spectrum
 
 #: The dtype and its reach: float64 in the mode x64, else float32.
 FLOAT = jnp.zeros(()).dtype.type
@@ -36,8 +47,9 @@ START = jax.random.normal(jax.random.key(0), (SIZE, 2))
 #: Powers of two: in float32 1e-30 to 1e30, and 1e-15 to 1e15 for what is quadratic.
 EXPONENTS = tuple((4 if WIDE else 1) * power for power in (-100, -50, 50, 100))
 
-#: The power of two up to which squares without a flag are followed.
-MOST = 900 if WIDE else 110
+#: The power of two up to which squares without a flag are followed: that of the result,
+#: not of the unit.
+MOST = 900 if WIDE else 100
 
 #: Scales are powers of two, which change no digit but where sums are cut off.
 RTOL = 1e-10 if WIDE else 2e-5
@@ -85,8 +97,12 @@ def _scaled_problem(s):
     _, params, blocks = block_problems.branches()
     x = jax.random.normal(jax.random.key(2), (2, 4, 3))
     batches = {"x": x, "s": jnp.full((2, 4, 1), s, FLOAT)}
-    problem = Problem.from_error(_scaled_error, batches)
+    problem = Problem.from_error(_scaled_error, batches, loss_fn=_scaled_loss)
     return problem, params, blocks
+
+
+def _scaled_loss(params, batch):
+    return jnp.mean(jnp.square(_scaled_error(params, batch)))
 
 
 def _scaled_error(params, batch):
@@ -108,14 +124,14 @@ def _block_coherence(s, method):
     )
 
 
-def _measure(s):
+def _measure(s, solver):
     problem, params, _ = _scaled_problem(s)
     found = shells.measure_coupling(
         problem,
         params,
         params,
         key=jax.random.key(1),
-        solver="dense",
+        solver=solver,
         shells=Binning(num_shells=4, window=3, num_bootstrap=0),
     )
     lead = found.resolved  # below it values are rounding
@@ -128,6 +144,140 @@ def _measure(s):
         found.shell_fit,
         conditions.coupling_exponent(found),
     )
+
+
+def _layers(s):
+    problem, params, _ = _scaled_problem(s)
+    bins = Binning(num_shells=4, window=3, num_bootstrap=0)
+    found = shells.measure_layers(
+        problem,
+        params,
+        params,
+        key=jax.random.key(1),
+        window=Window(floor=0.01),  # below it values are rounding
+        shells=bins,
+    )
+    lead = found.total.resolved
+    of_layers = [layer.values[:2] for layer in found.layers.values()]
+    return jnp.where(lead, found.total.values, 0), found.average, of_layers
+
+
+#: Edges for problems of unit scale, and the parameters of a step.
+EDGES = np.array([0.5, 2.0, 5.0], FLOAT)
+
+
+def _moved(params, by=1.01):
+    return jax.tree.map(lambda leaf: FLOAT(by) * leaf, params)
+
+
+def _midpoint(s):
+    problem, params, _ = _scaled_problem(s)
+    soft = shells.SoftShells(jnp.asarray(EDGES * s * s), 1 / 2)
+    ends = params, _moved(params)
+    return dynamics.midpoint_flux(problem, *ends, soft, solver="dense").flux
+
+
+def _sharp(s):
+    problem, params, _ = _scaled_problem(s)
+    ends = (problem, params), (problem, _moved(params))
+    key = jax.random.key(1)
+    return dynamics.sharp_flux_bounds(*ends, EDGES * s * s, num_steps=6, key=key)
+
+
+def _snapshot(s):
+    found = dynamics.spectral_snapshot(*_scaled_problem(s)[:2])
+    return found.values[:8], jnp.sort(jnp.abs(found.error))[-3:]
+
+
+def _time(s):
+    problem, params, _ = _scaled_problem(s)
+    flow = kernel.gradient_flow_direction(problem, params)
+    moved = jax.tree.map(lambda p, d: p + d / (FLOAT(50) * s * s), params, flow)
+    return dynamics.measured_time(problem, params, moved)
+
+
+def _record(s):
+    problem, params, _ = _scaled_problem(s)
+    soft = shells.SoftShells(jnp.asarray(EDGES * s * s), 1 / 2)
+    probe = dynamics.make_probe(
+        problem, every=1, shells=soft, solver="dense", schedule=1.0
+    )
+    state, _ = probe.update(probe.init(jax.random.key(1), params), params, 0)
+    _, record = probe.update(state, _moved(params, 1.5), 1)
+    balance = record.balance
+    assert record.finite
+    return record.values[:8], balance.energies, balance.flux, record.effective_time
+
+
+def _law(s, t):
+    ends = [
+        dynamics.SpectralSnapshot(
+            jnp.asarray(s * FLOAT(growth) * VALUES),
+            jnp.eye(SIZE, dtype=FLOAT),
+            jnp.asarray(t * np.abs(G)),
+            jnp.zeros(2, jnp.uint32),
+        )
+        for growth in (1.0, 1.1, 1.3)
+    ]
+    soft = shells.SoftShells(s * np.array([0.01, 0.05, 0.2], FLOAT), 1 / 2)
+    balances = [
+        dynamics.exact_balance(*pair, soft, elapsed=1.0)
+        for pair in (ends[:2], ends[1:])
+    ]
+    law = dynamics.velocity_law(balances, [1.0, 2.0])
+    # Each fit's prefactor has a degree of its own.
+    fits = law.fits.fit.exponent, law.decay.exponent
+    energies = [balance.energies for balance in balances]
+    return law.times, law.rates, law.products, law.num_edges, fits, energies
+
+
+def _along(s):
+    """Returns the increments of a state in units of s, by maps without a unit."""
+    weight = jnp.asarray(MATRIX[:4, :4] + np.eye(4, dtype=FLOAT))
+    maps = [lambda h: jax.nn.relu(_matmul(h, weight)) + h / 2] * 3
+    state = s * jnp.asarray(MATRIX[:5, :4])
+    return conditions.state_increments(maps, state, key=jax.random.key(1))
+
+
+def _field(s):
+    return lambda tree: jax.tree.map(lambda p: -s * p, tree)
+
+
+def _by_blocks(s):
+    problem, params, blocks = _scaled_problem(s)
+    found = kernel.linearize_block_kernels(problem, params, blocks)
+    return [one.matmat(COLUMNS) for one in found]
+
+
+def _on_problem(function, *arguments):
+    """Returns a row: a function of the problem, its parameters, and a direction."""
+    return lambda t: function(*_scaled_problem(t)[:2], *arguments)
+
+
+def _along_itself(function, *arguments):
+    return lambda t: function(
+        *_scaled_problem(t)[:2], _scaled_problem(t)[1], *arguments
+    )
+
+
+def _signs(s):
+    problem, params, _ = _scaled_problem(s)
+    soft = shells.SoftShells(jnp.asarray(EDGES[:2] * s * s), 1 / 2)
+    found = shells.measure_stochastic_coupling(
+        problem,
+        params,
+        params,
+        key=jax.random.key(1),
+        shells=soft,
+        num_pairs=3,
+        signs=shells.Signs(2, 4),
+        renormalize=False,
+    )
+    return found.matrix, found.mask, found.edges, found.relative_drift
+
+
+#: Columns of the size of the scaled problem.
+COLUMNS = jnp.eye(64, 2, dtype=FLOAT)
 
 
 #: Calls by the name of the function, several in a list: of s, the unit of the operator,
@@ -164,7 +314,10 @@ ROWS = {
     "fit_power_law": lambda s, t: shells.fit_power_law(
         s * VALUES, t * np.abs(G) * VALUES
     ),
-    "measure_coupling": lambda t: _measure(t),
+    "measure_coupling": [
+        lambda t: _measure(t, "dense"),
+        lambda t: _measure(t, Lanczos(4, 6)),
+    ],
     "basis_rotation": lambda s: dynamics.basis_rotation(s * VALUES, s * SYMMETRIC),
     "eigenvalue_drift": lambda s: dynamics.eigenvalue_drift(s * SYMMETRIC),
     "shell_dynamics": _dynamics,
@@ -206,50 +359,74 @@ ROWS = {
     "half_squared_loss": lambda t: errors.half_squared_loss(
         t * START, t * jnp.ones_like(START)
     ),
-    "kernel_dense": lambda t: kernel_dense(*_scaled_problem(t)[:2]),
-    "kernel_derivative": lambda t: kernel_derivative(
-        *_scaled_problem(t)[:2], _scaled_problem(t)[1], jnp.eye(64, 2)
+    "measure_layers": lambda t: _layers(t),
+    "measure_stochastic_coupling": lambda t: _signs(t),
+    "midpoint_flux": lambda t: _midpoint(t),
+    "sharp_flux_bounds": lambda t: _sharp(t),
+    "spectral_snapshot": lambda t: _snapshot(t),
+    "measured_time": lambda t: _time(t),
+    "make_probe": lambda t: _record(t),
+    "velocity_law": _law,
+    "state_increments": lambda s: _along(s),
+    "increment_statistics": lambda s: conditions.increment_statistics(
+        _along(s).increments
+    ),
+    "flow_step": lambda s, t: dynamics.flow_step(
+        _field(s), {"w": t * jnp.asarray(G)}, FLOAT(0.1) / s
+    ),
+    "integrate_flow": lambda s, t: dynamics.integrate_flow(
+        _field(s), {"w": t * jnp.asarray(G)}, step=FLOAT(0.1) / s, num_steps=2
+    ),
+    "effective_time": lambda s: dynamics.effective_time(
+        lambda step: s * jnp.asarray(VALUES)[step], SIZE
+    ),
+    "covariance_check": lambda t: dynamics.covariance_check(
+        *_scaled_problem(t)[:2], scale=2.0, time=0.01 / float(t) ** 2, num_steps=1
+    ).scaled[:, -8:],
+    "kernel_dense": _on_problem(kernel.kernel_dense),
+    "layer_kernels": _on_problem(kernel.layer_kernels),
+    "kernel_matmat": _on_problem(kernel.kernel_matmat, COLUMNS),
+    "linearize_kernel": lambda t: kernel.linearize_kernel(
+        *_scaled_problem(t)[:2]
+    ).matmat(COLUMNS),
+    "linearize_block_kernels": lambda t: _by_blocks(t),
+    "linearize_derivative": lambda t: _along_itself(kernel.linearize_derivative)(
+        t
+    ).matmat(COLUMNS),
+    "gradient_flow_direction": _on_problem(kernel.gradient_flow_direction),
+    "kernel_derivative": _along_itself(kernel.kernel_derivative, COLUMNS),
+    "kernel_derivative_matmat": _along_itself(kernel.kernel_derivative_matmat, COLUMNS),
+    "central_difference": lambda s, t: kernel.central_difference(
+        lambda p: t * jnp.sin(p / s), jnp.asarray(s * G), jnp.asarray(s * VALUES)
     ),
 }
 
 #: Nothing in them has a unit: counts, dimensionless numbers, or calls of the others.
 WITHOUT_UNITS = {
-    "default_floor",
-    "toeplitz_degrees_of_freedom",
-    "windowed_toeplitz_degrees_of_freedom",
     "centre_toeplitz_residual",
-    "measure_layers",
-    "covariance_check",
-    "effective_time",
-    "flow_step",
-    "integrate_flow",
-    "make_probe",
+    "choose_solver",
     "condition_report",
-    "coupling_exponent",
-    "shell_drift",
     "correlation_time",
+    "coupling_exponent",
+    "default_floor",
+    "default_step",
     "direction_memory",
-    "increment_statistics",
-    "state_increments",
     "partition",
     "partition_by_prefix",
     "restrict_to_block",
-    "softmax_error",
-    "softmax_cross_entropy",
+    "shard_batches",
+    "shell_drift",
     "softmax_basis",
+    "softmax_cross_entropy",
+    "softmax_error",
+    "toeplitz_degrees_of_freedom",
+    "windowed_toeplitz_degrees_of_freedom",
 }
 
-#: Scaled by tests of their own files, test_exact_balance, test_midpoint and
-#: test_stochastic, or made of those that are.
+#: Scaled by tests of other files.
 ELSEWHERE = {
-    "exact_balance",
-    "measure_stochastic_coupling",
-    "measured_time",
-    "midpoint_flux",
-    "sharp_flux_bounds",
-    "spectral_snapshot",
-    "stochastic_shell_coupling",
-    "velocity_law",
+    "exact_balance": "test_exact_balance::test_balance_follows_the_scales",
+    "stochastic_shell_coupling": "test_stochastic::test_scales_drop_out",
 }
 
 #: Squares without a flag: what leaves the dtype is 0 or infinite, as in any product.
@@ -259,7 +436,23 @@ PLAIN_SQUARES = {
     "kernel_dense",
     "kernel_derivative",
     "measure_coupling",
+    "measure_layers",
+    "measure_stochastic_coupling",
     "block_coherence",
+    "covariance_check",
+    "gradient_flow_direction",
+    "kernel_derivative_matmat",
+    "kernel_matmat",
+    "layer_kernels",
+    "linearize_block_kernels",
+    "linearize_derivative",
+    "linearize_kernel",
+    "make_probe",
+    "measured_time",
+    "midpoint_flux",
+    "sharp_flux_bounds",
+    "spectral_snapshot",
+    "velocity_law",
     "operator_norms",
     "fit_power_law",
     "velocity_fit",
@@ -274,7 +467,7 @@ CASES = [
 
 
 def public_functions():
-    modules = (linalg, shells, dynamics, conditions)
+    modules = (kernel, linalg, shells, dynamics, conditions)
     names = {name for module in modules for name in module.__all__}
     names |= {name for name, value in vars(errors).items() if _is_public(name, value)}
     return {name for name in names if not name[0].isupper()}
@@ -285,9 +478,14 @@ def _is_public(name, value):
 
 
 def test_every_public_function_is_scaled_or_has_no_units():
-    assert set(ROWS) & WITHOUT_UNITS == set()
-    kernel = {"kernel_dense", "kernel_derivative"}
-    assert public_functions() == (set(ROWS) | WITHOUT_UNITS | ELSEWHERE) - kernel
+    named = [*ROWS, *WITHOUT_UNITS, *ELSEWHERE]
+    assert sorted(named) == sorted(public_functions())
+
+
+@pytest.mark.parametrize(("name", "place"), ELSEWHERE.items())
+def test_what_has_no_row_is_scaled_where_it_is_said(name, place):
+    file, _, test = place.partition("::")
+    assert name in used_names(file, test=test)
 
 
 def _numbers(result):
@@ -301,15 +499,15 @@ def _numbers(result):
     return [np.asarray(leaf, np.float64) for leaf in leaves], plain
 
 
-def _degree(one, two):
-    """Returns p of ``two = 2^(8 p) one``, 0 where nothing can be told."""
-    known = np.isfinite(one) & (one != 0)
-    if not known.any():
-        return 0.0
-    largest = np.argmax(np.where(known, np.abs(one), 0))
-    degree = np.log2(two.flat[largest] / one.flat[largest]) / 8
-    nearest = np.round(2 * degree) / 2
-    return nearest if abs(degree - nearest) < 1e-5 else degree
+def exponents_for(degrees, plain_squares):
+    """Returns the exponents to follow, some of which hold the largest power."""
+    largest = max(map(abs, degrees))
+    if largest == 0:
+        return EXPONENTS[::3]
+    reach = int(MOST // largest)
+    if plain_squares and EXPONENTS[-1] > reach:  # squares without a flag stay within it
+        return (-reach, -(reach // 2), reach // 2, reach)
+    return EXPONENTS if reach >= EXPONENTS[2] else (*EXPONENTS, -reach, reach)
 
 
 @pytest.mark.parametrize(("row", "which", "plain_squares"), CASES)
@@ -322,27 +520,30 @@ def test_results_follow_their_units(row, which, plain_squares):
     one, plain = at(0)
     two, _ = at(8)
     degrees = [
-        0.0 if fixed else _degree(a, b)
+        0.0 if fixed else degree(a, b)
         for a, b, fixed in zip(one, two, plain, strict=True)
     ]
-    for exponent in EXPONENTS if any(degrees) else EXPONENTS[::3]:
-        if plain_squares and abs(exponent) * max(map(abs, degrees)) > MOST:
-            continue
+    followed = np.array(plain)
+    for exponent in exponents_for(degrees, plain_squares):
         found, _ = at(exponent)
         left = False
-        for a, b, p, fixed in zip(one, found, degrees, plain, strict=True):
+        each = zip(one, found, degrees, plain, strict=True)
+        for leaf, (a, b, p, fixed) in enumerate(each):
             if fixed:
                 continue
             expected = a * 2.0 ** (p * exponent)
             size = np.max(np.abs(expected), where=np.isfinite(expected), initial=0)
             least = np.min(np.abs(expected), where=expected != 0, initial=np.inf)
-            if size > 0.3 * np.finfo(FLOAT).max or least < np.finfo(FLOAT).tiny:
+            small = least < np.finfo(FLOAT).tiny and not plain_squares
+            if size > 0.3 * np.finfo(FLOAT).max or small:
                 left = True
                 continue
             np.testing.assert_allclose(b, expected, rtol=RTOL, atol=RTOL * size)
+            followed[leaf] = True
         same = all(
             np.array_equal(a, b)
             for a, b, fixed in zip(one, found, plain, strict=True)
             if fixed
         )
         assert same != left, (exponent, left)
+    assert followed.all(), followed

@@ -98,7 +98,9 @@ def measure_layers(
 
     num_misfits = misfits(point)
 
-    def measure(kernel: jax.Array, moved: jax.Array) -> CouplingMeasurement:
+    def measure(
+        key: jax.Array, kernel: jax.Array, moved: jax.Array
+    ) -> CouplingMeasurement:
         pairs, coupling = diagonalize(
             kernel, moved, tolerance=window.tolerance, floor=window.floor
         )
@@ -131,13 +133,16 @@ def measure_layers(
         )
 
     kernels, moved = (list(part) for part in zip(*matrices.values(), strict=True))
-    total = measure(sum(kernels[1:], kernels[0]), sum(moved[1:], moved[0]))
+    keys = jax.random.split(key, 1 + len(kernels))
+    whole = sum(kernels[1:], kernels[0]), sum(moved[1:], moved[0])
+    total = measure(keys[0], *whole)
     leading = total.vectors[:, :1]
     apart = jnp.abs(project_kernel(point, leading)[0, 0] - total.values[0])
     disagreement = apart / divisor(total.values[0])
     total = dataclasses.replace(total, operator_disagreement=disagreement)
     average = _average(moved, total.vectors, total.values, total.shells, binning=shells)
-    layers = {name: measure(*pair) for name, pair in matrices.items()}
+    each = enumerate(matrices.items(), 1)
+    layers = {name: measure(keys[k], *pair) for k, (name, pair) in each}
     return LayerMeasurements(layers, total, without_infinity(average))
 
 

@@ -387,9 +387,9 @@ def _check_blocks(size: int, num_pairs: int, width: int) -> None:
     spans = size - num_pairs <= width <= size
     if width > size or (size > num_pairs and 2 * width > size and not spans):
         raise ValueError(
-            "signs.num_signs: expected, as of the shells, at most n / 2 = "
-            f"{size / 2:g}, since a block as wide leaves Lanczos less than two steps, "
-            f"got {width}."
+            f"signs.num_signs: expected at most n / 2 = {size / 2:g}, as of the "
+            "shells, since a block as wide leaves Lanczos less than two steps, got "
+            f"{width}."
         )
 
 
@@ -608,19 +608,19 @@ def _assembled(
     matrix, counts = of(jnp.full(number, 1 / number, bulk.cells.dtype))
     others = (1 - jnp.eye(number, dtype=bulk.cells.dtype)) / (number - 1)
     replicates, _ = jax.vmap(of)(others)
-    usable = jnp.isfinite(matrix) & jnp.all(jnp.isfinite(replicates), 0)
-    mask = bulk.finite & usable & (matrix > 0) & jnp.all(replicates > 0, 0)
-    mask &= jnp.outer(drift.resolved, drift.resolved)
+    unit = drift.unit
+    scale = unit / weights.shells.edges[-1] if weights.renormalize else unit
+    scaled = [array * scale * scale for array in (matrix, replicates)]
+    usable = _is_held(scaled[0]) & jnp.all(_is_held(scaled[1]), 0)
+    mask = bulk.finite & usable & jnp.outer(drift.resolved, drift.resolved)
     logs = jnp.log(jnp.where(mask, replicates, 1))
     mass = jnp.mean(lengths, -1)[None]
     first = _symmetric(bulk.cells[0] * mass) + exact
     change = _symmetric((bulk.rough - bulk.cells[0]) * mass) + fewer_exact - exact
-    unit = drift.unit
-    scale = unit / weights.shells.edges[-1] if weights.renormalize else unit
     return StochasticCoupling(
-        matrix=jnp.where(mask, matrix, 0) * scale * scale,
+        matrix=jnp.where(mask, scaled[0], 0),
         mask=mask,
-        replicates=jnp.where(mask, replicates, 0) * scale * scale,
+        replicates=jnp.where(mask, scaled[1], 0),
         log_error=jackknife_error(logs),
         lanczos_error=jnp.abs(change) / jnp.where(mask, first, jnp.inf),
         edges=weights.shells.edges,
@@ -628,6 +628,12 @@ def _assembled(
         relative_drift=drift.relative,
         finite=bulk.finite,
     )
+
+
+def _is_held(array: jax.Array) -> jax.Array:
+    """Whether positive numbers have neither overflowed nor lost their digits."""
+    info = jnp.finfo(array.dtype)
+    return (array >= float(info.tiny)) & (array <= float(info.max))
 
 
 def _symmetric(matrix: jax.Array) -> jax.Array:

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from grsd_jax.experiments.commands import say_end
-from grsd_jax.experiments.common import flags, records
+from grsd_jax.experiments.common import files, flags, records
 from grsd_jax.experiments.common.config import TITLES, TRAINING_FLAGS, Config
 from grsd_jax.experiments.common.data import load_dataset
 from grsd_jax.experiments.common.networks import make_model
@@ -42,9 +42,11 @@ def main(config: Config) -> None:
     elif result.resumed_from:
         print(f"{config.model}: {steps} steps, resumed from {result.resumed_from}")
     folder = result.checkpoint_dir.parent
-    metrics = records.read_jsonl(folder / "metrics.jsonl")
-    print(_format_training(config.model, metrics, result))
-    places = folder / "metrics.jsonl", result.checkpoint_dir
+    metrics = folder / "metrics.jsonl"
+    with files.reading(metrics, "the metrics of a training"):
+        text = _format_training(config.model, records.read_jsonl(metrics), result)
+    print(text)
+    places = metrics, result.checkpoint_dir
     then = ("grsd", "measure", config.workdir, f"--model={config.model}")
     say_end(*places, then=then)
 

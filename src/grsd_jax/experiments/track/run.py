@@ -167,12 +167,11 @@ def track(
             model, dataset, settings, config.workdir, name=name, callback=tracker
         )
         lines[name] = tracker.log.read()
-        metrics = records.read_jsonl(folder / "metrics.jsonl")
         with files.reading(tracker.log.path, "the records of a probe"):
             entries[name] = summary(lines[name]) | PROVENANCE
         entries[name] |= {
             "test_accuracy": result.test_accuracy,
-            "train_seconds": metrics[-1]["seconds"],
+            "train_seconds": _train_seconds(folder / "metrics.jsonl"),
             "effective_time": (
                 "sum of learning rate / (1 - momentum) over the steps"
                 if config.optimizer == "sgd"
@@ -181,3 +180,10 @@ def track(
             "data_fingerprint": dataset.fingerprint,
         }
     return header(config) | {"tracks": entries}, lines
+
+
+def _train_seconds(path: Path) -> float:
+    """Returns the wall time of a training, from its last line of metrics."""
+    metrics = records.read_jsonl(path)
+    with files.reading(path, "the metrics of a training"):
+        return float(metrics[-1]["seconds"])

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from grsd_jax.dynamics import effective_time
-from grsd_jax.experiments.common import records
+from grsd_jax.experiments.common import files, records
 from grsd_jax.experiments.common.config import Config, UserError
 from grsd_jax.experiments.common.data import Dataset
 from grsd_jax.experiments.common.measurement import UNRELATED, header, made_by
@@ -94,7 +94,7 @@ def run_transport(
         "runs": [],
     }
     if path.exists():
-        results["runs"] = _of_same_study(records.read_json(path), results)
+        results["runs"] = _finished_runs(path, results)
     pairs = list(itertools.product(arms, seeds))
     for arm, seed in progress_bar(pairs, desc="pairs of trainings"):
         pair = [Cell(arm, seed, network) for network in networks]
@@ -109,9 +109,23 @@ def _is_one(run: dict[str, Any], cells: Sequence[Cell]) -> bool:
     return tuple(run[name] for name in Cell._fields) in cells
 
 
-def _of_same_study(before: dict[str, Any], now: dict[str, Any]) -> list[dict[str, Any]]:
+def _finished_runs(path: Path, now: dict[str, Any]) -> list[dict[str, Any]]:
     """Returns the finished runs of a file, if it was made the same way."""
-    now = records.plain(now)
+    before = records.read_json(path)
+    with files.reading(path, "the results of a study of transport"):
+        _check_same_study(path, before, records.plain(now))
+        runs = before["runs"]
+        if not all(_named(run) for run in runs):
+            raise ValueError("a run that names no cell")
+        return runs
+
+
+def _named(run: dict[str, Any]) -> bool:
+    return all(name in run for name in Cell._fields)
+
+
+def _check_same_study(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises UserError unless a file's study was made the same way."""
     ignored = {*UNRELATED, "seed", "model"}
     for name in ("protocol", "networks", "data_fingerprint", "config"):
         there, here = before.get(name), now[name]
@@ -122,10 +136,9 @@ def _of_same_study(before: dict[str, Any], now: dict[str, Any]) -> list[dict[str
             )
         if there != here:
             raise UserError(
-                f"--workdir: expected the {name} of the study that is there, got "
+                f"--workdir: expected the {name} of the study in '{path}', got "
                 "another; choose another --workdir for other settings."
             )
-    return before["runs"]
 
 
 def _entry(
