@@ -216,6 +216,8 @@ def _law(s, t):
             jnp.eye(SIZE, dtype=FLOAT),
             jnp.asarray(t * np.abs(G)),
             jnp.zeros(2, jnp.uint32),
+            jnp.asarray(np.finfo(FLOAT).eps, FLOAT),
+            jnp.bool_(True),
         )
         for growth in (1.0, 1.1, 1.3)
     ]

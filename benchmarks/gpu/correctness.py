@@ -40,6 +40,9 @@ ORDINARY = (
     "architectures",
 )
 
+#: The ordinary tests that are run: those of the gate, and not only the fast ones.
+_GATE = ("-m", "not scheduled and not gpu")
+
 #: Share of the time that the tests for an accelerator may take.
 _SHARE = 0.65
 
@@ -65,11 +68,11 @@ def main() -> None:
     about["rehearsal"] = options.rehearse
     runs = {
         "gpu": ["-m", "gpu", "tests/test_gpu.py"],
-        "ordinary": [f"tests/test_{name}.py" for name in ORDINARY],
+        "ordinary": [*_GATE, *(f"tests/test_{name}.py" for name in ORDINARY)],
     }
     if options.rehearse:
         runs["gpu"] += ["-k", "statistics"]
-        runs["ordinary"] = ["tests/test_ritz.py"]
+        runs["ordinary"] = [*_GATE, "tests/test_ritz.py"]
     limits = {"gpu": _SHARE * 60 * options.minutes, "ordinary": 60 * options.minutes}
     results = {}
     for name, arguments in runs.items():
