@@ -223,7 +223,7 @@ def line_of(record: ProbeRecord) -> dict[str, Any]:
     line["shift_mask"] = by_one.velocity_mask
     line["counting_shift"] = by_one.counting_velocity
     if (counted := record.balance.counting) is not None:
-        line["counting_stderr"] = counted.stderr
+        line["counting_error"] = counted.error
     return records.plain(line)
 
 
@@ -242,7 +242,7 @@ def table(line: Mapping[str, Any]) -> str:
         f"{line['num_columns']} products, {line['cost']:.0f} gradients, "
         f"{_text(line['cost_in_steps'], '.0f')} training steps.",
     ]
-    rows = [["edge", "F", "error", "floor", "F/eps", "error", "counted", "stderr", "v"]]
+    rows = [["edge", "F", "error", "floor", "F/eps", "error", "counted", "error", "v"]]
     for k in reversed(range(len(line["edges"]))):
         used = line["shift_mask"][k]
         rows.append(
@@ -258,7 +258,7 @@ def table(line: Mapping[str, Any]) -> str:
                 ),
                 *(
                     _text(_entry(line, name, k), ".3f")
-                    for name in ("counting_shift", "counting_stderr")
+                    for name in ("counting_shift", "counting_error")
                 ),
                 _text(_entry(line, "velocity", k) if used else None, ".3g"),
             ]

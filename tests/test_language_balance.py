@@ -75,7 +75,7 @@ def test_script_is_rehearsed(tmp_path, capsys):
     for line in report["records"]:
         assert line["finite"]
         assert line["cpu_seconds"] > 0
-        assert len(line["counting_stderr"]) == len(line["edges"])
+        assert len(line["counting_error"]) == len(line["edges"])
         shift = np.array(line["flux"], float) / np.array(line["density"], float)
         np.testing.assert_allclose(np.array(line["shift"], float), shift, rtol=1e-5)
     told = capsys.readouterr().out
