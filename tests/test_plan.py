@@ -496,6 +496,24 @@ def test_rows_out_of_range_are_reported_with_their_index(fn, token):
     measured(5)
 
 
+@pytest.mark.filterwarnings("ignore:.*rows that it does not have:RuntimeWarning")
+def test_rows_out_of_range_are_counted_also_in_jit():
+    noise = np.random.default_rng(0)
+    params = {"table": noise.normal(size=(9, 2)), "out": noise.normal(size=(4, 3))}
+    params = {name: jnp.asarray(leaf, jnp.float32) for name, leaf in params.items()}
+    tokens = jnp.asarray([[[8, -9], [0, 60]], [[-30, 1], [60, 2]]])
+    labels = jnp.asarray([[0, 1], [2, 0]])
+    key = jax.random.key(0)
+
+    def count(token):
+        problem = Problem(by_rows, {"token": token, "label": labels})
+        return grsd.measure_coupling(problem, params, key=key).num_misfits
+
+    assert count(tokens) == jax.jit(count)(tokens) == 3
+    inside = jnp.clip(tokens, 0, 8)
+    assert count(inside) == 0
+
+
 def test_a_linear_program_that_cannot_be_read_says_so_and_is_used(monkeypatch):
     def broken(*_):
         raise KeyError("an equation of another JAX")

@@ -170,6 +170,33 @@ def leaf_tangents(
     return found
 
 
+def count_strays(
+    program: Program, error_fn: Any, params: PyTree, batch: PyTree
+) -> jax.Array:
+    """Returns how often an undefined row of a table is read, [] int32.
+
+    Args:
+        program: The walked error of one example.
+        error_fn: The error function, a pytree.
+        params: Parameters.
+        batch: One batch.
+    """
+    state, leaves = jax.tree.leaves(error_fn), jax.tree.leaves(params)
+    meetings = program.meetings
+
+    def one(example: list[jax.Array]) -> list[tuple[jax.Array, ...]]:
+        zeros = [jnp.zeros((*m.loops, *m.shape), m.dtype) for m in meetings]
+        return program.perturbed(state, leaves, example, zeros)[1]
+
+    records = jax.vmap(one)(jax.tree.leaves(batch))
+    counts = [
+        jnp.sum(_is_stray(meeting.equation, record[0]), dtype=jnp.int32)
+        for meeting, record in zip(meetings, records, strict=True)
+        if meeting.kind == "lookup"
+    ]
+    return sum(counts, jnp.int32(0))
+
+
 def _collected(
     program: Program,
     plain: frozenset[int],
@@ -459,17 +486,21 @@ def _lookup(
 
 
 def _stray(equation: Any, indices: jax.Array) -> jax.Array:
-    """Returns whether a gather reads outside its table, one such index, and the size.
+    """Returns whether a gather reads what is undefined, such an index, and the size."""
+    size, indices = equation.invars[0].aval.shape[0], indices.reshape(-1)
+    outside = _is_stray(equation, indices)
+    found = (jnp.any(outside), indices[jnp.argmax(outside)], size)
+    return jnp.stack([jnp.asarray(each, jnp.int32) for each in found])
+
+
+def _is_stray(equation: Any, indices: jax.Array) -> jax.Array:
+    """Returns which indices lie outside the table of a gather, where this is undefined.
 
     A mode that says what it reads there is the caller's wish.
     """
-    size = equation.invars[0].aval.shape[0]
-    indices = indices.reshape(-1)
-    outside = (indices < 0) | (indices >= size)
     mode = GatherScatterMode.from_any(equation.params["mode"])
-    undefined = mode == GatherScatterMode.PROMISE_IN_BOUNDS
-    found = (jnp.any(outside) & undefined, indices[jnp.argmax(outside)], size)
-    return jnp.stack([jnp.asarray(each, jnp.int32) for each in found])
+    outside = (indices < 0) | (indices >= equation.invars[0].aval.shape[0])
+    return outside & (mode == GatherScatterMode.PROMISE_IN_BOUNDS)
 
 
 def _cotangent(

@@ -23,7 +23,7 @@ from grsd_jax._arrays import Seen, all_finite, is_traced
 from grsd_jax._batches import split_batches
 from grsd_jax._checks import check_not_explicit
 from grsd_jax._typing import PyTree
-from grsd_jax.jacobian.blocks import LeafTangents, leaf_tangents
+from grsd_jax.jacobian.blocks import LeafTangents, count_strays, leaf_tangents
 from grsd_jax.jacobian.independence import what_may_mix
 from grsd_jax.jacobian.raised import RaisedErrorFn
 from grsd_jax.jacobian.tracing import Program, largest_eps, walk
@@ -93,6 +93,26 @@ class Verdict(NamedTuple):
 def plan_of(point: Point) -> Plan | None:
     """Returns how J of a problem comes as factors, None if plainly."""
     return verdict_of(point).plan
+
+
+def stray_rows(point: Point) -> jax.Array:
+    """Counts how often rows are read that a table of the network does not have.
+
+    Those where JAX leaves undefined what is read; all batches together, [] int32. Where
+    J comes plainly, none is seen.
+    """
+    plan = plan_of(point)
+    if plan is None or all(m.kind != "lookup" for m in plan.program.meetings):
+        return jnp.int32(0)
+    return _stray_rows(point.error_fn, point.params, point.parts, plan=plan)
+
+
+@partial(jax.jit, static_argnames="plan")
+def _stray_rows(
+    error_fn: Objective, params: PyTree, parts: list[PyTree], *, plan: Plan
+) -> jax.Array:
+    counts = [count_strays(plan.program, error_fn, params, batch) for batch in parts]
+    return sum(counts, jnp.int32(0))
 
 
 def are_coupled(point: Point) -> bool:

@@ -18,7 +18,7 @@ from grsd_jax._arrays import all_finite, divisor, is_traced, matmul, norm
 from grsd_jax._checks import check_key
 from grsd_jax._memory import waits_for_memory
 from grsd_jax._typing import PyTree
-from grsd_jax.jacobian.plan import plan_of
+from grsd_jax.jacobian.plan import plan_of, stray_rows
 from grsd_jax.kernel.dense import layer_kernels
 from grsd_jax.kernel.derivative import gradient_flow_direction, project_kernel
 from grsd_jax.problem import Problem, misfits, point_at
@@ -96,7 +96,7 @@ def measure_layers(
     form = "plain" if plan_of(point) is None else "factored"
     matrices = layer_kernels(problem, params, direction, layer_of=layer_of)
 
-    num_misfits = misfits(point)
+    num_misfits = misfits(point) + stray_rows(point)
 
     def measure(
         key: jax.Array, kernel: jax.Array, moved: jax.Array

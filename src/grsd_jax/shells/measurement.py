@@ -19,7 +19,7 @@ from grsd_jax._arrays import all_finite, is_traced, magnitude, matmul, norm, rat
 from grsd_jax._checks import check_choice, check_key, check_type
 from grsd_jax._memory import check_fits, waits_for_memory
 from grsd_jax._typing import Matmat, PyTree
-from grsd_jax.jacobian.plan import plan_of, verdict_of
+from grsd_jax.jacobian.plan import plan_of, stray_rows, verdict_of
 from grsd_jax.kernel.dense import check_dense_fits, dense_at
 from grsd_jax.kernel.derivative import (
     Derivative,
@@ -394,7 +394,7 @@ def _cross_checks(
         operator_disagreement=operator,
         unresolved_share=_unresolved_share(pairs, errors, stack=stack),
         num_missing=missing_pairs(pairs, point.dimension, window),
-        num_misfits=misfits(point),
+        num_misfits=misfits(point) + stray_rows(point),
         finite=all_finite(numbers),
         complete=None,
     )
