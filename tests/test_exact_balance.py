@@ -347,7 +347,7 @@ def test_amounts_that_the_dtype_cannot_hold_are_undefined_and_told(scale):
     whole, found = balance(*ends), balance(*far)
     assert whole.in_range
     assert not found.in_range
-    assert found.finite == (scale < 1)  # infinite amounts are not finite
+    assert found.finite  # the error is
     for name in ("energies", "lost", "moved", "flux", "rotation", "density", "floor"):
         assert np.all(np.isnan(getattr(found, name))), name
     for name in ("flux_error", "velocity", "excess_velocity", "velocity_error"):
@@ -356,7 +356,7 @@ def test_amounts_that_the_dtype_cannot_hold_are_undefined_and_told(scale):
     assert not np.any(found.velocity_mask)
     np.testing.assert_allclose(found.growth, whole.growth, rtol=1e-4)
     assert "n/a" in str(found)
-    assert ("OUT OF THE RANGE" in str(found)) == (scale < 1)
+    assert "OUT OF THE RANGE" in str(found)
     line = balance_line(found)
     assert not line["in_range"]
     assert np.all(np.isnan(line["flux"]))

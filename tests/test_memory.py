@@ -76,7 +76,7 @@ def test_memory_that_ends_after_the_call_returned_is_named_too(monkeypatch):
     batches = {"x": jnp.ones((1, 3, 2)), "y": jnp.ones((1, 3, 1))}
     problem = Problem.from_error(lambda p, b: b["x"] @ p - b["y"], batches)
     weights = jnp.ones((2, 1))
-    with pytest.raises(MemoryError, match="lower one of: block_size, num_steps, batch"):
+    with pytest.raises(MemoryError, match=r"lower one of: solver\.block_size"):
         measure_coupling(problem, weights, weights, key=jax.random.key(0))
 
 

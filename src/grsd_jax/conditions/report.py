@@ -248,9 +248,9 @@ def condition_report(
 
     Raises:
         ValueError: If there is no point, points are not in order, or differ in
-            examples, targets or loss, a threshold is one that every number or none
-            meets, a parameter is of less than single precision, or a shape, tree,
-            dtype, leading axis, partition or option does not fit.
+            examples, targets or loss, a threshold is not a finite number >= 0 or a
+            share above 1, a parameter is of less than single precision, or a shape,
+            tree, dtype, leading axis, partition or option does not fit.
         MemoryError: If the device runs out of memory; it names what to lower.
 
     References:

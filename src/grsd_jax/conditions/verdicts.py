@@ -53,26 +53,23 @@ class Thresholds(NamedTuple):
     min_r_squared: float = 0.9
 
 
-#: The thresholds that no number beyond 1 can be held against.
+#: Thresholds of shares, for which more than 1 makes no sense.
 _SHARES = ("influence_share", "max_distant_coherence", "min_r_squared")
 
 
 def check_thresholds(thresholds: Thresholds) -> None:
-    """Raises ValueError unless every threshold is one that a number can miss."""
+    """Raises ValueError unless thresholds are finite numbers >= 0, and shares <= 1."""
     for name, value in thresholds._asdict().items():
         check_threshold(f"thresholds.{name}", name, value)
 
 
 def check_threshold(label: str, name: str, value: object) -> None:
-    """Checks one threshold.
+    """Raises ValueError unless a threshold is a finite number >= 0, a share <= 1.
 
     Args:
         label: What to call it.
         name: Its field of `Thresholds`.
         value: Its value.
-
-    Raises:
-        ValueError: If it is not a finite number >= 0, or a share above 1.
     """
     if name == "distant":  # at a distance of 0 every block is coherent with itself
         check_at_least(label, value, 1)

@@ -536,5 +536,5 @@ def count_by_quadrature(
         mean_density,
         stderr=stderr,
         error=stderr + jnp.sum(apart, axis=0),
-        converged=jnp.all(apart <= stderr[None, :], axis=0),
+        converged=jnp.all(apart <= stderr[None, :], axis=0) & jnp.isfinite(stderr),
     )

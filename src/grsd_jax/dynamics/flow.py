@@ -66,7 +66,7 @@ def flow_step(field: Field, params: PyTree, step: jax.typing.ArrayLike) -> PyTre
 
     Raises:
         ValueError: If a parameter is of another dtype, where small steps may vanish,
-            the step is not a single real number or known not to be finite, or the
+            the step is not a single real number or is known not to be finite, or the
             field does not give a tree like ``params``.
 
     References:

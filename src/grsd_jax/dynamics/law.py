@@ -124,12 +124,12 @@ class _Forms(NamedTuple):
 
 def _forms(balance: ExactBalance, velocity: str) -> _Forms:
     elapsed = jnp.where(balance.timed, balance.elapsed, 0)
-    counted = stderr = jnp.zeros_like(balance.flux)
+    counted = count_error = jnp.zeros_like(balance.flux)
     if velocity == "excess":
         if balance.counting is None or balance.counting_velocity is None:
             raise ValueError("balances: expected counts for the excess, got none.")
         counted = balance.counting_velocity
-        stderr = balance.counting.error / divisor(elapsed)
+        count_error = balance.counting.error / divisor(elapsed)
 
     def form(values: jax.Array) -> tuple[jax.Array, jax.Array]:
         known = jnp.isfinite(values) & jnp.isfinite(counted) & balance.velocity_mask
@@ -143,7 +143,7 @@ def _forms(balance: ExactBalance, velocity: str) -> _Forms:
     return _Forms(
         velocity=first,
         other=second,
-        error=jnp.where(mask, error, 0) + stderr,
+        error=jnp.where(mask, error, 0) + count_error,
         effective_edges=jnp.where(mask, balance.effective_edges, 0),
         edges=balance.shells.edges,
         mask=mask,

@@ -297,14 +297,16 @@ def _finished(
         apart = apart + change
     converged = jnp.flip(jnp.cumprod(jnp.flip(agrees).astype(jnp.int32))) > 0
     error = found.floor + apart + found.left_out
-    flux, density = restored(found.flux, size), restored(found.density, size)
+    density = restored(found.density, size)
+    finite = finite & all_finite((found.flux, found.density))
+    fits = in_dtype(found.flux, found.floor, size) & jnp.isfinite(density)
     return MidpointFlux(
         shells=shells,
-        flux=flux,
+        flux=restored(found.flux, size),
         density=density,
         floor=restored(found.floor, size),
         flux_error=restored(jnp.where(converged, error, jnp.inf), size),
         converged=converged,
-        finite=finite & all_finite((flux, density)),
-        in_range=in_dtype(found.flux, found.floor, size) & jnp.isfinite(density),
+        finite=finite,
+        in_range=fits | ~finite,
     )

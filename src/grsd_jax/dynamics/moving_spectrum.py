@@ -180,7 +180,7 @@ def lanczos_spectrum(
     pairs = RitzPairs(found.values, found.vectors, found.residuals, resolved)
     error = errors_at(point)
     error_rate = _error_rate(point, error)
-    num_columns, complete = found.num_columns, found.complete
+    num_columns, complete = found.num_columns, found.proven
     if point.direction is None:
         coupling = jnp.zeros((num_pairs,) * 2, start.dtype)
         return MovingSpectrum(pairs, coupling, error, error_rate, num_columns, complete)

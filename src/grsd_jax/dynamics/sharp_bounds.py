@@ -132,10 +132,10 @@ def _bounds(
     pairing = pair_krylov(*runs, spaces.vectors / size, num_steps)
     floor = rounding_floors(pairing, shells, spaces.rounding).flux
     bounds = least[1] - most[0] - floor, most[1] - least[0] + floor
-    in_range = in_dtype(bounds[0], floor, size) & in_dtype(bounds[1], floor, size)
+    finite = all_finite(bounds) & runs[0].finite & runs[1].finite
+    fits = in_dtype(bounds[0], floor, size) & in_dtype(bounds[1], floor, size)
     lower, upper = (restored(bound, size) for bound in bounds)
-    finite = all_finite((lower, upper)) & runs[0].finite & runs[1].finite
-    return SharpFlux(edges, lower, upper, comparable, finite, in_range)
+    return SharpFlux(edges, lower, upper, comparable, finite, fits | ~finite)
 
 
 def _scalar_run(

@@ -275,9 +275,7 @@ def _leading_pairs(
     # A residual turns its vector as a kernel would that is off by as much. Half of it,
     # since floors take the kernel to be off by three times the rounding.
     worst = jnp.max(jnp.where(found.converged, found.residuals, 0))
-    # What has converged is proven, but for copies that a narrow block does not see.
-    complete = found.complete | ~jnp.all(found.converged)
-    return values, vectors, ratio(worst, found.values[0]) / 2, complete
+    return values, vectors, ratio(worst, found.values[0]) / 2, found.proven
 
 
 def _with_rest(

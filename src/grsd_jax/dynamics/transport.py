@@ -420,17 +420,18 @@ def balance_spectra(
     size = size_of(pairings[0])
     pairings = [scaled(pairing, size) for pairing in pairings]
     found, *coarser = (amounts_of(pairing, shells, square) for pairing in pairings)
-    # Beside no pair at all the rest has no place, and only the lowest one has gaps.
+    # Where no pair was found the rest lies at infinity: take the gaps of the lowest.
     near = jax.tree.map(
         lambda low, high: jnp.where(jnp.isinf(high), low, high),
         pairings[0],
         pairings[closest],
     )
     floors = rounding_floors(near, shells, rounding)
+    own = rounding_floors(pairings[0], shells, rounding) if closest else floors
     others = [*coarser]
     if not square:  # four times what was left out, as far as the spectra know it
         others += 4 * [amounts_of(pairings[0], shells, square=True)]
-    converged = converged_edges(found, coarser, floors, agreement)
+    converged = converged_edges(found, coarser, own, agreement)
     errors = amount_errors(floors, found, others, converged)
     if change is not None:
         unseen = unseen_errors(pairings[0], jnp.asarray(change, dtype) / size, shells)
@@ -443,6 +444,7 @@ def balance_spectra(
     growth, growth_error, grows = growth_of(pairings, shells, errors.flux, square)
     names = AmountErrors._fields
     fits = [in_dtype(getattr(found, x), getattr(floors, x), size) for x in names]
+    finite = all_finite([getattr(found, x) for x in names])
     amounts = {x: restored(getattr(found, x), size) for x in names}
     errors = AmountErrors(*(restored(error, size) for error in errors))
     return ExactBalance(
@@ -464,8 +466,8 @@ def balance_spectra(
         converged=converged,
         rounding=rounding,
         comparable=jnp.bool_(True),
-        finite=all_finite(amounts),
-        in_range=jnp.all(jnp.stack([jnp.all(fit) for fit in fits])),
+        finite=finite,
+        in_range=jnp.all(jnp.stack([jnp.all(fit) for fit in fits])) | ~finite,
     )
 
 

@@ -98,21 +98,24 @@ def plan_of(point: Point) -> Plan | None:
 def stray_rows(point: Point) -> jax.Array:
     """Counts how often rows are read that a table of the network does not have.
 
-    Those where JAX leaves undefined what is read; all batches together, [] int32. Where
-    J comes plainly, none is seen.
+    Those where JAX leaves undefined what is read; all batches together, [] int32. Only
+    whole rows are looked at, and none where J comes plainly.
     """
     plan = plan_of(point)
     if plan is None or all(m.kind != "lookup" for m in plan.program.meetings):
         return jnp.int32(0)
-    return _stray_rows(point.error_fn, point.params, point.parts, plan=plan)
+    counts = [
+        _stray_rows(point.error_fn, point.params, batch, plan=plan)
+        for batch in point.parts
+    ]
+    return sum(counts, jnp.int32(0))
 
 
 @partial(jax.jit, static_argnames="plan")
 def _stray_rows(
-    error_fn: Objective, params: PyTree, parts: list[PyTree], *, plan: Plan
+    error_fn: Objective, params: PyTree, batch: PyTree, *, plan: Plan
 ) -> jax.Array:
-    counts = [count_strays(plan.program, error_fn, params, batch) for batch in parts]
-    return sum(counts, jnp.int32(0))
+    return count_strays(plan.program, error_fn, params, batch)
 
 
 def are_coupled(point: Point) -> bool:
@@ -355,7 +358,7 @@ def _checked(point: Point, plan: Plan) -> tuple[Verdict, bool]:
     settled, wrong, coupled, strays = _beside_vjp(
         point, plan, _rounding(plan.program.eps, point)
     )
-    if not is_traced(_data(point)):  # else they are of random indices
+    if _are_given(point):  # else they are of random indices
         _warn_of(strays, point)
     sharp = None if coupled else _sharp(point, plan.program.eps)
     if sharp is not None:
@@ -412,8 +415,9 @@ def _warn_of(strays: dict[int, tuple[int, int]], point: Point) -> None:
     for leaf, (row, size) in strays.items():
         path = "/".join(parameter_paths(point.params)[leaf])
         _warn(
-            f"{path} is read at rows that it does not have, such as {row} of {size}; "
-            "what JAX gives there is undefined, and so is what is measured"
+            f"a table from {path} is read at rows that it does not have, such as {row} "
+            f"of {size}; what JAX gives there is undefined, and so is what is measured",
+            stacklevel=7,
         )
 
 
@@ -541,13 +545,20 @@ def _values(point: Point) -> list[tuple[Any, ...]]:
     with jax.ensure_compile_time_eval():
         first, *others = _held(point)
         held = first[:3]
-        numbers = [x for x in jax.tree.leaves(held) if _is_floating(x)]
-        if is_traced(held) or not all_finite(numbers):
+        if not _are_given(point):
             sets = [jax.tree.map(partial(_random_like, rng), held) for _ in range(2)]
             return [(*each, *first[3:]) for each in sets]
         params = jax.tree.map(partial(_near, rng, sign=-1.0), point.params)
         varied = jax.tree.map(partial(_near, rng, sign=1.0), held[2])
         return [first, (point.error_fn, params, varied, *first[3:]), *others]
+
+
+def _are_given(point: Point) -> bool:
+    """Whether the first values looked at are those of the problem, not random ones."""
+    with jax.ensure_compile_time_eval():
+        held = _held(point)[0][:3]
+        numbers = [x for x in jax.tree.leaves(held) if _is_floating(x)]
+        return not is_traced(held) and bool(all_finite(numbers))
 
 
 def _held(point: Point) -> list[tuple[Any, ...]]:
@@ -694,5 +705,5 @@ def _rounding(eps: float, point: Point) -> float:
     return eps**0.5
 
 
-def _warn(message: str) -> None:
-    warnings.warn(f"grsd_jax: {message}.", RuntimeWarning, stacklevel=6)
+def _warn(message: str, stacklevel: int = 6) -> None:
+    warnings.warn(f"grsd_jax: {message}.", RuntimeWarning, stacklevel=stacklevel)

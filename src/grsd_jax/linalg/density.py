@@ -83,7 +83,7 @@ def spectral_density(
     above = nodes > floor * top
     logs = jnp.log(jnp.where(above, nodes, top))
     low = jnp.min(jnp.where(above, logs, jnp.log(top)))
-    width = max(width, float(jnp.finfo(dtype).eps))
+    width = max(width, float(jnp.finfo(dtype).eps))  # whose square is not 0
     grid = jnp.linspace(low - 4 * width, jnp.log(top) + 4 * width, num_points)
     spacing = (jnp.log(top) - low + 8 * width) / (num_points - 1)
     distances = jnp.abs(grid[:, None] - logs[None])

@@ -60,10 +60,11 @@ class LeadingEigenpairs(NamedResult):
             operator.
         finite: [] bool, whether every product and every value was finite. If not, the
             run stopped at the next check; it contains no NaN, but it is of no use.
-        complete: [] bool, whether all pairs converged and no copy of a repeated value
-            can be missing: the space closed and went on, or it holds fewer than b
+        proven: [] bool, whether no copy of a repeated value can be missing among the
+            pairs that converged: the space closed and went on, or it holds fewer than b
             copies of every value above the last. Always False for ``b = 1`` while the
             space is open, since it then holds one copy of each.
+        complete: [] bool, whether all pairs converged and that is proven of them.
     """
 
     values: jax.Array
@@ -74,6 +75,7 @@ class LeadingEigenpairs(NamedResult):
     orthogonality: jax.Array
     asymmetry: jax.Array
     finite: jax.Array
+    proven: jax.Array
     complete: jax.Array
 
     def _headline(self) -> list[tuple[str, str]]:
@@ -96,7 +98,7 @@ class _Progress(NamedTuple):
     rotation: np.ndarray  # [r, num_pairs]
     bounds: np.ndarray  # [num_pairs]
     converged: np.ndarray  # [num_pairs]
-    complete: bool
+    proven: bool
 
 
 def leading_eigenpairs(
@@ -275,11 +277,11 @@ def _assess(
         return errors <= np.maximum(tolerance * reference, rounding)
 
     converged = accurate(values, residuals) & bool(state.finite)
-    complete = used == state.basis.shape[0]
-    if not complete:
+    alone = used == state.basis.shape[0]
+    if not alone:
         weak = eps**0.5 * norm
-        complete, proven = _completeness(projected, values, accurate, weak)
-        converged &= proven
+        alone, above = _completeness(projected, values, accurate, weak)
+        converged &= above
     solved = projected[:used] @ rotation - rotation * values  # rounding, in float64
     rounding = rounding_bound(used, state.basis.dtype) * norm
     return _Progress(
@@ -287,7 +289,7 @@ def _assess(
         rotation,
         bounds=residuals + np.linalg.norm(solved, axis=0) + rounding,
         converged=converged,
-        complete=complete and bool(converged.all()),
+        proven=alone,
     )
 
 
@@ -297,7 +299,7 @@ def _completeness(
     accurate: Callable[..., np.ndarray],
     weak: float,
 ) -> tuple[bool, np.ndarray]:
-    """Returns whether no larger value can be missing, and above which pairs.
+    """Returns whether no copy of any pair can be missing, and the pairs to ask it of.
 
     A Krylov space holds at most b copies of a repeated value, and one more for each
     random direction that has replaced a dead one. T after the block in which a random
@@ -326,9 +328,8 @@ def _completeness(
         after = projected[(block + 1) * width :, (block + 1) * width :]
         top, residual = _top_from(after, random[block])
         if accurate(top, residual):
-            proven = accurate(values, top - values)
-            return bool(proven.all()), proven
-    return False, np.zeros(len(values), bool)
+            return True, accurate(values, top - values)
+    return True, np.zeros(len(values), bool)
 
 
 def _top_from(
@@ -419,7 +420,8 @@ def _finish(
         orthogonality=orthogonality,
         asymmetry=state.asymmetry,
         finite=finite,
-        complete=finite & found.complete,
+        proven=finite & found.proven,
+        complete=finite & found.proven & bool(found.converged.all()),
     )
 
 

@@ -139,9 +139,10 @@ class CouplingMeasurement(Result):
             pairs, ``1 - |V^T e|^2 / |e|^2``, of all batches together. Where it is near
             1, the pairs say little about this error. NaN for an error that is zero.
         num_missing: [] int32, pairs of the window that are not resolved.
-        num_misfits: [] int32, targets that fit no output (classes out of range, integer
-            rows that are not one-hot), and reads of rows that a table of the network
-            does not have. Targets are refused outside of `jit`; their errors are NaN.
+        num_misfits: [] int32, targets that fit no output: classes out of range, integer
+            rows that are not one-hot. Only inside `jit` are there any, where they are
+            not refused; their errors are NaN. Also reads of whole rows that a table of
+            the network does not have, where its J comes as factors.
         finite: [] bool, whether errors, direction and products were finite. If not,
             nothing is resolved.
         complete: [] bool, whether no copy of a repeated eigenvalue can be missing among
@@ -275,8 +276,8 @@ def caveats(
     found = []
     if num_misfits:
         found.append(
-            "Targets that fit no output, such as classes out of range, or rows that a "
-            f"table of the network does not have: {num_misfits}."
+            "Targets that fit no output, such as classes out of range, or reads "
+            f"outside a table of the network: {num_misfits}."
         )
     if not finite:
         found.append(

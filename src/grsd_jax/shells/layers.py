@@ -53,7 +53,7 @@ class LayerMeasurements(NamedResult):
     average: ToeplitzDiagnostics
 
 
-@waits_for_memory("layer_of", "batches")
+@waits_for_memory("batches")
 def measure_layers(
     problem: Problem,
     params: PyTree,

@@ -64,7 +64,7 @@ Solver = Literal["auto", "dense", "lanczos"] | Lanczos
 _FIRST_PAIRS = 64
 
 
-@waits_for_memory("block_size", "num_steps", "batches")
+@waits_for_memory("solver.block_size", "solver.num_steps", "batches")
 def measure_coupling(
     problem: Problem,
     params: PyTree,
@@ -362,7 +362,7 @@ def _converged_pairs(
             accurate = rounding <= window.tolerance * found.values
             resolved = found.converged & above & accurate
             pairs = RitzPairs(found.values, found.vectors, found.residuals, resolved)
-            return pairs, found.complete
+            return pairs, found.proven
         num_pairs = min(2 * num_pairs, size)
 
 

@@ -156,7 +156,7 @@ class SoftShells(Result):
         values, edges = values[:, None], self.edges[None, :]
         ratios = jnp.maximum(values, 0) / edges
         if not self.width:
-            # Compiled, that is a product with 1 / edge, which may fall short of 1.
+            # XLA turns the division into a product with 1 / edge, which may fall short.
             ratios = jnp.where(values == edges, 1, ratios)
         return jnp.where(jnp.isnan(values), jnp.nan, jnp.log(ratios))
 

@@ -237,7 +237,7 @@ def define_threshold_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
 
 
 def _check_threshold(name: str, value: float | None) -> bool:
-    """Raises ValidationError unless a number can miss the threshold."""
+    """Raises ValidationError unless a threshold is finite, >= 0, and a share <= 1."""
     try:
         check_threshold(name, name, value)
     except ValueError as error:

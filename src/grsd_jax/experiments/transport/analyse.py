@@ -281,15 +281,15 @@ def interval_rows(results: Mapping[str, Any], arm: str) -> list[list[str]]:
 def _velocities(run: Mapping[str, Any], interval: int) -> list[float]:
     """Returns the means over usable edges of one interval, and its exponent."""
     found = reading_of(run)
-    products, null = (
+    products, counts = (
         np.array(found[name][interval], np.float64) for name in ("products", "counted")
     )
     usable = np.isfinite(products)
     exponent = _float(found["exponents"][interval])
     if np.sum(usable) < Protocol().min_edges:
         return [np.nan, np.nan, np.nan, exponent]
-    excess, growth = np.mean(products[usable]), np.mean(null[usable])
-    return [float(excess + growth), float(growth), float(excess), exponent]
+    excess, null = np.mean(products[usable]), np.mean(counts[usable])
+    return [float(excess + null), float(null), float(excess), exponent]
 
 
 def _mean_of_known(values: np.ndarray) -> str:
