@@ -276,8 +276,8 @@ def caveats(
     found = []
     if num_misfits:
         found.append(
-            "Targets that fit no output, such as classes out of range, or reads "
-            f"outside a table of the network: {num_misfits}."
+            "Reads outside a table of the network, or targets that fit no output, such "
+            f"as classes out of range: {num_misfits}."
         )
     if not finite:
         found.append(
