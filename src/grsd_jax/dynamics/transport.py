@@ -420,14 +420,10 @@ def balance_spectra(
     size = size_of(pairings[0])
     pairings = [scaled(pairing, size) for pairing in pairings]
     found, *coarser = (amounts_of(pairing, shells, square) for pairing in pairings)
-    # Where no pair was found the rest lies at infinity: take the gaps of the lowest.
-    near = jax.tree.map(
-        lambda low, high: jnp.where(jnp.isinf(high), low, high),
-        pairings[0],
-        pairings[closest],
-    )
-    floors = rounding_floors(near, shells, rounding)
-    own = rounding_floors(pairings[0], shells, rounding) if closest else floors
+    own = floors = rounding_floors(pairings[0], shells, rounding)
+    if closest:
+        near = _placed(pairings[0], pairings[closest])
+        floors = rounding_floors(near, shells, rounding)
     others = [*coarser]
     if not square:  # four times what was left out, as far as the spectra know it
         others += 4 * [amounts_of(pairings[0], shells, square=True)]
@@ -468,6 +464,16 @@ def balance_spectra(
         comparable=jnp.bool_(True),
         finite=finite,
         in_range=jnp.all(jnp.stack([jnp.all(fit) for fit in fits])) | ~finite,
+    )
+
+
+def _placed(lowest: Pairing, closest: Pairing) -> Pairing:
+    """Returns the closest pairing; the lowest where no pair was found.
+
+    There the rest lies at infinity.
+    """
+    return jax.tree.map(
+        lambda low, high: jnp.where(jnp.isinf(high), low, high), lowest, closest
     )
 
 

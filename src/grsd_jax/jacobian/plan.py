@@ -358,7 +358,7 @@ def _checked(point: Point, plan: Plan) -> tuple[Verdict, bool]:
     settled, wrong, coupled, strays = _beside_vjp(
         point, plan, _rounding(plan.program.eps, point)
     )
-    if _are_given(point):  # else they are of random indices
+    if strays and _are_given(point):  # else they are of random indices
         _warn_of(strays, point)
     sharp = None if coupled else _sharp(point, plan.program.eps)
     if sharp is not None:

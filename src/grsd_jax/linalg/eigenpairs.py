@@ -277,10 +277,10 @@ def _assess(
         return errors <= np.maximum(tolerance * reference, rounding)
 
     converged = accurate(values, residuals) & bool(state.finite)
-    alone = used == state.basis.shape[0]
-    if not alone:
+    proven = used == state.basis.shape[0]
+    if not proven:
         weak = eps**0.5 * norm
-        alone, above = _completeness(projected, values, accurate, weak)
+        proven, above = _completeness(projected, values, accurate, weak)
         converged &= above
     solved = projected[:used] @ rotation - rotation * values  # rounding, in float64
     rounding = rounding_bound(used, state.basis.dtype) * norm
@@ -289,7 +289,7 @@ def _assess(
         rotation,
         bounds=residuals + np.linalg.norm(solved, axis=0) + rounding,
         converged=converged,
-        proven=alone,
+        proven=proven,
     )
 
 
